@@ -1,0 +1,5 @@
+"""The training application that megatron-core's wheel lacks.
+
+Read in this order: `config` (what can be set), `launch` (process groups, device, seed), `step` (one
+forward-backward-update), `loop` (the run), `checkpoint` (what survives it).
+"""

@@ -1,0 +1,169 @@
+"""What a run can set: frozen dataclasses, one group a concern, flags named as Megatron names them.
+
+A run config composes these groups and one model group of the application's choice. Field names are
+unique over all groups, because flags and recipe keys are flat: `seq_length: 4096` in YAML is
+`--seq-length 4096` on the command line. Nothing here reads a file or checks another field; see
+`load` for the first and `validate` for the second.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model and the batch are spread over ranks."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each attention and embedding matrix (TP)."""
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages the layers are cut into (PP)."""
+    num_virtual_stages_per_pipeline_rank: int = 1
+    """Model chunks per pipeline rank; more than 1 is the interleaved schedule."""
+    expert_model_parallel_size: int = 1
+    """Ranks the experts of a layer are spread over (EP)."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share each expert's matrices (ETP); None means the tensor parallel size."""
+    sequence_parallel: bool | None = None
+    """Split activations outside the matrices along the sequence; None means on when TP > 1."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state and master weights over the data parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where tensors live; auto means cuda when a GPU is visible. cpu uses gloo, cuda NCCL."""
+    distributed_timeout_minutes: int = 10
+    """Minutes a collective may wait for a lost rank before the job ends."""
+    threads_per_rank: int | None = None
+    """CPU threads a rank computes with; None means OMP_NUM_THREADS, or cores / local ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Batch, length, precision and memory of the run."""
+
+    micro_batch_size: int = 1
+    """Sequences in one forward pass of one data parallel rank (b)."""
+    global_batch_size: int = 8
+    """Sequences in one optimizer step over all ranks."""
+    seq_length: int = 128
+    """Tokens per sequence (s)."""
+    train_iters: int = 100
+    """Optimizer steps to have done when the run ends."""
+    seed: int = 1234
+    """Seeds initial weights, data order and dropout."""
+    bf16: bool = False
+    """Compute in bfloat16 with fp32 master weights; off means fp32 throughout."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute activations in the backward pass: whole layers, or recompute_modules only."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """Which layers full recompute takes; see recompute_num_layers."""
+    recompute_num_layers: int = 1
+    """uniform: layers per recomputed unit; block: layers per pipeline stage to recompute."""
+    recompute_modules: tuple[str, ...] = ("moe",)
+    """What selective recompute drops: any of core_attn, moe, layernorm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, the learning-rate schedule and gradient clipping."""
+
+    lr: float = 4.0e-4
+    """Peak learning rate."""
+    min_lr: float = 4.0e-5
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after warm-up."""
+    lr_decay_iters: int | None = None
+    """Step at which min_lr is reached; None means train_iters."""
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up."""
+    lr_warmup_init: float = 0.0
+    """Learning rate of the first step of the warm-up (OLMoE: a tenth of the peak, not 0)."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    weight_decay_on: Literal["all", "matrices"] = "all"
+    """all: every parameter, norms and embeddings too (OLMoE); matrices: nothing one-dimensional."""
+    adam_beta1: float = 0.9
+    """AdamW's first-moment decay."""
+    adam_beta2: float = 0.95
+    """AdamW's second-moment decay."""
+    adam_eps: float = 1.0e-8
+    """AdamW's epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 means no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Token sources, their blend, and the tokenizer."""
+
+    data_path: tuple[str, ...] = ()
+    """One PREFIX, or WEIGHT PREFIX pairs; PREFIX.bin and PREFIX.idx are Megatron's format."""
+    split: str = "1,0"
+    """Shares of each source's tokens for training and validation, as in 99,1."""
+    valid_data_path: tuple[str, ...] = ()
+    """Named validation sets, each NAME=PREFIX, used whole; beside what split holds back."""
+    mock_data: bool = False
+    """Train on random tokens instead of data_path (benchmarks)."""
+    tokenizer_type: Literal["SentencePieceTokenizer", "HFTokenizer"] = "SentencePieceTokenizer"
+    """What wrote tokenizer_model: a SentencePiece .model, or a tokenizers .json."""
+    tokenizer_model: str | None = None
+    """Tokenizer file; carried into the checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation during training."""
+
+    eval_interval: int = 0
+    """Steps between evaluations on every validation set; 0 means at the end only."""
+    eval_iters: int = 10
+    """Global batches per validation set and evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is written, and what a run starts from."""
+
+    save: str | None = None
+    """Run directory: checkpoints, metrics.jsonl, tensorboard, plots. None writes nothing."""
+    load: str | None = None
+    """Directory whose newest whole checkpoint the run continues from."""
+    ckpt_step: int | None = None
+    """Iteration to load instead of the newest."""
+    save_interval: int = 0
+    """Steps between checkpoints; 0 means at the end only."""
+    keep_last: int | None = None
+    """Checkpoints to keep; None keeps all."""
+    finetune: bool = False
+    """Take only the weights from load; iteration, optimizer, data and RNG start anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is reported, and where."""
+
+    log_interval: int = 10
+    """Steps between records in metrics.jsonl and TensorBoard."""
+    tensorboard: bool = True
+    """Write event files under SAVE/tensorboard."""
+    wandb_project: str | None = None
+    """Weights & Biases project; None means off. WANDB_MODE=offline works."""
+    wandb_name: str | None = None
+    """Name of the run there; None lets wandb choose."""
+    progress: bool = True
+    """A progress bar on rank 0 when the output is a terminal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Every group but the model's; an application subclasses it with a `model` field."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,0 +1,25 @@
+"""Errors whose message is all that the user needs to see."""
+
+
+class UserError(Exception):
+    """Something the user gave us is wrong; the message says what, both values, rule and remedy.
+
+    `launch.run_main` prints such an error once, on rank 0, without a traceback, and ends every
+    rank with exit status 2.
+    """
+
+
+class ConfigError(UserError):
+    """A flag, a recipe key or a combination of them is wrong."""
+
+
+class DataError(UserError):
+    """A dataset or tokenizer on disk is missing, damaged or does not fit the model."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, unsafe or does not fit the model."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on: a loss that is not a number, for example."""

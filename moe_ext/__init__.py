@@ -1,0 +1,1 @@
+"""Mixture-of-experts blocks that plug into megatron-core, and what describes them."""
