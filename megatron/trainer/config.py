@@ -72,8 +72,8 @@ class OptimizerConfig:
     """Peak learning rate."""
     min_lr: float = 4.0e-5
     """Learning rate at the end of the decay."""
-    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after warm-up."""
+    lr_decay_style: str = "cosine"
+    """Shape of the decay after warm-up: cosine, linear, constant, or a registered name."""
     lr_decay_iters: int | None = None
     """Step at which min_lr is reached; None means train_iters."""
     lr_warmup_iters: int = 0

@@ -1,0 +1,215 @@
+"""Process groups, device, threads and seeds; the only reader of the environment and of mcore's globals.
+
+Everything else receives a `RunContext`.
+"""
+
+import datetime
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron.trainer.config import ParallelConfig, RunConfig
+from megatron.trainer.errors import ConfigError, UserError
+from megatron.trainer.layout import Layout, resolve_layout
+from megatron.trainer.validate import validate
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """Where this process stands in the run."""
+
+    rank: int
+    """Global rank."""
+    world_size: int
+    """Ranks in the run."""
+    device: torch.device
+    """Where this rank's tensors live."""
+    layout: Layout
+    """Sizes of the parallel groups."""
+    groups: ProcessGroupCollection
+    """This rank's process groups, named as megatron-core names them."""
+    data_parallel_rank: int
+    """Which share of the global batch this rank reads."""
+    is_first_stage: bool
+    """Holds the embedding (of its first model chunk)."""
+    is_last_stage: bool
+    """Holds the output layer and the loss (of its last model chunk)."""
+    num_threads: int
+    """CPU threads of this rank; sums on a CPU depend on it."""
+
+
+def environment_rank() -> int:
+    """This process's rank as torchrun announces it, 0 outside torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def environment_world_size() -> int:
+    """The number of processes torchrun started, 1 outside torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize(cfg: RunConfig) -> RunContext:
+    """Check the config against the world, then start process groups, device, threads and seeds.
+
+    Raises:
+        ConfigError: the layout is impossible, or the device is not there. Raised alike on every
+            rank, before any rank waits for another.
+    """
+    world_size = environment_world_size()
+    validate(cfg, world_size)
+    parallel = cfg.parallel
+    device = _resolve_device(parallel)
+    num_threads = _resolve_threads(parallel)
+    torch.set_num_threads(num_threads)
+    if device.type == "cpu":
+        from megatron.trainer.host import redirect_cuda
+
+        redirect_cuda()
+    else:
+        torch.cuda.set_device(device)
+    _start_process_group(device, parallel.distributed_timeout_minutes)
+    layout = resolve_layout(parallel, world_size)
+    return _start_model_parallel(layout, device, seed=cfg.training.seed, num_threads=num_threads)
+
+
+def shut_down() -> None:
+    """Leave the process groups; the counterpart of `initialize` for a run that ended well."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def agree(action: Callable[[], T]) -> T:
+    """Do `action` on every rank; a UserError on any rank is raised on all of them.
+
+    For steps that read files: without it, the ranks whose disk is well would wait for ever.
+    """
+    error: UserError | None = None
+    result: list[T] = []
+    try:
+        result.append(action())
+    except UserError as raised:
+        error = raised
+    found: list[UserError | None] = [error]
+    if dist.is_initialized():
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, error)
+    failed = [(rank, each) for rank, each in enumerate(found) if each is not None]
+    if failed:
+        rank, first = failed[0]
+        message = str(first) if rank == 0 else f"on rank {rank}: {first}"
+        raise type(first)(message) from error
+    return result[0]
+
+
+def run_main(main: Callable[[], None]) -> int:
+    """Run a program; a UserError becomes one message on rank 0 and exit status 2 on every rank.
+
+    A UserError is raised on all ranks alike (config errors before the process groups exist, file
+    errors through `agree`), so the first rank speaks for all.
+
+    Returns:
+        The exit status. torchrun turns every status but 0 into 1.
+    """
+    _quiet_upstream()
+    try:
+        main()
+    except UserError as error:
+        if environment_rank() == 0:
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            sys.stderr.flush()
+        return 2
+    return 0
+
+
+def _quiet_upstream() -> None:
+    """Silence what megatron-core says at import about packages this project does without."""
+    for pattern in (
+        "Transformer Engine and Apex are not installed",
+        "torch.distributed._sharded_tensor",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{pattern}.*")
+
+
+def _resolve_device(parallel: ParallelConfig) -> torch.device:
+    available = torch.cuda.is_available()
+    if parallel.device == "cuda" and not available:
+        raise ConfigError(
+            "device is 'cuda', but torch sees no GPU; use --device cpu, or install a CUDA build of"
+            " torch and check nvidia-smi"
+        )
+    if parallel.device == "cpu" or not available:
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU of its own: this node has {count}; use"
+            f" --nproc-per-node {count} or fewer"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _resolve_threads(parallel: ParallelConfig) -> int:
+    if parallel.threads_per_rank is not None:
+        return parallel.threads_per_rank
+    if "OMP_NUM_THREADS" in os.environ:
+        return int(os.environ["OMP_NUM_THREADS"])
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, (os.cpu_count() or 1) // local_ranks)
+
+
+def _start_process_group(device: torch.device, timeout_minutes: int) -> None:
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1
+        )
+
+
+def _start_model_parallel(
+    layout: Layout, device: torch.device, *, seed: int, num_threads: int
+) -> RunContext:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            layout.virtual_stages if layout.virtual_stages > 1 else None
+        ),
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+    )
+    torch.manual_seed(seed)
+    # CPU: some of mcore's initialisers fork this tracker even though `init` draws the weights.
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
+    return RunContext(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=device,
+        layout=layout,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        is_first_stage=pipeline_rank == 0,
+        is_last_stage=pipeline_rank == layout.pipeline - 1,
+        num_threads=num_threads,
+    )

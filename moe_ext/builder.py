@@ -1,0 +1,81 @@
+"""Build a language model, or this rank's part of one."""
+
+from dataclasses import dataclass
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moe_ext.config import MoEModelConfig
+from moe_ext.init import initialize_weights
+from moe_ext.metrics import RouterMetrics
+from moe_ext.specs import block_spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltModel:
+    """What a rank trains."""
+
+    chunks: list[GPTModel]
+    """One model chunk, or one per virtual pipeline stage."""
+    config: TransformerConfig
+    """Shared by the chunks; the schedules keep their callbacks in it."""
+    metrics: RouterMetrics | None
+    """What the routers recorded; None for a dense model."""
+
+
+def build_model(
+    model: MoEModelConfig,
+    config: TransformerConfig,
+    *,
+    pg_collection: ProcessGroupCollection,
+    seq_length: int,
+    seed: int | None,
+) -> BuiltModel:
+    """Build this rank's chunks of the model.
+
+    Args:
+        model: the architecture.
+        config: from `transformer.transformer_config`.
+        pg_collection: this rank's process groups.
+        seq_length: longest sequence the model will see (s).
+        seed: draws the initial weights; None leaves them undefined, to be loaded.
+    """
+    metrics = (
+        RouterMetrics(model.num_layers, model.num_experts)
+        if model.num_experts is not None
+        else None
+    )
+    stages = config.virtual_pipeline_model_parallel_size or 1
+    pipeline_size = pg_collection.pp.size()
+    pipeline_rank = pg_collection.pp.rank()
+    chunks = []
+    for stage in range(stages):
+        virtual_stage = stage if stages > 1 else None
+        spec = block_spec(
+            model,
+            config,
+            metrics=metrics,
+            pipeline_rank=pipeline_rank,
+            virtual_stage=virtual_stage,
+        )
+        chunks.append(
+            GPTModel(
+                config=config,
+                transformer_layer_spec=spec,
+                vocab_size=model.padded_vocab_size,
+                max_sequence_length=seq_length,
+                pre_process=pipeline_rank == 0 and stage == 0,
+                post_process=pipeline_rank == pipeline_size - 1 and stage == stages - 1,
+                share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+                position_embedding_type="rope",
+                rotary_base=model.rotary_base,
+                pg_collection=pg_collection,
+                vp_stage=virtual_stage,
+            )
+        )
+    if seed is not None:
+        initialize_weights(
+            list(chunks), seed=seed, std=model.init_method_std, cutoff=model.init_method_cutoff
+        )
+    return BuiltModel(chunks=chunks, config=config, metrics=metrics)

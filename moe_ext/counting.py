@@ -1,0 +1,64 @@
+"""Parameters and floating-point operations, from the config alone."""
+
+from dataclasses import dataclass
+
+from moe_ext.config import MoEModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCount:
+    """Parameters of the whole model, padding rows of the vocabulary included."""
+
+    total: int
+    """Every parameter."""
+    active: int
+    """Parameters a token passes through: k of e experts, embedding and output layer counted."""
+    embedding: int
+    """The token embedding; looked up, not multiplied with."""
+
+
+def count_parameters(model: MoEModelConfig) -> ParameterCount:
+    """Count the parameters of `model`, in all and per token."""
+    h = model.hidden_size
+    heads = model.num_attention_heads
+    groups = model.num_query_groups or heads
+    head_size = model.kv_channels or h // heads
+    query_width, key_width = heads * head_size, groups * head_size
+
+    attention = h * (query_width + 2 * key_width) + query_width * h
+    if model.qk_norm == "full_width":
+        attention += query_width + key_width
+    norms = 2 * h
+    if model.num_experts is None:
+        all_experts = active_experts = 3 * h * (model.ffn_hidden_size or 0)
+        router = 0
+    else:
+        expert = 3 * h * model.moe_ffn_hidden_size
+        all_experts = model.num_experts * expert
+        active_experts = model.moe_router_topk * expert
+        router = model.num_experts * h
+
+    embedding = model.padded_vocab_size * h
+    vocabulary = embedding * (2 if model.untie_embeddings_and_output_weights else 1)
+    shared = model.num_layers * (attention + norms + router) + h + vocabulary
+    return ParameterCount(
+        total=shared + model.num_layers * all_experts,
+        active=shared + model.num_layers * active_experts,
+        embedding=embedding,
+    )
+
+
+def training_flops_per_token(model: MoEModelConfig, seq_length: int) -> float:
+    """Model FLOPs of one token's forward and backward pass.
+
+    6 per active parameter that is multiplied with (the output layer is, the embedding is not),
+    plus 12 L np hn s for the attention scores and their use. Recomputation is not counted, and
+    attention is counted over the whole square, as the published OLMoE figures do.
+    """
+    count = count_parameters(model)
+    multiplied = count.active - count.embedding
+    if not model.untie_embeddings_and_output_weights:
+        multiplied += count.embedding
+    head_size = model.kv_channels or model.hidden_size // model.num_attention_heads
+    attention = 12 * model.num_layers * model.num_attention_heads * head_size * seq_length
+    return 6.0 * multiplied + attention

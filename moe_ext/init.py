@@ -1,0 +1,71 @@
+"""Initial weights that depend on the seed and the parameter's name, never on the layout."""
+
+import hashlib
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import nn
+
+
+def initialize_weights(chunks: list[nn.Module], *, seed: int, std: float, cutoff: float) -> None:
+    """Draw every matrix of the model from a truncated normal distribution, in place.
+
+    Each matrix has a random stream of its own, seeded by the run's seed, its global name and its
+    layer and expert number; a rank draws the whole matrix on the CPU and keeps its shard. Any
+    layout therefore starts from the same bits. Norm weights keep their ones. There is no depth
+    scaling (OLMoE, table 10 and appendix B).
+
+    Args:
+        chunks: this rank's model chunks, unwrapped (megatron-core modules).
+        seed: the run's seed.
+        std: standard deviation before truncation.
+        cutoff: values beyond this many standard deviations are redrawn.
+    """
+    for chunk in chunks:
+        for value in nested_values(chunk.sharded_state_dict()):  # type: ignore[operator]
+            parts = value.build() if isinstance(value, ShardedTensorFactory) else value
+            for part in nested_values({"part": parts}):
+                if isinstance(part, ShardedTensor):
+                    _initialize_shard(part, seed=seed, std=std, cutoff=cutoff)
+
+
+def _initialize_shard(shard: ShardedTensor, *, seed: int, std: float, cutoff: float) -> None:
+    """Fill this rank's part of one global tensor.
+
+    The leading `prepend_axis_num` axes of the global shape number layers; stacks of three and more
+    dimensions number experts on their first axis.
+    """
+    prepended = shard.prepend_axis_num
+    shape = shard.global_shape[prepended:]
+    offset = shard.global_offset[prepended:]
+    if len(shape) < 2 or shard.data is None:
+        return
+    name = f"{shard.key}{list(shard.global_offset[:prepended])}"
+    if len(shape) == 2:
+        _draw(shard.data, shape, offset, f"{seed}:{name}", std=std, cutoff=cutoff)
+        return
+    for index, matrix in enumerate(shard.data):
+        stream = f"{seed}:{name}[{offset[0] + index}]"
+        _draw(matrix, shape[1:], offset[1:], stream, std=std, cutoff=cutoff)
+
+
+def _draw(
+    local: torch.Tensor,
+    shape: tuple[int, ...],
+    offset: tuple[int, ...],
+    stream: str,
+    *,
+    std: float,
+    cutoff: float,
+) -> None:
+    """Copy into `local` its slice of the matrix that `stream` names."""
+    if local.is_meta:
+        return
+    digest = hashlib.sha256(stream.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    full = torch.empty(shape, dtype=torch.float32)
+    nn.init.trunc_normal_(full, std=std, a=-cutoff * std, b=cutoff * std, generator=generator)
+    window = tuple(slice(o, o + n) for o, n in zip(offset, local.shape, strict=True))
+    with torch.no_grad():
+        local.copy_(full[window])

@@ -1,0 +1,63 @@
+"""MoEModelConfig -> megatron-core's TransformerConfig: the only place that touches that class."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moe_ext.config import MoEModelConfig
+
+
+def transformer_config(model: MoEModelConfig, *, bf16: bool, **runtime: Any) -> TransformerConfig:
+    """Describe `model` to megatron-core.
+
+    Auxiliary losses, routing rule and expert compute are left out on purpose: the blocks in
+    `specs` bring them, so megatron-core's own are switched off.
+
+    Args:
+        model: the architecture.
+        bf16: parameters and activations in bfloat16.
+        runtime: TransformerConfig fields that belong to the run, not to the model: parallel sizes,
+            sequence_parallel, recompute settings, initialization flags.
+    """
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    is_moe = model.num_experts is not None
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        ffn_hidden_size=model.moe_ffn_hidden_size if is_moe else model.ffn_hidden_size,
+        num_moe_experts=model.num_experts,
+        moe_ffn_hidden_size=model.moe_ffn_hidden_size if is_moe else None,
+        moe_router_topk=model.moe_router_topk,
+        moe_router_pre_softmax=True,  # read by megatron-core's own router alone
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_token_dispatcher_type=model.moe_token_dispatcher_type,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        # Weights are drawn in `init`, by name; megatron-core only sets the parameters' attributes.
+        init_method=_leave_as_is,
+        output_layer_init_method=_leave_as_is,
+        embedding_init_method=_leave_as_is,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=bf16,
+        **runtime,
+    )
+
+
+def _leave_as_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
