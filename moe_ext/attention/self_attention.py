@@ -1,0 +1,140 @@
+"""Self-attention with RMSNorm over the whole width of q and of k."""
+
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+from torch import Tensor, nn
+
+from moe_ext.norm import split_unit_rms
+from moe_ext.parameters import new_parameter
+
+
+class FullWidthRMSNorm(MegatronModule):
+    """RMSNorm over all heads of a projection jointly, whose heads are split over ranks.
+
+    The mean square is that of the whole vector, reduced over the tensor parallel group. The weight
+    is split with the heads, so each rank owns and updates its slice; it is not marked
+    `sequence_parallel`, for a rank sees every position here.
+
+    Args:
+        config: gives the parameter's dtype, place, and eps (layernorm_epsilon).
+        num_heads: heads on this rank.
+        head_size: hn.
+        tp_group: tensor parallel ranks.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        num_heads: int,
+        head_size: int,
+        tp_group: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.eps: float = config.layernorm_epsilon
+        self.tp_group = tp_group
+        self.weight = new_parameter(num_heads * head_size, config=config)
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+        nn.init.ones_(self.weight)
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """Normalise [s, b, heads of this rank, hn], same shape out."""
+        flat = heads.flatten(2)  # [s, b, heads * hn]
+        normed = split_unit_rms(flat, self.eps, group=self.tp_group) * self.weight
+        return normed.view(heads.shape)  # [s, b, heads, hn]
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The weight, split over tensor parallel ranks on its only axis."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            {"weight": self.weight},
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return sharded
+
+
+class QKNormSelfAttention(SelfAttention):
+    """megatron-core's self-attention with OLMoE's norm of q and k before the rotary embedding.
+
+    megatron-core's own `qk_layernorm` normalises each head by itself; here one norm spans all
+    query heads and one all key heads, under any tensor parallel size.
+
+    Raises:
+        ValueError: a key head would have to be shared by several tensor parallel ranks.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(
+            config=config,
+            submodules=submodules,
+            layer_number=layer_number,
+            attn_mask_type=attn_mask_type,
+            cp_comm_type=cp_comm_type,
+            pg_collection=pg_collection,
+        )
+        if config.num_query_groups % self.world_size:
+            raise ValueError(
+                f"num_query_groups ({config.num_query_groups}) must be a multiple of the tensor "
+                f"parallel size ({self.world_size}) for QK-norm over the whole width"
+            )
+        head_size = self.hidden_size_per_attention_head
+        self.q_norm = FullWidthRMSNorm(
+            config,
+            num_heads=self.num_attention_heads_per_partition,
+            head_size=head_size,
+            tp_group=self.tp_group,
+        )
+        self.k_norm = FullWidthRMSNorm(
+            config,
+            num_heads=self.num_query_groups_per_partition,
+            head_size=head_size,
+            tp_group=self.tp_group,
+        )
+
+    def get_query_key_value_tensors(
+        self, *args: Any, split_qkv: bool = True, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
+        """Project and normalise.
+
+        Returns:
+            query [s, b, np, hn], key and value [s, b, ng, hn] of this rank's heads, and the output
+            gate if the config has one.
+
+        Raises:
+            ValueError: the fused rotary embedding asks for q, k and v in one tensor.
+        """
+        if not split_qkv:
+            raise ValueError(
+                "fused_single_qkv_rope is True, but QK-norm needs q and k apart; set it to False"
+            )
+        query, key, *rest = super().get_query_key_value_tensors(
+            *args, split_qkv=split_qkv, **kwargs
+        )
+        return self.q_norm(query), self.k_norm(key), *rest

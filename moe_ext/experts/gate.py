@@ -1,0 +1,70 @@
+"""The element-wise middle of a SwiGLU expert, over the tokens of all experts at once."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gated_forward(projected: Tensor, probs: Tensor) -> Tensor:
+    """silu(gate) * up * prob.
+
+    Args:
+        projected: [t, 2f] gate's half, then up's.
+        probs: [t] router weights.
+
+    Returns:
+        [t, f] of projected's dtype.
+    """
+    gate, up = projected.chunk(2, dim=-1)  # [t, f] each
+    return (F.silu(gate).mul_(up) * probs.unsqueeze(-1)).to(projected.dtype)
+
+
+def gated_backward(grad: Tensor, projected: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `gated_forward`, which is computed again on the way.
+
+    Args:
+        grad: [t, f] of the output.
+        projected: [t, 2f] as given to `gated_forward`.
+        probs: [t] as given to `gated_forward`.
+
+    Returns:
+        Gradient of projected [t, 2f], gradient of probs [t], and the output [t, f].
+    """
+    gate, up = projected.chunk(2, dim=-1)  # [t, f] each
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    product = silu * up
+    column = probs.unsqueeze(-1)  # [t, 1]
+    output = (product * column).to(projected.dtype)
+    grad_probs = (grad.to(torch.promote_types(grad.dtype, probs.dtype)) * product).sum(dim=-1)
+    grad_product = (grad * column).to(projected.dtype)
+    grad_projected = torch.empty_like(projected)
+    grad_gate, grad_up = grad_projected.chunk(2, dim=-1)
+    torch.mul(grad_product, silu, out=grad_up)
+    # d silu / d gate = sigmoid + silu (1 - sigmoid)
+    slope = sigmoid.add_(silu - silu * sigmoid)
+    torch.mul(grad_product.mul_(up), slope, out=grad_gate)
+    return grad_projected, grad_probs.to(probs.dtype), output
+
+
+class GatedActivation(torch.autograd.Function):
+    """`gated_forward` that keeps its two inputs for backward and nothing else.
+
+    Differentiable once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, projected: Tensor, probs: Tensor
+    ) -> Tensor:
+        """See `gated_forward`."""
+        ctx.save_for_backward(projected, probs)
+        return gated_forward(projected, probs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """See `gated_backward`."""
+        projected, probs = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_projected, grad_probs, _ = gated_backward(grad, projected, probs)
+        return grad_projected, grad_probs

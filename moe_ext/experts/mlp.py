@@ -1,0 +1,167 @@
+"""This rank's experts: parameters, parallel layout and checkpoint layout."""
+
+import contextlib
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import (
+    get_cuda_rng_tracker,
+    get_expert_parallel_rng_tracker_name,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from moe_ext.experts.backends import get_expert_backend
+from moe_ext.parameters import new_parameter
+
+# The f dimension of weight1 [el, 2, f, h] and of weight2 [el, h, f].
+_FFN_AXIS = 2
+
+
+class ExpertMLP(MegatronModule):
+    """SwiGLU experts, stacked: weight1 [el, 2, f, h] (gate, then up) and weight2 [el, h, f].
+
+    Experts are split over the expert parallel group, and f over the expert tensor parallel group,
+    where the output is a partial sum that megatron-core's token dispatcher completes.
+
+    Both weights are always marked `allreduce=False` (reduce over the expert data parallel group)
+    and `tensor_model_parallel=True` (count in the gradient norm on every rank): see
+    `_mark_expert_weight`.
+
+    Args:
+        num_local_experts: experts on this rank (el).
+        config: megatron-core's; moe_ffn_hidden_size is the width of a whole expert.
+        pg_collection: this rank's groups; ep, expt_tp and expt_dp are used.
+        backend: a name in EXPERT_BACKENDS.
+
+    Raises:
+        ValueError: the backend is unknown, or the config describes other experts than these.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        *,
+        pg_collection: ProcessGroupCollection,
+        backend: str,
+    ) -> None:
+        super().__init__(config=config)
+        self.num_local_experts = num_local_experts
+        self.ep_group = pg_collection.ep
+        self.tp_group = pg_collection.expt_tp
+        self.dp_group = pg_collection.expt_dp
+        self.compute = get_expert_backend(backend)
+        ffn = _local_ffn_size(config, self.tp_group.size())
+        width = config.hidden_size
+        self.weight1 = new_parameter(num_local_experts, 2, ffn, width, config=config)
+        self.weight2 = new_parameter(num_local_experts, width, ffn, config=config)
+        for weight in (self.weight1, self.weight2):
+            _mark_expert_weight(weight)
+        if config.perform_initialization:
+            with _expert_rng():
+                config.init_method(self.weight1)
+                config.output_layer_init_method(self.weight2)
+
+    def forward(
+        self,
+        permuted_local_hidden_states: Tensor,
+        tokens_per_expert: Tensor,
+        permuted_probs: Tensor,
+    ) -> tuple[Tensor, None]:
+        """Apply each expert to its tokens and weight the result by the router.
+
+        Args:
+            permuted_local_hidden_states: [t, h] dispatched tokens, sorted by expert.
+            tokens_per_expert: [el] how many tokens each local expert received.
+            permuted_probs: [t] router weights.
+
+        Returns:
+            [t, h] of the hidden states' dtype, a partial sum under expert tensor parallelism; and
+            None, for there is no bias.
+        """
+        output = self.compute(
+            permuted_local_hidden_states,
+            self.weight1,
+            self.weight2,
+            tokens_per_expert,
+            permuted_probs,
+        )
+        return output, None
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, ShardedTensor]:
+        """Describe both weights as parts of [e, 2, f, h] and [e, h, f].
+
+        A checkpoint can be loaded under any other expert and expert tensor parallel size.
+
+        Args:
+            prefix: of the keys.
+            sharded_offsets: dimensions put in front, such as the layer number.
+            metadata: not needed.
+        """
+        axes = len(sharded_offsets)
+        return {
+            f"{prefix}{name}": ShardedTensor.from_rank_offsets(
+                f"{prefix}{name}",
+                weight,
+                *sharded_offsets,
+                (axes, self.ep_group.rank(), self.ep_group.size()),
+                (axes + _FFN_AXIS, self.tp_group.rank(), self.tp_group.size()),
+                replica_id=(0, 0, self.dp_group.rank()),
+                prepend_axis_num=axes,
+            )
+            for name, weight in (("weight1", self.weight1), ("weight2", self.weight2))
+        }
+
+
+def _local_ffn_size(config: TransformerConfig, tensor_parallel_size: int) -> int:
+    """Width of an expert on this rank, after checking that the config means these experts."""
+    if config.add_bias_linear:
+        raise ValueError("add_bias_linear is True, but the experts have no biases; set it to False")
+    if not config.gated_linear_unit or config.activation_func is not F.silu:
+        raise ValueError(
+            f"the experts are SwiGLU, but gated_linear_unit is {config.gated_linear_unit} and "
+            f"activation_func is {config.activation_func}; set True and torch.nn.functional.silu"
+        )
+    whole = config.moe_ffn_hidden_size
+    if whole % tensor_parallel_size:
+        raise ValueError(
+            f"moe_ffn_hidden_size ({whole}) must be a multiple of the expert tensor parallel size "
+            f"({tensor_parallel_size})"
+        )
+    return whole // tensor_parallel_size
+
+
+def _mark_expert_weight(weight: nn.Parameter) -> None:
+    """Tell megatron-core how to reduce and how to count the gradient of an expert's weight.
+
+    * allreduce=False: reduce over the expert data parallel group. megatron-core's own experts say
+      so only when expert parallelism is on; without it they are reduced over the plain data
+      parallel group, which leaves copies on different tensor parallel ranks unsynchronised when
+      the expert tensor parallel size is smaller. The expert group is right in both cases, and the
+      optimizer keeps one arrangement of its state whatever the expert parallel size.
+    * tensor_model_parallel=True: no tensor parallel rank holds a duplicate within the group over
+      which the optimizer sums the norm (expert tensor x expert x pipeline parallel, or disjoint
+      shards in the distributed optimizer), so each rank counts what it holds.
+    """
+    weight.allreduce = False  # type: ignore[attr-defined]
+    set_tensor_model_parallel_attributes(weight, True, _FFN_AXIS, 1)
+
+
+def _expert_rng() -> contextlib.AbstractContextManager[None]:
+    """The random stream in which expert parallel ranks differ, if megatron-core has one set up."""
+    tracker = get_cuda_rng_tracker()
+    name = get_expert_parallel_rng_tracker_name()
+    if name in tracker.get_states():
+        fork: contextlib.AbstractContextManager[None] = tracker.fork(name)
+        return fork
+    return contextlib.nullcontext()

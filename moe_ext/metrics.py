@@ -1,0 +1,161 @@
+"""What the routers did since the last report, gathered from every rank in one collective."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Columns of the accumulator ahead of the e expert counts.
+_BALANCE, _MICRO_BATCHES, _Z, _ENTROPY, _TOKENS = range(5)
+_NUM_SCALARS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterReport:
+    """Routing over the micro-batches since the last report, over all ranks and layers.
+
+    Losses carry no coefficient. A layer that recorded nothing is NaN in the lists and left out of
+    the means; without any record the means are NaN.
+    """
+
+    load_balancing_loss: float
+    """Mean over layers and micro-batches; 1 is balanced."""
+    z_loss: float
+    """Mean over layers and tokens of logsumexp(logits)^2."""
+    layer_load_balancing_loss: list[float]
+    """Per layer, mean over micro-batches."""
+    layer_z_loss: list[float]
+    """Per layer, mean over tokens."""
+    layer_entropy: list[float]
+    """Per layer, mean over tokens of the routing entropy in nats."""
+    layer_max_load_ratio: list[float]
+    """Per layer, the busiest expert's assignments over the mean expert's; 1 is balanced."""
+    layer_dead_experts: list[int]
+    """Per layer, experts that received no token."""
+    load: Tensor
+    """[num_layers, e] fp64 on the host: an expert's share of the assignments times e."""
+
+    def as_dict(self) -> dict[str, float]:
+        """Scalars for a log line; empty if nothing was recorded."""
+        ratios = _present(self.layer_max_load_ratio)
+        if not ratios:
+            return {}
+        return {
+            "load_balancing_loss": self.load_balancing_loss,
+            "z_loss": self.z_loss,
+            "moe_entropy": _mean(self.layer_entropy),
+            "moe_max_load_ratio": max(ratios),
+            "moe_mean_load_ratio": _mean(self.layer_max_load_ratio),
+            "moe_dead_experts": float(sum(self.layer_dead_experts)),
+        }
+
+
+class RouterMetrics:
+    """Accumulates routing statistics on the device that computes them, without synchronising.
+
+    Not a module: nothing of it is saved. One instance serves the routers of one kind in all of a
+    rank's model chunks.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.num_layers = num_layers
+        self.num_experts = num_experts
+        self._sums: Tensor | None = None  # [num_layers, 5 + e] fp64
+
+    def record(
+        self,
+        layer_number: int,
+        *,
+        load_balancing: Tensor,
+        z_sum: Tensor,
+        entropy_sum: Tensor,
+        tokens_per_expert: Tensor,
+        num_tokens: int,
+        group_size: int,
+    ) -> None:
+        """Add one micro-batch of one layer.
+
+        Args:
+            layer_number: 1 for the model's first layer.
+            load_balancing: [] this rank's addend of the load-balancing loss, without gradient.
+            z_sum: [] sum of logsumexp^2 over this rank's tokens.
+            entropy_sum: [] sum of the routing entropy over this rank's tokens.
+            tokens_per_expert: [e] assignments of this rank's tokens.
+            num_tokens: tokens on this rank (t).
+            group_size: ranks that share the micro-batch, each of which records its part.
+
+        Raises:
+            ValueError: the layer or the number of experts is not one of this instance.
+        """
+        if not 1 <= layer_number <= self.num_layers:
+            raise ValueError(
+                f"layer number ({layer_number}) must be between 1 and num_layers "
+                f"({self.num_layers})"
+            )
+        if tokens_per_expert.shape != (self.num_experts,):
+            raise ValueError(
+                f"tokens_per_expert must be [{self.num_experts}], "
+                f"got {list(tokens_per_expert.shape)}"
+            )
+        if self._sums is None:
+            self._sums = self._zeros(tokens_per_expert.device)
+        row = self._sums[layer_number - 1]
+        row[_BALANCE] += load_balancing
+        # Every rank of the group adds its part of a loss, and its part of one micro-batch.
+        row[_MICRO_BATCHES] += 1.0 / group_size
+        row[_Z] += z_sum
+        row[_ENTROPY] += entropy_sum
+        row[_TOKENS] += num_tokens
+        row[_NUM_SCALARS:] += tokens_per_expert
+
+    def reduce(self, group: torch.distributed.ProcessGroup | None = None) -> RouterReport:
+        """Sum over all ranks, report, and start again from zero.
+
+        Collective: every rank of the group calls it, also one that holds no MoE layer. Ranks that
+        hold copies of a layer add to numerators and denominators alike.
+
+        Args:
+            group: None means the world, which is right under any parallel layout.
+        """
+        distributed = torch.distributed.is_initialized()
+        if self._sums is not None:
+            sums = self._sums
+        else:
+            sums = self._zeros(torch.cuda.current_device() if distributed else "cpu")
+        self._sums = None
+        if distributed:
+            torch.distributed.all_reduce(sums, group=group)  # sum over `group`
+        return _report(sums.cpu())
+
+    def _zeros(self, device: torch.device | int | str) -> Tensor:
+        shape = (self.num_layers, _NUM_SCALARS + self.num_experts)
+        return torch.zeros(shape, dtype=torch.float64, device=device)
+
+
+def _report(sums: Tensor) -> RouterReport:
+    """Turn summed columns [num_layers, 5 + e] into means."""
+    counts = sums[:, _NUM_SCALARS:]  # [num_layers, e]
+    load = counts / counts.mean(dim=1, keepdim=True)  # 0 / 0 is NaN: a layer without a record
+    recorded = sums[:, _TOKENS] > 0
+    balance = (sums[:, _BALANCE] / sums[:, _MICRO_BATCHES]).tolist()
+    z_loss = (sums[:, _Z] / sums[:, _TOKENS]).tolist()
+    return RouterReport(
+        load_balancing_loss=_mean(balance),
+        z_loss=_mean(z_loss),
+        layer_load_balancing_loss=balance,
+        layer_z_loss=z_loss,
+        layer_entropy=(sums[:, _ENTROPY] / sums[:, _TOKENS]).tolist(),
+        layer_max_load_ratio=load.amax(dim=1).tolist(),
+        layer_dead_experts=((counts == 0).sum(dim=1) * recorded).tolist(),
+        load=load,
+    )
+
+
+def _present(values: list[float]) -> list[float]:
+    return [value for value in values if not math.isnan(value)]
+
+
+def _mean(values: list[float]) -> float:
+    present = _present(values)
+    return sum(present) / len(present) if present else math.nan

@@ -1,0 +1,37 @@
+"""Visible tables of named building blocks: look one up, add one."""
+
+import difflib
+from typing import TypeVar
+
+Block = TypeVar("Block")
+
+
+def look_up(table: dict[str, Block], name: str, *, kind: str) -> Block:
+    """The block called `name`.
+
+    Args:
+        table: name -> block.
+        name: what the configuration asks for.
+        kind: what the table holds, in the singular, for the message.
+
+    Raises:
+        ValueError: the table has no such name; the message names the nearest one.
+    """
+    if name in table:
+        return table[name]
+    nearest = difflib.get_close_matches(name, table, n=1)
+    hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+    raise ValueError(f"unknown {kind} '{name}'; known: {', '.join(sorted(table))}{hint}")
+
+
+def add(table: dict[str, Block], name: str, block: Block, *, kind: str) -> None:
+    """Enter `block` under `name`.
+
+    Raises:
+        ValueError: the name is taken; a block is never replaced.
+    """
+    if name in table:
+        raise ValueError(
+            f"{kind} '{name}' is already registered as {table[name]!r}; choose another name"
+        )
+    table[name] = block

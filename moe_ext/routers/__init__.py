@@ -1,0 +1,44 @@
+"""Routers by name."""
+
+from moe_ext import registry
+from moe_ext.routers.base import MoERouter
+from moe_ext.routers.softmax_topk import SoftmaxTopKRouter
+from moe_ext.routers.topk_softmax import TopKSoftmaxRouter
+
+ROUTERS: dict[str, type[MoERouter]] = {
+    "softmax_topk": SoftmaxTopKRouter,
+    "topk_softmax": TopKSoftmaxRouter,
+}
+"""What `MoEModelConfig.router` can name."""
+
+
+def get_router(name: str) -> type[MoERouter]:
+    """The router class called `name`.
+
+    Raises:
+        ValueError: no such router; the message names the nearest one.
+    """
+    return registry.look_up(ROUTERS, name, kind="router")
+
+
+def register_router(name: str, router: type[MoERouter]) -> None:
+    """Make `router` available under `name`.
+
+    Raises:
+        ValueError: the name is taken, or the class is not a MoERouter.
+    """
+    if not (isinstance(router, type) and issubclass(router, MoERouter)):
+        raise ValueError(
+            f"router '{name}' is {router!r}; derive a class from moe_ext.routers.MoERouter"
+        )
+    registry.add(ROUTERS, name, router, kind="router")
+
+
+__all__ = [
+    "ROUTERS",
+    "MoERouter",
+    "SoftmaxTopKRouter",
+    "TopKSoftmaxRouter",
+    "get_router",
+    "register_router",
+]

@@ -1,0 +1,148 @@
+"""The router megatron-core's MoELayer builds and calls; a routing rule fills in `select`."""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from moe_ext.functional import load_balancing_loss, router_z_loss, routing_entropy
+from moe_ext.metrics import RouterMetrics
+from moe_ext.parameters import new_parameter
+
+
+class MoERouter(MegatronModule, ABC):
+    """Linear gate, a rule that selects experts, and the router's two losses.
+
+    Under tensor and context parallelism the tokens of a micro-batch lie on several ranks; their
+    counts are summed over `pg_collection.tp_cp`, so that losses and gradients are those of the
+    whole micro-batch. megatron-core sums the gate's gradient over tensor parallel ranks because
+    its weight is marked `sequence_parallel`.
+
+    Args:
+        config: megatron-core's; its own auxiliary-loss fields are not read.
+        pg_collection: this rank's groups; tp and tp_cp are used.
+        aux_loss_coeff: multiplies this layer's load-balancing loss.
+        z_loss_coeff: multiplies this layer's z-loss.
+        router_dtype: precision of the gate's product; None means the hidden states'.
+        metrics: where each training micro-batch is recorded.
+
+    Raises:
+        ValueError: the config asks for what this router does not do.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        *,
+        aux_loss_coeff: float,
+        z_loss_coeff: float,
+        router_dtype: torch.dtype | None,
+        metrics: RouterMetrics,
+    ) -> None:
+        if config.calculate_per_token_loss:
+            raise ValueError(
+                "calculate_per_token_loss is True, but the routers scale their losses per "
+                "micro-batch; set it to False"
+            )
+        super().__init__(config=config)
+        self.num_experts: int = config.num_moe_experts
+        self.topk: int = config.moe_router_topk
+        self.aux_loss_coeff = aux_loss_coeff
+        self.z_loss_coeff = z_loss_coeff
+        self.router_dtype = router_dtype
+        self.metrics = metrics
+        self.layer_number: int | None = None
+        self.tp_group = pg_collection.tp
+        self.tp_cp_group = pg_collection.tp_cp
+        self.weight = new_parameter(self.num_experts, config.hidden_size, config=config)  # [e, h]
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        if config.perform_initialization:
+            config.init_method(self.weight)
+
+    @abstractmethod
+    def select(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Apply the routing rule.
+
+        Args:
+            logits: [t, e] of the gate.
+
+        Returns:
+            probs: [t, e] weights, zero off the selection.
+            routing_map: [t, e] bool, k true per row.
+            scores: [t, e] probabilities over all experts, for the load-balancing loss.
+        """
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Tell the router its layer; 1 is the model's first, on whatever pipeline stage."""
+        self.layer_number = layer_number
+
+    def gating(self, hidden: Tensor) -> Tensor:
+        """Router logits [t, e] of hidden states [s, b, h]."""
+        dtype = self.router_dtype or hidden.dtype
+        logits = F.linear(hidden.to(dtype), self.weight.to(dtype))  # [s, b, e]
+        return logits.reshape(-1, self.num_experts)  # [t, e]
+
+    def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Route each token.
+
+        While training with gradients the losses ride on `probs`: backward adds their gradient,
+        scaled by the pipeline schedule. Evaluation and the first pass of recomputed layers neither
+        compute losses nor record metrics.
+
+        Args:
+            hidden: [s, b, h] this rank's tokens.
+            padding_mask: must be None.
+
+        Returns:
+            probs: [t, e] weights of the selected experts, zero elsewhere, at least fp32.
+            routing_map: [t, e] bool.
+
+        Raises:
+            ValueError: a padding mask is given. megatron-core documents True as a valid token and
+                computes with True as padding, so neither reading is safe.
+        """
+        if padding_mask is not None:
+            raise ValueError(
+                f"the router got a padding_mask {list(padding_mask.shape)}, but counts every "
+                "token; pack documents instead of padding them and pass padding_mask=None"
+            )
+        logits = self.gating(hidden)  # [t, e]
+        probs, routing_map, scores = self.select(logits)
+        if self.training and torch.is_grad_enabled():
+            probs = self._attach_losses(probs, routing_map, logits=logits, scores=scores)
+        return probs, routing_map
+
+    def _attach_losses(
+        self, probs: Tensor, routing_map: Tensor, *, logits: Tensor, scores: Tensor
+    ) -> Tensor:
+        """Probs [t, e] as they are, with the gradient of both losses to come."""
+        group_size = self.tp_cp_group.size()
+        local_counts = routing_map.sum(dim=0)  # [e]
+        counts = local_counts
+        if group_size > 1:
+            counts = local_counts.clone()
+            torch.distributed.all_reduce(counts, group=self.tp_cp_group)  # sum: the micro-batch
+        num_local = logits.shape[0]
+        num_tokens = num_local * group_size
+        balance = load_balancing_loss(scores, counts, num_tokens=num_tokens, topk=self.topk)
+        z_loss = router_z_loss(logits, num_tokens=num_tokens)
+        if self.layer_number is None:
+            raise ValueError("the router has no layer number; call set_layer_number first")
+        self.metrics.record(
+            self.layer_number,
+            load_balancing=balance.detach(),
+            z_sum=z_loss.detach() * num_tokens,
+            entropy_sum=routing_entropy(scores.detach()).sum(),
+            tokens_per_expert=local_counts,
+            num_tokens=num_local,
+            group_size=group_size,
+        )
+        loss = self.aux_loss_coeff * balance + self.z_loss_coeff * z_loss
+        attached: Tensor = MoEAuxLossAutoScaler.apply(probs, loss)
+        return attached
