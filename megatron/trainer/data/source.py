@@ -1,0 +1,141 @@
+"""Sources: where sample n comes from, computed, not stored.
+
+The scheme is OLMoE's (allenai/OLMo, MemMapDataset and IterableDataset): a file's tokens, documents
+end to end, are cut into consecutive windows of seq_length; the remainder is dropped; attention
+crosses documents; each epoch is a fresh permutation of the windows. Each window is read with one
+token more than seq_length, so that its last position has a label too.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron.trainer.data.permutation import KeyedPermutation
+from megatron.trainer.errors import DataError
+
+
+class Source(Protocol):
+    """What a stream draws from."""
+
+    @property
+    def name(self) -> str:
+        """Name in tables and metrics."""
+
+    @property
+    def seq_length(self) -> int:
+        """Positions in a sample (s)."""
+
+    @property
+    def seed(self) -> int:
+        """What the order, or the tokens, follow from."""
+
+    @property
+    def num_windows(self) -> int | None:
+        """Samples in an epoch; None means there is no end."""
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Tokens in an epoch; None means there is no end."""
+
+    @property
+    def num_documents(self) -> int | None:
+        """Documents in an epoch; None when there are none."""
+
+    def window(self, n: int) -> npt.NDArray[np.int64]:
+        """Return sample n, counted from the run's first over all epochs: [s + 1] token ids."""
+
+    def sequential(self, n: int) -> npt.NDArray[np.int64]:
+        """Return the n-th window in the order of the data: [s + 1] token ids."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WindowSource:
+    """Windows of a contiguous range of a token file, reshuffled every epoch.
+
+    Raises:
+        DataError: The range is too short for one window.
+    """
+
+    name: str
+    """Name in tables and metrics."""
+    tokens: npt.NDArray[np.integer]
+    """[num_tokens] the file's tokens."""
+    start_token: int
+    """First token of the range."""
+    stop_token: int
+    """One past the last token of the range."""
+    seq_length: int
+    """Positions in a sample (s)."""
+    seed: int
+    """With index and epoch, the key of the order."""
+    index: int = 0
+    """Position among the run's sources; two sources of one size then differ in order."""
+    num_documents: int | None = None
+    """Documents in the range, for the table."""
+
+    def __post_init__(self) -> None:
+        if self.num_windows < 1:
+            raise DataError(
+                f"source {self.name!r} has {self.num_tokens} tokens, but one window takes"
+                f" {self.seq_length + 1} (--seq-length {self.seq_length} and one label); a source"
+                " must hold at least one window; give more data, another --split or a shorter"
+                " --seq-length"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the range."""
+        return self.stop_token - self.start_token
+
+    @property
+    def num_windows(self) -> int:
+        """Samples in an epoch; the remainder of the range is dropped."""
+        return (self.num_tokens - 1) // self.seq_length
+
+    def window(self, n: int) -> npt.NDArray[np.int64]:
+        """Return sample n, counted from the run's first over all epochs: [s + 1] token ids."""
+        epoch, position = divmod(n, self.num_windows)
+        order = KeyedPermutation(self.num_windows, (self.seed, epoch, self.index))
+        return self.sequential(int(order(position)))
+
+    def sequential(self, n: int) -> npt.NDArray[np.int64]:
+        """Return the n-th window in the order of the data: [s + 1] token ids.
+
+        Raises:
+            IndexError: There are not that many windows.
+        """
+        if not 0 <= n < self.num_windows:
+            raise IndexError(f"window {n} of source {self.name!r}: it has {self.num_windows}")
+        first = self.start_token + n * self.seq_length
+        return np.asarray(self.tokens[first : first + self.seq_length + 1]).astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MockSource:
+    """Uniformly random tokens without end, a function of seed and n, for benchmarks."""
+
+    name: str = "mock"
+    """Name in tables and metrics."""
+    vocab_size: int
+    """Ids are 0 to vocab_size - 1."""
+    seq_length: int
+    """Positions in a sample (s)."""
+    seed: int
+    """What the tokens follow from."""
+    num_windows: None = None
+    """There is no end."""
+    num_tokens: None = None
+    """There is no end."""
+    num_documents: None = None
+    """There are none."""
+
+    def window(self, n: int) -> npt.NDArray[np.int64]:
+        """Return sample n: [s + 1] token ids."""
+        generator = np.random.default_rng((self.seed, n))
+        return generator.integers(0, self.vocab_size, self.seq_length + 1, dtype=np.int64)
+
+    def sequential(self, n: int) -> npt.NDArray[np.int64]:
+        """Return sample n, as `window` does: [s + 1] token ids."""
+        return self.window(n)
