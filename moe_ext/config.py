@@ -62,3 +62,189 @@ class MoEModelConfig:
     """Expert compute, a name in moe_ext.experts.EXPERT_BACKENDS."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
     """megatron-core's token dispatcher."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and the output layer: the vocabulary, padded."""
+        step = self.make_vocab_size_divisible_by
+        return -(-self.vocab_size // step) * step
+
+    def problems(self) -> list[str]:
+        """What is wrong with the architecture on its own, one message each; empty when sound."""
+        found = self._size_problems()
+        if not found:
+            found += self._attention_problems()
+            found += self._expert_problems()
+        return found + self._number_problems()
+
+    def layout_problems(
+        self,
+        *,
+        tensor_model_parallel_size: int,
+        pipeline_model_parallel_size: int,
+        virtual_stages: int,
+        expert_model_parallel_size: int,
+        expert_tensor_parallel_size: int,
+        sequence_parallel: bool,
+        seq_length: int,
+    ) -> list[str]:
+        """What keeps this model from being cut so, one message each; empty when nothing does.
+
+        Args:
+            tensor_model_parallel_size: ranks per attention or embedding matrix, at least 1.
+            pipeline_model_parallel_size: stages, at least 1.
+            virtual_stages: model chunks per pipeline rank, at least 1.
+            expert_model_parallel_size: ranks per layer's experts, at least 1.
+            expert_tensor_parallel_size: ranks per expert, at least 1.
+            sequence_parallel: whether activations are split along the sequence.
+            seq_length: tokens per sequence (s).
+        """
+        tensor = ("tensor_model_parallel_size", tensor_model_parallel_size)
+        pairs = [("num_attention_heads", self.num_attention_heads, *tensor)]
+        if self.num_query_groups is not None:
+            pairs.append(("num_query_groups", self.num_query_groups, *tensor))
+        if sequence_parallel:
+            pairs.append(("seq_length", seq_length, *tensor))
+        if self.num_experts is None:
+            pairs.append(("ffn_hidden_size", self.ffn_hidden_size or 0, *tensor))
+        else:
+            expert = ("expert_model_parallel_size", expert_model_parallel_size)
+            expert_tensor = ("expert_tensor_parallel_size", expert_tensor_parallel_size)
+            pairs.append(("num_experts", self.num_experts, *expert))
+            pairs.append(("moe_ffn_hidden_size", self.moe_ffn_hidden_size, *expert_tensor))
+        found = [message for pair in pairs for message in _must_divide(*pair)]
+        found += self._chunk_problems(pipeline_model_parallel_size, virtual_stages)
+        if self.padded_vocab_size % tensor_model_parallel_size:
+            found.append(
+                f"the padded vocabulary ({self.padded_vocab_size}, vocab_size"
+                f" {self.vocab_size} rounded up) must be a multiple of tensor_model_parallel_size"
+                f" ({tensor_model_parallel_size}); set make_vocab_size_divisible_by"
+                f" ({self.make_vocab_size_divisible_by}) to a multiple of it"
+            )
+        if self.num_experts is None and expert_model_parallel_size > 1:
+            found.append(
+                f"expert_model_parallel_size ({expert_model_parallel_size}) must be 1 for a dense"
+                " model (num_experts None); set it to 1, or set num_experts"
+            )
+        is_split = tensor_model_parallel_size > 1
+        if self.num_experts is not None and is_split and not sequence_parallel:
+            found.append(
+                f"sequence_parallel (False) must be on when a model with num_experts"
+                f" ({self.num_experts}) has tensor_model_parallel_size"
+                f" ({tensor_model_parallel_size}) above 1, or megatron-core refuses to train; drop"
+                " --no-sequence-parallel, or use a tensor parallel size of 1"
+            )
+        return found
+
+    def _size_problems(self) -> list[str]:
+        sizes: dict[str, int | None] = {
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_query_groups": self.num_query_groups,
+            "kv_channels": self.kv_channels,
+            "ffn_hidden_size": self.ffn_hidden_size,
+            "num_experts": self.num_experts,
+            "moe_router_topk": self.moe_router_topk,
+            "moe_ffn_hidden_size": self.moe_ffn_hidden_size,
+            "vocab_size": self.vocab_size,
+            "make_vocab_size_divisible_by": self.make_vocab_size_divisible_by,
+        }
+        return [
+            f"{name} ({size}) must be at least 1; use a positive number"
+            for name, size in sizes.items()
+            if size is not None and size < 1
+        ]
+
+    def _attention_problems(self) -> list[str]:
+        found = []
+        heads, head_size = self.num_attention_heads, self.kv_channels
+        source = "kv_channels"
+        if head_size is None:
+            source = "hidden_size / num_attention_heads"
+            if self.hidden_size % heads:
+                found.append(
+                    f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads"
+                    f" ({heads}) when kv_channels is not set; use a hidden size of"
+                    f" {_nearest_multiples(self.hidden_size, heads)}, or set kv_channels"
+                )
+            else:
+                head_size = self.hidden_size // heads
+        if head_size is not None and head_size % 2:
+            found.append(
+                f"the size of a head ({source} = {head_size}) must be even, because RoPE turns its"
+                f" channels in pairs; use a head size of {_nearest_multiples(head_size, 2)}"
+            )
+        groups = self.num_query_groups
+        if groups is not None:
+            found += _must_divide("num_attention_heads", heads, "num_query_groups", groups)
+        return found
+
+    def _expert_problems(self) -> list[str]:
+        if self.num_experts is None:
+            if self.ffn_hidden_size is not None:
+                return []
+            return [
+                "ffn_hidden_size (None) must be set when num_experts is None, which is a dense"
+                " model; set the feed-forward width, or set num_experts"
+            ]
+        if self.moe_router_topk <= self.num_experts:
+            return []
+        return [
+            f"moe_router_topk ({self.moe_router_topk}) must be at most num_experts"
+            f" ({self.num_experts}); use 1 to {self.num_experts} experts per token"
+        ]
+
+    def _number_problems(self) -> list[str]:
+        positive = {
+            "rotary_base": self.rotary_base,
+            "norm_epsilon": self.norm_epsilon,
+            "init_method_std": self.init_method_std,
+            "init_method_cutoff": self.init_method_cutoff,
+        }
+        not_negative = {
+            "moe_aux_loss_coeff": self.moe_aux_loss_coeff,
+            "moe_z_loss_coeff": self.moe_z_loss_coeff,
+        }
+        found = [
+            f"{name} ({value}) must be above 0; use a positive number"
+            for name, value in positive.items()
+            if not value > 0
+        ]
+        return found + [
+            f"{name} ({value}) must not be negative; use 0 to switch the loss off"
+            for name, value in not_negative.items()
+            if not value >= 0
+        ]
+
+    def _chunk_problems(self, stages: int, virtual_stages: int) -> list[str]:
+        chunks = stages * virtual_stages
+        if self.num_layers % chunks == 0:
+            return []
+        return [
+            f"num_layers ({self.num_layers}) must be a multiple of pipeline_model_parallel_size x"
+            f" num_virtual_stages_per_pipeline_rank ({stages} x {virtual_stages} = {chunks}); use"
+            f" {_nearest_multiples(self.num_layers, chunks)} layers, or other sizes whose product"
+            f" is {_divisors(self.num_layers)}"
+        ]
+
+
+def _must_divide(name: str, value: int, divisor_name: str, divisor: int) -> list[str]:
+    if value % divisor == 0:
+        return []
+    return [
+        f"{name} ({value}) must be a multiple of {divisor_name} ({divisor}); use"
+        f" {divisor_name} {_divisors(value)}"
+    ]
+
+
+def _divisors(number: int) -> str:
+    """The divisors as a choice in words, for `number` >= 1: "1, 2, 3 or 6"."""
+    found = [str(divisor) for divisor in range(1, number + 1) if number % divisor == 0]
+    return " or ".join([", ".join(found[:-1]), found[-1]]) if len(found) > 1 else found[0]
+
+
+def _nearest_multiples(number: int, step: int) -> str:
+    """The multiples of `step` around a `number` that is none, leaving out 0: "99 or 102"."""
+    below = number - number % step
+    return f"{below} or {below + step}" if below else f"{step}"
