@@ -1,0 +1,267 @@
+"""The YAML form of a run config: which keys there are, reading them, writing them all.
+
+A config is a frozen dataclass whose fields are groups (frozen dataclasses too); the names of the
+groups' fields are unique, so that recipe keys and flags are flat. Fields are `bool`, `int`,
+`float`, `str`, a `Literal` of strings, one of these or `None`, or `tuple[X, ...]` of one of these.
+
+A recipe is parsed to nodes of text and never constructed into objects: a scalar is read as the
+type of its field, so `lr: 4e-4` is a number and `wandb_name: 2024-09-03` a string.
+"""
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megatron.trainer.errors import ConfigError
+
+SOURCE_NAMES = ("config", "preset", "print_config")
+"""Flags of `load.load_config` itself, which no field may be named."""
+
+_TRUE, _FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
+_NULL = ("null", "Null", "NULL", "~", "", "None")
+_SPECIAL_FLOATS = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
+_IMPLICIT_TAGS = (
+    "str",
+    "int",
+    "float",
+    "bool",
+    "null",
+    "timestamp",
+    "seq",
+    "map",
+    "merge",
+    "value",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldPlace:
+    """Where a flag or recipe key goes."""
+
+    group: str
+    """Name of the group's field in the run config."""
+    hint: Any
+    """The field's type."""
+
+
+def schema_of(config_class: type) -> dict[str, FieldPlace]:
+    """Flag names and where they go, in order.
+
+    Raises:
+        TypeError: the class is not made of groups with unique, readable fields; a mistake of the
+            application.
+    """
+    schema: dict[str, FieldPlace] = {}
+    group_types = typing.get_type_hints(config_class)
+    for group in dataclasses.fields(typing.cast(Any, config_class)):
+        group_type = group_types[group.name]
+        if not dataclasses.is_dataclass(group_type):
+            raise TypeError(f"{config_class.__name__}.{group.name} must be a dataclass of fields")
+        hints = typing.get_type_hints(group_type)
+        for field in dataclasses.fields(group_type):
+            if field.name in SOURCE_NAMES or field.name in schema:
+                owner = schema[field.name].group if field.name in schema else "load_config"
+                raise TypeError(
+                    f"the name {field.name!r} of group {group.name!r} is taken by {owner!r}; field"
+                    " names must be unique, because flags are flat"
+                )
+            _expectation(hints[field.name])
+            schema[field.name] = FieldPlace(group=group.name, hint=hints[field.name])
+    return schema
+
+
+def flatten(cfg: object) -> dict[str, object]:
+    """Every field of every group by its name, in the order of the groups."""
+    return {
+        name: getattr(getattr(cfg, field.group), name)
+        for name, field in schema_of(type(cfg)).items()
+    }
+
+
+def dump_config(cfg: object) -> str:
+    """Write a recipe that gives exactly this config: every field, grouped, no preset needed."""
+    lines: list[str] = []
+    group: str | None = None
+    values = flatten(cfg)
+    for name, field in schema_of(type(cfg)).items():
+        if field.group != group:
+            group = field.group
+            doc = (type(getattr(cfg, group)).__doc__ or "").strip().partition("\n")[0]
+            lines += ["", f"# {group}: {doc}"] if lines else [f"# {group}: {doc}"]
+        value = values[name]
+        plain = list(value) if isinstance(value, tuple) else value
+        lines.append(
+            yaml.dump(
+                {name: plain},
+                Dumper=_RecipeDumper,
+                default_flow_style=None if isinstance(plain, list) else False,
+                allow_unicode=True,
+                width=sys.maxsize,
+            ).rstrip("\n")
+        )
+    return "\n".join(lines) + "\n"
+
+
+class _RecipeDumper(yaml.SafeDumper):
+    """Quotes what YAML reads as a string but a recipe as null."""
+
+
+def _represent_str(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", value, style='"' if value in _NULL else None
+    )
+
+
+_RecipeDumper.add_representer(str, _represent_str)
+
+
+def read_recipe(
+    path: str, schema: Mapping[str, FieldPlace]
+) -> tuple[dict[str, object], str | None]:
+    """The field values of a recipe and the preset it names."""
+    values: dict[str, object] = {}
+    preset: str | None = None
+    for key_node, value_node in _recipe_nodes(path):
+        where = f"{path}:{key_node.start_mark.line + 1}"
+        written = key_node.value if isinstance(key_node, yaml.ScalarNode) else str(key_node.tag)
+        key = written.replace("-", "_")
+        if key in values or (key == "preset" and preset is not None):
+            raise ConfigError(f"key {written!r} is set a second time in {where}; keep one of them")
+        if key == "preset":
+            preset = typing.cast(str, _convert(value_node, str, key=key, where=where))
+        elif key in schema:
+            values[key] = _convert(value_node, schema[key].hint, key=key, where=where)
+        else:
+            hint = did_you_mean(written, (*schema, "preset")) or "; see --help for all keys"
+            raise ConfigError(f"unknown key {written!r} in {where}{hint}")
+    return values, preset
+
+
+def _recipe_nodes(path: str) -> list[tuple[yaml.Node, yaml.Node]]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the recipe {path!r}: {error.strerror}; --config takes a YAML file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the recipe {path!r} is not UTF-8 text: {error}") from error
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"the recipe {path!r} is not valid YAML: {error}") from error
+    if root is None or (_is_plain(root) and root.value == ""):
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(
+            f"the recipe {path!r} must be a mapping, one `key: value` a line, not {_describe(root)}"
+        )
+    return root.value
+
+
+def _convert(node: yaml.Node, hint: Any, *, key: str, where: str) -> object:
+    """Read one node as a field's type."""
+    tag = str(node.tag).removeprefix("tag:yaml.org,2002:")
+    if tag not in _IMPLICIT_TAGS:
+        raise ConfigError(
+            f"key {key!r} in {where} has the tag {node.tag!r}; recipes take no tags, remove it"
+        )
+    inner, is_optional = strip_optional(hint)
+    if is_optional and _is_plain(node) and node.value in _NULL:
+        return None
+    wrong = ConfigError(
+        f"key {key!r} in {where} must be {_expectation(hint)}, not {_describe(node)}"
+    )
+    if typing.get_origin(inner) is tuple:
+        if not isinstance(node, yaml.SequenceNode):
+            raise wrong
+        element = typing.get_args(inner)[0]
+        return tuple(_convert(each, element, key=key, where=where) for each in node.value)
+    if not isinstance(node, yaml.ScalarNode):
+        raise wrong
+    if typing.get_origin(inner) is Literal:
+        if node.value not in typing.get_args(inner):
+            raise wrong
+        return node.value
+    if inner is str:
+        if _is_plain(node) and node.value in _NULL:
+            raise wrong
+        return node.value
+    if not _is_plain(node):
+        raise wrong
+    try:
+        return _PARSERS[inner](node.value)
+    except ValueError:
+        raise wrong from None
+
+
+def _parse_bool(text: str) -> bool:
+    if text in _TRUE or text in _FALSE:
+        return text in _TRUE
+    raise ValueError(text)
+
+
+def _parse_float(text: str) -> float:
+    return float(_SPECIAL_FLOATS.get(text.lower(), text))
+
+
+_PARSERS: dict[Any, Callable[[str], object]] = {
+    bool: _parse_bool,
+    int: int,
+    float: _parse_float,
+}
+
+
+def _is_plain(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.style is None
+
+
+def strip_optional(hint: Any) -> tuple[Any, bool]:
+    """`X | None` -> X, True; any other type -> itself, False."""
+    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
+        return hint, False
+    inner = [each for each in typing.get_args(hint) if each is not types.NoneType]
+    if len(inner) != 1:
+        raise TypeError(f"a field has the type {hint}; of unions only `X | None` can be read")
+    return inner[0], True
+
+
+def _expectation(hint: Any, *, is_element: bool = False) -> str:
+    """What a field takes, in words.
+
+    Raises:
+        TypeError: no recipe can hold this type; a mistake of the application.
+    """
+    inner, is_optional = strip_optional(hint)
+    origin, arguments = typing.get_origin(inner), typing.get_args(inner)
+    if is_optional:
+        return f"{_expectation(inner)}, or null"
+    if origin is Literal and all(isinstance(choice, str) for choice in arguments):
+        return f"one of {', '.join(arguments)}"
+    if origin is tuple and arguments[1:] == (...,) and not is_element:
+        return f"a list, each entry {_expectation(arguments[0], is_element=True)}"
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+    if inner not in words:
+        raise TypeError(f"a field has the type {hint}, which no flag or recipe can give")
+    return words[inner]
+
+
+def _describe(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        if not _is_plain(node):
+            return f"the quoted string {node.value!r}"
+        return "null" if node.value in _NULL else repr(node.value)
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name; empty where no known name is near."""
+    near = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,505 @@
+"""Loading: precedence, strictness, and that a written config reads back as itself."""
+
+import dataclasses
+import re
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.trainer.config import ParallelConfig, RunConfig
+from megatron.trainer.errors import ConfigError
+from megatron.trainer.load import dump_config, flatten, load_config
+from megatron.trainer.recipe import read_recipe, schema_of
+from moe_ext.config import MoEModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """Every group, as an application has them."""
+
+    model: MoEModelConfig = field(default_factory=MoEModelConfig)
+
+
+PRESETS = {"small": {"num_layers": 2, "hidden_size": 64}, "large": {"num_layers": 48}}
+
+
+def load(*argv: str, quiet: bool = False) -> PretrainConfig:
+    return load_config(
+        PretrainConfig,
+        argv,
+        prog="pretrain",
+        description="Train a model.",
+        presets=PRESETS,
+        quiet=quiet,
+    )
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[[str], str]:
+    def write(text: str) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def refused(*argv: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(*argv)
+    return str(caught.value)
+
+
+# --- precedence ---------------------------------------------------------------------------------
+
+
+def test_no_arguments_give_the_dataclass_defaults() -> None:
+    assert load() == PretrainConfig()
+
+
+def test_preset_overrides_defaults_recipe_overrides_preset_and_flags_override_all(
+    recipe: Callable[[str], str],
+) -> None:
+    path = recipe("hidden_size: 96\nvocab_size: 300\n")
+    model = load("--preset", "small", "--vocab-size", "200", "--config", path).model
+    assert (model.num_layers, model.hidden_size, model.vocab_size) == (2, 96, 200)
+    assert model.num_attention_heads == MoEModelConfig().num_attention_heads
+
+
+def test_a_flag_equal_to_the_default_still_overrides_the_recipe(
+    recipe: Callable[[str], str],
+) -> None:
+    assert MoEModelConfig().num_layers == 4
+    path = recipe("num_layers: 2\nbf16: true\nkv_channels: 8\n")
+    cfg = load("--config", path, "--num-layers", "4", "--no-bf16", "--kv-channels", "None")
+    assert (cfg.model.num_layers, cfg.training.bf16, cfg.model.kv_channels) == (4, False, None)
+
+
+def test_a_recipe_names_its_preset_and_the_flag_names_another(
+    recipe: Callable[[str], str],
+) -> None:
+    path = recipe("preset: small\nhidden_size: 32\n")
+    assert load("--config", path).model.num_layers == 2
+    model = load("--config", path, "--preset", "large").model
+    assert (model.num_layers, model.hidden_size) == (48, 32)
+
+
+@pytest.mark.parametrize("position", [0, 2, 4])
+@pytest.mark.parametrize("joined", [True, False])
+def test_config_may_stand_anywhere_in_both_spellings(
+    recipe: Callable[[str], str], position: int, joined: bool
+) -> None:
+    path = recipe("seq_length: 77\n")
+    argv = ["--num-layers", "6", "--seed", "5"]
+    argv[position:position] = [f"--config={path}"] if joined else ["--config", path]
+    cfg = load(*argv)
+    assert (cfg.training.seq_length, cfg.model.num_layers, cfg.training.seed) == (77, 6, 5)
+
+
+# --- flags --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "expected"),
+    [
+        (["--num-layers", "7"], "num_layers", 7),
+        (["--num_layers", "7"], "num_layers", 7),
+        (["--num_layers=7"], "num_layers", 7),
+        (["--num-layers", "7", "--num-layers", "8"], "num_layers", 8),
+        (["--lr", "4e-4"], "lr", 4.0e-4),
+        (["--lr", "1"], "lr", 1.0),
+        (["--bf16"], "bf16", True),
+        (["--no-tensorboard"], "tensorboard", False),
+        (["--no_tensorboard"], "tensorboard", False),
+        (["--sequence-parallel"], "sequence_parallel", True),
+        (["--no-sequence-parallel"], "sequence_parallel", False),
+        (["--num-experts", "None"], "num_experts", None),
+        (["--kv-channels", "4"], "kv_channels", 4),
+        (["--save", "runs/a"], "save", "runs/a"),
+        (["--save", "None"], "save", None),
+        (["--recompute-granularity", "full"], "recompute_granularity", "full"),
+        (["--recompute-granularity", "None"], "recompute_granularity", None),
+        (["--recompute-method", "block"], "recompute_method", "block"),
+        (["--data-path", "0.7", "A", "0.3", "B"], "data_path", ("0.7", "A", "0.3", "B")),
+        (["--data-path"], "data_path", ()),
+        (["--recompute-modules", "moe", "layernorm"], "recompute_modules", ("moe", "layernorm")),
+    ],
+)
+def test_flags_of_every_kind_parse(argv: list[str], name: str, expected: object) -> None:
+    value = flatten(load(*argv))[name]
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_every_field_has_a_flag() -> None:
+    strategies = {
+        bool: lambda name, value: [f"--{'no-' if value else ''}{name}"],
+        int: lambda name, value: [f"--{name}", str(value + 3)],
+        float: lambda name, value: [f"--{name}", str(value + 0.5)],
+        str: lambda name, value: [f"--{name}", value + "x"],
+        tuple: lambda name, value: [f"--{name}", "p", "q"],
+    }
+    defaults = flatten(PretrainConfig())
+    argv = []
+    for name, place in schema_of(PretrainConfig).items():
+        hint = _inner(place.hint)
+        if typing.get_origin(hint) is Literal:
+            argv += [f"--{name}", str(typing.get_args(hint)[-1])]
+            continue
+        kind = typing.get_origin(hint) or hint
+        value = defaults[name]
+        argv += strategies[kind](name, kind() if value is None else value)
+    changed = flatten(load(*argv))
+    same = [name for name in defaults if changed[name] == defaults[name]]
+    # A choice whose last value is the default, nothing else.
+    assert all(typing.get_origin(schema_of(PretrainConfig)[n].hint) is Literal for n in same)
+
+
+def test_an_unknown_flag_exits_2_and_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load("--num-layer", "4")
+    assert caught.value.code == 2
+    shown = capsys.readouterr()
+    assert "--num-layer" in shown.err and "--num-layers INT" in shown.err
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--num-layer", "4"],
+        ["--num-layers", "four"],
+        ["--recompute-method", "sine"],
+        ["--config"],
+        ["--config", "--bf16"],
+        ["--print-config=3"],
+        ["stray"],
+    ],
+)
+def test_wrong_flags_exit_2_and_quiet_prints_nothing(
+    argv: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as loud:
+        load(*argv)
+    assert capfd.readouterr().err != ""
+    with pytest.raises(SystemExit) as silent:
+        load(*argv, quiet=True)
+    assert (loud.value.code, silent.value.code) == (2, 2)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_help_shows_every_flag_its_docstring_and_the_three_that_load_adds(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load("--help")
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    for name in (*schema_of(PretrainConfig), "config", "preset", "print_config"):
+        assert re.search(rf"--{name.replace('_', '-')}\b", shown), name
+    assert "--sequence-parallel, --no-sequence-parallel" in shown
+    assert "Transformer layers. (default: 4)" in shown
+    assert "small, large" in shown
+    for group in dataclasses.fields(PretrainConfig):
+        assert f"{group.name} options" in shown
+
+
+def test_print_config_prints_the_resolved_recipe_and_exits_0(
+    recipe: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe("preset: small\nseq_length: 64\n")
+    argv = ("--config", path, "--lr", "1e-3")
+    with pytest.raises(SystemExit) as caught:
+        load(*argv, "--print-config")
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert load("--config", recipe(printed)) == load("--config", recipe(printed), "--lr", "1e-3")
+    assert yaml.safe_load(printed)["lr"] == 1.0e-3
+    assert yaml.safe_load(printed)["num_layers"] == 2
+    with pytest.raises(SystemExit) as caught:
+        load("--print-config", quiet=True)
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == ""
+
+
+# --- recipes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n"])
+def test_an_empty_recipe_changes_nothing(recipe: Callable[[str], str], text: str) -> None:
+    assert load("--config", recipe(text)) == PretrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "expected"),
+    [
+        ("num_layers: 7  # remark", "num_layers", 7),
+        ("num-layers: 7", "num_layers", 7),
+        ("train_iters: 1_000", "train_iters", 1000),
+        ("lr: 4.0e-4", "lr", 4.0e-4),
+        ("lr: 4e-4", "lr", 4.0e-4),
+        ("lr: 1", "lr", 1.0),
+        ("bf16: true", "bf16", True),
+        ("sequence_parallel: false", "sequence_parallel", False),
+        ("sequence_parallel: null", "sequence_parallel", None),
+        ("num_experts:", "num_experts", None),
+        ("save: None", "save", None),
+        ("save: 'None'", "save", "None"),
+        ("wandb_name: 2024-09-03", "wandb_name", "2024-09-03"),
+        ("wandb_name: 007", "wandb_name", "007"),
+        ("wandb_name: no", "wandb_name", "no"),
+        ("split: 99,1", "split", "99,1"),
+        ("split: 99:1", "split", "99:1"),
+        ("recompute_granularity: selective", "recompute_granularity", "selective"),
+        ("data_path: [0.70, data/a, 0.30, 1e3]", "data_path", ("0.70", "data/a", "0.30", "1e3")),
+        ("data_path:\n  - data/a", "data_path", ("data/a",)),
+        ("data_path: []", "data_path", ()),
+    ],
+)
+def test_recipe_values_of_every_kind_read_as_their_field(
+    recipe: Callable[[str], str], line: str, name: str, expected: object
+) -> None:
+    value = flatten(load("--config", recipe(line + "\n")))[name]
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "seed: 1\nnum_layer: 4\n",
+            "unknown key 'num_layer' in FILE:2; did you mean 'num_layers'?",
+        ),
+        ("model:\n  num_layers: 4\n", "unknown key 'model' in FILE:1; see --help for all keys"),
+        ("presets: small\n", "unknown key 'presets' in FILE:1; did you mean 'preset'?"),
+        ("3: 4\n", "unknown key '3' in FILE:1; see --help for all keys"),
+        (
+            "num_layers: 4\nseed: 1\nnum-layers: 6\n",
+            "key 'num-layers' is set a second time in FILE:3; keep one of them",
+        ),
+        (
+            "preset: small\npreset: large\n",
+            "key 'preset' is set a second time in FILE:2; keep one of them",
+        ),
+        ("num_layers: four\n", "key 'num_layers' in FILE:1 must be an integer, not 'four'"),
+        ("num_layers: 4.0\n", "key 'num_layers' in FILE:1 must be an integer, not '4.0'"),
+        ("num_layers: true\n", "key 'num_layers' in FILE:1 must be an integer, not 'true'"),
+        (
+            "num_layers: '4'\n",
+            "key 'num_layers' in FILE:1 must be an integer, not the quoted string '4'",
+        ),
+        ("num_layers: null\n", "key 'num_layers' in FILE:1 must be an integer, not null"),
+        ("num_layers: [4]\n", "key 'num_layers' in FILE:1 must be an integer, not a list"),
+        (
+            "num_experts: many\n",
+            "key 'num_experts' in FILE:1 must be an integer, or null, not 'many'",
+        ),
+        ("lr: {peak: 1}\n", "key 'lr' in FILE:1 must be a number, not a mapping"),
+        ("lr: fast\n", "key 'lr' in FILE:1 must be a number, not 'fast'"),
+        ("bf16: yes\n", "key 'bf16' in FILE:1 must be true or false, not 'yes'"),
+        ("bf16: 1\n", "key 'bf16' in FILE:1 must be true or false, not '1'"),
+        ("split: null\n", "key 'split' in FILE:1 must be a string, not null"),
+        (
+            "recompute_method: all\n",
+            "key 'recompute_method' in FILE:1 must be one of uniform, block, not 'all'",
+        ),
+        (
+            "data_path: data/a\n",
+            "key 'data_path' in FILE:1 must be a list, each entry a string, not 'data/a'",
+        ),
+        ("data_path: [null]\n", "key 'data_path' in FILE:1 must be a string, not null"),
+        (
+            "save: !!python/object/apply:os.getcwd []\n",
+            "key 'save' in FILE:1 has the tag 'tag:yaml.org,2002:python/object/apply:os.getcwd';"
+            " recipes take no tags, remove it",
+        ),
+        (
+            "preset: smal\n",
+            "unknown preset 'smal'; did you mean 'small'?; the presets are: small, large",
+        ),
+        (
+            "- num_layers\n",
+            "the recipe 'FILE' must be a mapping, one `key: value` a line, not a list",
+        ),
+        (
+            "words\n",
+            "the recipe 'FILE' must be a mapping, one `key: value` a line, not 'words'",
+        ),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_its_place(
+    recipe: Callable[[str], str], text: str, message: str
+) -> None:
+    path = recipe(text)
+    assert refused("--config", path) == message.replace("FILE", path)
+
+
+@pytest.mark.parametrize("text", ["a: [1\n", "a: b: c\n", "a: *nowhere\n", "a: 1\n---\nb: 1\n"])
+def test_broken_yaml_is_refused_with_its_line(recipe: Callable[[str], str], text: str) -> None:
+    path = recipe(text)
+    message = refused("--config", path)
+    assert message.startswith(f"the recipe '{path}' is not valid YAML: ")
+    assert "line " in message
+
+
+def test_deeply_nested_yaml_is_refused(recipe: Callable[[str], str]) -> None:
+    message = refused("--config", recipe("a: " + "[" * 100_000))
+    assert "is not valid YAML" in message
+
+
+def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
+    path = str(tmp_path / "none.yaml")
+    assert refused("--config", path) == (
+        f"cannot read the recipe '{path}': No such file or directory; --config takes a YAML file"
+    )
+
+
+def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xff\xfe")
+    assert refused("--config", str(path)).startswith(f"the recipe '{path}' is not UTF-8 text: ")
+
+
+@pytest.mark.parametrize("flag", ["--config", "--preset"])
+def test_a_second_recipe_or_preset_is_refused(flag: str) -> None:
+    assert refused(flag, "a", f"{flag}=b") == (
+        f"{flag} is given 2 times (b, a); it takes one value, give it once"
+    )
+
+
+def test_an_unknown_preset_flag_is_refused() -> None:
+    assert refused("--preset", "zzz") == "unknown preset 'zzz'; the presets are: small, large"
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def _inner(hint: Any) -> Any:
+    """`X | None` -> X."""
+    members = [each for each in typing.get_args(hint) if each is not type(None)]
+    return members[0] if type(None) in typing.get_args(hint) else hint
+
+
+def _values(hint: Any) -> st.SearchStrategy[Any]:
+    if typing.get_origin(hint) is Literal:
+        return st.sampled_from(typing.get_args(hint))
+    if type(None) in typing.get_args(hint):
+        return st.none() | _values(_inner(hint))
+    text = st.sampled_from(["null", "None", "~", "", "yes", "1e3", "0.7", "a: b", "- a", "#"])
+    kinds: dict[Any, st.SearchStrategy[Any]] = {
+        bool: st.booleans(),
+        int: st.integers(-(10**12), 10**12),
+        float: st.floats(allow_nan=False),
+        str: text | st.text(),
+    }
+    if typing.get_origin(hint) is tuple:
+        return st.lists(kinds[str], max_size=3).map(tuple)
+    return kinds[hint]
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> PretrainConfig:
+    groups = {}
+    for group in dataclasses.fields(PretrainConfig):
+        cls = typing.get_type_hints(PretrainConfig)[group.name]
+        hints = typing.get_type_hints(cls)
+        names = [each.name for each in dataclasses.fields(cls)]
+        groups[group.name] = cls(**{name: draw(_values(hints[name])) for name in names})
+    return PretrainConfig(**groups)
+
+
+@given(configs())
+@settings(max_examples=20, deadline=None, database=None, derandomize=True)
+def test_a_written_config_loads_as_itself(
+    tmp_path_factory: pytest.TempPathFactory, cfg: PretrainConfig
+) -> None:
+    path = tmp_path_factory.mktemp("dump") / "config.yaml"
+    path.write_text(dump_config(cfg), encoding="utf-8")
+    assert load("--config", str(path)) == cfg
+
+
+def test_a_written_config_has_every_field_and_a_line_per_group() -> None:
+    text = dump_config(load("--data-path", "0.7", "a b", "0.3", "c"))
+    assert list(yaml.safe_load(text)) == list(schema_of(PretrainConfig))
+    comments = [line for line in text.splitlines() if line.startswith("#")]
+    assert comments[0] == "# parallel: How the model and the batch are spread over ranks."
+    assert len(comments) == len(dataclasses.fields(PretrainConfig))
+    # Other YAML readers see the same numbers: YAML 1.1 takes 4e-05 for a string.
+    assert yaml.safe_load(text)["min_lr"] == 4.0e-5
+    assert yaml.safe_load(text)["data_path"] == ["0.7", "a b", "0.3", "c"]
+
+
+def test_flatten_gives_every_field_once() -> None:
+    cfg = PretrainConfig()
+    expected = {
+        name: value for group in dataclasses.asdict(cfg).values() for name, value in group.items()
+    }
+    assert flatten(cfg) == expected
+
+
+# --- mistakes of the application ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Twin:
+    seq_length: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reserved:
+    preset: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unreadable:
+    table: dict[str, int] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (Twin, "the name 'seq_length' of group 'extra' is taken by 'training'"),
+        (Reserved, "the name 'preset' of group 'extra' is taken by 'load_config'"),
+        (Unreadable, "a field has the type dict[str, int], which no flag or recipe can give"),
+        (int, "Odd.extra must be a dataclass of fields"),
+    ],
+)
+def test_a_config_class_that_cannot_be_flat_is_an_internal_error(group: type, message: str) -> None:
+    odd = dataclasses.make_dataclass(
+        "Odd", [("extra", group, field(default_factory=group))], bases=(RunConfig,), frozen=True
+    )
+    with pytest.raises(TypeError, match=re.escape(message)):
+        load_config(odd, [], prog="p", description="d")
+
+
+def test_a_preset_of_unknown_fields_is_an_internal_error() -> None:
+    with pytest.raises(TypeError, match=re.escape("sets fields that do not exist: ['nope']")):
+        load_config(
+            PretrainConfig,
+            ["--preset", "bad"],
+            prog="p",
+            description="d",
+            presets={"bad": {"nope": 1}},
+        )
+
+
+def test_load_config_serves_any_class_of_groups(tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Small:
+        parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    path = tmp_path / "r.yaml"
+    path.write_text("device: cpu\n", encoding="utf-8")
+    argv = ["--config", str(path), "--threads-per-rank", "2"]
+    cfg = load_config(Small, argv, prog="p", description="d")
+    assert cfg == Small(parallel=ParallelConfig(device="cpu", threads_per_rank=2))
+    values, preset = read_recipe(str(path), schema_of(Small))
+    assert (values, preset) == ({"device": "cpu"}, None)
