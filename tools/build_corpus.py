@@ -39,12 +39,11 @@ class Skipped:
 
 def source_files(root: Path) -> list[Path]:
     """Return the Python sources under root worth reading, shuffled with the fixed seed."""
-    paths = [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
-        and 0 < path.stat().st_size <= _LARGEST_FILE_BYTES
-    ]
+    paths = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - _SKIPPED_FOLDERS)
+        files = [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
+        paths += [path for path in files if 0 < path.stat().st_size <= _LARGEST_FILE_BYTES]
     random.Random(_SEED).shuffle(paths)
     return paths
 

@@ -1,5 +1,7 @@
 """A random order of n things that needs no list of n things."""
 
+import hashlib
+
 import numpy as np
 import numpy.typing as npt
 
@@ -18,22 +20,22 @@ class KeyedPermutation:
 
     Args:
         n: Size of the range, 1 to 2**62.
-        key: Non-negative integers; another key is another order.
+        key: Any integers; another key is another order. (numpy's SeedSequence would not do: it
+            takes (1,) and (1, 0) for one key.)
 
     Raises:
-        ValueError: n or the key is out of range.
+        ValueError: n is out of range.
     """
 
     def __init__(self, n: int, key: tuple[int, ...]) -> None:
         if not 1 <= n <= 2**62:
             raise ValueError(f"n is {n}; it must be 1 to 2**62")
-        if any(part < 0 for part in key):
-            raise ValueError(f"key is {key}; every part must be >= 0")
         self.n = n
         half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
         self._half_bits = np.uint64(half_bits)
         self._mask = np.uint64((1 << half_bits) - 1)
-        self._round_keys = np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)
+        digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * _ROUNDS).digest()
+        self._round_keys = np.frombuffer(digest, dtype="<u8")  # [_ROUNDS]
 
     def __call__(self, i: int | npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
         """Return where positions i go.
