@@ -41,11 +41,12 @@ def _initialize_shard(shard: ShardedTensor, *, seed: int, std: float, cutoff: fl
     offset = shard.global_offset[prepended:]
     if len(shape) < 2 or shard.data is None:
         return
+    data = shard.data.detach()
     name = f"{shard.key}{list(shard.global_offset[:prepended])}"
     if len(shape) == 2:
-        _draw(shard.data, shape, offset, f"{seed}:{name}", std=std, cutoff=cutoff)
+        _draw(data, shape, offset, f"{seed}:{name}", std=std, cutoff=cutoff)
         return
-    for index, matrix in enumerate(shard.data):
+    for index, matrix in enumerate(data):
         stream = f"{seed}:{name}[{offset[0] + index}]"
         _draw(matrix, shape[1:], offset[1:], stream, std=std, cutoff=cutoff)
 

@@ -109,6 +109,10 @@ class RouterMetrics:
         row[_TOKENS] += num_tokens
         row[_NUM_SCALARS:] += tokens_per_expert
 
+    def reset(self) -> None:
+        """Forget what was recorded."""
+        self._sums = None
+
     def reduce(self, group: torch.distributed.ProcessGroup | None = None) -> RouterReport:
         """Sum over all ranks, report, and start again from zero.
 

@@ -48,6 +48,7 @@ def transformer_config(model: MoEModelConfig, *, bf16: bool, **runtime: Any) -> 
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
+        cuda_graph_scope=[],
         # Weights are drawn in `init`, by name; megatron-core only sets the parameters' attributes.
         init_method=_leave_as_is,
         output_layer_init_method=_leave_as_is,

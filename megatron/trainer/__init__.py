@@ -3,3 +3,8 @@
 Read in this order: `config` (what can be set), `launch` (process groups, device, seed), `step` (one
 forward-backward-update), `loop` (the run), `checkpoint` (what survives it).
 """
+
+import warnings
+
+# megatron-core says so at import, four times a process; this project does without both.
+warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")

@@ -115,6 +115,7 @@ def redirect_cuda() -> None:
     _redirect_tensor_methods()
     _redirect_factories()
     _redirect_all_to_all()
+    _redirect_uneven_collectives()
 
 
 def _returns(value: object) -> Callable[..., Any]:
@@ -217,7 +218,7 @@ def _on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 
 
 def _redirect_all_to_all() -> None:
-    """gloo wants split sizes as lists; the dispatcher passes tensors and NumPy arrays."""
+    """Gloo wants split sizes as lists; the dispatcher passes tensors and NumPy arrays."""
     from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -240,3 +241,47 @@ def _redirect_all_to_all() -> None:
 
 def _as_list(sizes: Any) -> Any:
     return sizes.tolist() if hasattr(sizes, "tolist") else sizes
+
+
+def _redirect_uneven_collectives() -> None:
+    """Gather and reduce-scatter parts of unequal length, which gloo's own calls refuse.
+
+    The dispatchers use them under expert tensor parallelism, where ranks hold unequal numbers of
+    tokens.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    gather = mappings._gather_along_first_dim
+    reduce_scatter = mappings._reduce_scatter_along_first_dim
+
+    def gather_along_first_dim(
+        input_: torch.Tensor, group: Any, output_split_sizes: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, None, **kwargs)  # type: ignore[no-any-return]
+        sizes = [int(size) for size in output_split_sizes]
+        padded = input_.new_zeros(max(sizes), *input_.shape[1:])
+        padded[: len(input_)] = input_
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def reduce_scatter_along_first_dim(
+        input_: torch.Tensor, group: Any, input_split_sizes: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, None, **kwargs)  # type: ignore[no-any-return]
+        sizes = [int(size) for size in input_split_sizes]
+        mine = sizes[group.rank()]
+        received = input_.new_empty(len(sizes) * mine, *input_.shape[1:])
+        torch.distributed.all_to_all_single(
+            received,
+            input_.contiguous(),
+            output_split_sizes=[mine] * len(sizes),
+            input_split_sizes=sizes,
+            group=group,
+        )
+        return received.view(len(sizes), mine, *input_.shape[1:]).sum(dim=0)
+
+    mappings._gather_along_first_dim = gather_along_first_dim
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_along_first_dim

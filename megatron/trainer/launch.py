@@ -1,4 +1,4 @@
-"""Process groups, device, threads and seeds; the only reader of the environment and of mcore's globals.
+"""Process groups, device, threads, seeds; the only reader of the environment and mcore's globals.
 
 Everything else receives a `RunContext`.
 """
@@ -7,7 +7,6 @@ import datetime
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -124,7 +123,6 @@ def run_main(main: Callable[[], None]) -> int:
     Returns:
         The exit status. torchrun turns every status but 0 into 1.
     """
-    _quiet_upstream()
     try:
         main()
     except UserError as error:
@@ -133,15 +131,6 @@ def run_main(main: Callable[[], None]) -> int:
             sys.stderr.flush()
         return 2
     return 0
-
-
-def _quiet_upstream() -> None:
-    """Silence what megatron-core says at import about packages this project does without."""
-    for pattern in (
-        "Transformer Engine and Apex are not installed",
-        "torch.distributed._sharded_tensor",
-    ):
-        warnings.filterwarnings("ignore", message=f".*{pattern}.*")
 
 
 def _resolve_device(parallel: ParallelConfig) -> torch.device:

@@ -12,7 +12,6 @@ from megatron.core.optimizer.optimizer_config import (
     OptimizerConfig as McoreOptimizerConfig,
 )
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.optim.adamw import adamw
 
 from megatron.trainer.config import OptimizerConfig
@@ -102,6 +101,7 @@ def use_adamw() -> None:
     if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
         mcore_optimizer.USING_PYTORCH_OPTIMIZER = False
         mcore_optimizer.Adam = AdamW
+        distrib_optimizer.Adam = AdamW
         distrib_optimizer.HAVE_APEX_OR_TE = True
         distrib_optimizer.USING_APEX_OPTIMIZER = True
 
@@ -112,7 +112,6 @@ def build_optimizer(
     *,
     bf16: bool,
     use_distributed_optimizer: bool,
-    pg_collection: ProcessGroupCollection,
 ) -> ChainedOptimizer:
     """Build megatron-core's optimizer over DDP-wrapped model chunks."""
     use_adamw()
@@ -132,7 +131,6 @@ def build_optimizer(
         ),
         chunks,
         config_overrides=decay_overrides(cfg.weight_decay_on),
-        pg_collection=pg_collection,
         use_gloo_process_groups=False,
     )
     assert isinstance(optimizer, ChainedOptimizer)

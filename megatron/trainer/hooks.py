@@ -1,0 +1,236 @@
+"""What watches a run without changing it: records, TensorBoard, wandb, the progress bar.
+
+A hook is handed to the ranks it should run on; writers go to rank 0 alone and therefore never call
+a collective.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.trainer.config import LoggingConfig
+from megatron.trainer.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+Record = Mapping[str, Any]
+
+
+class Hook:
+    """Moments of a run; every method may be left as it is."""
+
+    def on_start(self, iteration: int, train_iters: int) -> None:
+        """Training begins after `iteration` steps."""
+
+    def on_step(self, iteration: int, lm_loss: float) -> None:
+        """A step is done."""
+
+    def on_log(self, record: Record) -> None:
+        """A step's record is complete; every log_interval steps."""
+
+    def on_evaluation(self, record: Record) -> None:
+        """The validation sets were evaluated."""
+
+    def on_end(self) -> None:
+        """Training is over, or failed."""
+
+
+class MetricsFile(Hook):
+    """`metrics.jsonl`: one JSON object a record, the source of truth for every plot."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_start(self, iteration: int, train_iters: int) -> None:
+        """Drop records of steps that a resumed run will take again."""
+        keep_records_until(self.path, iteration)
+
+    def on_log(self, record: Record) -> None:
+        """Append the record."""
+        append_record(self.path, record)
+
+    def on_evaluation(self, record: Record) -> None:
+        """Append the record."""
+        append_record(self.path, record)
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Append one line of JSON; NaN and infinity become null, which JSON can hold."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(_finite(record)) + "\n")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All records of a file; an unfinished last line, as a killed run leaves, is skipped."""
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                logger.warning("%s: skipped an unfinished record: %.60s", path, line)
+    return records
+
+
+def keep_records_until(path: Path, iteration: int) -> None:
+    """Rewrite a record file without the records after `iteration`."""
+    if not path.exists():
+        return
+    records = [record for record in read_records(path) if record["iteration"] <= iteration]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def scalars(record: Record, prefix: str = "") -> dict[str, float]:
+    """The numbers of a record, nested ones under `outer/inner`."""
+    found: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            found.update(scalars(value, f"{prefix}{key}/"))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[prefix + key] = float(value)
+    return found
+
+
+class TensorBoard(Hook):
+    """Event files for TensorBoard."""
+
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory))  # type: ignore[no-untyped-call]
+
+    def on_log(self, record: Record) -> None:
+        """Write every number of the record."""
+        for name, value in scalars(record).items():
+            if name != "iteration":
+                self._writer.add_scalar(name, value, record["iteration"])  # type: ignore[no-untyped-call]
+
+    on_evaluation = on_log
+
+    def on_end(self) -> None:
+        """Flush and close."""
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class WeightsAndBiases(Hook):
+    """A wandb run; its id is kept in the run directory, so a resumed run continues it."""
+
+    def __init__(self, cfg: LoggingConfig, run_directory: Path, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                f"wandb_project is {cfg.wandb_project!r}, but wandb is not installed; install the"
+                " extra: pip install -e '.[wandb]', or leave --wandb-project away"
+            ) from error
+        id_file = run_directory / "wandb_run_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+        self._run = wandb.init(
+            project=cfg.wandb_project,
+            name=cfg.wandb_name,
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(run_directory),
+            config=dict(config),
+        )
+
+    def on_log(self, record: Record) -> None:
+        """Log every number of the record at its iteration."""
+        self._run.log(scalars(record), step=record["iteration"])
+
+    on_evaluation = on_log
+
+    def on_end(self) -> None:
+        """Close the run."""
+        self._run.finish()
+
+
+class Console(Hook):
+    """A progress bar on a terminal, a line per record anywhere else."""
+
+    def __init__(self, *, progress: bool) -> None:
+        self._use_bar = progress and sys.stderr.isatty()
+        self._bar: Any = None
+        self._task: Any = None
+        self._train_iters = 0
+
+    def on_start(self, iteration: int, train_iters: int) -> None:
+        """Open the bar."""
+        self._train_iters = train_iters
+        if self._use_bar:
+            from rich.console import Console as RichConsole
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]}"),
+                TextColumn("{task.fields[speed]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=RichConsole(stderr=True),
+            )
+            self._task = self._bar.add_task(
+                "training", total=train_iters, completed=iteration, loss="-", speed=""
+            )
+            self._bar.start()
+
+    def on_step(self, iteration: int, lm_loss: float) -> None:
+        """Advance the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=iteration, loss=f"{lm_loss:.4f}")
+
+    def on_log(self, record: Record) -> None:
+        """Show the speed, or the whole line."""
+        speed = f"{record['tokens_per_second']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, speed=speed)
+            return
+        parts = [
+            f"iteration {record['iteration']}/{self._train_iters}",
+            f"loss {record['lm_loss']:.4f}",
+            f"grad norm {record['grad_norm']:.3f}",
+            f"lr {record['learning_rate']:.3e}",
+            speed,
+        ]
+        if "load_balancing_loss" in record:
+            parts.insert(2, f"balance {record['load_balancing_loss']:.3f}")
+            parts.insert(3, f"z {record['z_loss']:.2f}")
+        logger.info(" | ".join(parts))
+
+    def on_evaluation(self, record: Record) -> None:
+        """Say every validation loss."""
+        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in record["valid_loss"].items())
+        logger.info("iteration %d | validation loss: %s", record["iteration"], losses)
+
+    def on_end(self) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,17 @@
+"""Logging: rank 0 speaks for the run; other ranks only when something is wrong with them."""
+
+import logging
+import sys
+
+
+def configure_logging(rank: int) -> None:
+    """Log to standard error: everything from rank 0, warnings from other ranks with the rank."""
+    handler = logging.StreamHandler(sys.stderr)
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    # megatron-core announces its whole config at INFO.
+    logging.getLogger("megatron.core").setLevel(logging.WARNING)

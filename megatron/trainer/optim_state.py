@@ -1,0 +1,91 @@
+"""Optimizer state in a form that no layout and no optimizer class owns.
+
+megatron-core's optimizers each have a checkpoint form of their own. Here a checkpoint holds, for
+each parameter by its global name, `exp_avg`, `exp_avg_sq` and (bf16) the fp32 master weight; the
+rest (parameter groups, hyper-parameters) belongs to the run and is rebuilt. So a checkpoint moves
+freely between TP, PP, EP, ETP and DP sizes, and between the plain and the distributed optimizer.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+_METADATA = {
+    # Model-shaped tensors by parameter name instead of flat buffers by data parallel rank.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    # Dense and expert optimizers share one name space: their parameters differ in name anyway.
+    "chained_optim_avoid_prefix": True,
+}
+_MASTER_KEYS = {"optimizer.state.param.": "optimizer.state.fp32_param."}
+
+
+def optimizer_state(
+    optimizer: ChainedOptimizer, model: Mapping[str, Any], *, is_loading: bool
+) -> dict[str, Any]:
+    """The optimizer's sharded state, to save or to ask a checkpoint for.
+
+    Args:
+        optimizer: with initialised moments.
+        model: the sharded state dicts of the model chunks, by chunk.
+        is_loading: the tensors are only places to load into.
+
+    Returns:
+        For each chained optimizer its state dict, in which moments and master weights are
+        sharded tensors and everything else is local to the run.
+    """
+    state = {}
+    for index, inner in enumerate(optimizer.chained_optimizers):
+        if inner.optimizer is None:
+            continue
+        inner_state = inner.sharded_state_dict(
+            _flat(model), is_loading=is_loading, metadata=_METADATA
+        )
+        keep_master = not isinstance(inner, DistributedOptimizer) or inner.config.bf16
+        state[str(index)] = _layout_free(inner_state, keep_master=keep_master)
+    return state
+
+
+def load_optimizer_state(
+    optimizer: ChainedOptimizer, loaded: Mapping[str, Any], *, steps: int
+) -> None:
+    """Take over loaded moments and master weights; `steps` updates have been made.
+
+    In fp32 the distributed optimizer has no master weights of its own: load the model after it.
+    """
+    for index, inner in enumerate(optimizer.chained_optimizers):
+        if inner.optimizer is not None:
+            inner.load_state_dict(loaded[str(index)])
+    for group in optimizer.param_groups:
+        group["step"] = steps
+
+
+def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
+    """One name space over the chunks; megatron-core looks parameters up by identity."""
+    return {
+        f"{chunk}.{name}": value for chunk, part in model.items() for name, value in part.items()
+    }
+
+
+def _layout_free(value: Any, *, keep_master: bool, key: str = "") -> Any:
+    """Keep sharded tensors, under names without an optimizer's name; mark the rest as local."""
+    if isinstance(value, dict):
+        return {
+            name: _layout_free(entry, keep_master=keep_master, key=str(name))
+            for name, entry in value.items()
+        }
+    if isinstance(value, list):
+        return [_layout_free(entry, keep_master=keep_master, key=key) for entry in value]
+    if isinstance(value, LocalNonpersistentObject):
+        return value
+    if not isinstance(value, ShardedBase):
+        return LocalNonpersistentObject(value)
+    if key == "param" and not keep_master:
+        return LocalNonpersistentObject(value.data)
+    for old, new in _MASTER_KEYS.items():
+        if value.key.startswith(old):
+            value.key = new + value.key.removeprefix(old)
+    return value

@@ -1,0 +1,206 @@
+"""What a run holds, and what of it survives in a checkpoint."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron.trainer.config import RunConfig
+from megatron.trainer.data.stream import SampleStream, ValidationSet
+from megatron.trainer.errors import CheckpointError
+from megatron.trainer.launch import RunContext
+from megatron.trainer.optim_state import load_optimizer_state, optimizer_state
+
+logger = logging.getLogger(__name__)
+
+
+class Schedule(Protocol):
+    """A learning-rate schedule: steps done -> learning rate of the next step."""
+
+    def __call__(self, step: int) -> float:
+        """The learning rate of step number `step`, counted from 0."""
+        ...
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Its shape and lengths, kept in checkpoints."""
+        ...
+
+
+class ModelMetrics(Protocol):
+    """What a model measures about itself while it trains; routers, for example."""
+
+    def reset(self) -> None:
+        """Forget what was measured."""
+        ...
+
+    def reduce(self) -> Mapping[str, float]:
+        """Means over the whole run's ranks since the last reset; a collective call."""
+        ...
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Everything that changes while a run trains, and what it is made of."""
+
+    cfg: RunConfig
+    """The resolved config."""
+    ctx: RunContext
+    """Where this rank stands."""
+    chunks: list[DistributedDataParallel]
+    """This rank's model chunks, wrapped."""
+    transformer_config: TransformerConfig
+    """megatron-core's config of those chunks."""
+    optimizer: ChainedOptimizer
+    """Over all chunks."""
+    schedule: Schedule
+    """The learning rate."""
+    train_data: SampleStream
+    """Where the next global batch comes from."""
+    validation: dict[str, ValidationSet] = field(default_factory=dict)
+    """Named validation sets."""
+    metrics: ModelMetrics | None = None
+    """The model's own measurements."""
+    flops_per_token: float = 0.0
+    """Model FLOPs of a token's forward and backward pass."""
+    iteration: int = 0
+    """Optimizer steps done."""
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """The model chunks without wrappers, as they name their parameters."""
+        return [unwrap(chunk) for chunk in self.chunks]
+
+
+def unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """The megatron-core model inside DDP and Float16Module."""
+    while hasattr(module, "module"):
+        module = module.module  # type: ignore[assignment]
+    return module
+
+
+def weights(state: TrainState) -> dict[str, Any]:
+    """The model chunks' sharded state: `ShardedTensor`s under global names, whatever the layout."""
+    return {
+        f"model{index}": module.sharded_state_dict()  # type: ignore[operator]
+        for index, module in enumerate(state.modules)
+    }
+
+
+def sharded_state(state: TrainState, *, is_loading: bool = False) -> dict[str, Any]:
+    """Weights, optimizer and random states, for megatron-core's `dist_checkpointing`."""
+    model = weights(state)
+    return {
+        **model,
+        "optimizer": optimizer_state(state.optimizer, model, is_loading=is_loading),
+        "rng": _rng_state(state.ctx),
+    }
+
+
+def run_state(state: TrainState) -> dict[str, Any]:
+    """What every rank knows alike, as JSON can hold it: `run.json` of a checkpoint."""
+    return {
+        "iteration": state.iteration,
+        "optimizer_steps": _optimizer_steps(state.optimizer),
+        "layout": _layout(state.ctx),
+        "data": state.train_data.state_dict(),
+        "schedule": dict(state.schedule.state_dict()),
+    }
+
+
+def request_state(state: TrainState, run: Mapping[str, Any]) -> dict[str, Any]:
+    """What to ask a checkpoint for, given its `run_state`.
+
+    Random states are asked for only where the checkpoint was written under the same layout.
+    """
+    _check_schedule(state.schedule.state_dict(), run["schedule"])
+    request = sharded_state(state, is_loading=True)
+    if run["layout"] != _layout(state.ctx):
+        del request["rng"]
+        logger.info(
+            "the checkpoint was written under another layout (%s; this run %s): random states"
+            " start from the seed",
+            run["layout"],
+            _layout(state.ctx),
+        )
+    return request
+
+
+def apply_state(state: TrainState, loaded: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Take over what was loaded into a request of `request_state`."""
+    load_optimizer_state(state.optimizer, loaded["optimizer"], steps=int(run["optimizer_steps"]))
+    load_model(state.modules, loaded)
+    state.train_data.load_state_dict(run["data"])
+    state.iteration = int(run["iteration"])
+    if "rng" in loaded:
+        _load_rng_state(loaded["rng"])
+
+
+def load_model(modules: list[torch.nn.Module], loaded: Mapping[str, Any]) -> None:
+    """Take over the weights of every chunk."""
+    for index, module in enumerate(modules):
+        module.load_state_dict(loaded[f"model{index}"], strict=True)
+
+
+def _check_schedule(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Refuse to continue under another learning-rate curve without a word."""
+    differences = [
+        f"{key}: checkpoint {saved.get(key)}, this run {wanted.get(key)}"
+        for key in sorted({*wanted, *saved})
+        if wanted.get(key) != saved.get(key)
+    ]
+    if differences:
+        raise CheckpointError(
+            "the checkpoint follows another learning-rate schedule: "
+            + "; ".join(differences)
+            + ". Give this run the checkpoint's values, or start a new schedule from its weights"
+            " with --finetune"
+        )
+
+
+def _layout(ctx: RunContext) -> dict[str, int]:
+    layout = ctx.layout
+    return {
+        "world": ctx.world_size,
+        "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
+        "expert": layout.expert,
+        "expert_tensor": layout.expert_tensor,
+    }
+
+
+def _optimizer_steps(optimizer: ChainedOptimizer) -> int:
+    """Updates made so far; every group agrees, an empty optimizer has made none."""
+    return max((int(group.get("step", 0)) for group in optimizer.param_groups), default=0)
+
+
+def _rng_state(ctx: RunContext) -> dict[str, ShardedTensor]:
+    """Every generator state of this rank as a row of a [ranks, bytes] tensor: nothing pickled."""
+    states = {"cpu": torch.get_rng_state(), **get_cuda_rng_tracker().get_states()}
+    if ctx.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {
+        name: ShardedTensor.from_rank_offsets(
+            f"rng.{name}", value.cpu()[None], (0, ctx.rank, ctx.world_size)
+        )
+        for name, value in states.items()
+    }
+
+
+def _load_rng_state(loaded: Mapping[str, torch.Tensor]) -> None:
+    states = {name: value[0].cpu() for name, value in loaded.items()}
+    torch.set_rng_state(states.pop("cpu"))
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states.pop("cuda"))
+    get_cuda_rng_tracker().set_states(states)
+
+
+MicroBatches = Iterator[Any]
+ForwardStep = Callable[[MicroBatches, torch.nn.Module], tuple[torch.Tensor, Callable[..., Any]]]
+"""megatron-core's forward-step signature: (micro-batches, model) -> (output, loss function)."""

@@ -1,0 +1,183 @@
+"""One forward-backward-update, and one evaluation pass; no I/O."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron.trainer.data.stream import Batch
+from megatron.trainer.errors import TrainingError
+from megatron.trainer.layout import num_microbatches
+from megatron.trainer.optim import apply_schedule
+from megatron.trainer.state import ForwardStep, TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step did; the same on every rank."""
+
+    lm_loss: float
+    """Mean cross-entropy over the tokens of the global batch, nats."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    learning_rate: float
+    """Learning rate of this update."""
+    skipped: bool
+    """The optimizer refused the update."""
+
+
+def language_model_step(
+    batches: Iterator[Batch], model: torch.nn.Module
+) -> tuple[torch.Tensor, Any]:
+    """megatron-core's forward step for next-token prediction.
+
+    Args:
+        batches: micro-batches of this rank; `tokens` and `labels` are [b, s].
+        model: a GPTModel chunk, wrapped.
+
+    Returns:
+        The chunk's output (losses [b, s] on the last stage, hidden states before) and the function
+        that turns it into (mean loss, {"loss_sum", "tokens"}).
+    """
+    batch = next(batches)
+    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+
+    def loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        mask = batch.loss_mask
+        total = (losses.float() * mask).sum()
+        tokens = mask.sum()
+        return total / tokens.clamp(min=1.0), {"loss_sum": total.detach(), "tokens": tokens}
+
+    return output, loss
+
+
+def train_step(state: TrainState, forward_step: ForwardStep) -> StepResult:
+    """Take the next global batch, update the weights, and count the iteration.
+
+    Raises:
+        TrainingError: loss or gradient norm is not finite; raised on every rank alike. The weights
+            are as before when it is the loss.
+    """
+    cfg = state.cfg.training
+    first_sample = state.train_data.consumed_samples
+    batches = state.train_data.next_global_batch(
+        global_batch_size=cfg.global_batch_size,
+        micro_batch_size=cfg.micro_batch_size,
+        data_parallel_rank=state.ctx.data_parallel_rank,
+        data_parallel_size=state.ctx.layout.data,
+    )
+    for chunk in state.chunks:
+        chunk.zero_grad_buffer()
+    state.optimizer.zero_grad()
+    parts = _forward_backward(state, forward_step, batches, forward_only=False)
+    lm_loss = _mean_loss(state, parts)
+    if not math.isfinite(lm_loss):
+        raise TrainingError(_name_batch(state, parts, lm_loss, first_sample))
+
+    learning_rate = state.schedule(state.iteration)
+    apply_schedule(state.optimizer, lr=learning_rate, weight_decay=state.cfg.optimizer.weight_decay)
+    updated, grad_norm, _ = state.optimizer.step()
+    if grad_norm is None or not math.isfinite(grad_norm):
+        raise TrainingError(
+            f"gradient norm is {grad_norm} at iteration {state.iteration + 1} (loss {lm_loss:g},"
+            f" global samples {first_sample} to {state.train_data.consumed_samples - 1}); nothing"
+            " was saved since. Resume from the last checkpoint with a lower --lr, or look at those"
+            " samples"
+        )
+    state.iteration += 1
+    return StepResult(
+        lm_loss=lm_loss,
+        grad_norm=float(grad_norm),
+        learning_rate=learning_rate,
+        skipped=not updated,
+    )
+
+
+def evaluate(state: TrainState, forward_step: ForwardStep, name: str) -> float:
+    """Mean cross-entropy of the named validation set, nats per token; a collective call."""
+    cfg = state.cfg
+    batches = state.validation[name].batches(
+        cfg.evaluation.eval_iters,
+        global_batch_size=cfg.training.global_batch_size,
+        micro_batch_size=cfg.training.micro_batch_size,
+        data_parallel_rank=state.ctx.data_parallel_rank,
+        data_parallel_size=state.ctx.layout.data,
+    )
+    for chunk in state.chunks:
+        chunk.eval()
+    parts = []
+    with torch.no_grad():
+        for global_batch in batches:
+            parts += _forward_backward(state, forward_step, global_batch, forward_only=True)
+    for chunk in state.chunks:
+        chunk.train()
+    return _mean_loss(state, parts)
+
+
+def _forward_backward(
+    state: TrainState, forward_step: ForwardStep, batches: Sequence[Batch], *, forward_only: bool
+) -> list[dict[str, torch.Tensor]]:
+    """Run the schedule over this rank's micro-batches.
+
+    Returns:
+        For each micro-batch what the loss function reported; empty before the last stage.
+    """
+    cfg = state.cfg.training
+    on_device = [batch.to(state.ctx.device) for batch in batches]
+    iterators = [iter(on_device) for _ in state.chunks]
+    parts: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=state.chunks,
+        num_microbatches=num_microbatches(cfg, state.ctx.layout),
+        seq_length=cfg.seq_length,
+        micro_batch_size=cfg.micro_batch_size,
+        forward_only=forward_only,
+    )
+    return parts
+
+
+def _mean_loss(state: TrainState, parts: Sequence[dict[str, torch.Tensor]]) -> float:
+    """Mean over all tokens of all ranks.
+
+    Tensor parallel ranks count their copies alike, in sum and in number; stages before the last
+    add nothing. So one all-reduce over the world gives the mean.
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=state.ctx.device)
+    for part in parts:
+        total[0] += part["loss_sum"]
+        total[1] += part["tokens"]
+    dist.all_reduce(total)
+    loss_sum, tokens = total.tolist()
+    return float(loss_sum / tokens) if tokens else math.nan
+
+
+def _name_batch(
+    state: TrainState,
+    parts: Sequence[dict[str, torch.Tensor]],
+    lm_loss: float,
+    first_sample: int,
+) -> str:
+    """Say which samples broke the loss; a collective call."""
+    size = state.cfg.training.micro_batch_size
+    mine = [
+        (first_sample + (index * state.ctx.layout.data + state.ctx.data_parallel_rank) * size)
+        for index, part in enumerate(parts)
+        if not math.isfinite(part["loss_sum"].item())
+    ]
+    found: list[list[int]] = [[] for _ in range(state.ctx.world_size)]
+    dist.all_gather_object(found, mine)
+    starts = sorted({start for each in found for start in each})
+    samples = ", ".join(
+        str(start) if size == 1 else f"{start} to {start + size - 1}" for start in starts[:8]
+    )
+    more = f" and {len(starts) - 8} micro-batches more" if len(starts) > 8 else ""
+    return (
+        f"loss is {lm_loss} at iteration {state.iteration + 1}, in global samples {samples}{more};"
+        " the weights were not updated and no checkpoint was written. Resume from the last"
+        " checkpoint with a lower --lr, or look at those samples"
+    )

@@ -1,0 +1,264 @@
+"""Joins the two packages: a run config with a model in it, and a training state built from it.
+
+Every tool that trains or loads a model goes through here, so that all of them mean the same thing
+by the same recipe.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.trainer.config import RunConfig
+from megatron.trainer.data.build import build_data, describe
+from megatron.trainer.errors import ConfigError
+from megatron.trainer.hooks import (
+    Console,
+    Hook,
+    MetricsFile,
+    Record,
+    TensorBoard,
+    WeightsAndBiases,
+    append_record,
+    keep_records_until,
+)
+from megatron.trainer.launch import RunContext, agree, environment_rank
+from megatron.trainer.load import dump_config, flatten, load_config
+from megatron.trainer.optim import describe_groups
+from megatron.trainer.plots import LossPlot, plot_expert_load
+from megatron.trainer.setup import prepare_training, wrap_model
+from megatron.trainer.state import TrainState
+from moe_ext.builder import BuiltModel, build_model
+from moe_ext.compat import check_versions
+from moe_ext.config import MoEModelConfig
+from moe_ext.counting import count_parameters, training_flops_per_token
+from moe_ext.functional import layer_coefficients
+from moe_ext.metrics import RouterMetrics, RouterReport
+from moe_ext.presets import PRESETS
+from moe_ext.schedules import Schedule
+from moe_ext.transformer import transformer_config
+
+logger = logging.getLogger("recipe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """A pretraining run."""
+
+    model: MoEModelConfig = field(default_factory=MoEModelConfig)
+    """The architecture."""
+
+
+def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> PretrainConfig:
+    """Read recipe and flags; on ranks other than 0 without a word."""
+    return load_config(
+        PretrainConfig,
+        sys.argv[1:] if argv is None else argv,
+        presets=PRESETS,
+        prog=prog,
+        description=description,
+        quiet=environment_rank() != 0,
+    )
+
+
+def build_chunks(cfg: PretrainConfig, ctx: RunContext, *, seed: int | None) -> BuiltModel:
+    """This rank's part of the model, on its device, with initial weights if there is a seed."""
+    check_versions()
+    layout, training = ctx.layout, cfg.training
+    recompute: dict[str, Any] = {"recompute_granularity": training.recompute_granularity}
+    if training.recompute_granularity == "full":
+        recompute["recompute_method"] = training.recompute_method
+        recompute["recompute_num_layers"] = training.recompute_num_layers
+    elif training.recompute_granularity == "selective":
+        recompute["recompute_modules"] = list(training.recompute_modules)
+    try:
+        config = transformer_config(
+            cfg.model,
+            bf16=training.bf16,
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=(
+                layout.virtual_stages if layout.virtual_stages > 1 else None
+            ),
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=layout.expert_tensor,
+            sequence_parallel=layout.sequence_parallel,
+            # Interleaving over 2 stages exchanges two pairs of messages with the same rank at once;
+            # only the overlapped exchange keeps them apart (it uses a group for each direction).
+            overlap_p2p_comm=layout.virtual_stages > 1,
+            batch_p2p_comm=layout.virtual_stages == 1,
+            **recompute,
+        )
+        return build_model(
+            cfg.model,
+            config,
+            pg_collection=ctx.groups,
+            seq_length=training.seq_length,
+            seed=seed,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
+    """Everything a run needs, at iteration 0."""
+    data = agree(
+        lambda: build_data(
+            cfg.data,
+            vocab_size=cfg.model.vocab_size,
+            seq_length=cfg.training.seq_length,
+            seed=cfg.training.seed,
+        )
+    )
+    try:
+        schedule = Schedule(
+            style=cfg.optimizer.lr_decay_style,
+            peak=cfg.optimizer.lr,
+            final=cfg.optimizer.min_lr,
+            warmup_iters=cfg.optimizer.lr_warmup_iters,
+            warmup_init=cfg.optimizer.lr_warmup_init,
+            decay_iters=cfg.optimizer.lr_decay_iters or cfg.training.train_iters,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    built = build_chunks(cfg, ctx, seed=cfg.training.seed)
+    chunks = wrap_model(cfg, list(built.chunks), built.config)
+    state = TrainState(
+        cfg=cfg,
+        ctx=ctx,
+        chunks=chunks,
+        transformer_config=built.config,
+        optimizer=prepare_training(cfg, chunks, built.config),
+        schedule=schedule,
+        train_data=data.train,
+        validation=data.validation,
+        metrics=RouterHealth(built.metrics) if built.metrics is not None else None,
+        flops_per_token=training_flops_per_token(cfg.model, cfg.training.seq_length),
+    )
+    train_samples = cfg.training.train_iters * cfg.training.global_batch_size
+    for line in (
+        *describe_run(cfg, ctx),
+        *_data_table(describe(data, train_samples=train_samples)),
+    ):
+        logger.info(line)
+    for line in describe_groups(state.optimizer, cfg.optimizer.weight_decay):
+        logger.info("parameters: %s", line)
+    return state
+
+
+class RouterHealth:
+    """Router measurements as the training loop wants them; keeps the last report for its plot."""
+
+    def __init__(self, metrics: RouterMetrics) -> None:
+        self._metrics = metrics
+        self.last: RouterReport | None = None
+
+    def reset(self) -> None:
+        """Forget what was measured."""
+        self._metrics.reset()
+
+    def reduce(self) -> Mapping[str, Any]:
+        """Summaries and per-layer lists over all ranks; a collective call."""
+        report = self._metrics.reduce()
+        self.last = report
+        return {
+            **report.as_dict(),
+            "layer_max_load_ratio": report.layer_max_load_ratio,
+            "layer_dead_experts": report.layer_dead_experts,
+            "layer_entropy": report.layer_entropy,
+        }
+
+
+class ExpertLoad(Hook):
+    """Writes every expert's load beside the metrics, and draws the last one as a heat map."""
+
+    def __init__(self, health: RouterHealth, run_directory: Path) -> None:
+        self._health = health
+        self._file = run_directory / "expert_load.jsonl"
+        self._plot = run_directory / "plots" / "expert_load.png"
+        self._iteration = 0
+
+    def on_start(self, iteration: int, train_iters: int) -> None:
+        """Drop records of steps that a resumed run will take again."""
+        keep_records_until(self._file, iteration)
+
+    def on_log(self, record: Record) -> None:
+        """Append [layers][experts] loads, 1 = even share."""
+        if self._health.last is not None:
+            self._iteration = record["iteration"]
+            load = [[round(x, 4) for x in row] for row in self._health.last.load.tolist()]
+            append_record(self._file, {"iteration": self._iteration, "load": load})
+
+    def on_end(self) -> None:
+        """Draw."""
+        if self._health.last is not None:
+            plot_expert_load(
+                self._health.last.load.tolist(),
+                self._plot,
+                title=f"expert load, global batch of iteration {self._iteration}",
+            )
+
+
+def build_hooks(cfg: PretrainConfig, state: TrainState) -> list[Hook]:
+    """The watchers of this rank: all of them on rank 0, none elsewhere."""
+    if state.ctx.rank != 0:
+        return []
+    hooks: list[Hook] = [Console(progress=cfg.logging.progress)]
+    if cfg.checkpoint.save is None:
+        return hooks
+    directory = Path(cfg.checkpoint.save)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
+    hooks.append(MetricsFile(directory / "metrics.jsonl"))
+    if cfg.logging.tensorboard:
+        hooks.append(TensorBoard(directory / "tensorboard"))
+    if cfg.logging.wandb_project is not None:
+        hooks.append(WeightsAndBiases(cfg.logging, directory, flatten(cfg)))
+    if isinstance(state.metrics, RouterHealth):
+        hooks.append(ExpertLoad(state.metrics, directory))
+    hooks.append(LossPlot(directory / "metrics.jsonl", directory / "plots" / "loss.png"))
+    return hooks
+
+
+def describe_run(cfg: PretrainConfig, ctx: RunContext) -> list[str]:
+    """The head of the log: what is trained, how it is laid out, what the losses mean."""
+    model, layout = cfg.model, ctx.layout
+    count = count_parameters(model)
+    lines = [
+        f"model: {count.total:,} parameters, {count.active:,} active per token",
+        f"layout: {ctx.world_size} ranks on {ctx.device.type}, TP {layout.tensor}, PP"
+        f" {layout.pipeline} x {layout.virtual_stages}, EP {layout.expert}, ETP"
+        f" {layout.expert_tensor}, DP {layout.data}; {ctx.num_threads} threads per rank;"
+        f" {'bf16 with fp32 master weights' if cfg.training.bf16 else 'fp32'}",
+    ]
+    if layout.sequence_parallel and cfg.parallel.sequence_parallel is None:
+        lines.append(
+            "sequence parallelism is on: megatron-core's experts need it under tensor parallelism"
+        )
+    if model.num_experts is not None:
+        balance, z = layer_coefficients(
+            model.moe_loss_convention,
+            model.moe_aux_loss_coeff,
+            model.moe_z_loss_coeff,
+            num_layers=model.num_layers,
+            topk=model.moe_router_topk,
+        )
+        lines += [
+            f"experts: {model.num_experts} per layer, {model.moe_router_topk} per token, router"
+            f" {model.router}, backend {model.expert_backend}, dispatcher"
+            f" {model.moe_token_dispatcher_type}",
+            f"load-balancing loss: coefficient {model.moe_aux_loss_coeff:g} in the"
+            f" '{model.moe_loss_convention}' convention = {balance:g} for each layer's loss;"
+            " logged without it, mean over layers, 1.0 = balanced",
+            f"router z-loss: coefficient {model.moe_z_loss_coeff:g} in the"
+            f" '{model.moe_loss_convention}' convention = {z:g} for each layer's loss; logged"
+            " without it, mean over layers and tokens of logsumexp squared",
+        ]
+    return lines
+
+
+def _data_table(rows: list[dict[str, Any]]) -> list[str]:
+    """One line per token source."""
+    return ["data: " + ", ".join(f"{key} {value}" for key, value in row.items()) for row in rows]
