@@ -1,0 +1,61 @@
+"""One gloo rank on the CPU, for blocks that megatron-core builds with process groups."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron.trainer.host import redirect_cuda
+
+
+@pytest.fixture
+def make_config() -> Callable[..., TransformerConfig]:
+    """Builds a float64 MoE config of one layer; any field can be changed."""
+
+    def build(**changes: object) -> TransformerConfig:
+        fields = {
+            "num_layers": 1,
+            "hidden_size": 8,
+            "num_attention_heads": 2,
+            "num_moe_experts": 4,
+            "moe_router_topk": 2,
+            "moe_router_load_balancing_type": "none",
+            "moe_router_pre_softmax": True,
+            "moe_ffn_hidden_size": 6,
+            "gated_linear_unit": True,
+            "activation_func": F.silu,
+            "bias_activation_fusion": False,
+            "add_bias_linear": False,
+            "attention_dropout": 0.0,
+            "hidden_dropout": 0.0,
+            "params_dtype": torch.float64,
+            "use_cpu_initialization": True,
+            "cuda_graph_scope": [],
+        }
+        return TransformerConfig(**{**fields, **changes})
+
+    return build
+
+
+@pytest.fixture
+def single_rank(tmp_path: Path) -> Iterator[ProcessGroupCollection]:
+    """All process groups, of one rank each; torn down after the test."""
+    # torch.device("meta") knows factories by identity and looks them up once, on first use: before
+    # they are redirected, or it would miss them for the rest of the process.
+    torch.utils._device._device_constructors()
+    redirect_cuda()
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+        yield ProcessGroupCollection.use_mpu_process_groups()
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()

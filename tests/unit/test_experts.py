@@ -1,0 +1,260 @@
+"""Expert backends against each other and against the formula; the module's marks and shards."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from moe_ext.experts import (
+    EXPERT_BACKENDS,
+    ExpertBackend,
+    ExpertMLP,
+    get_expert_backend,
+    register_expert_backend,
+)
+from moe_ext.experts.grouped import grouped_gemm_experts
+
+ConfigMaker = Callable[..., TransformerConfig]
+
+WIDTH, FFN = 5, 3
+LAYOUTS = {
+    "random": [4, 1, 3, 2],
+    "empty experts": [0, 6, 0, 4],
+    "one token": [0, 0, 1, 0],
+    "all on one expert": [0, 9, 0, 0],
+    "no token": [0, 0, 0, 0],
+}
+
+
+def random_inputs(counts: list[int], *, seed: int = 0) -> list[Tensor]:
+    """hidden, weight1, weight2, probs, all wanting gradients, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    t, e = sum(counts), len(counts)
+    shapes = [(t, WIDTH), (e, 2, FFN, WIDTH), (e, WIDTH, FFN), (t,)]
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in shapes
+    ]
+
+
+def formula(hidden: Tensor, w1: Tensor, w2: Tensor, counts: Tensor, probs: Tensor) -> Tensor:
+    """Every token by itself, every sum written out."""
+    owner = [e for e, n in enumerate(counts.tolist()) for _ in range(n)]
+    rows = []
+    for x, e, p in zip(hidden, owner, probs, strict=True):
+        gate = (w1[e, 0] * x).sum(1)
+        up = (w1[e, 1] * x).sum(1)
+        middle = p * up * gate / (1 + torch.exp(-gate))
+        rows.append((w2[e] * middle).sum(1))
+    return torch.stack(rows)
+
+
+def output_and_gradients(
+    backend: ExpertBackend, counts: list[int], inputs: list[Tensor]
+) -> list[Tensor]:
+    hidden, w1, w2, probs = inputs
+    output = backend(hidden, w1, w2, torch.tensor(counts), probs)
+    upstream = torch.linspace(-1, 1, output.numel()).view_as(output).to(output)
+    return [output, *torch.autograd.grad(output, inputs, upstream)]
+
+
+def assert_all_close(actual: list[Tensor], expected: list[Tensor]) -> None:
+    # float64 sums of at most ten terms of order one: rounding stays near 1e-15.
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_loop_equals_the_formula_with_all_gradients() -> None:
+    counts = LAYOUTS["random"]
+    inputs = random_inputs(counts)
+    actual = output_and_gradients(get_expert_backend("loop"), counts, inputs)
+    assert_all_close(actual, output_and_gradients(formula, counts, inputs))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_grouped_equals_loop_with_all_gradients(layout: str) -> None:
+    counts = LAYOUTS[layout]
+    inputs = random_inputs(counts)
+    actual = output_and_gradients(get_expert_backend("grouped"), counts, inputs)
+    assert_all_close(actual, output_and_gradients(get_expert_backend("loop"), counts, inputs))
+
+
+def test_grouped_gradients_equal_finite_differences() -> None:
+    hidden, w1, w2, probs = random_inputs([2, 0, 1])
+    counts = torch.tensor([2, 0, 1])
+    grouped = get_expert_backend("grouped")
+    assert torch.autograd.gradcheck(
+        lambda x, a, b, p: grouped(x, a, b, counts, p), (hidden, w1, w2, probs)
+    )
+
+
+def test_grouped_computes_only_the_gradients_asked_for() -> None:
+    counts = LAYOUTS["random"]
+    hidden, w1, w2, probs = random_inputs(counts)
+    w1.requires_grad_(False)
+    output = get_expert_backend("grouped")(hidden, w1, w2, torch.tensor(counts), probs)
+    output.sum().backward()
+    assert w1.grad is None
+    assert w2.grad is not None
+    assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+def test_bf16_tokens_with_fp32_probs_give_bf16(backend: str) -> None:
+    hidden, w1, w2, probs = (x.detach().bfloat16() for x in random_inputs([2, 2]))
+    output = get_expert_backend(backend)(hidden, w1, w2, torch.tensor([2, 2]), probs.float())
+    assert output.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("layout", ["random", "empty experts", "one token", "all on one expert"])
+def test_the_grouped_gemm_path_equals_loop_in_bf16(layout: str) -> None:
+    # What CUDA runs; torch computes it on the CPU too. Sizes fit the kernel's 16-byte rows.
+    counts = LAYOUTS[layout]
+    generator = torch.Generator().manual_seed(0)
+    t, e = sum(counts), len(counts)
+    shapes = [(t, 16), (e, 2, 8, 16), (e, 16, 8), (t,)]
+    inputs = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    inputs = [x.requires_grad_() for x in (*inputs[:3], inputs[3].float())]
+    actual = output_and_gradients(grouped_gemm_experts, counts, inputs)
+    expected = output_and_gradients(get_expert_backend("loop"), counts, inputs)
+    for a, b in zip(actual, expected, strict=True):
+        # Rounding of intermediate gradients to bf16 (2^-8) differs between the two, per element.
+        torch.testing.assert_close(a, b, rtol=0, atol=0.02 * b.abs().max().item())
+
+
+def test_the_grouped_gemm_path_refuses_sizes_its_kernel_cannot_take() -> None:
+    hidden, w1, w2, probs = random_inputs([2, 2])
+    message = (
+        "hidden_size (5) must be a multiple of 8 for the grouped GEMM; change it, or use "
+        "expert_backend 'loop'"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        grouped_gemm_experts(hidden, w1, w2, torch.tensor([2, 2]), probs)
+
+
+def test_counts_that_do_not_sum_to_the_tokens_are_refused() -> None:
+    hidden, w1, w2, probs = random_inputs([2, 2])
+    message = "tokens_per_expert sums to 3, but there are 4 tokens"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        get_expert_backend("grouped")(hidden, w1, w2, torch.tensor([2, 1]), probs)
+
+
+def test_an_unknown_backend_is_refused_with_the_nearest_name() -> None:
+    message = "unknown expert backend 'groupd'; known: grouped, loop; did you mean 'grouped'?"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        get_expert_backend("groupd")
+
+
+def test_a_registered_backend_is_found_and_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_ext.experts.backends.EXPERT_BACKENDS", dict(EXPERT_BACKENDS))
+    register_expert_backend("formula", formula)
+    assert get_expert_backend("formula") is formula
+    with pytest.raises(ValueError, match=re.escape("expert backend 'loop' is already registered")):
+        register_expert_backend("loop", formula)
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+def test_one_expert_with_weight_one_is_a_dense_swiglu_block(
+    single_rank: ProcessGroupCollection, make_config: ConfigMaker, backend: str
+) -> None:
+    config = make_config(num_moe_experts=1, moe_router_topk=1, init_method_std=0.5)
+    torch.manual_seed(0)
+    experts = ExpertMLP(1, config, pg_collection=single_rank, backend=backend)
+    hidden = torch.randn(7, 8, dtype=torch.float64, requires_grad=True)
+    output, bias = experts(hidden, torch.tensor([7]), torch.ones(7, dtype=torch.float64))
+    gate, up = experts.weight1[0]
+    dense = (torch.nn.functional.silu(hidden @ gate.T) * (hidden @ up.T)) @ experts.weight2[0].T
+    assert bias is None
+    inputs = [hidden, experts.weight1, experts.weight2]
+    upstream = torch.randn_like(output)
+    assert_all_close(
+        [output, *torch.autograd.grad(output, inputs, upstream)],
+        [dense, *torch.autograd.grad(dense, inputs, upstream)],
+    )
+
+
+def test_weights_are_initialised_and_marked_for_megatron_core(
+    single_rank: ProcessGroupCollection, make_config: ConfigMaker
+) -> None:
+    experts = ExpertMLP(4, make_config(), pg_collection=single_rank, backend="loop")
+    assert experts.weight1.shape == (4, 2, 6, 8)
+    assert experts.weight2.shape == (4, 8, 6)
+    # Three standard errors of 384 and of 192 draws; megatron-core scales output layers.
+    assert experts.weight1.std().item() == pytest.approx(0.02, rel=0.11)
+    assert experts.weight2.std().item() == pytest.approx(0.02 / 2**0.5, rel=0.16)
+    for weight in experts.parameters():
+        assert weight.allreduce is False
+        assert weight.tensor_model_parallel is True
+        assert weight.partition_dim == 2
+
+
+def test_it_builds_on_the_meta_device(
+    single_rank: ProcessGroupCollection, make_config: ConfigMaker
+) -> None:
+    with torch.device("meta"):
+        experts = ExpertMLP(4, make_config(), pg_collection=single_rank, backend="loop")
+    assert all(weight.is_meta for weight in experts.parameters())
+
+
+class Rank:
+    """A process group as far as a layout is concerned."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+
+def test_the_shards_of_all_ranks_tile_the_global_weights_once(
+    single_rank: ProcessGroupCollection, make_config: ConfigMaker
+) -> None:
+    tiles = {"weight1": torch.zeros(3, 4, 2, 6, 8), "weight2": torch.zeros(3, 4, 8, 6)}
+    for ep, etp, dp in ((a, b, c) for a in range(2) for b in range(3) for c in range(2)):
+        single_rank.ep, single_rank.expt_tp = Rank(ep, 2), Rank(etp, 3)
+        single_rank.expt_dp = Rank(dp, 2)
+        experts = ExpertMLP(2, make_config(), pg_collection=single_rank, backend="loop")
+        shards = experts.sharded_state_dict("layers.experts.", ((0, 1, 3),))
+        for name, tile in tiles.items():
+            shard = shards[f"layers.experts.{name}"]
+            assert shard.data is getattr(experts, name)
+            assert shard.global_shape == tuple(tile.shape)
+            assert shard.replica_id == (0, 0, dp)
+            if dp == 0:
+                tile[shard.global_slice()] += 1
+    for tile in tiles.values():
+        assert torch.equal(tile[1], torch.ones_like(tile[1]))
+        assert not tile[[0, 2]].any()
+
+
+def test_a_width_that_does_not_divide_is_refused(
+    single_rank: ProcessGroupCollection, make_config: ConfigMaker
+) -> None:
+    single_rank.expt_tp = Rank(0, 4)
+    message = "moe_ffn_hidden_size (6) must be a multiple of the expert tensor parallel size (4)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ExpertMLP(4, make_config(), pg_collection=single_rank, backend="loop")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"add_bias_linear": True}, "add_bias_linear is True, but the experts have no biases"),
+        ({"gated_linear_unit": False}, "the experts are SwiGLU, but gated_linear_unit is False"),
+    ],
+)
+def test_other_experts_are_refused(
+    single_rank: ProcessGroupCollection,
+    make_config: ConfigMaker,
+    changes: dict[str, object],
+    message: str,
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ExpertMLP(4, make_config(**changes), pg_collection=single_rank, backend="loop")
