@@ -76,6 +76,11 @@ def test_any_text_comes_back_unchanged(tokenizers: dict[str, Tokenizer], text: s
 
 
 @pytest.mark.parametrize("kind", TYPES)
+def test_no_space_is_put_before_the_text(tokenizers: dict[str, Tokenizer], kind: str) -> None:
+    assert len(tokenizers[kind].encode("\n")) == 1
+
+
+@pytest.mark.parametrize("kind", TYPES)
 def test_text_cannot_forge_the_end_of_a_document(
     tokenizers: dict[str, Tokenizer], kind: str
 ) -> None:
