@@ -5,14 +5,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from megatron.trainer.config import ParallelConfig, RunConfig, TrainingConfig
+from megatron.trainer.config import ParallelConfig, RunConfig
 from megatron.trainer.errors import ConfigError
-from megatron.trainer.layout import Layout, num_microbatches, resolve_layout
 from megatron.trainer.validate import validate
 from moe_ext.config import MoEModelConfig
 
@@ -303,57 +299,6 @@ CHECKPOINT_RULES: list[tuple[int, dict[str, Any], str]] = [
     ),
 ]
 
-MODEL_RULES: list[tuple[int, dict[str, Any], str]] = [
-    (
-        1,
-        {"hidden_size": 100, "num_attention_heads": 3},
-        "hidden_size (100) must be a multiple of num_attention_heads (3) when kv_channels is not"
-        " set; use a hidden size of 99 or 102, or set kv_channels",
-    ),
-    (
-        1,
-        {"hidden_size": 12, "num_attention_heads": 4},
-        "the size of a head (hidden_size / num_attention_heads = 3) must be even, because RoPE"
-        " turns its channels in pairs; use a head size of 2 or 4",
-    ),
-    (
-        1,
-        {"kv_channels": 33},
-        "the size of a head (kv_channels = 33) must be even, because RoPE turns its channels in"
-        " pairs; use a head size of 32 or 34",
-    ),
-    (
-        1,
-        {"num_query_groups": 3},
-        "num_attention_heads (4) must be a multiple of num_query_groups (3); use num_query_groups"
-        " 1, 2 or 4",
-    ),
-    (
-        1,
-        {"num_experts": 4},
-        "moe_router_topk (8) must be at most num_experts (4); use 1 to 4 experts per token",
-    ),
-    (
-        1,
-        {"num_experts": None},
-        "ffn_hidden_size (None) must be set when num_experts is None, which is a dense model; set"
-        " the feed-forward width, or set num_experts",
-    ),
-    *[
-        (1, {name: value}, f"{name} ({value}) must be above 0; use a positive number")
-        for name, value in (
-            ("rotary_base", 0.0),
-            ("norm_epsilon", -1e-5),
-            ("init_method_std", 0.0),
-            ("init_method_cutoff", -3.0),
-        )
-    ],
-    *[
-        (1, {name: -0.1}, f"{name} (-0.1) must not be negative; use 0 to switch the loss off")
-        for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff")
-    ],
-]
-
 LEAST = {
     **dict.fromkeys((TP, PP, VP, EP, ETP), 1),
     **dict.fromkeys(("distributed_timeout_minutes", "threads_per_rank"), 1),
@@ -370,7 +315,7 @@ MODEL_SIZES = (
 
 @pytest.mark.parametrize(
     ("world_size", "changes", "expected"),
-    LAYOUT_RULES + RECOMPUTE_RULES + OPTIMIZER_RULES + CHECKPOINT_RULES + MODEL_RULES,
+    LAYOUT_RULES + RECOMPUTE_RULES + OPTIMIZER_RULES + CHECKPOINT_RULES,
 )
 def test_each_rule_names_both_values_and_a_remedy(
     world_size: int, changes: dict[str, Any], expected: str
@@ -389,11 +334,6 @@ def test_sizes_have_a_least_value(name: str) -> None:
     # train_iters is also the end of the decay, which gets a line of its own.
     assert expected in message_of(1, {name: least - 1, **given_too}).replace("- ", "").split("\n")
     validate(config(**{name: least, **given_too}), 1)
-
-
-@pytest.mark.parametrize("name", MODEL_SIZES)
-def test_model_sizes_are_positive(name: str) -> None:
-    assert message_of(1, {name: 0}) == f"{name} (0) must be at least 1; use a positive number"
 
 
 @pytest.mark.parametrize(
@@ -456,99 +396,3 @@ def test_a_config_without_a_model_group_is_an_internal_error(cfg: RunConfig) -> 
         cfg = dataclasses.replace(cfg, model=ParallelConfig())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=re.escape("which lacks num_layers, problems() or")):
         validate(cfg, 1)
-
-
-# --- layout -------------------------------------------------------------------------------------
-
-SIZES = st.sampled_from([1, 2, 3, 4])
-
-
-@given(tensor=SIZES, pipeline=SIZES, expert=SIZES, expert_tensor=SIZES | st.none(), more=SIZES)
-@settings(max_examples=200, deadline=None, database=None, derandomize=True)
-def test_group_sizes_are_those_of_the_grid_of_ranks(
-    tensor: int, pipeline: int, expert: int, expert_tensor: int | None, more: int
-) -> None:
-    world_size = 144 * pipeline * more  # a multiple of every product of two sizes
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        expert_model_parallel_size=expert,
-        expert_tensor_parallel_size=expert_tensor,
-    )
-    layout = resolve_layout(parallel, world_size)
-    width = tensor if expert_tensor is None else expert_tensor
-    ranks = np.arange(world_size)
-    assert layout == Layout(
-        tensor=tensor,
-        pipeline=pipeline,
-        virtual_stages=1,
-        expert=expert,
-        expert_tensor=width,
-        data=ranks.reshape(pipeline, -1, tensor).shape[1],
-        expert_data=ranks.reshape(pipeline, -1, expert, width).shape[1],
-        sequence_parallel=tensor > 1,
-    )
-
-
-@pytest.mark.parametrize(
-    ("tensor", "asked", "resolved"),
-    [(1, None, False), (2, None, True), (2, False, False), (2, True, True)],
-)
-def test_sequence_parallel_follows_the_tensor_parallel_size_unless_set(
-    tensor: int, asked: bool | None, resolved: bool
-) -> None:
-    parallel = ParallelConfig(tensor_model_parallel_size=tensor, sequence_parallel=asked)
-    assert resolve_layout(parallel, 4).sequence_parallel is resolved
-
-
-def test_an_impossible_layout_is_refused_with_every_reason() -> None:
-    parallel = ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=3)
-    with pytest.raises(ConfigError) as caught:
-        resolve_layout(parallel, 5)
-    assert [line[:26] for line in str(caught.value).split("\n")] == [
-        "the number of ranks (5) mu"
-    ] * 2
-
-
-@given(micro=SIZES, batch=st.integers(1, 60), data=SIZES, pipeline=SIZES, virtual=SIZES)
-@settings(max_examples=200, deadline=None, database=None, derandomize=True)
-def test_a_batch_is_accepted_only_in_whole_microbatches_and_the_remedy_is_legal(
-    micro: int, batch: int, data: int, pipeline: int, virtual: int
-) -> None:
-    virtual = virtual if pipeline > 1 else 1
-    changes = {
-        PP: pipeline,
-        VP: virtual,
-        "micro_batch_size": micro,
-        "num_layers": pipeline * virtual,
-    }
-    world_size = data * pipeline
-
-    def is_legal(size: int) -> bool:
-        per_rank, rest = divmod(size, micro * data)
-        return rest == 0 and (virtual == 1 or per_rank % pipeline == 0)
-
-    if is_legal(batch):
-        cfg = config(**changes, global_batch_size=batch)
-        validate(cfg, world_size)
-        layout = resolve_layout(cfg.parallel, world_size)
-        training: TrainingConfig = cfg.training
-        assert num_microbatches(training, layout) * micro * layout.data == batch
-        return
-    message = message_of(world_size, {**changes, "global_batch_size": batch})
-    assert message.startswith(f"global_batch_size ({batch})")
-    named = [int(size) for size in re.findall(r"\d+", message.split("batch size of ")[1])]
-    below = [size for size in range(1, batch) if is_legal(size)]
-    above = next(size for size in range(batch, 10_000) if is_legal(size))
-    assert named == [*below[-1:], above]
-
-
-@pytest.mark.parametrize(
-    ("vocab_size", "step", "rows"),
-    [(50280, 128, 50304), (50304, 128, 50304), (1, 128, 128), (7, 1, 7)],
-)
-def test_the_vocabulary_is_padded_to_the_next_multiple(
-    vocab_size: int, step: int, rows: int
-) -> None:
-    model = MoEModelConfig(vocab_size=vocab_size, make_vocab_size_divisible_by=step)
-    assert model.padded_vocab_size == rows
