@@ -1,0 +1,20 @@
+"""What survives a run: saving, finding and loading checkpoints.
+
+Read in this order: `layout` (names, renames, the tracker), `save`, `find`, `load`; `ranks` keeps
+the ranks in step, and `fit` compares configurations.
+"""
+
+from megatron.trainer.checkpoint.find import FoundCheckpoint, find_checkpoint
+from megatron.trainer.checkpoint.fit import compare_configs, config_mismatch
+from megatron.trainer.checkpoint.load import load_checkpoint, read_text
+from megatron.trainer.checkpoint.save import save_checkpoint
+
+__all__ = [
+    "FoundCheckpoint",
+    "compare_configs",
+    "config_mismatch",
+    "find_checkpoint",
+    "load_checkpoint",
+    "read_text",
+    "save_checkpoint",
+]

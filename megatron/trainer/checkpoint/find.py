@@ -1,0 +1,167 @@
+"""Finding the checkpoint to continue from: the newest whole one, the same on every rank."""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron.trainer.checkpoint import layout
+from megatron.trainer.checkpoint.ranks import gather, on_rank0, rank_of, size_of, together
+from megatron.trainer.errors import CheckpointError
+from megatron.trainer.manifest import MANIFEST_NAME, read_manifest, verify_manifest
+
+_SHOWN_PROBLEMS = 5
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundCheckpoint:
+    """A whole checkpoint, and what was passed over to get to it."""
+
+    path: Path
+    iteration: int
+    skipped: tuple[tuple[Path, tuple[str, ...]], ...] = ()
+    """Refused candidates in the order tried, each with its problems."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What rank 0 sees in a run directory."""
+
+    candidates: tuple[tuple[int, Path], ...]
+    """Iteration and directory, best first."""
+    tracked: int | None
+    """The iteration that the tracker names."""
+    tracker_problem: str | None
+
+
+def find_checkpoint(
+    root: Path, *, iteration: int | None = None, group: dist.ProcessGroup | None = None
+) -> FoundCheckpoint:
+    """The checkpoint that the tracker names or, where that one is no good, the newest whole one.
+
+    Called by every rank; rank 0 decides, the ranks share the reading. Every byte of the checkpoint
+    that is returned was compared with its checksum. What is passed over is logged as a warning.
+
+    Args:
+        root: a run directory.
+        iteration: take exactly this one instead, or fail.
+        group: all ranks; None is the default group, or this process alone if there is none.
+
+    Raises:
+        CheckpointError: no whole checkpoint there, or not the one asked for.
+    """
+    plan = on_rank0("looking for checkpoints", partial(_survey, root, iteration), group)
+    skipped: list[tuple[Path, tuple[str, ...]]] = []
+    for number, path in plan.candidates:
+        problems = _examine(path, number, group)
+        if not problems:
+            found = FoundCheckpoint(path=path, iteration=number, skipped=tuple(skipped))
+            if rank_of(group) == 0:
+                _report(found, plan)
+            return found
+        skipped.append((path, tuple(problems)))
+    listed = "; ".join(f"{path.name}: {_shorten(problems)}" for path, problems in skipped)
+    if iteration is not None:
+        raise CheckpointError(
+            f"the checkpoint of iteration {iteration} in {root} is damaged ({listed}); ask for "
+            "another with --ckpt-step, or leave --ckpt-step out to take the newest whole one"
+        )
+    raise CheckpointError(
+        f"no whole checkpoint in {root} ({listed}); restore one from a copy, or start without "
+        "--load"
+    )
+
+
+def _survey(root: Path, iteration: int | None) -> _Plan:
+    """List the candidates on rank 0, best first.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    if not root.is_dir():
+        raise CheckpointError(
+            f"no checkpoint in {root}: no such directory; give --load the --save directory of an "
+            "earlier run"
+        )
+    paths = {number: layout.final_path(root, number) for number in layout.final_iterations(root)}
+    paths.update(layout.stranded(root))
+    newest_first = sorted(paths.items(), reverse=True)
+    if not paths:
+        raise CheckpointError(_nothing_there(root))
+    if iteration is not None:
+        if iteration not in paths:
+            there = ", ".join(str(number) for number in sorted(paths))
+            raise CheckpointError(
+                f"{root} has no checkpoint of iteration {iteration}; it has {there}"
+            )
+        return _Plan(
+            candidates=((iteration, paths[iteration]),), tracked=iteration, tracker_problem=None
+        )
+    tracked = layout.read_tracker(root)
+    if isinstance(tracked, str):
+        return _Plan(candidates=tuple(newest_first), tracked=None, tracker_problem=tracked)
+    if tracked not in paths:
+        problem = f"{layout.TRACKER_NAME} names iteration {tracked}, which is not there"
+        return _Plan(candidates=tuple(newest_first), tracked=tracked, tracker_problem=problem)
+    others = [entry for entry in newest_first if entry[0] != tracked]
+    return _Plan(
+        candidates=((tracked, paths[tracked]), *others), tracked=tracked, tracker_problem=None
+    )
+
+
+def _nothing_there(root: Path) -> str:
+    if (root / MANIFEST_NAME).exists():
+        return (
+            f"{root} is a checkpoint itself; give --load the directory above it, and --ckpt-step "
+            "to choose among several"
+        )
+    return (
+        f"no checkpoint in {root}: it has no directory iter_NNNNNNN; give --load the --save "
+        "directory of an earlier run"
+    )
+
+
+def _examine(path: Path, iteration: int, group: dist.ProcessGroup | None) -> list[str]:
+    """What is wrong with one candidate: names and sizes on rank 0, contents shared by all."""
+    problems = on_rank0(f"examining {path}", partial(_examine_outside, path, iteration), group)
+    if problems:
+        return problems
+    compare = partial(
+        verify_manifest, path, checksums=True, rank=rank_of(group), world_size=size_of(group)
+    )
+    shares = gather(together(f"reading {path}", compare, group), group)
+    return list(dict.fromkeys(problem for share in shares for problem in share))
+
+
+def _examine_outside(path: Path, iteration: int) -> list[str]:
+    problems = verify_manifest(path, checksums=False)
+    if not problems and (written := read_manifest(path).iteration) != iteration:
+        problems = [f"{MANIFEST_NAME} says iteration {written}"]
+    return problems
+
+
+def _report(found: FoundCheckpoint, plan: _Plan) -> None:
+    """Warn when this is not what the tracker names."""
+    if plan.tracker_problem is not None:
+        logger.warning(
+            "%s; taking the newest whole checkpoint, iteration %d",
+            plan.tracker_problem,
+            found.iteration,
+        )
+    for path, problems in found.skipped:
+        logger.warning("passed over %s: %s", path, _shorten(problems))
+    if found.skipped:
+        logger.warning(
+            "continuing from iteration %d, not %s: the steps between are lost",
+            found.iteration,
+            found.skipped[0][0].name if plan.tracked is None else plan.tracked,
+        )
+
+
+def _shorten(problems: tuple[str, ...]) -> str:
+    more = len(problems) - _SHOWN_PROBLEMS
+    return ", ".join(problems[:_SHOWN_PROBLEMS]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,158 @@
+"""Reading a checkpoint into a sharded state, of the layout it was saved from or another."""
+
+import warnings
+from collections.abc import Collection, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.dist_checkpointing.validation import (
+    determine_global_metadata,
+    validate_sharding_integrity,
+)
+
+from megatron.trainer.checkpoint.ranks import on_rank0, rank_of, together
+from megatron.trainer.errors import CheckpointError
+from megatron.trainer.manifest import verify_manifest
+from megatron.trainer.safe_load import install_guards, is_plain_name
+
+_SHOWN_KEYS = 10
+
+
+def load_checkpoint(
+    path: Path,
+    state: dict[str, Any],
+    *,
+    unread_prefixes: tuple[str, ...] = (),
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, Any]:
+    """Read what `state` asks for from the checkpoint `path`, executing nothing.
+
+    Called by every rank. Names, sizes and tensor shapes are checked before anything is read;
+    `find_checkpoint` compares the contents.
+
+    Args:
+        path: a checkpoint directory, as `find_checkpoint` gives it.
+        state: this rank's sharded state dict; its tensors are filled in place.
+        unread_prefixes: keys of the checkpoint that begin with one of these may stay unread, such
+            as "optimizer" when only weights are wanted. Every other key must be asked for.
+        group: all ranks; None is the default group.
+
+    Returns:
+        The state with its values, plus the unsharded entries of the checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or unsafe, or holds other keys or other shapes
+            than `state` asks for; raised on every rank.
+    """
+    install_guards()
+    together(f"examining {path}", partial(_check_whole, path, rank_of(group)), group)
+    sharded, _ = extract_sharded_base(load_preprocess(state)[0])
+    _, wanted = determine_global_metadata(sharded)  # all ranks of the default group
+    together("checking the state", partial(validate_sharding_integrity, wanted), group)
+    compare = partial(_compare_with, path, wanted, unread_prefixes)
+    on_rank0(f"reading the metadata of {path}", compare, group)
+    del sharded, wanted
+    return together(f"loading {path}", partial(_read, path, state), group)
+
+
+def read_text(path: Path, name: str) -> str:
+    """A small text file that was saved with the checkpoint `path`, such as config.yaml.
+
+    Raises:
+        CheckpointError: there is none of that name, or it is not text.
+    """
+    if not is_plain_name(name):
+        raise CheckpointError(f"{name!r} is not the plain name of a file in {path}")
+    try:
+        return (path / name).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        there = ", ".join(sorted(entry.name for entry in path.iterdir())) if path.is_dir() else ""
+        raise CheckpointError(
+            f"{path} holds no {name}" + (f"; it holds {there}" if there else "")
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {path / name}: {error}") from error
+
+
+def _check_whole(path: Path, rank: int) -> None:
+    """Compare names and sizes with the manifest, on rank 0.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if rank != 0:
+        return
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a checkpoint: no such directory")
+    problems = verify_manifest(path, checksums=False)
+    if problems:
+        raise CheckpointError(
+            f"{path} is damaged: {_listed(problems)}; take another checkpoint with --ckpt-step"
+        )
+
+
+def _compare_with(
+    path: Path, wanted: Iterable[Iterable[Any]], unread_prefixes: tuple[str, ...]
+) -> None:
+    """Compare the keys and shapes in the checkpoint with those that all ranks want.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    stored = TorchDistLoadShardedStrategy().load_sharded_metadata(path)
+    asked = {_key(entry): entry for part in wanted for entry in part}
+    missing = [key for key in asked if key not in stored]
+    unread = [
+        key for key in stored if key not in asked and not key.startswith(unread_prefixes or ("\0",))
+    ]
+    shapes = [
+        f"{key}: checkpoint {tuple(stored[key].global_shape)}, this run {tuple(entry.global_shape)}"
+        for key, entry in asked.items()
+        if key in stored and _differs(entry, stored[key])
+    ]
+    problems = [
+        (missing, "wanted by this run but not in the checkpoint"),
+        (unread, "in the checkpoint but not wanted by this run"),
+        (shapes, "of another shape"),
+    ]
+    lines = [f"{len(found)} {what}: {_listed(sorted(found))}" for found, what in problems if found]
+    if lines:
+        raise CheckpointError(
+            f"{path} does not fit this run: {'; '.join(lines)}; use the model configuration of "
+            "the run that saved it"
+        )
+
+
+def _read(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Let megatron-core read; torch gathers the failures of all ranks before it raises on each."""
+    with warnings.catch_warnings():
+        # megatron-core 0.16 calls torch's function by its former name.
+        warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
+        loaded: dict[str, Any] = dist_checkpointing.load(
+            state, str(path), validate_access_integrity=False
+        )
+    return loaded
+
+
+def _key(entry: ShardedTensor | ShardedObject) -> str:
+    """The name under which the checkpoint's metadata lists an entry."""
+    return str(entry.unique_key if isinstance(entry, ShardedObject) else entry.key)
+
+
+def _differs(asked: Any, stored: Any) -> bool:
+    """Whether two entries of one name cannot be the same tensor."""
+    if not isinstance(asked, ShardedTensor) or asked.allow_shape_mismatch:
+        return False
+    return tuple(asked.global_shape) != tuple(stored.global_shape)
+
+
+def _listed(names: Collection[str]) -> str:
+    more = len(names) - _SHOWN_KEYS
+    return ", ".join(list(names)[:_SHOWN_KEYS]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,227 @@
+"""Writing a checkpoint, so that no crash at any moment costs more than the save it interrupts.
+
+All of it is written to a directory of a temporary name, forced to disk and described by a manifest;
+then one rename makes it a checkpoint, and an atomic replacement makes the tracker name it. Every
+step ends with an agreement of all ranks, so that a full disk on one stops the others too.
+
+The state goes through megatron-core's planning (same files, same `.metadata`, any reader of
+`torch_dist` loads it) but through torch's own synchronous writer: megatron-core's forks a process
+for every file and keeps a server process, which outlives a killed rank.
+"""
+
+import io
+import logging
+import pickle
+import secrets
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+
+from megatron.trainer.checkpoint import layout
+from megatron.trainer.checkpoint.ranks import gather, on_rank0, rank_of, together
+from megatron.trainer.errors import CheckpointError, ConfigError
+from megatron.trainer.manifest import (
+    MANIFEST_NAME,
+    FileRecord,
+    hash_files,
+    list_files,
+    sync_directory,
+    write_durably,
+    write_manifest,
+)
+from megatron.trainer.safe_load import is_plain_name, load_trusted_types, what_it_holds
+
+ShardedStateDict = dict[str, Any]
+"""megatron-core's: nested dicts and lists with ShardedTensor, ShardedObject or plain leaves."""
+
+_RESERVED_NAMES = {MANIFEST_NAME, ".metadata", "common.pt", "metadata.json"}
+
+logger = logging.getLogger(__name__)
+
+
+def save_checkpoint(
+    root: Path,
+    iteration: int,
+    state: ShardedStateDict,
+    *,
+    files: Mapping[str, str | Path] | None = None,
+    keep_last: int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Save `state` as `root/iter_NNNNNNN` and let the tracker name it.
+
+    Called by every rank. An earlier checkpoint of the same iteration is replaced, after the new one
+    is complete. On failure the directory holds the checkpoints it held before.
+
+    Args:
+        root: the run directory; must be on a file system that all ranks share.
+        iteration: optimizer steps done.
+        state: this rank's sharded state dict; its factories are expanded in place. Plain leaves are
+            taken from rank 0. They and the data of ShardedObjects must be tensors, NumPy arrays,
+            numbers, strings or containers of these, or they could not be loaded back.
+        files: small files to keep beside the state, by name: text, or the path of a file to copy.
+            Only rank 0's are used.
+        keep_last: checkpoints to keep, this one included; older ones are deleted, later ones
+            (of a run that was rolled back) never. None keeps all.
+        group: all ranks; None is the default group.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        ConfigError: `keep_last` is less than 1.
+        CheckpointError: saving failed on some rank; raised on all.
+    """
+    if keep_last is not None and keep_last < 1:
+        raise ConfigError(
+            f"keep_last ({keep_last}) must be at least 1, the checkpoint just written; leave it "
+            "out to keep all"
+        )
+    attempt = gather(secrets.token_hex(4), group)[0]  # rank 0's, for all
+    try:
+        _write(layout.partial_path(root, iteration, attempt), iteration, state, files or {}, group)
+        publish = partial(layout.publish, root, iteration, attempt)
+        on_rank0("renaming the finished checkpoint", publish, group)
+    except CheckpointError as error:
+        if rank_of(group) == 0 and layout.partial_path(root, iteration, attempt).exists():
+            layout.remove(layout.partial_path(root, iteration, attempt))
+        raise CheckpointError(
+            f"could not save iteration {iteration} to {root}: {error}; the checkpoints that were "
+            "there before are untouched"
+        ) from error
+    # From here on the checkpoint stands, whatever happens.
+    on_rank0(
+        f"writing {layout.TRACKER_NAME}", partial(layout.write_tracker, root, iteration), group
+    )
+    prune = partial(_prune, root, iteration, keep_last, attempt)
+    on_rank0("deleting old checkpoints", prune, group)
+    return layout.final_path(root, iteration)
+
+
+def _write(
+    directory: Path,
+    iteration: int,
+    state: ShardedStateDict,
+    files: Mapping[str, str | Path],
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Write a whole checkpoint into the new `directory`, manifest included."""
+    # Its collectives come first and its checks, on rank 0, last: no rank is left behind.
+    sharded, common = together("checking the state", partial(save_preprocess, state), group)
+    shards = together("preparing the shards", partial(_to_torch, sharded), group)
+
+    prepare = partial(_write_rank0_files, directory, common, files)
+    on_rank0("writing common.pt", prepare, group)
+
+    # dcp.save gathers the failures of all ranks before it raises on each.
+    together("writing the shards", partial(_write_shards, directory, shards, group), group)
+
+    finish = partial(save_config, CheckpointingConfig("torch_dist"), str(directory))
+    on_rank0("writing metadata.json", finish, group)
+    records: dict[str, FileRecord] = {}
+    mine = together("hashing the files", partial(_hash_own, directory, rank_of(group)), group)
+    for part in gather(mine, group):
+        records.update(part)
+    on_rank0("writing the manifest", partial(write_manifest, directory, iteration, records), group)
+
+
+def _to_torch(sharded: ShardedStateDict) -> dict[str, Any]:
+    """This rank's main replicas as torch's checkpoint planner takes them.
+
+    Raises:
+        CheckpointError: an object's data could not be loaded back.
+    """
+    flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    shards: dict[str, Any] = mcore_to_pyt_state_dict(flat, False)
+    for key, value in shards.items():
+        if isinstance(value, io.BytesIO):
+            value.seek(0)
+            _check_loadable(value, f"object {key}")
+            value.seek(0)
+    return shards
+
+
+def _write_shards(directory: Path, shards: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+    dcp.save(
+        shards,
+        # One file a rank, in this process, forced to disk.
+        storage_writer=dcp.FileSystemWriter(directory, thread_count=1, sync_files=True),
+        planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        process_group=group,
+    )
+
+
+def _write_rank0_files(
+    directory: Path, common: dict[str, Any], files: Mapping[str, str | Path]
+) -> None:
+    """Make `directory`; write the unsharded state and the files that keep it company."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    layout.clear_leftovers(directory.parent)
+    directory.mkdir()
+    sync_directory(directory.parent)
+    with (directory / "common.pt").open("wb") as file:
+        torch.save(common, file)
+    _check_loadable(directory / "common.pt", "the unsharded state (common.pt)")
+    for name, content in files.items():
+        if not is_plain_name(name) or name in _RESERVED_NAMES or name.endswith(".distcp"):
+            raise CheckpointError(
+                f"a checkpoint cannot hold a file named {name!r}; give a plain name that is not "
+                "one of the checkpoint's own"
+            )
+        if isinstance(content, Path):
+            shutil.copyfile(content, directory / name)
+        else:
+            write_durably(directory / name, content)
+
+
+def _check_loadable(source: Path | io.BytesIO, name: str) -> None:
+    """Read back what was serialized, as loading will: better refused now than lost then."""
+    try:
+        load_trusted_types(source, name=name)
+    except CheckpointError as error:
+        cause = error.__cause__
+        why = what_it_holds(cause) if isinstance(cause, pickle.UnpicklingError) else str(error)
+        raise CheckpointError(
+            f"{name} could not be loaded back: {why}; save tensors, NumPy arrays, numbers, "
+            "strings, and lists, tuples or dicts of them"
+        ) from error
+
+
+def _hash_own(directory: Path, rank: int) -> dict[str, FileRecord]:
+    """Force to disk and hash the files that this rank wrote, which its node still has in memory."""
+    names = list_files(directory)
+    if rank == 0:
+        return hash_files(directory, [name for name in names if not _is_shard_of_another(name)])
+    return hash_files(directory, [name for name in names if name.startswith(f"__{rank}_")])
+
+
+def _is_shard_of_another(name: str) -> bool:
+    """Whether a rank other than 0 wrote `name`."""
+    return name.endswith(".distcp") and not name.startswith("__0_")
+
+
+def _prune(root: Path, iteration: int, keep_last: int | None, attempt: str) -> None:
+    """Delete what was replaced and the checkpoints before the `keep_last` newest."""
+    replaced = layout.replaced_path(root, iteration, attempt)
+    if replaced.exists():
+        logger.info("deleting the earlier checkpoint of iteration %d", iteration)
+        layout.remove(replaced)
+    if keep_last is None:
+        return
+    upto = [found for found in layout.final_iterations(root) if found <= iteration]
+    for old in upto[:-keep_last]:
+        logger.info("deleting the checkpoint of iteration %d; keep_last is %d", old, keep_last)
+        layout.discard(root, old, attempt)
