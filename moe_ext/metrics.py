@@ -113,6 +113,10 @@ class RouterMetrics:
         """Forget what was recorded."""
         self._sums = None
 
+    def reset(self) -> None:
+        """Forget what this rank recorded."""
+        self._sums = None
+
     def reduce(self, group: torch.distributed.ProcessGroup | None = None) -> RouterReport:
         """Sum over all ranks, report, and start again from zero.
 
@@ -127,7 +131,7 @@ class RouterMetrics:
             sums = self._sums
         else:
             sums = self._zeros(torch.cuda.current_device() if distributed else "cpu")
-        self._sums = None
+        self.reset()
         if distributed:
             torch.distributed.all_reduce(sums, group=group)  # sum over `group`
         return _report(sums.cpu())

@@ -63,6 +63,13 @@ def test_reduce_starts_again_from_zero() -> None:
     assert metrics.reduce().layer_dead_experts == [0]
 
 
+def test_reset_forgets_what_was_recorded() -> None:
+    metrics = RouterMetrics(1, 2)
+    record(metrics, 1, [4, 0])
+    metrics.reset()
+    assert metrics.reduce().as_dict() == {}
+
+
 def test_a_layer_without_a_record_is_left_out_of_the_means() -> None:
     metrics = RouterMetrics(2, 2)
     record(metrics, 2, [4, 0], load_balancing=2.0)
