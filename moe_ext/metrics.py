@@ -113,10 +113,6 @@ class RouterMetrics:
         """Forget what was recorded."""
         self._sums = None
 
-    def reset(self) -> None:
-        """Forget what this rank recorded."""
-        self._sums = None
-
     def reduce(self, group: torch.distributed.ProcessGroup | None = None) -> RouterReport:
         """Sum over all ranks, report, and start again from zero.
 
