@@ -1,4 +1,4 @@
-"""Named architectures: the papers' models, their dense comparators, and small siblings for tests."""
+"""Named architectures: the papers' models, their dense comparators, small siblings for tests."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +7,6 @@ _OLMOE_1B_7B: Mapping[str, Any] = {
     "num_layers": 16,
     "hidden_size": 2048,
     "num_attention_heads": 16,
-    "num_query_groups": 16,
-    "kv_channels": 128,
     "num_experts": 64,
     "moe_router_topk": 8,
     "moe_ffn_hidden_size": 1024,
@@ -42,8 +40,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_layers": 4,
         "hidden_size": 128,
         "num_attention_heads": 4,
-        "num_query_groups": 4,
-        "kv_channels": 32,
         "moe_ffn_hidden_size": 64,
         "vocab_size": 4096,
     },

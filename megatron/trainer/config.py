@@ -105,7 +105,7 @@ class DataConfig:
     valid_data_path: tuple[str, ...] = ()
     """Named validation sets, each NAME=PREFIX, used whole; beside what split holds back."""
     mock_data: bool = False
-    """Train on random tokens instead of data_path (benchmarks)."""
+    """Train and validate on random tokens; data_path and valid_data_path are not read."""
     tokenizer_type: Literal["SentencePieceTokenizer", "HFTokenizer"] = "SentencePieceTokenizer"
     """What wrote tokenizer_model: a SentencePiece .model, or a tokenizers .json."""
     tokenizer_model: str | None = None

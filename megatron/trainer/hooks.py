@@ -115,19 +115,19 @@ class TensorBoard(Hook):
     def __init__(self, directory: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(directory))
 
     def on_log(self, record: Record) -> None:
         """Write every number of the record."""
         for name, value in scalars(record).items():
             if name != "iteration":
-                self._writer.add_scalar(name, value, record["iteration"])  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(name, value, record["iteration"])
 
     on_evaluation = on_log
 
     def on_end(self) -> None:
         """Flush and close."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class WeightsAndBiases(Hook):

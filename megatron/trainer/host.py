@@ -200,6 +200,9 @@ def _redirect_tensor_methods() -> None:
 
 def _redirect_factories() -> None:
     """`device="cuda"` is written out in schedules, optimizer, clip_grads and checkpointing."""
+    # torch remembers the factories by identity on first use, for `torch.device("meta")` contexts:
+    # let it remember the originals, which ours call.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_host(getattr(torch, name)))
 
@@ -251,14 +254,14 @@ def _redirect_uneven_collectives() -> None:
     """
     from megatron.core.tensor_parallel import mappings
 
-    gather = mappings._gather_along_first_dim
-    reduce_scatter = mappings._reduce_scatter_along_first_dim
+    gather: Any = mappings._gather_along_first_dim
+    reduce_scatter: Any = mappings._reduce_scatter_along_first_dim
 
     def gather_along_first_dim(
-        input_: torch.Tensor, group: Any, output_split_sizes: Any = None, **kwargs: Any
+        input_: torch.Tensor, group: Any, output_split_sizes: Any = None, *rest: Any, **named: Any
     ) -> torch.Tensor:
         if output_split_sizes is None or group.size() == 1:
-            return gather(input_, group, None, **kwargs)  # type: ignore[no-any-return]
+            return gather(input_, group, None, *rest, **named)
         sizes = [int(size) for size in output_split_sizes]
         padded = input_.new_zeros(max(sizes), *input_.shape[1:])
         padded[: len(input_)] = input_
@@ -267,10 +270,10 @@ def _redirect_uneven_collectives() -> None:
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def reduce_scatter_along_first_dim(
-        input_: torch.Tensor, group: Any, input_split_sizes: Any = None, **kwargs: Any
+        input_: torch.Tensor, group: Any, input_split_sizes: Any = None, *rest: Any, **named: Any
     ) -> torch.Tensor:
         if input_split_sizes is None or group.size() == 1:
-            return reduce_scatter(input_, group, None, **kwargs)  # type: ignore[no-any-return]
+            return reduce_scatter(input_, group, None, *rest, **named)
         sizes = [int(size) for size in input_split_sizes]
         mine = sizes[group.rank()]
         received = input_.new_empty(len(sizes) * mine, *input_.shape[1:])

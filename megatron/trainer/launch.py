@@ -83,12 +83,17 @@ def initialize(cfg: RunConfig) -> RunContext:
     return _start_model_parallel(layout, device, seed=cfg.training.seed, num_threads=num_threads)
 
 
-def shut_down() -> None:
-    """Leave the process groups; the counterpart of `initialize` for a run that ended well."""
+def shut_down(*, keep_world: bool = False) -> None:
+    """Leave the process groups; the counterpart of `initialize` for a run that ended well.
+
+    Args:
+        keep_world: leave torch's default group standing, for another `initialize` in this process.
+    """
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    if not keep_world:
+        dist.destroy_process_group()
 
 
 def agree(action: Callable[[], T]) -> T:
@@ -162,6 +167,8 @@ def _resolve_threads(parallel: ParallelConfig) -> int:
 
 
 def _start_process_group(device: torch.device, timeout_minutes: int) -> None:
+    if dist.is_initialized():
+        return
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "gloo" if device.type == "cpu" else "nccl"
     if "RANK" in os.environ:

@@ -10,7 +10,6 @@ import torch
 import yaml
 
 from megatron.trainer.checkpoint import (
-    CheckpointError,
     FoundCheckpoint,
     compare_configs,
     find_checkpoint,
@@ -19,6 +18,7 @@ from megatron.trainer.checkpoint import (
     save_checkpoint,
 )
 from megatron.trainer.config import CheckpointConfig
+from megatron.trainer.errors import CheckpointError
 from megatron.trainer.launch import agree
 from megatron.trainer.load import dump_config
 from megatron.trainer.state import (

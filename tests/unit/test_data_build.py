@@ -176,16 +176,6 @@ def test_malformed_blend_is_refused(data_path: tuple[str, ...], message: str) ->
             "neither --data-path nor --mock-data is given; a run needs one of them; name a token"
             " file's PREFIX, or train on random tokens with --mock-data",
         ),
-        (
-            {"mock_data": True, "data_path": ("a",)},
-            "both --mock-data and --data-path are given; a run reads either random tokens or files;"
-            " remove one of them",
-        ),
-        (
-            {"mock_data": True, "valid_data_path": ("a=b",)},
-            "both --mock-data and --valid-data-path are given; a run reads either random tokens or"
-            " files; remove one of them",
-        ),
         ({"mock_data": True, "seed": -1}, "--seed is -1; it must be >= 0; give another one"),
         *(
             (
@@ -310,3 +300,9 @@ def test_counts_cover_the_range_alone_and_all_its_pieces(monkeypatch: pytest.Mon
 def test_entropy_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="counts add up to 0; there must be at least one token"):
         unigram_entropy(np.zeros(3, dtype=np.int64))
+
+
+def test_mock_data_stands_above_a_recipes_files() -> None:
+    bundle = build(mock_data=True, data_path=("missing",), valid_data_path=("also=missing",))
+    assert [source.name for source in bundle.train.sources] == ["mock"]
+    assert list(bundle.validation) == ["mock"]

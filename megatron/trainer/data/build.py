@@ -43,7 +43,7 @@ def build_data(cfg: DataConfig, *, vocab_size: int, seq_length: int, seed: int) 
     if seed < 0:
         raise ConfigError(f"--seed is {seed}; it must be >= 0; give another one")
     if cfg.mock_data:
-        return _mock_data(cfg, vocab_size=vocab_size, seq_length=seq_length, seed=seed)
+        return _mock_data(vocab_size=vocab_size, seq_length=seq_length, seed=seed)
     if not cfg.data_path:
         raise ConfigError(
             "neither --data-path nor --mock-data is given; a run needs one of them; name a token"
@@ -130,14 +130,11 @@ def unique_names(prefixes: Sequence[str]) -> list[str]:
     return ["/".join(part[-depth:]) for part in parts]
 
 
-def _mock_data(cfg: DataConfig, *, vocab_size: int, seq_length: int, seed: int) -> DataBundle:
-    """Return random tokens to train on, and one validation set of others."""
-    if cfg.data_path or cfg.valid_data_path:
-        given = "--data-path" if cfg.data_path else "--valid-data-path"
-        raise ConfigError(
-            f"both --mock-data and {given} are given; a run reads either random tokens or files;"
-            " remove one of them"
-        )
+def _mock_data(*, vocab_size: int, seq_length: int, seed: int) -> DataBundle:
+    """Return random tokens to train on, and one validation set of others.
+
+    The flag stands above a recipe's files, so that any recipe can be tried without its data.
+    """
     source = MockSource(vocab_size=vocab_size, seq_length=seq_length, seed=seed)
     other = MockSource(vocab_size=vocab_size, seq_length=seq_length, seed=seed + 1)
     stream = SampleStream([source], [1.0], seq_length=seq_length, seed=seed)

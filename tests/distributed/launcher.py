@@ -1,0 +1,104 @@
+"""Starts ranks on this machine and reads back what they did."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+REPO = HERE.parents[1]
+
+TINY = {
+    "num-layers": 4,
+    "hidden-size": 48,
+    "num-attention-heads": 6,
+    "num-query-groups": 2,
+    "num-experts": 6,
+    "moe-router-topk": 3,
+    "moe-ffn-hidden-size": 20,
+    "vocab-size": 120,
+    "seq-length": 16,
+    "micro-batch-size": 2,
+    "global-batch-size": 8,
+    "train-iters": 5,
+    "lr": 0.003,
+    "min-lr": 0.0003,
+    "seed": 7,
+    "log-interval": 1,
+    "eval-iters": 1,
+    "moe-aux-loss-coeff": 0.1,
+    "moe-z-loss-coeff": 0.1,
+}
+"""Odd shapes, losses strong enough to matter."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One case's records and its final weights, assembled from every rank's shards."""
+
+    records: list[dict[str, Any]]
+    weights: dict[str, torch.Tensor]
+    error: str | None = None
+
+    def series(self, key: str) -> list[float]:
+        return [record[key] for record in self.records if key in record]
+
+
+def flags(**overrides: Any) -> list[str]:
+    """Command-line flags of the tiny model on random tokens, with overrides."""
+    settings = {**TINY, **{key.replace("_", "-"): value for key, value in overrides.items()}}
+    found = [] if "data-path" in settings else ["--mock-data"]
+    for key, value in settings.items():
+        if value is True:
+            found.append(f"--{key}")
+        elif value is not False:
+            found += [f"--{key}", *(str(value).split() if key == "data-path" else [str(value)])]
+    return found
+
+
+def torchrun(
+    num_ranks: int, script: str | Path, *arguments: str, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run a script under torchrun on this machine, one thread a rank."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(num_ranks), str(script), *arguments),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = f"{REPO / 'tools'}:{REPO}"
+    return subprocess.run(
+        command, env=environment, timeout=timeout, check=False, text=True, capture_output=True
+    )
+
+
+def run_cases(
+    num_ranks: int, cases: dict[str, list[str]], out: Path, *, timeout: float = 400
+) -> dict[str, Outcome]:
+    """Train every case on `num_ranks` ranks, in one launch."""
+    out.mkdir(parents=True, exist_ok=True)
+    listing = [{"name": name, "flags": case} for name, case in cases.items()]
+    file = out / "cases.json"
+    file.write_text(json.dumps(listing))
+    done = torchrun(num_ranks, HERE / "worker_train.py", str(file), str(out), timeout=timeout)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return {name: read_outcome(out, name) for name in cases}
+
+
+def read_outcome(out: Path, name: str) -> Outcome:
+    records = json.loads((out / f"{name}.json").read_text())
+    if isinstance(records, dict):
+        return Outcome(records=[], weights={}, error=records["error"])
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(out.glob(f"{name}.rank*.pt")):
+        for key, shape, offset, tensor in torch.load(file, weights_only=True):
+            full = weights.setdefault(key, torch.full(shape, torch.nan))
+            window = tuple(
+                slice(start, start + size) for start, size in zip(offset, tensor.shape, strict=True)
+            )
+            full[window] = tensor
+    return Outcome(records=records, weights=weights)

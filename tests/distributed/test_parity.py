@@ -1,0 +1,115 @@
+"""Every layout trains the same model: losses, gradient norm and weights of one process."""
+
+import pytest
+import torch
+from launcher import Outcome, flags, run_cases
+
+TWO_RANKS = {
+    "tp2": {"tensor-model-parallel-size": 2},
+    "tp2_etp1": {"tensor-model-parallel-size": 2, "expert-tensor-parallel-size": 1},
+    "tp2_ep2_etp1": {
+        "tensor-model-parallel-size": 2,
+        "expert-model-parallel-size": 2,
+        "expert-tensor-parallel-size": 1,
+    },
+    "tp2_distributed_optimizer": {
+        "tensor-model-parallel-size": 2,
+        "use-distributed-optimizer": True,
+    },
+    "pp2": {"pipeline-model-parallel-size": 2},
+    "pp2_interleaved": {
+        "pipeline-model-parallel-size": 2,
+        "num-virtual-stages-per-pipeline-rank": 2,
+    },
+    "ep2_alltoall": {"expert-model-parallel-size": 2},
+    "ep2_allgather": {
+        "expert-model-parallel-size": 2,
+        "moe-token-dispatcher-type": "allgather",
+    },
+    "ep2_distributed_optimizer": {
+        "expert-model-parallel-size": 2,
+        "use-distributed-optimizer": True,
+    },
+    "dp2": {},
+    "dp2_overlap": {"overlap-grad-reduce": True},
+    "dp2_distributed_optimizer": {"use-distributed-optimizer": True},
+    "dp2_recompute_full": {"recompute-granularity": "full"},
+    "dp2_recompute_moe": {"recompute-granularity": "selective"},
+}
+FOUR_RANKS = {
+    "tp2_ep2_dp2_etp1": {
+        "tensor-model-parallel-size": 2,
+        "expert-model-parallel-size": 2,
+        "expert-tensor-parallel-size": 1,
+    },
+    "tp2_ep2_etp2": {
+        "tensor-model-parallel-size": 2,
+        "expert-model-parallel-size": 2,
+        "expert-tensor-parallel-size": 2,
+    },
+    "tp2_ep2_etp2_allgather": {
+        "tensor-model-parallel-size": 2,
+        "expert-model-parallel-size": 2,
+        "expert-tensor-parallel-size": 2,
+        "moe-token-dispatcher-type": "allgather",
+    },
+    "pp2_ep2": {"pipeline-model-parallel-size": 2, "expert-model-parallel-size": 2},
+    "pp2_dp2_distributed_optimizer": {
+        "pipeline-model-parallel-size": 2,
+        "use-distributed-optimizer": True,
+    },
+}
+ONE_RANK = {"recompute_full": {"recompute-granularity": "full"}, "loop": {"expert-backend": "loop"}}
+DENSE = {"num-experts": "None", "ffn-hidden-size": 40, "qk-norm": "none"}
+
+# fp32 sums in another order: 1e-5 on losses, 1e-4 on the gradient norm, relative.
+TOLERANCES = {"lm_loss": 1e-5, "load_balancing_loss": 1e-5, "z_loss": 1e-5, "grad_norm": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    out = tmp_path_factory.mktemp("parity")
+    single = {"single": flags(), "dense": flags(**DENSE)}
+    single |= {name: flags(**case) for name, case in ONE_RANK.items()}
+    two = {name: flags(**case) for name, case in TWO_RANKS.items()}
+    two["dense_tp2"] = flags(**DENSE, **{"tensor-model-parallel-size": 2})
+    four = {name: flags(**case) for name, case in FOUR_RANKS.items()}
+    return {
+        **run_cases(1, single, out / "1"),
+        **run_cases(2, two, out / "2"),
+        **run_cases(4, four, out / "4"),
+    }
+
+
+def compare(found: Outcome, truth: Outcome, keys: list[str]) -> None:
+    assert found.error is None, found.error
+    for key in keys:
+        expected = truth.series(key)
+        assert len(expected) == 5
+        assert found.series(key) == pytest.approx(expected, rel=TOLERANCES[key]), key
+    assert found.weights.keys() == truth.weights.keys()
+    for key, expected in truth.weights.items():
+        difference = torch.linalg.vector_norm((found.weights[key] - expected).double())
+        # AdamW divides by the gradient's own size, so rounding of gradients near 0 moves single
+        # weights by up to a learning rate; a wrong gradient moves all of a matrix by that much.
+        # Five steps of 3e-3 move a weight of 0.02 by about its own size.
+        assert difference <= 1e-3 * torch.linalg.vector_norm(expected.double()), key
+
+
+@pytest.mark.parametrize("name", [*ONE_RANK, *TWO_RANKS, *FOUR_RANKS])
+def test_layout_trains_like_a_single_process(name: str, outcomes: dict[str, Outcome]) -> None:
+    compare(outcomes[name], outcomes["single"], list(TOLERANCES))
+
+
+def test_dense_model_trains_alike_under_tensor_parallelism(outcomes: dict[str, Outcome]) -> None:
+    compare(outcomes["dense_tp2"], outcomes["dense"], ["lm_loss", "grad_norm"])
+
+
+def test_training_moves_every_weight(outcomes: dict[str, Outcome]) -> None:
+    """The comparison above means nothing for a weight that never moved."""
+    final, loop = outcomes["single"].weights, outcomes["dense"].weights
+    assert len(final) > 10
+    for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        assert not torch.equal(final[key], loop[key])
+    losses = outcomes["single"].series("lm_loss")
+    assert len(set(losses)) == len(losses)

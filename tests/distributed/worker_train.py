@@ -1,0 +1,88 @@
+"""Runs training cases one after another in the ranks that torchrun started.
+
+Usage: torchrun ... worker_train.py CASES.json OUT
+
+CASES.json: [{"name": ..., "flags": [...]}]. For each case OUT/NAME.json gets rank 0's records and
+OUT/NAME.rankR.pt every rank's shards of the final weights: (key, global shape, offset, tensor).
+A case that ends in a UserError gets {"error": ...} instead.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import recipe
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from megatron.trainer.errors import UserError
+from megatron.trainer.hooks import Hook, Record
+from megatron.trainer.launch import environment_rank, initialize, shut_down
+from megatron.trainer.log import configure_logging
+from megatron.trainer.loop import train
+from megatron.trainer.resume import checkpoint_writer, resume
+from megatron.trainer.state import TrainState
+from megatron.trainer.step import language_model_step
+
+
+class Recorder(Hook):
+    """Keeps what the loop reports."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def on_log(self, record: Record) -> None:
+        self.records.append(record)
+
+    on_evaluation = on_log
+
+
+def run_case(flags: list[str], out: Path, name: str) -> None:
+    cfg = recipe.parse(flags, prog="worker", description="")
+    ctx = initialize(cfg)
+    state = recipe.build_state(cfg, ctx)
+    resume(state, cfg.model)
+    recorder = Recorder()
+    train(
+        state,
+        language_model_step,
+        hooks=[recorder, *recipe.build_hooks(cfg, state)],
+        save=checkpoint_writer(state),
+    )
+    torch.save(final_shards(state), out / f"{name}.rank{ctx.rank}.pt")
+    if ctx.rank == 0:
+        (out / f"{name}.json").write_text(json.dumps(recorder.records))
+    shut_down(keep_world=True)
+
+
+def final_shards(state: TrainState) -> list[tuple[str, list[int], list[int], torch.Tensor]]:
+    shards = []
+    for module in state.modules:
+        for value in nested_values(module.sharded_state_dict()):
+            built = value.build() if isinstance(value, ShardedTensorFactory) else value
+            for part in nested_values({"part": built}):
+                if isinstance(part, ShardedTensor):
+                    tensor = part.data.detach().clone()
+                    while tensor.dim() < len(part.global_shape):
+                        tensor = tensor[None]
+                    shards.append(
+                        (part.key, list(part.global_shape), list(part.global_offset), tensor)
+                    )
+    return shards
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    configure_logging(environment_rank())
+    for case in cases:
+        try:
+            run_case(case["flags"], out, case["name"])
+        except UserError as error:
+            if environment_rank() == 0:
+                (out / f"{case['name']}.json").write_text(json.dumps({"error": str(error)}))
+            shut_down(keep_world=True)
+
+
+if __name__ == "__main__":
+    main()
