@@ -34,6 +34,8 @@ def transformer_config(model: MoEModelConfig, *, bf16: bool, **runtime: Any) -> 
         moe_ffn_hidden_size=model.moe_ffn_hidden_size if is_moe else None,
         moe_router_topk=model.moe_router_topk,
         moe_router_pre_softmax=True,  # read by megatron-core's own router alone
+        # What our routers hand to the dispatchers; the gate's own precision is theirs to choose.
+        moe_router_dtype="fp32" if is_moe else None,
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_token_dispatcher_type=model.moe_token_dispatcher_type,
