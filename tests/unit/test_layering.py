@@ -1,0 +1,293 @@
+"""The rules of docs/architecture.md about imports, the environment and unsafe readers, held by ast.
+
+Each rule is a function Source -> problems. It is applied to the repository, and to a snippet that
+breaks it, so that a rule which went blind is noticed.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+PRODUCT = ("megatron/trainer", "moe_ext", "tools", "examples", "benchmarks")
+MAX_LINES = 400
+TOOL_MODULES = tuple(path.stem for path in (REPO / "tools").glob("*.py"))
+OUTSIDE = (*TOOL_MODULES, "tools", "tests", "examples", "benchmarks")
+FORBIDDEN_IMPORTS = {
+    "megatron/trainer": ("moe_ext", *OUTSIDE),
+    "moe_ext": ("megatron.trainer", *OUTSIDE),
+    "tools": ("tests", "examples", "benchmarks"),
+}
+OPTIONAL_PACKAGES = ("transformer_engine", "megablocks", "wandb", "transformers", "safetensors")
+IMPORTED_AT_USE = (*OPTIONAL_PACKAGES, "apex", "tensorboard", "matplotlib", "rich")
+LAUNCH = "megatron/trainer/launch.py"
+SAFE_LOAD = "megatron/trainer/safe_load.py"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Python file of the repository, or a snippet that pretends to be one."""
+
+    path: str
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @property
+    def area(self) -> str:
+        return next((area for area in (*PRODUCT, "tests") if self.path.startswith(f"{area}/")), "")
+
+    @property
+    def is_product(self) -> bool:
+        return self.area in PRODUCT
+
+
+def repository() -> list[Source]:
+    areas = [*PRODUCT, "tests"]
+    paths = sorted(path for area in areas for path in (REPO / area).rglob("*.py"))
+    return [Source(str(path.relative_to(REPO)), path.read_text("utf-8")) for path in paths]
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything imported below `tree`, modules and what is in them."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def dotted(node: ast.expr) -> str:
+    """`a.b.c` as written, "" for anything else."""
+    if isinstance(node, ast.Attribute):
+        owner = dotted(node.value)
+        return f"{owner}.{node.attr}" if owner else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def imports_point_down(source: Source) -> list[str]:
+    forbidden = FORBIDDEN_IMPORTS.get(source.area, ())
+    found = [
+        f"line {line}: {source.area} imports {name}"
+        for line, name in imported(source.tree)
+        if any(is_within(name, package) for package in forbidden)
+    ]
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            found.append(f"line {node.lineno}: a relative import; write the whole name")
+        if source.is_product and isinstance(node, ast.Call):
+            if dotted(node.func) in {"__import__", "importlib.import_module", "import_module"}:
+                found.append(f"line {node.lineno}: an import by name, which no test can follow")
+    return found
+
+
+def launch_alone_reads_globals(source: Source) -> list[str]:
+    """The environment and megatron-core's global groups."""
+    if not source.is_product or source.path == LAUNCH:
+        return []
+    found = []
+    for line, name in imported(source.tree):
+        if "parallel_state" in name.split(".") or name in {"os.environ", "os.getenv"}:
+            found.append(f"line {line}: imports {name}")
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Attribute):
+            name = dotted(node)
+            if name in {"os.environ", "os.getenv"} or node.attr == "parallel_state":
+                found.append(f"line {node.lineno}: uses {name}")
+    return found
+
+
+def files_are_short(source: Source) -> list[str]:
+    lines = len(source.text.splitlines())
+    return [f"{lines} lines, at most {MAX_LINES}"] if lines > MAX_LINES else []
+
+
+def nothing_read_is_executed(source: Source) -> list[str]:
+    if not source.is_product:
+        return []
+    is_guard = source.path == SAFE_LOAD
+    names = {"pickle.load", "pickle.loads", "pickle.Unpickler"} - (
+        {"pickle.Unpickler"} if is_guard else set()
+    )
+    found = [f"line {at}: imports {name}" for at, name in imported(source.tree) if name in names]
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Attribute) and dotted(node) in names:
+            found.append(f"line {node.lineno}: {dotted(node)}")
+        elif isinstance(node, ast.Call):
+            found += [f"line {node.lineno}: {problem}" for problem in unsafe_call(node)]
+    return found
+
+
+def unsafe_call(call: ast.Call) -> list[str]:
+    name = dotted(call.func)
+    given = {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
+    banned = {"eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
+    found = [name] if name in banned else []
+    for keyword, value in (
+        ("shell", True),
+        ("allow_pickle", True),
+        ("weights_only", False),
+        ("trust_remote_code", True),
+    ):
+        if given.get(keyword) is value:
+            found.append(f"{keyword}={value}")
+    if name == "torch.load" and given.get("weights_only") is not True:
+        found.append("torch.load without weights_only=True")
+    if name in {"np.load", "numpy.load"} and given.get("allow_pickle") is not False:
+        found.append("np.load without allow_pickle=False")
+    return found
+
+
+def optional_packages_are_imported_at_use(source: Source) -> list[str]:
+    """Not when the module is imported: only inside a function."""
+    if not source.is_product:
+        return []
+    outside_functions = ast.Module(body=[], type_ignores=[])
+    waiting: list[ast.AST] = [source.tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            outside_functions.body.append(node)
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+    return [
+        f"line {line}: imports {name} with the module"
+        for line, name in imported(outside_functions)
+        if any(is_within(name, package) for package in OPTIONAL_PACKAGES)
+    ]
+
+
+Rule = Callable[[Source], list[str]]
+
+BROKEN: list[tuple[Rule, str, str]] = [
+    (imports_point_down, "moe_ext/a.py", "import megatron.trainer.step"),
+    (imports_point_down, "moe_ext/a.py", "from megatron import trainer"),
+    (imports_point_down, "moe_ext/a.py", "def f():\n    from megatron.trainer import step"),
+    (imports_point_down, "megatron/trainer/a.py", "from moe_ext.config import MoEModelConfig"),
+    (imports_point_down, "megatron/trainer/a.py", "import recipe"),
+    (imports_point_down, "megatron/trainer/a.py", "import tests.unit"),
+    (imports_point_down, "tools/a.py", "from tests import unit"),
+    (imports_point_down, "moe_ext/a.py", "from . import config"),
+    (imports_point_down, "moe_ext/a.py", "import importlib\nimportlib.import_module('x')"),
+    (launch_alone_reads_globals, "moe_ext/a.py", "from megatron.core import parallel_state"),
+    (launch_alone_reads_globals, "tools/a.py", "import megatron.core.parallel_state as p"),
+    (launch_alone_reads_globals, "tools/a.py", "import os\nos.environ['X'] = '1'"),
+    (launch_alone_reads_globals, "megatron/trainer/a.py", "from os import getenv"),
+    (launch_alone_reads_globals, "megatron/trainer/a.py", "megatron.core.parallel_state.f()"),
+    (files_are_short, "tests/a.py", "x = 1\n" * (MAX_LINES + 1)),
+    (nothing_read_is_executed, "tools/a.py", "import pickle\npickle.load(file)"),
+    (nothing_read_is_executed, "tools/a.py", "from pickle import loads"),
+    (nothing_read_is_executed, SAFE_LOAD, "import pickle\npickle.load(file)"),
+    (nothing_read_is_executed, "moe_ext/a.py", "class A(pickle.Unpickler): ..."),
+    (nothing_read_is_executed, "moe_ext/a.py", "np.load(path)"),
+    (nothing_read_is_executed, "moe_ext/a.py", "load(path, allow_pickle=True)"),
+    (nothing_read_is_executed, "moe_ext/a.py", "torch.load(path)"),
+    (nothing_read_is_executed, "moe_ext/a.py", "torch.load(path, weights_only=False)"),
+    (nothing_read_is_executed, "tools/a.py", "yaml.load(text, Loader=Any)"),
+    (nothing_read_is_executed, "tools/a.py", "eval(text)"),
+    (nothing_read_is_executed, "tools/a.py", "subprocess.run(command, shell=True)"),
+    (nothing_read_is_executed, "tools/a.py", "from_pretrained(name, trust_remote_code=True)"),
+    (optional_packages_are_imported_at_use, "moe_ext/a.py", "import transformer_engine.pytorch"),
+    (
+        optional_packages_are_imported_at_use,
+        "moe_ext/a.py",
+        "try:\n    import megablocks\nfinally: 0",
+    ),
+    (optional_packages_are_imported_at_use, "tools/a.py", "class A:\n    from wandb import init"),
+    (optional_packages_are_imported_at_use, "tools/a.py", "from transformers import AutoModel"),
+]
+FINE: list[tuple[Rule, str, str]] = [
+    (imports_point_down, "tools/a.py", "import recipe, moe_ext.config, megatron.trainer.step"),
+    (
+        imports_point_down,
+        "megatron/trainer/a.py",
+        "from megatron.trainer.recipe import dump_config",
+    ),
+    (launch_alone_reads_globals, LAUNCH, "import os\nos.environ['RANK']"),
+    (nothing_read_is_executed, SAFE_LOAD, "class A(pickle.Unpickler): ..."),
+    (nothing_read_is_executed, "tools/a.py", "torch.load(path, weights_only=True)"),
+    (optional_packages_are_imported_at_use, "tools/a.py", "def f():\n    import wandb"),
+]
+RULES = list(dict.fromkeys(rule for rule, _, _ in BROKEN))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_repository_keeps_the_rule(rule: Rule) -> None:
+    sources = repository()
+    assert len(sources) > 50
+    problems = [f"{source.path}: {each}" for source in sources for each in rule(source)]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(("rule", "path", "text"), BROKEN)
+def test_rule_finds_what_breaks_it(rule: Rule, path: str, text: str) -> None:
+    assert rule(Source(path, text))
+
+
+@pytest.mark.parametrize(("rule", "path", "text"), FINE)
+def test_rule_lets_the_allowed_pass(rule: Rule, path: str, text: str) -> None:
+    assert rule(Source(path, text)) == []
+
+
+def namespace_problems(root: Path) -> list[str]:
+    """A `megatron/__init__.py` of ours would hide the wheel's megatron.core, or be hidden by it."""
+    return [f"{path.name} is there" for path in (root / "megatron").glob("__init__.*")]
+
+
+def test_megatron_stays_a_namespace_package(tmp_path: Path) -> None:
+    assert namespace_problems(REPO) == []
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / "__init__.py").touch()
+    assert namespace_problems(tmp_path) == ["__init__.py is there"]
+
+
+IMPORTER = """
+import importlib, sys, warnings
+warnings.simplefilter("ignore")
+blocked, modules = (each.split(",") for each in sys.argv[1:])
+for name in blocked:
+    sys.modules[name] = None
+for name in modules:
+    importlib.import_module(name)
+"""
+
+
+def import_without(
+    blocked: tuple[str, ...], modules: list[str]
+) -> subprocess.CompletedProcess[str]:
+    """Import modules in a process that cannot import the blocked packages."""
+    command = [sys.executable, "-c", IMPORTER, ",".join(blocked), ",".join(modules)]
+    return subprocess.run(
+        command, cwd=REPO, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def package_modules() -> list[str]:
+    areas = ("megatron/trainer", "moe_ext")
+    paths = [path.relative_to(REPO) for area in areas for path in (REPO / area).rglob("*.py")]
+    return [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths]
+
+
+def test_packages_import_without_the_optional_packages() -> None:
+    modules = package_modules()
+    assert {"megatron.trainer", "megatron.trainer.loop", "moe_ext.experts"} <= set(modules)
+    done = import_without(IMPORTED_AT_USE, modules)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_blocked_package_would_be_noticed() -> None:
+    done = import_without(("yaml",), ["megatron.trainer.errors", "megatron.trainer.recipe"])
+    assert done.returncode != 0
+    assert "import of yaml halted" in done.stderr
