@@ -40,8 +40,8 @@ class MoEModelConfig:
     """RoPE's theta."""
     norm_epsilon: float = 1.0e-5
     """Epsilon of every RMSNorm."""
-    qk_norm: Literal["full_width", "none"] = "full_width"
-    """full_width: one RMSNorm over all heads of q, one over all of k (OLMoE)."""
+    attention: str = "full_width_qk_norm"
+    """Self-attention, a name in moe_ext.attention.ATTENTIONS (OLMoE: full_width_qk_norm)."""
     untie_embeddings_and_output_weights: bool = True
     """Give the output layer a matrix of its own."""
     init_method_std: float = 0.02

@@ -18,7 +18,10 @@ class ParameterCount:
 
 
 def count_parameters(model: MoEModelConfig) -> ParameterCount:
-    """Count the parameters of `model`, in all and per token."""
+    """Count the parameters of `model`, in all and per token.
+
+    A self-attention registered from outside is counted as the standard one.
+    """
     h = model.hidden_size
     heads = model.num_attention_heads
     groups = model.num_query_groups or heads
@@ -26,7 +29,7 @@ def count_parameters(model: MoEModelConfig) -> ParameterCount:
     query_width, key_width = heads * head_size, groups * head_size
 
     attention = h * (query_width + 2 * key_width) + query_width * h
-    if model.qk_norm == "full_width":
+    if model.attention == "full_width_qk_norm":
         attention += query_width + key_width
     norms = 2 * h
     if model.num_experts is None:

@@ -14,7 +14,7 @@ _OLMOE_1B_7B: Mapping[str, Any] = {
     "make_vocab_size_divisible_by": 128,
     "rotary_base": 10000.0,
     "norm_epsilon": 1.0e-5,
-    "qk_norm": "full_width",
+    "attention": "full_width_qk_norm",
     "untie_embeddings_and_output_weights": True,
     "init_method_std": 0.02,
     "init_method_cutoff": 3.0,
@@ -32,7 +32,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         **_OLMOE_1B_7B,
         "num_experts": None,
         "ffn_hidden_size": 8192,
-        "qk_norm": "none",
+        "attention": "standard",
     },
     # The same blocks at a size that two CPU cores train in minutes.
     "olmoe_tiny": {

@@ -4,10 +4,11 @@ A decay is a function from the share of the decay that is done, 0 to 1, to the s
 the peak to the final learning rate that is left, 1 to 0.
 """
 
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from moe_ext import registry
 
 Decay = Callable[[float], float]
 
@@ -32,10 +33,8 @@ DECAYS: dict[str, Decay] = {"cosine": cosine, "linear": linear, "constant": cons
 
 
 def register_decay(name: str, decay: Decay) -> None:
-    """Make `decay` known as `name`; a name that is taken is refused."""
-    if name in DECAYS:
-        raise ValueError(f"decay {name!r} is registered already; choose another name")
-    DECAYS[name] = decay
+    """Make `decay` known as `name`; a name that is taken is refused with a ValueError."""
+    registry.add(DECAYS, name, decay, kind="lr_decay_style")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +59,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Refuse a decay that nobody registered."""
-        if self.style not in DECAYS:
-            near = difflib.get_close_matches(self.style, DECAYS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"lr_decay_style {self.style!r} is unknown; known are {', '.join(DECAYS)}{hint}"
-            )
+        registry.look_up(DECAYS, self.style, kind="lr_decay_style")
 
     def __call__(self, step: int) -> float:
         """The learning rate of step number `step`, counted from 0."""

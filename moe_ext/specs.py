@@ -5,7 +5,7 @@ import functools
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from moe_ext.attention import QKNormSelfAttention, SDPACoreAttention
+from moe_ext.attention import SDPACoreAttention, get_attention
 from moe_ext.config import MoEModelConfig
 from moe_ext.experts import ExpertMLP
 from moe_ext.functional import layer_coefficients
@@ -53,7 +53,7 @@ def block_spec(
             self_attention=_attention_spec(model),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=_dense_spec() if metrics is None else _moe_spec(model, metrics),
+            mlp=_dense_spec(model) if metrics is None else _moe_spec(model, metrics),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -63,7 +63,7 @@ def block_spec(
 
 def _attention_spec(model: MoEModelConfig) -> ModuleSpec:
     return ModuleSpec(
-        module=QKNormSelfAttention if model.qk_norm == "full_width" else SelfAttention,
+        module=get_attention(model.attention),
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
@@ -73,9 +73,10 @@ def _attention_spec(model: MoEModelConfig) -> ModuleSpec:
     )
 
 
-def _dense_spec() -> ModuleSpec:
+def _dense_spec(model: MoEModelConfig) -> ModuleSpec:
     return ModuleSpec(
         module=MLP,
+        params={"ffn_hidden_size": model.ffn_hidden_size},
         submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
     )
 

@@ -20,7 +20,11 @@ _METADATA = {
     # Dense and expert optimizers share one name space: their parameters differ in name anyway.
     "chained_optim_avoid_prefix": True,
 }
-_MASTER_KEYS = {"optimizer.state.param.": "optimizer.state.fp32_param."}
+OPTIMIZER_PREFIX = "optimizer.state."
+"""What the names of moments and master weights begin with in a checkpoint."""
+# The distributed optimizer calls a master weight `param`, the plain bf16 one `fp32_param`.
+_DISTRIBUTED_MASTER = f"{OPTIMIZER_PREFIX}param."
+_MASTER = f"{OPTIMIZER_PREFIX}fp32_param."
 
 
 def optimizer_state(
@@ -44,18 +48,16 @@ def optimizer_state(
         inner_state = inner.sharded_state_dict(
             _flat(model), is_loading=is_loading, metadata=_METADATA
         )
-        keep_master = not isinstance(inner, DistributedOptimizer) or inner.config.bf16
-        state[str(index)] = _layout_free(inner_state, keep_master=keep_master)
+        if isinstance(inner, DistributedOptimizer) and not inner.config.bf16:
+            _share_weights(inner, inner_state)
+        state[str(index)] = _layout_free(inner_state)
     return state
 
 
 def load_optimizer_state(
     optimizer: ChainedOptimizer, loaded: Mapping[str, Any], *, steps: int
 ) -> None:
-    """Take over loaded moments and master weights; `steps` updates have been made.
-
-    In fp32 the distributed optimizer has no master weights of its own: load the model after it.
-    """
+    """Take over loaded moments and master weights; `steps` updates have been made."""
     for index, inner in enumerate(optimizer.chained_optimizers):
         if inner.optimizer is not None:
             inner.load_state_dict(loaded[str(index)])
@@ -70,22 +72,26 @@ def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _layout_free(value: Any, *, keep_master: bool, key: str = "") -> Any:
+def _share_weights(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:
+    """In fp32 master weights are the model's own: they are saved, and loaded, with the model.
+
+    megatron-core numbers the parameters of `param_state` in the order of its buffers.
+    """
+    parameters = [p for buffer in optimizer.buffers for p in buffer.param_index_map]
+    for number, parameter in enumerate(parameters):
+        state["param_state"][number]["param"] = LocalNonpersistentObject(parameter)
+
+
+def _layout_free(value: Any) -> Any:
     """Keep sharded tensors, under names without an optimizer's name; mark the rest as local."""
     if isinstance(value, dict):
-        return {
-            name: _layout_free(entry, keep_master=keep_master, key=str(name))
-            for name, entry in value.items()
-        }
+        return {name: _layout_free(entry) for name, entry in value.items()}
     if isinstance(value, list):
-        return [_layout_free(entry, keep_master=keep_master, key=key) for entry in value]
+        return [_layout_free(entry) for entry in value]
     if isinstance(value, LocalNonpersistentObject):
         return value
     if not isinstance(value, ShardedBase):
         return LocalNonpersistentObject(value)
-    if key == "param" and not keep_master:
-        return LocalNonpersistentObject(value.data)
-    for old, new in _MASTER_KEYS.items():
-        if value.key.startswith(old):
-            value.key = new + value.key.removeprefix(old)
+    if value.key.startswith(_DISTRIBUTED_MASTER):
+        value.key = _MASTER + value.key.removeprefix(_DISTRIBUTED_MASTER)
     return value

@@ -21,14 +21,16 @@ from megatron.trainer.config import CheckpointConfig
 from megatron.trainer.errors import CheckpointError
 from megatron.trainer.launch import agree
 from megatron.trainer.load import dump_config
+from megatron.trainer.optim_state import OPTIMIZER_PREFIX
 from megatron.trainer.state import (
+    RNG_PREFIX,
     TrainState,
     apply_state,
     load_model,
+    model_state,
     request_state,
     run_state,
     sharded_state,
-    weights,
 )
 
 logger = logging.getLogger(__name__)
@@ -81,13 +83,15 @@ def resume(state: TrainState, model_config: object) -> None:
     found = find_checkpoint(Path(cfg.load), iteration=cfg.ckpt_step)
     agree(lambda: check_architecture(found, flatten_group(model_config)))
     if cfg.finetune:
-        load_model(state.modules, load_checkpoint(found.path, weights(state)))
+        load_weights(state.modules, found)
         state.optimizer.reload_model_params()
         logger.info("took the weights of %s; iteration, optimizer and data start anew", found.path)
         return
     run = json.loads(read_text(found.path, _RUN_NAME))
     request = request_state(state, run)
-    apply_state(state, load_checkpoint(found.path, request), run)
+    # Another layout leaves the random states unread.
+    loaded = load_checkpoint(found.path, request, unread_prefixes=(RNG_PREFIX,))
+    apply_state(state, loaded, run)
     logger.info(
         "resumed %s at iteration %d, %d samples consumed",
         found.path,
@@ -98,11 +102,10 @@ def resume(state: TrainState, model_config: object) -> None:
 
 def load_weights(modules: list[torch.nn.Module], found: FoundCheckpoint) -> None:
     """Fill unwrapped model chunks from a checkpoint, for tools that do not train."""
-    request = {
-        f"model{index}": module.sharded_state_dict()  # type: ignore[operator]
-        for index, module in enumerate(modules)
-    }
-    load_model(modules, load_checkpoint(found.path, request))
+    loaded = load_checkpoint(
+        found.path, model_state(modules), unread_prefixes=(OPTIMIZER_PREFIX, RNG_PREFIX)
+    )
+    load_model(modules, loaded)
 
 
 def saved_config(found: FoundCheckpoint) -> dict[str, Any]:

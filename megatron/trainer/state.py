@@ -20,6 +20,9 @@ from megatron.trainer.optim_state import load_optimizer_state, optimizer_state
 
 logger = logging.getLogger(__name__)
 
+RNG_PREFIX = "rng."
+"""What the names of the random states begin with in a checkpoint."""
+
 
 class Schedule(Protocol):
     """A learning-rate schedule: steps done -> learning rate of the next step."""
@@ -85,17 +88,17 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def weights(state: TrainState) -> dict[str, Any]:
-    """The model chunks' sharded state: `ShardedTensor`s under global names, whatever the layout."""
+def model_state(modules: list[torch.nn.Module]) -> dict[str, Any]:
+    """Unwrapped chunks' sharded state: `ShardedTensor`s under global names, in any layout."""
     return {
         f"model{index}": module.sharded_state_dict()  # type: ignore[operator]
-        for index, module in enumerate(state.modules)
+        for index, module in enumerate(modules)
     }
 
 
 def sharded_state(state: TrainState, *, is_loading: bool = False) -> dict[str, Any]:
     """Weights, optimizer and random states, for megatron-core's `dist_checkpointing`."""
-    model = weights(state)
+    model = model_state(state.modules)
     return {
         **model,
         "optimizer": optimizer_state(state.optimizer, model, is_loading=is_loading),
@@ -187,7 +190,7 @@ def _rng_state(ctx: RunContext) -> dict[str, ShardedTensor]:
         states["cuda"] = torch.cuda.get_rng_state()
     return {
         name: ShardedTensor.from_rank_offsets(
-            f"rng.{name}", value.cpu()[None], (0, ctx.rank, ctx.world_size)
+            f"{RNG_PREFIX}{name}", value.cpu()[None], (0, ctx.rank, ctx.world_size)
         )
         for name, value in states.items()
     }

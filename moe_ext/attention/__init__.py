@@ -1,6 +1,46 @@
-"""Attention blocks."""
+"""Self-attentions by name, and the core attention they share."""
 
+from megatron.core.transformer.attention import SelfAttention
+
+from moe_ext import registry
 from moe_ext.attention.core import SDPACoreAttention
 from moe_ext.attention.self_attention import FullWidthRMSNorm, QKNormSelfAttention
 
-__all__ = ["FullWidthRMSNorm", "QKNormSelfAttention", "SDPACoreAttention"]
+ATTENTIONS: dict[str, type[SelfAttention]] = {
+    "full_width_qk_norm": QKNormSelfAttention,
+    "standard": SelfAttention,
+}
+"""What `MoEModelConfig.attention` can name."""
+
+
+def get_attention(name: str) -> type[SelfAttention]:
+    """The self-attention class called `name`.
+
+    Raises:
+        ValueError: no such attention; the message names the nearest one.
+    """
+    return registry.look_up(ATTENTIONS, name, kind="attention")
+
+
+def register_attention(name: str, attention: type[SelfAttention]) -> None:
+    """Make `attention` available under `name`.
+
+    Raises:
+        ValueError: the name is taken, or the class is not a megatron-core SelfAttention.
+    """
+    if not (isinstance(attention, type) and issubclass(attention, SelfAttention)):
+        raise ValueError(
+            f"attention '{name}' is {attention!r}; derive a class from"
+            " megatron.core.transformer.attention.SelfAttention"
+        )
+    registry.add(ATTENTIONS, name, attention, kind="attention")
+
+
+__all__ = [
+    "ATTENTIONS",
+    "FullWidthRMSNorm",
+    "QKNormSelfAttention",
+    "SDPACoreAttention",
+    "get_attention",
+    "register_attention",
+]

@@ -60,7 +60,7 @@ FOUR_RANKS = {
     },
 }
 ONE_RANK = {"recompute_full": {"recompute-granularity": "full"}, "loop": {"expert-backend": "loop"}}
-DENSE = {"num-experts": "None", "ffn-hidden-size": 40, "qk-norm": "none"}
+DENSE = {"num-experts": "None", "ffn-hidden-size": 40, "attention": "standard"}
 
 # fp32 sums in another order: 1e-5 on losses, 1e-4 on the gradient norm, relative.
 TOLERANCES = {"lm_loss": 1e-5, "load_balancing_loss": 1e-5, "z_loss": 1e-5, "grad_norm": 1e-4}

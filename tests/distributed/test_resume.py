@@ -1,0 +1,159 @@
+"""Stopping changes nothing: bitwise in the same layout, to rounding in any other."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from launcher import Outcome, flags, run_cases
+
+# The run is planned for six steps and saved after three; a later job goes on from there.
+PLAN = {"train-iters": 6, "eval-iters": 1}
+STOP = {**PLAN, "train-iters": 3}
+
+TP2 = {"tensor-model-parallel-size": 2}
+LAYOUTS = {
+    "tp2": TP2,
+    "ep2": {"expert-model-parallel-size": 2},
+    "ep2_distributed_optimizer": {
+        "expert-model-parallel-size": 2,
+        "use-distributed-optimizer": True,
+    },
+    "pp2": {"pipeline-model-parallel-size": 2},
+    "pp2_interleaved": {
+        "pipeline-model-parallel-size": 2,
+        "num-virtual-stages-per-pipeline-rank": 2,
+    },
+    "tp2_etp1": {**TP2, "expert-tensor-parallel-size": 1},
+    "tp2_ep2": {**TP2, "expert-model-parallel-size": 2, "expert-tensor-parallel-size": 1},
+    "dp2": {},
+    "dp2_distributed_optimizer": {"use-distributed-optimizer": True},
+}
+FROM_DISTRIBUTED = ("dp2", "tp2", "ep2_distributed_optimizer")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def outcomes(root: Path) -> dict[str, Outcome]:
+    """One launch: runs that never stop, runs that stop, and runs that go on from those."""
+
+    def case(layout: dict[str, object], plan: dict[str, object], **paths: Path) -> list[str]:
+        return flags(**{"lr-decay-iters": 6, **plan, **layout, **paths})
+
+    distributed = LAYOUTS["dp2_distributed_optimizer"]
+    cases = {
+        "whole_tp2": case(TP2, PLAN),
+        "stopped_tp2": case(TP2, STOP, save=root / "tp2"),
+        "stopped_distributed": case(distributed, STOP, save=root / "distributed"),
+        "whole_bf16": case({**distributed, "bf16": True}, PLAN),
+        "stopped_bf16": case({**distributed, "bf16": True}, STOP, save=root / "bf16"),
+        "resumed_bf16": case({**distributed, "bf16": True}, PLAN, load=root / "bf16"),
+        "bf16_plain": case({"bf16": True}, PLAN, load=root / "bf16"),
+        "whole_distributed": case(distributed, PLAN),
+        "resumed_distributed": case(distributed, PLAN, load=root / "distributed"),
+    }
+    for name, layout in LAYOUTS.items():
+        cases[f"tp2_to_{name}"] = case(layout, PLAN, load=root / "tp2")
+    for name in FROM_DISTRIBUTED:
+        cases[f"distributed_to_{name}"] = case(LAYOUTS[name], PLAN, load=root / "distributed")
+    dense = {"num-experts": "None", "ffn-hidden-size": 40, "attention": "standard"}
+    cases["whole_dense"] = case({**dense, **distributed}, PLAN)
+    cases["stopped_dense"] = case({**dense, **distributed}, STOP, save=root / "dense")
+    cases["resumed_dense"] = case({**dense, **distributed}, PLAN, load=root / "dense")
+    single = {
+        "whole": case({}, PLAN),
+        "stopped": case({}, STOP, save=root / "single"),
+        "resumed": case({}, PLAN, load=root / "single", save=root / "single"),
+        "tp2_to_single": case({}, PLAN, load=root / "tp2"),
+        "finetuned": case({"finetune": True}, STOP, load=root / "tp2"),
+    }
+    return {**run_cases(2, cases, root / "two"), **run_cases(1, single, root / "one")}
+
+
+def last_three(outcome: Outcome, key: str) -> list[float]:
+    assert outcome.error is None, outcome.error
+    return outcome.series(key)[-3:]
+
+
+def assert_bitwise(resumed: Outcome, whole: Outcome) -> None:
+    keys = ("lm_loss", "grad_norm", "learning_rate", "load_balancing_loss", "z_loss")
+    for key in keys[: 5 if whole.series("z_loss") else 3]:
+        assert len(last_three(whole, key)) == 3, key
+        assert last_three(resumed, key) == last_three(whole, key), key
+    assert resumed.series("iteration")[0] == 4
+    for key, expected in whole.weights.items():
+        assert torch.equal(resumed.weights[key], expected), key
+
+
+@pytest.mark.parametrize(
+    ("resumed", "whole"),
+    [
+        ("resumed", "whole"),
+        ("tp2_to_tp2", "whole_tp2"),
+        ("resumed_distributed", "whole_distributed"),
+        ("resumed_bf16", "whole_bf16"),
+        ("resumed_dense", "whole_dense"),
+    ],
+)
+def test_same_layout_resumes_bitwise(
+    resumed: str, whole: str, outcomes: dict[str, Outcome]
+) -> None:
+    assert_bitwise(outcomes[resumed], outcomes[whole])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"tp2_to_{name}" for name in LAYOUTS),
+        "tp2_to_single",
+        *(f"distributed_to_{name}" for name in FROM_DISTRIBUTED),
+    ],
+)
+def test_another_layout_goes_on_alike(name: str, outcomes: dict[str, Outcome]) -> None:
+    """Weights, moments, step count, schedule and data position all have to arrive for this."""
+    for key in ("lm_loss", "load_balancing_loss", "z_loss"):
+        expected = last_three(outcomes["whole"], key)
+        assert last_three(outcomes[name], key) == pytest.approx(expected, rel=1e-5), key
+    expected = last_three(outcomes["whole"], "grad_norm")
+    assert last_three(outcomes[name], "grad_norm") == pytest.approx(expected, rel=1e-4)
+
+
+def test_bf16_master_weights_move_between_optimizers(outcomes: dict[str, Outcome]) -> None:
+    """From the distributed optimizer to the plain one; master weights lost would show at 1e-3."""
+    expected = last_three(outcomes["whole_bf16"], "lm_loss")
+    assert last_three(outcomes["bf16_plain"], "lm_loss") == pytest.approx(expected, rel=1e-4)
+
+
+def test_finetune_takes_the_weights_alone(outcomes: dict[str, Outcome]) -> None:
+    found = outcomes["finetuned"]
+    assert found.series("iteration")[:3] == [1, 2, 3]
+    assert found.series("consumed_samples")[0] == 8
+    # The first batch is that of the first run, seen by weights that learned from it.
+    assert found.series("lm_loss")[0] != outcomes["whole"].series("lm_loss")[0]
+
+
+def test_moments_matter(outcomes: dict[str, Outcome]) -> None:
+    """Without its moments AdamW takes other steps, so the tests above would notice."""
+    found = outcomes["finetuned"].series("learning_rate")
+    assert found[0] == outcomes["whole"].series("learning_rate")[0]
+
+
+def test_checkpoint_directory_is_as_documented(root: Path, outcomes: dict[str, Outcome]) -> None:
+    del outcomes
+    names = {file.name for file in (root / "single" / "iter_0000006").iterdir()}
+    assert {"config.yaml", "run.json", "manifest.json", "common.pt", ".metadata"} <= names
+    tracker = root / "single" / "latest_checkpointed_iteration.txt"
+    assert tracker.read_text().strip() == "6"
+
+
+def test_fresh_run_refuses_a_used_directory(root: Path, outcomes: dict[str, Outcome]) -> None:
+    del outcomes
+    copy = root / "used"
+    shutil.copytree(root / "single", copy)
+    found = run_cases(1, {"again": flags(**STOP, save=copy)}, root / "again")["again"]
+    assert found.error is not None
+    assert f"{copy} holds checkpoints of an earlier run; continue it with --load" in found.error
