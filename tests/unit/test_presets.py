@@ -1,0 +1,73 @@
+"""The papers' models have the papers' sizes, and every preset is a sound model."""
+
+import dataclasses
+
+import pytest
+
+from moe_ext.config import MoEModelConfig
+from moe_ext.counting import count_parameters, training_flops_per_token
+from moe_ext.functional import layer_coefficients
+from moe_ext.presets import PRESETS
+
+
+def preset(name: str) -> MoEModelConfig:
+    return MoEModelConfig(**PRESETS[name])
+
+
+def test_olmoe_has_the_published_parameters() -> None:
+    count = count_parameters(preset("olmoe_1b_7b"))
+    assert count.total == 6_919_161_856
+    assert count.active == 1_282_017_280
+
+
+def test_dense_comparator_has_as_many_parameters_as_olmoe_has_active() -> None:
+    dense = count_parameters(preset("olmoe_1b_7b_dense"))
+    assert dense.total == dense.active == 1_279_854_592
+    assert dense.active / count_parameters(preset("olmoe_1b_7b")).active == pytest.approx(
+        1, abs=0.002
+    )
+
+
+def test_dense_comparator_differs_in_what_the_paper_says_alone() -> None:
+    moe, dense = (dataclasses.asdict(preset(f"olmoe_1b_7b{end}")) for end in ("", "_dense"))
+    different = {key for key in moe if moe[key] != dense[key]}
+    assert different == {"num_experts", "ffn_hidden_size", "attention"}
+    assert dense["ffn_hidden_size"] == moe["moe_router_topk"] * moe["moe_ffn_hidden_size"]
+
+
+def test_olmoe_flops_are_six_per_multiplied_parameter_and_the_attention_square() -> None:
+    """6 x 1.179e9 without the embedding, plus 12 L h s: the published 205 TFLOP/s count so."""
+    multiplied = 1_282_017_280 - 50_304 * 2048
+    expected = 6 * multiplied + 12 * 16 * 2048 * 4096
+    assert training_flops_per_token(preset("olmoe_1b_7b"), 4096) == expected
+
+
+def test_olmoe_losses_apply_to_each_layer_with_the_training_codes_coefficients() -> None:
+    model = preset("olmoe_1b_7b")
+    coefficients = layer_coefficients(
+        model.moe_loss_convention,
+        model.moe_aux_loss_coeff,
+        model.moe_z_loss_coeff,
+        num_layers=model.num_layers,
+        topk=model.moe_router_topk,
+    )
+    assert coefficients == pytest.approx((6.25e-4, 7.8125e-6), rel=1e-12)
+
+
+def test_olmoe_vocabulary_is_padded_to_the_published_rows() -> None:
+    model = preset("olmoe_1b_7b")
+    assert (model.vocab_size, model.padded_vocab_size) == (50_280, 50_304)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_is_a_sound_model(name: str) -> None:
+    assert preset(name).problems() == []
+
+
+@pytest.mark.parametrize("name", ["olmoe_1b_7b", "olmoe_tiny"])
+def test_olmoe_family_states_every_choice_that_shapes_the_model(name: str) -> None:
+    """A default that changes later must not change a published model."""
+    runtime = {"expert_backend", "moe_token_dispatcher_type", "moe_router_dtype"}
+    inherited = {"num_query_groups", "kv_channels", "ffn_hidden_size"}  # None, derived
+    fields = {field.name for field in dataclasses.fields(MoEModelConfig)}
+    assert fields - runtime - inherited == PRESETS[name].keys()
