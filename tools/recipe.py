@@ -260,5 +260,21 @@ def describe_run(cfg: PretrainConfig, ctx: RunContext) -> list[str]:
 
 
 def _data_table(rows: list[dict[str, Any]]) -> list[str]:
-    """One line per token source."""
-    return ["data: " + ", ".join(f"{key} {value}" for key, value in row.items()) for row in rows]
+    """One line per token source; what a source cannot know is left out."""
+    formats = {
+        "weight": "weight {:.3g}",
+        "documents": "{:,} documents",
+        "tokens": "{:,} tokens",
+        "windows": "{:,} sequences",
+        "epochs": "{:.3g} epochs in this run",
+    }
+    return [
+        f"{row['use']} data {row['source']}: "
+        + (
+            ", ".join(
+                text.format(row[key]) for key, text in formats.items() if row[key] is not None
+            )
+            or "random tokens"
+        )
+        for row in rows
+    ]

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# From nothing to a trained model: corpus, tokenizer, token files, pretraining, report, sample.
+#   bash examples/quickstart/run.sh [flags for pretrain.py, e.g. --train-iters 1000]
+# PYTHON names the interpreter, .venv/bin/python if there is one. An existing run is continued.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+if [[ -z ${PYTHON:-} ]]; then
+    PYTHON=python3
+    [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
+fi
+data=runs/quickstart/data
+run=runs/quickstart/run
+# One compute thread a rank: two ranks share this machine's cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+step() { printf '\n== %s\n' "$*"; }
+
+if [[ ! -f $data/docs_text_document.idx ]]; then
+    step "corpus: this Python's standard library (code) and its documentation (docs)"
+    "$PYTHON" tools/build_corpus.py --output-dir "$data"
+
+    step "tokenizer"
+    "$PYTHON" tools/train_tokenizer.py --input "$data/code.jsonl" "$data/docs.jsonl" \
+        --output-dir "$data" --vocab-size 4096
+
+    step "token files"
+    for domain in code docs; do
+        "$PYTHON" tools/preprocess_data.py --input "$data/$domain.jsonl" --json-keys text \
+            --output-prefix "$data/$domain" --tokenizer-type SentencePieceTokenizer \
+            --tokenizer-model "$data/tokenizer.model" --append-eod --workers 2
+    done
+fi
+
+step "pretraining: 2 ranks, expert parallel 2"
+resume=()
+[[ -f $run/latest_checkpointed_iteration.txt ]] && resume=(--load "$run")
+"$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 tools/pretrain.py \
+    --config examples/quickstart/olmoe_tiny.yaml "${resume[@]}" "$@"
+
+step "report"
+"$PYTHON" tools/report.py --run "$run" --require-below-entropy
+
+step "sample"
+"$PYTHON" tools/generate.py --load "$run" --max-new-tokens 60 --temperature 0.7 --seed 1 \
+    --prompt 'def read_file(path):' --prompt 'Return a new '
