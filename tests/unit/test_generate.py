@@ -1,0 +1,172 @@
+"""Choosing tokens, against plain loops over probabilities; the loop around it, against a toy."""
+
+import math
+import re
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.trainer.errors import CheckpointError, ConfigError
+from megatron.trainer.generate import generate, greedy_token, next_token
+
+LOGITS = torch.tensor([0.3, -1.2, 2.0, 0.3, -4.0, 1.1])
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def nucleus_by_hand(logits: list[float], temperature: float, top_p: float) -> dict[int, float]:
+    """Probabilities of the tokens that may be drawn, one token after another."""
+    weights = [math.exp(logit / temperature) for logit in logits]
+    probs = [weight / sum(weights) for weight in weights]
+    kept: dict[int, float] = {}
+    for token in sorted(range(len(probs)), key=lambda token: -probs[token]):
+        if sum(kept.values()) >= top_p:
+            break
+        kept[token] = probs[token]
+    return {token: prob / sum(kept.values()) for token, prob in kept.items()}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+@pytest.mark.parametrize("top_p", [0.3, 0.8, 1.0])
+def test_draws_follow_the_renormalised_nucleus(temperature: float, top_p: float) -> None:
+    expected = nucleus_by_hand(LOGITS.tolist(), temperature, top_p)
+    generator, draws = seeded(3), 3000
+    counts = Counter(
+        next_token(LOGITS, temperature=temperature, top_p=top_p, generator=generator)
+        for _ in range(draws)
+    )
+    assert counts.keys() <= expected.keys()
+    for token, prob in expected.items():
+        # Five standard deviations of a binomial count: one such test in a million fails by chance.
+        slack = 5 * math.sqrt(draws * prob * (1 - prob))
+        assert abs(counts[token] - draws * prob) <= slack
+
+
+def test_nucleus_ends_with_the_token_that_reaches_top_p() -> None:
+    # Four equal tokens of 1/4, exact in binary.
+    for top_p, size in ((0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (1.0, 4)):
+        generator = seeded(0)
+        drawn = {
+            next_token(torch.zeros(4), temperature=1.0, top_p=top_p, generator=generator)
+            for _ in range(200)
+        }
+        assert drawn == set(range(size))
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 5e-324])
+def test_temperature_towards_zero_is_the_argmax(temperature: float) -> None:
+    for seed in range(20):
+        logits = torch.randn(50, generator=seeded(seed))
+        token = next_token(logits, temperature=temperature, top_p=1.0, generator=seeded(seed))
+        assert token == max(range(50), key=logits.tolist().__getitem__) == greedy_token(logits)
+
+
+def test_greedy_takes_the_first_of_equals() -> None:
+    assert greedy_token(torch.tensor([1.0, 3.0, 3.0, 2.0])) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_draws_depend_on_values_and_seed_alone(dtype: torch.dtype) -> None:
+    logits = torch.randn(1000, generator=seeded(1)).to(torch.bfloat16)
+
+    def draw(values: Tensor, seed: int) -> list[int]:
+        generator = seeded(seed)
+        return [
+            next_token(values, temperature=1.0, top_p=1.0, generator=generator) for _ in range(20)
+        ]
+
+    assert draw(logits.to(dtype), 5) == draw(logits.double(), 5)
+    assert draw(logits, 5) != draw(logits, 6)
+    assert len(set(draw(logits, 5))) > 5  # the generator advances
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
+def test_temperature_out_of_range_is_refused(temperature: float) -> None:
+    message = (
+        f"--temperature is {temperature}; it must be a finite number above 0; use 0.8, for"
+        " example, or --greedy for the likeliest token each time"
+    )
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        next_token(LOGITS, temperature=temperature, top_p=1.0, generator=seeded(0))
+
+
+@pytest.mark.parametrize("top_p", [0.0, -0.1, 1.01, math.nan])
+def test_top_p_out_of_range_is_refused(top_p: float) -> None:
+    message = (
+        f"--top-p is {top_p}; it must be above 0 and at most 1; use 0.95, for example, or 1 to"
+        " draw from all tokens"
+    )
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        next_token(LOGITS, temperature=1.0, top_p=top_p, generator=seeded(0))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
+    logits = torch.tensor([0.0, bad, 1.0])
+    message = (
+        "1 of 3 logits are not finite; a sound model gives finite ones, so its weights are broken;"
+        " take an earlier checkpoint with --ckpt-step"
+    )
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        greedy_token(logits)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        next_token(logits, temperature=1.0, top_p=1.0, generator=seeded(0))
+
+
+class SumModel:
+    """Logits [1, s, v + 2] that favour the sum of all tokens so far, modulo v.
+
+    The two rows of padding have the largest logits of all.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.lengths: list[int] = []
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        assert tokens.dtype == torch.int64 and tokens.shape[0] == 1
+        assert not torch.is_grad_enabled()
+        self.lengths.append(tokens.shape[1])
+        wanted = tokens.cumsum(dim=1) % self.vocab_size  # [1, s]
+        logits = torch.zeros(1, tokens.shape[1], self.vocab_size + 2)
+        logits.scatter_(2, wanted[..., None], 5.0)
+        logits[..., self.vocab_size :] = 9.0
+        return logits
+
+
+def sum_by_hand(prompt: list[int], vocab_size: int, count: int, stop_id: int) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + count:
+        tokens.append(sum(tokens) % vocab_size)
+        if tokens[-1] == stop_id:
+            break
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 12])
+@pytest.mark.parametrize("stop_id", [0, 4, 99])
+def test_generation_is_the_plain_loop(count: int, stop_id: int) -> None:
+    prompt, vocab_size = [3, 1, 3], 11
+    model = SumModel(vocab_size)
+    new = generate(
+        model, prompt, greedy_token, max_new_tokens=count, stop_id=stop_id, vocab_size=vocab_size
+    )
+    assert new == sum_by_hand(prompt, vocab_size, count, stop_id)
+    assert model.lengths == list(range(3, 3 + len(new)))
+
+
+def test_padding_of_the_vocabulary_is_never_drawn() -> None:
+    generator = seeded(2)
+    new = generate(
+        SumModel(6),
+        [1],
+        lambda logits: next_token(logits, temperature=50.0, top_p=1.0, generator=generator),
+        max_new_tokens=200,
+        stop_id=-1,
+        vocab_size=6,
+    )
+    assert set(new) == set(range(6))
