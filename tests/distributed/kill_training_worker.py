@@ -1,0 +1,85 @@
+"""Trains with two forked ranks, again and again, and kills one of them in the middle of a save.
+
+Usage: python kill_training_worker.py ROOT KILLS FLAGS.json
+
+Every attempt continues ROOT/run, which saves after each step. Prints one JSON line per attempt:
+{"rank": killed, "during": iteration being saved} and, after the last kill, trains to the end.
+Ranks are forked from one process that has imported everything, so that an attempt costs seconds.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pretrain
+
+
+def fork_ranks(flags: list[str], log: Path) -> list[int]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            os.environ.update(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE="2",
+                LOCAL_WORLD_SIZE="2",
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            )
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            status = 1
+            try:
+                status = pretrain.main(flags)
+            finally:
+                os._exit(status)
+        children.append(child)
+    return children
+
+
+def await_save(run: Path, older: set[str], deadline: float) -> str:
+    """Wait until a temporary directory of a new save appears; returns its name."""
+    while time.monotonic() < deadline:
+        found = {path.name for path in run.glob("iter_*.tmp-*")} - older
+        if found:
+            return found.pop()
+        time.sleep(0.0005)
+    raise TimeoutError("no save began")
+
+
+def main() -> None:
+    root, kills = Path(sys.argv[1]), int(sys.argv[2])
+    flags = json.loads(Path(sys.argv[3]).read_text())
+    run = root / "run"
+    moments = random.Random(5)
+    for attempt in range(kills):
+        older = {path.name for path in run.glob("iter_*.tmp-*")}
+        children = fork_ranks(flags, root / "log")
+        # The second save of the attempt, so that a step was trained in between.
+        deadline = time.monotonic() + 60
+        first = await_save(run, older, deadline)
+        during = await_save(run, {*older, first}, deadline)
+        time.sleep(moments.uniform(0.0, 0.06))
+        victim = attempt % 2
+        os.kill(children[victim], signal.SIGKILL)
+        time.sleep(0.2)
+        os.kill(children[1 - victim], signal.SIGKILL)
+        for child in children:
+            os.waitpid(child, 0)
+        print(json.dumps({"rank": victim, "during": during}), flush=True)
+    statuses = [os.waitpid(child, 0)[1] for child in fork_ranks(flags, root / "log")]
+    print(json.dumps({"statuses": statuses}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

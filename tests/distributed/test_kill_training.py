@@ -1,0 +1,45 @@
+"""A rank killed in the middle of a save, ten times: training always finds a whole checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from launcher import HERE, REPO, flags, run_cases
+
+from megatron.trainer.hooks import read_records
+
+KILLS = 10
+
+
+def test_training_survives_ten_kills_during_saves(tmp_path: Path) -> None:
+    # Two saves an attempt at least, and a few steps after the last kill.
+    plan = {"train-iters": 4 * KILLS, "eval-iters": 1, "expert-model-parallel-size": 2}
+    whole = run_cases(2, {"whole": flags(**plan)}, tmp_path / "whole")["whole"]
+    run = tmp_path / "run"
+    settings = [*flags(**plan, save=run, load=run), "--save-interval", "1", "--keep-last", "3"]
+    (tmp_path / "flags.json").write_text(json.dumps(settings))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = f"{REPO / 'tools'}:{REPO}"
+    worker = [sys.executable, str(HERE / "kill_training_worker.py"), str(tmp_path), str(KILLS)]
+    done = subprocess.run(
+        [*worker, str(tmp_path / "flags.json")],
+        env=environment,
+        timeout=300,
+        check=False,
+        text=True,
+        capture_output=True,
+    )
+    log = (tmp_path / "log").read_text()
+    assert done.returncode == 0, done.stderr[-3000:] + log[-3000:]
+    attempts = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [attempt["rank"] for attempt in attempts[:-1]] == [0, 1] * (KILLS // 2)
+    assert attempts[-1] == {"statuses": [0, 0]}, log[-3000:]
+    assert log.count("resumed ") == KILLS, log[-3000:]
+
+    # The patched-together run is the run that was never killed: every step's loss, bitwise.
+    losses = {
+        r["iteration"]: r["lm_loss"] for r in read_records(run / "metrics.jsonl") if "lm_loss" in r
+    }
+    assert losses == dict(zip(range(1, 4 * KILLS + 1), whole.series("lm_loss"), strict=True))
