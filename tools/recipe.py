@@ -268,13 +268,8 @@ def _data_table(rows: list[dict[str, Any]]) -> list[str]:
         "windows": "{:,} sequences",
         "epochs": "{:.3g} epochs in this run",
     }
-    return [
-        f"{row['use']} data {row['source']}: "
-        + (
-            ", ".join(
-                text.format(row[key]) for key, text in formats.items() if row[key] is not None
-            )
-            or "random tokens"
-        )
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        known = [text.format(row[key]) for key, text in formats.items() if row[key] is not None]
+        lines.append(f"{row['use']} data {row['source']}: {', '.join(known) or 'random tokens'}")
+    return lines

@@ -6,6 +6,7 @@ from launcher import Outcome, flags, run_cases
 
 TWO_RANKS = {
     "tp2": {"tensor-model-parallel-size": 2},
+    "tp2_recompute_full": {"tensor-model-parallel-size": 2, "recompute-granularity": "full"},
     "tp2_etp1": {"tensor-model-parallel-size": 2, "expert-tensor-parallel-size": 1},
     "tp2_ep2_etp1": {
         "tensor-model-parallel-size": 2,
@@ -70,6 +71,7 @@ TOLERANCES = {"lm_loss": 1e-5, "load_balancing_loss": 1e-5, "z_loss": 1e-5, "gra
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     out = tmp_path_factory.mktemp("parity")
     single = {"single": flags(), "dense": flags(**DENSE)}
+    single["untrained"] = flags(**{"lr": 1e-30, "min-lr": 1e-30})
     single |= {name: flags(**case) for name, case in ONE_RANK.items()}
     two = {name: flags(**case) for name, case in TWO_RANKS.items()}
     two["dense_tp2"] = flags(**DENSE, **{"tensor-model-parallel-size": 2})
@@ -93,7 +95,7 @@ def compare(found: Outcome, truth: Outcome, keys: list[str]) -> None:
         # AdamW divides by the gradient's own size, so rounding of gradients near 0 moves single
         # weights by up to a learning rate; a wrong gradient moves all of a matrix by that much.
         # Five steps of 3e-3 move a weight of 0.02 by about its own size.
-        assert difference <= 1e-3 * torch.linalg.vector_norm(expected.double()), key
+        assert difference <= 1e-4 * torch.linalg.vector_norm(expected.double()), key
 
 
 @pytest.mark.parametrize("name", [*ONE_RANK, *TWO_RANKS, *FOUR_RANKS])
@@ -107,9 +109,9 @@ def test_dense_model_trains_alike_under_tensor_parallelism(outcomes: dict[str, O
 
 def test_training_moves_every_weight(outcomes: dict[str, Outcome]) -> None:
     """The comparison above means nothing for a weight that never moved."""
-    final, loop = outcomes["single"].weights, outcomes["dense"].weights
-    assert len(final) > 10
-    for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        assert not torch.equal(final[key], loop[key])
+    final, initial = outcomes["single"].weights, outcomes["untrained"].weights
+    for key, before in initial.items():
+        moved = torch.linalg.vector_norm((final[key] - before).double())
+        assert moved >= 1e-3 * torch.linalg.vector_norm(before.double()), key
     losses = outcomes["single"].series("lm_loss")
     assert len(set(losses)) == len(losses)
