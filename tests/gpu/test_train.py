@@ -92,7 +92,7 @@ def test_fp32_on_the_gpu_trains_like_the_cpu(root: Path, single: Path) -> None:
 def test_bf16_trains_like_fp32(single: Path, single_bf16: Path) -> None:
     """bf16 rounds by up to 0.4 %; over the mean of 128 tokens a CPU run differed by 2e-4."""
     assert series(single_bf16, "lm_loss") == pytest.approx(series(single, "lm_loss"), rel=1e-3)
-    # The first gradient comes from equal weights (4e-4 apart on a CPU); a lost part would be far off.
+    # The first gradient comes from equal weights: 4e-4 apart on a CPU, far off if a part is lost.
     assert series(single_bf16, "grad_norm")[0] == pytest.approx(
         series(single, "grad_norm")[0], rel=5e-3
     )
