@@ -144,7 +144,7 @@ def test_what_it_does_not_offer_is_refused() -> None:
 
 @pytest.fixture
 def cfg() -> recipe.PretrainConfig:
-    return recipe.parse(flags(num_layers=1), prog="test", description="")
+    return recipe.parse(flags(device="cpu", num_layers=1), prog="test", description="")
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def make_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[StateMaker]:
     started: list[RunContext] = []
 
     def make(**overrides: Any) -> TrainState:
-        cfg = recipe.parse(flags(**overrides), prog="test", description="")
+        cfg = recipe.parse(flags(device="cpu", **overrides), prog="test", description="")
         if started:
             shut_down(keep_world=True)
         ctx = initialize(cfg)
@@ -79,7 +79,7 @@ def model_of(state: TrainState) -> GPTModel:
 
 def fresh_model(state: TrainState, **overrides: Any) -> GPTModel:
     """A bare model with the weights of iteration 0, of the state's flags or of other ones."""
-    cfg = recipe.parse(flags(**overrides), prog="test", description="")
+    cfg = recipe.parse(flags(device="cpu", **overrides), prog="test", description="")
     return recipe.build_chunks(cfg, state.ctx, seed=cfg.training.seed).chunks[0]
 
 
