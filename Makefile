@@ -1,9 +1,8 @@
 # make env | train | test | test-gpu | check | format | clean. Needs python3 >= 3.10 and make.
 
 PYTHON ?= python3
-# The CPU build is a tenth of the CUDA one. For a GPU, one of:
+# The CPU build, a tenth of the CUDA one. For a GPU, after `make clean`:
 #   make env TORCH_INDEX=https://download.pytorch.org/whl/cu130
-#   make env TORCH='torch==2.11.0' TORCH_INDEX=...
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -16,11 +15,12 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 env: $(STAMP)
 
-# torch first, so that the packages below find it and do not fetch another build.
+# torch alone first, so that the packages below find it and do not fetch another build. Without its
+# own index (--retries 0: not asked twice) the build comes from the machine's usual ones.
 $(STAMP): pyproject.toml setup.py
 	@echo "installing torch and the test tools into .venv; the first time takes minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(PIP) "$(TORCH)" --extra-index-url $(TORCH_INDEX)
+	@$(PIP) --no-deps --retries 0 --timeout 20 --extra-index-url $(TORCH_INDEX) "$(TORCH)"
 	@$(PIP) -e '.[test,dev]'
 	@touch $@
 
