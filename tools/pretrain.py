@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import recipe
 
-from megatron.trainer.launch import environment_rank, initialize, run_main, shut_down
+from megatron.trainer.launch import agree, environment_rank, initialize, run_main, shut_down
 from megatron.trainer.log import configure_logging
 from megatron.trainer.loop import train
 from megatron.trainer.resume import checkpoint_writer, resume
@@ -23,12 +23,8 @@ def pretrain(cfg: recipe.PretrainConfig) -> None:
     ctx = initialize(cfg)
     state = recipe.build_state(cfg, ctx)
     resume(state, cfg.model)
-    train(
-        state,
-        language_model_step,
-        hooks=recipe.build_hooks(cfg, state),
-        save=checkpoint_writer(state),
-    )
+    hooks = agree(lambda: recipe.build_hooks(cfg, state))
+    train(state, language_model_step, hooks=hooks, save=checkpoint_writer(state))
     shut_down()
 
 

@@ -144,14 +144,20 @@ class WeightsAndBiases(Hook):
         id_file = run_directory / "wandb_run_id"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
-        self._run = wandb.init(
-            project=cfg.wandb_project,
-            name=cfg.wandb_name,
-            id=id_file.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            dir=str(run_directory),
-            config=dict(config),
-        )
+        try:
+            self._run = wandb.init(
+                project=cfg.wandb_project,
+                name=cfg.wandb_name,
+                id=id_file.read_text(encoding="utf-8").strip(),
+                resume="allow",
+                dir=str(run_directory),
+                config=dict(config),
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"wandb did not start: {error}; log in, set WANDB_MODE=offline, or leave"
+                " --wandb-project away"
+            ) from error
 
     def on_log(self, record: Record) -> None:
         """Log every number of the record at its iteration."""

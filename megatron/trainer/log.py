@@ -2,11 +2,12 @@
 
 import logging
 import sys
+from typing import TextIO
 
 
 def configure_logging(rank: int) -> None:
     """Log to standard error: everything from rank 0, warnings from other ranks with the rank."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -15,3 +16,12 @@ def configure_logging(rank: int) -> None:
     root.setLevel(logging.INFO)
     # megatron-core announces its whole config at INFO.
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what is standard error at the moment: a progress bar replaces it while it lives."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line; above the bar, if there is one."""
+        self.stream = sys.stderr
+        super().emit(record)
