@@ -68,6 +68,24 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="TEXT",
         help="text to continue; may be given several times",
     )
+    add_sampling_flags(parser)
+    parser.add_argument(
+        "--tokenizer-model", metavar="FILE", help="use this one, not the checkpoint's"
+    )
+    parser.add_argument(
+        "--tokenizer-type", choices=list(TOKENIZERS), help="what wrote --tokenizer-model"
+    )
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="where to compute (%(default)s)",
+    )
+    return parser.parse_args(argv)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """How much text, and how each token is picked."""
     parser.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add (%(default)s)"
     )
@@ -93,19 +111,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="of the first prompt (%(default)s); the second has the next number",
     )
-    parser.add_argument(
-        "--tokenizer-model", metavar="FILE", help="use this one, not the checkpoint's"
-    )
-    parser.add_argument(
-        "--tokenizer-type", choices=list(TOKENIZERS), help="what wrote --tokenizer-model"
-    )
-    parser.add_argument(
-        "--device",
-        choices=["auto", "cpu", "cuda"],
-        default="auto",
-        help="where to compute (%(default)s)",
-    )
-    return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
