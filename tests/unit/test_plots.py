@@ -1,0 +1,165 @@
+"""Plots are drawn from the records, whole or not at all. How they look was judged by eye."""
+
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.trainer import plots
+from megatron.trainer.hooks import append_record
+from megatron.trainer.plots import LossPlot, new_figure, plot_expert_load, plot_losses, write_figure
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels, of a file that begins and ends as a PNG does."""
+    content = path.read_bytes()
+    assert content.startswith(PNG)
+    assert content.rstrip().endswith(b"IEND\xaeB`\x82")
+    width, height = struct.unpack(">II", content[16:24])
+    return width, height
+
+
+def write_records(path: Path, *, steps: int = 40, valid: tuple[str, ...] = ("books",)) -> None:
+    for step in range(1, steps + 1):
+        at = {"iteration": step, "consumed_tokens": step * 1000}
+        append_record(path, {**at, "lm_loss": 3 + 5 / step})
+        if valid and step % 10 == 0:
+            losses = {name: 3.2 + index + 5 / step for index, name in enumerate(valid)}
+            append_record(path, {**at, "valid_loss": losses})
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The axes of every figure written."""
+    found: list[Any] = []
+
+    def write(figure: Any, path: Path) -> None:
+        found.extend(figure.axes)
+        write_figure(figure, path)
+
+    monkeypatch.setattr(plots, "write_figure", write)
+    return found
+
+
+def test_loss_plot_shows_every_record(tmp_path: Path, drawn: list[Any]) -> None:
+    write_records(tmp_path / "metrics.jsonl", valid=("books", "code"))
+    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    (axes,) = drawn
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    tens = range(10, 41, 10)
+    assert lines == {
+        "training": [[step * 1000, 3 + 5 / step] for step in range(1, 41)],
+        "validation: books": [[step * 1000, 3.2 + 5 / step] for step in tens],
+        "validation: code": [[step * 1000, 4.2 + 5 / step] for step in tens],
+    }
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("tokens", "loss (nats per token)")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(lines)
+    assert png_size(tmp_path / "loss.png") == (1050, 600)
+
+
+def test_each_curve_has_a_colour_of_its_own(tmp_path: Path, drawn: list[Any]) -> None:
+    write_records(tmp_path / "metrics.jsonl", valid=("a", "b", "c", "d"))
+    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert len({line.get_color() for line in drawn[0].lines}) == 5
+
+
+def test_run_without_validation_has_a_plot_too(tmp_path: Path, drawn: list[Any]) -> None:
+    write_records(tmp_path / "metrics.jsonl", valid=())
+    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert [line.get_label() for line in drawn[0].lines] == ["training"]
+
+
+def test_loss_that_was_not_finite_leaves_a_gap(tmp_path: Path, drawn: list[Any]) -> None:
+    write_records(tmp_path / "metrics.jsonl", steps=3, valid=())
+    append_record(
+        tmp_path / "metrics.jsonl",
+        {"iteration": 4, "consumed_tokens": 4000, "lm_loss": math.nan},
+    )
+    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    y = drawn[0].lines[0].get_ydata(orig=False)
+    assert len(y) == 4
+    assert math.isnan(y[3])
+
+
+def test_without_records_there_is_no_plot(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "plots" / "loss.png")
+    plot_losses(tmp_path / "missing.jsonl", tmp_path / "plots" / "loss.png")
+    assert not (tmp_path / "plots").exists()
+
+
+def test_hook_draws_after_evaluations_and_at_the_end(tmp_path: Path) -> None:
+    metrics, path = tmp_path / "metrics.jsonl", tmp_path / "plots" / "loss.png"
+    hook = LossPlot(metrics, path)
+    hook.on_start(0, 10)
+    write_records(metrics, steps=10)
+    assert not path.exists()
+    hook.on_evaluation({})
+    first = path.read_bytes()
+    write_records(metrics, steps=20)
+    hook.on_end()
+    assert path.read_bytes() != first
+    assert png_size(path) == (1050, 600)
+
+
+def test_plot_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader never sees half a plot, and a failure leaves the older one."""
+    path = tmp_path / "plot.png"
+    write_figure(new_figure(2.0, 1.0)[0], path)
+    assert png_size(path) == (300, 150)
+    older = path.read_bytes()
+    figure, _ = new_figure(4.0, 1.0)
+    seen = []
+    replace = Path.replace
+
+    def look_and_replace(self: Path, target: Path) -> Path:
+        seen.append((target.read_bytes() == older, png_size(self)))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", look_and_replace)
+    write_figure(figure, path)
+    assert seen == [(True, (600, 150))]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plot.png"]
+
+    def fail(*_args: object, **_named: object) -> None:
+        raise OSError("no space left on device")
+
+    newer = path.read_bytes()
+    monkeypatch.setattr(figure, "savefig", fail)
+    with pytest.raises(OSError, match="no space left"):
+        write_figure(figure, path)
+    assert path.read_bytes() == newer
+
+
+def test_heat_map_has_a_cell_for_every_expert_of_every_layer(
+    tmp_path: Path, drawn: list[Any]
+) -> None:
+    load = [[0.0, 1.0, 3.0], [1.0, 1.0, 1.0]]
+    plot_expert_load(load, tmp_path / "load.png", title="expert load, iteration 9")
+    axes, bar = drawn
+    (image,) = axes.images
+    assert image.get_array().tolist() == load
+    # Even is the middle of the colours, nothing the one end, the busiest expert the other.
+    assert [image.norm(value) for value in (0.0, 1.0, 3.0)] == [0.0, 0.5, 1.0]
+    assert axes.get_title() == "expert load, iteration 9"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("expert", "layer")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2"]
+    assert bar.get_ylabel() == "load (1 = even share)"
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(1, 1), (16, 64), (32, 128)])
+def test_heat_map_grows_with_the_model_and_stays_readable(
+    layers: int, experts: int, tmp_path: Path
+) -> None:
+    load = [[1.0] * experts for _ in range(layers)]
+    plot_expert_load(load, tmp_path / "load.png", title="x")
+    width, height = png_size(tmp_path / "load.png")
+    # 600 pixels at least; 16 for an expert and 33 for a layer of a large model.
+    assert width >= max(600, 16 * experts)
+    assert height >= max(330, 33 * layers)
+    assert width <= 2500
+    assert height <= 1500
