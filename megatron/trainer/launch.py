@@ -7,6 +7,7 @@ import datetime
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -23,6 +24,10 @@ from megatron.trainer.validate import validate
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+SPEAKING_TIME_S = 30.0
+"""How long the other ranks wait for rank 0 to say what is wrong. torchrun ends all ranks as soon as
+one has failed, so a rank that fails before rank 0 has spoken would silence it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +128,8 @@ def run_main(main: Callable[[], None]) -> int:
     """Run a program; a UserError becomes one message on rank 0 and exit status 2 on every rank.
 
     A UserError is raised on all ranks alike (config errors before the process groups exist, file
-    errors through `agree`), so the first rank speaks for all.
+    errors through `agree`), so the first rank speaks for all, and the others let it. Wrong flags
+    end in a SystemExit, whose message was printed by the parser.
 
     Returns:
         The exit status. torchrun turns every status but 0 into 1.
@@ -134,7 +140,13 @@ def run_main(main: Callable[[], None]) -> int:
         if environment_rank() == 0:
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
             sys.stderr.flush()
+        else:
+            time.sleep(SPEAKING_TIME_S)
         return 2
+    except SystemExit as end:
+        if end.code not in (None, 0) and environment_rank() != 0:
+            time.sleep(SPEAKING_TIME_S)
+        raise
     return 0
 
 

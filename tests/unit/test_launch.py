@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -154,20 +155,30 @@ def test_program_that_ends_well_has_status_0(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses a rank made, none of which is really made."""
+    found: list[float] = []
+    monkeypatch.setattr(time, "sleep", found.append)
+    return found
+
+
 @pytest.mark.parametrize("error", [ConfigError, DataError, UserError])
 def test_user_error_is_one_message_without_a_traceback_and_status_2(
-    error: type[UserError], capsys: pytest.CaptureFixture[str]
+    error: type[UserError], capsys: pytest.CaptureFixture[str], waits: list[float]
 ) -> None:
     def fail() -> None:
         raise error("lr (-1) must be above 0")
 
     assert run_main(fail) == 2
     assert capsys.readouterr() == ("", f"{error.__name__}: lr (-1) must be above 0\n")
+    assert waits == []
 
 
-def test_other_ranks_end_alike_but_silently(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_other_ranks_let_rank_0_speak_and_end_alike_but_silently(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], waits: list[float]
 ) -> None:
+    """torchrun would end rank 0 at once, message or not, if another rank failed first."""
     monkeypatch.setenv("RANK", "1")
 
     def fail() -> None:
@@ -175,6 +186,28 @@ def test_other_ranks_end_alike_but_silently(
 
     assert run_main(fail) == 2
     assert capsys.readouterr() == ("", "")
+    assert waits == [launch.SPEAKING_TIME_S]
+
+
+@pytest.mark.parametrize(
+    ("rank", "status", "pauses"), [(0, 2, 0), (1, 2, 1), (1, 0, 0), (1, None, 0)]
+)
+def test_wrong_flags_are_told_by_rank_0_before_another_rank_ends(
+    rank: int,
+    status: int | None,
+    pauses: int,
+    monkeypatch: pytest.MonkeyPatch,
+    waits: list[float],
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+
+    def end() -> None:
+        raise SystemExit(status)
+
+    with pytest.raises(SystemExit) as caught:
+        run_main(end)
+    assert caught.value.code == status
+    assert len(waits) == pauses
 
 
 def test_bug_keeps_its_traceback() -> None:
