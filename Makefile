@@ -1,10 +1,10 @@
 # make env | train | test | test-gpu | check | format | clean. Needs python3 >= 3.10 and make.
 
 PYTHON ?= python3
-# The CPU build, a tenth of the CUDA one. For a GPU, after `make clean`:
-#   make env TORCH_INDEX=https://download.pytorch.org/whl/cu130
+# The torch that is tested, and flags for pip when it installs it: an --index-url of CPU or of CUDA
+# builds, for example.
 TORCH ?= torch==2.13.0
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_FLAGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.made
@@ -15,12 +15,11 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 env: $(STAMP)
 
-# torch alone first, so that the packages below find it and do not fetch another build. Without its
-# own index (--retries 0: not asked twice) the build comes from the machine's usual ones.
+# torch first, so that the packages below find it and do not fetch another build.
 $(STAMP): pyproject.toml setup.py
 	@echo "installing torch and the test tools into .venv; the first time takes minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(PIP) --no-deps --retries 0 --timeout 20 --extra-index-url $(TORCH_INDEX) "$(TORCH)"
+	@$(PIP) $(TORCH) $(TORCH_FLAGS)
 	@$(PIP) -e '.[test,dev]'
 	@touch $@
 

@@ -7,7 +7,7 @@ forward-backward-update), `loop` (the run), `checkpoint` (what survives it).
 import warnings
 
 # megatron-core says so at import, four times a process; this project does without both.
-# torch 2.13 renamed collectives that megatron-core 0.16 calls by their old names, and its checkpoint
+# torch 2.13 renamed collectives that megatron-core 0.16 calls by their old names; its checkpoint
 # planner touches a class that it deprecates itself.
 warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
 warnings.filterwarnings(

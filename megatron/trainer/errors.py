@@ -8,6 +8,9 @@ class UserError(Exception):
     rank with exit status 2.
     """
 
+    is_local = False
+    """Set on an error that this rank alone may have met: then this rank prints it too."""
+
 
 class ConfigError(UserError):
     """A flag, a recipe key or a combination of them is wrong."""

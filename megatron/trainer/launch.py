@@ -128,8 +128,9 @@ def run_main(main: Callable[[], None]) -> int:
     """Run a program; a UserError becomes one message on rank 0 and exit status 2 on every rank.
 
     A UserError is raised on all ranks alike (config errors before the process groups exist, file
-    errors through `agree`), so the first rank speaks for all, and the others let it. Wrong flags
-    end in a SystemExit, whose message was printed by the parser.
+    errors through `agree`), so the first rank speaks for all, and the others let it; an error
+    marked as local is told by the rank that met it, and torchrun ends the others. Wrong flags end
+    in a SystemExit, whose message was printed by the parser.
 
     Returns:
         The exit status. torchrun turns every status but 0 into 1.
@@ -137,8 +138,10 @@ def run_main(main: Callable[[], None]) -> int:
     try:
         main()
     except UserError as error:
-        if environment_rank() == 0:
-            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        rank = environment_rank()
+        if rank == 0 or error.is_local:
+            where = f" on rank {rank}" if error.is_local else ""
+            sys.stderr.write(f"{type(error).__name__}{where}: {error}\n")
             sys.stderr.flush()
         else:
             time.sleep(SPEAKING_TIME_S)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from launcher import Outcome, flags, run_cases
 
-TWO_RANKS = {
+TWO_RANKS: dict[str, dict[str, object]] = {
     "tp2": {"tensor-model-parallel-size": 2},
     "tp2_recompute_full": {"tensor-model-parallel-size": 2, "recompute-granularity": "full"},
     "tp2_etp1": {"tensor-model-parallel-size": 2, "expert-tensor-parallel-size": 1},
@@ -37,7 +37,7 @@ TWO_RANKS = {
     "dp2_recompute_full": {"recompute-granularity": "full"},
     "dp2_recompute_moe": {"recompute-granularity": "selective"},
 }
-FOUR_RANKS = {
+FOUR_RANKS: dict[str, dict[str, object]] = {
     "tp2_ep2_dp2_etp1": {
         "tensor-model-parallel-size": 2,
         "expert-model-parallel-size": 2,
@@ -90,12 +90,12 @@ def compare(found: Outcome, truth: Outcome, keys: list[str]) -> None:
         assert len(expected) == 5
         assert found.series(key) == pytest.approx(expected, rel=TOLERANCES[key]), key
     assert found.weights.keys() == truth.weights.keys()
-    for key, expected in truth.weights.items():
-        difference = torch.linalg.vector_norm((found.weights[key] - expected).double())
+    for key, weight in truth.weights.items():
+        difference = torch.linalg.vector_norm((found.weights[key] - weight).double())
         # AdamW divides by the gradient's own size, so rounding of gradients near 0 moves single
         # weights by up to a learning rate; a wrong gradient moves all of a matrix by that much.
         # Five steps of 3e-3 move a weight of 0.02 by about its own size.
-        assert difference <= 1e-4 * torch.linalg.vector_norm(expected.double()), key
+        assert difference <= 1e-4 * torch.linalg.vector_norm(weight.double()), key
 
 
 @pytest.mark.parametrize("name", [*ONE_RANK, *TWO_RANKS, *FOUR_RANKS])

@@ -1,6 +1,7 @@
 """Stopping changes nothing: bitwise in the same layout, to rounding in any other."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from launcher import Outcome, flags, run_cases
 PLAN = {"train-iters": 6, "eval-iters": 1}
 STOP = {**PLAN, "train-iters": 3}
 
-TP2 = {"tensor-model-parallel-size": 2}
-LAYOUTS = {
+TP2: dict[str, object] = {"tensor-model-parallel-size": 2}
+LAYOUTS: dict[str, dict[str, object]] = {
     "tp2": TP2,
     "ep2": {"expert-model-parallel-size": 2},
     "ep2_distributed_optimizer": {
@@ -41,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outcomes(root: Path) -> dict[str, Outcome]:
     """One launch: runs that never stop, runs that stop, and runs that go on from those."""
 
-    def case(layout: dict[str, object], plan: dict[str, object], **paths: Path) -> list[str]:
+    def case(layout: Mapping[str, object], plan: Mapping[str, object], **paths: Path) -> list[str]:
         return flags(**{"lr-decay-iters": 6, **plan, **layout, **paths})
 
     distributed = LAYOUTS["dp2_distributed_optimizer"]

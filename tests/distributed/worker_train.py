@@ -59,7 +59,7 @@ def run_case(flags: list[str], out: Path, name: str) -> None:
 def final_shards(state: TrainState) -> list[tuple[str, list[int], list[int], torch.Tensor]]:
     shards = []
     for module in state.modules:
-        for value in nested_values(module.sharded_state_dict()):
+        for value in nested_values(module.sharded_state_dict()):  # type: ignore[operator]
             built = value.build() if isinstance(value, ShardedTensorFactory) else value
             for part in nested_values({"part": built}):
                 if isinstance(part, ShardedTensor):

@@ -81,7 +81,7 @@ def test_router_is_the_rule_written_out_with_its_gradient(example: ModuleType) -
     expected = torch.stack([route_by_hand(row, 3) for row in exact])
     everyone = torch.stack([route_by_hand(row, 8) for row in exact])
     # fp32 against fp64, over a handful of operations on numbers up to 1
-    close = {"rtol": 1e-5, "atol": 1e-6}
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(probs.double(), expected, **close)
     torch.testing.assert_close(scores.double(), everyone, **close)
     assert torch.equal(routing_map, expected > 0)

@@ -295,3 +295,16 @@ def test_writer_renames_the_index_last(tmp_path: Path, monkeypatch: pytest.Monke
         writer.finish()
     with pytest.raises(DataError, match=re.escape(f"{prefix}.idx does not exist")):
         open_tokens(prefix)
+
+
+def test_a_huge_file_is_not_read_through_at_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = str(tmp_path / "a")
+    with TokenFileWriter(prefix, vocab_size=100) as writer:
+        writer.add_document([1, 2, 99])
+        writer.finish()
+    with pytest.raises(DataError, match="token 2 has id 99"):
+        open_tokens(prefix, vocab_size=50)
+    monkeypatch.setattr("megatron.trainer.data.indexed._FULL_SCAN_TOKENS", 2)
+    assert open_tokens(prefix, vocab_size=50).num_tokens == 3

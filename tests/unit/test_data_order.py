@@ -199,3 +199,20 @@ def test_weights_must_be_positive_and_finite(weights: list[float]) -> None:
     )
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         Blend(weights)
+
+
+def test_window_outside_the_vocabulary_is_refused_where_it_is_drawn() -> None:
+    source = WindowSource(
+        name="web",
+        tokens=np.array([1, 2, 3, 4, 99, 5, 6, 7, 8], dtype=np.uint16),
+        start_token=0,
+        stop_token=9,
+        seq_length=4,
+        seed=0,
+        vocab_size=50,
+    )
+    message = "source 'web': token 4 has id 99, but the vocabulary has 50 ids"
+    for n in (0, 1):  # the label of the first window, the first token of the second
+        with pytest.raises(DataError, match=re.escape(message)) as caught:
+            source.sequential(n)
+        assert caught.value.is_local

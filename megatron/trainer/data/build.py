@@ -52,14 +52,15 @@ def build_data(cfg: DataConfig, *, vocab_size: int, seq_length: int, seed: int) 
     weights, prefixes = _parse_data_path(cfg.data_path)
     train_share = _parse_split(cfg.split)
     names = unique_names(prefixes)
+    common = {"seq_length": seq_length, "seed": seed, "vocab_size": vocab_size}
     train: list[Source] = []
     validation: dict[str, ValidationSet] = {}
     for index, (name, prefix) in enumerate(zip(names, prefixes, strict=True)):
         file = open_tokens(prefix, vocab_size=vocab_size)
         cut = _split_point(file, train_share)
-        train.append(_window_source(file, name, (0, cut), seq_length, seed, index))
+        train.append(_window_source(file, name, (0, cut), index=index, **common))
         if cut < file.num_tokens:
-            held_back = _window_source(file, name, (cut, file.num_tokens), seq_length, seed, index)
+            held_back = _window_source(file, name, (cut, file.num_tokens), index=index, **common)
             validation[name] = ValidationSet(name, held_back)
     for name, prefix in _parse_valid_data_path(cfg.valid_data_path).items():
         if name in validation:
@@ -68,7 +69,7 @@ def build_data(cfg: DataConfig, *, vocab_size: int, seq_length: int, seed: int) 
                 " under that name; names must differ; rename it"
             )
         file = open_tokens(prefix, vocab_size=vocab_size)
-        whole = _window_source(file, name, (0, file.num_tokens), seq_length, seed, 0)
+        whole = _window_source(file, name, (0, file.num_tokens), index=0, **common)
         validation[name] = ValidationSet(name, whole)
     stream = SampleStream(train, weights, seq_length=seq_length, seed=seed)
     return DataBundle(stream, validation)
@@ -223,7 +224,14 @@ def _split_point(file: TokenFile, train_share: float) -> int:
 
 
 def _window_source(
-    file: TokenFile, name: str, tokens: tuple[int, int], seq_length: int, seed: int, index: int
+    file: TokenFile,
+    name: str,
+    tokens: tuple[int, int],
+    *,
+    seq_length: int,
+    seed: int,
+    index: int,
+    vocab_size: int,
 ) -> WindowSource:
     """Return the source over a range of a file's tokens."""
     start, stop = tokens
@@ -237,6 +245,7 @@ def _window_source(
         seed=seed,
         index=index,
         num_documents=int(last - first),
+        vocab_size=vocab_size,
     )
 
 

@@ -32,6 +32,8 @@ TOKEN_DTYPES: dict[int, type[np.signedinteger[Any] | np.unsignedinteger[Any]]] =
 _HEADER = struct.Struct("<9sQBQQ")
 _REBUILD = "write it again with tools/preprocess_data.py or copy it again"
 _SCAN_TOKENS = 1 << 24
+# Reading more at start, on every rank, would delay a run by minutes and more.
+_FULL_SCAN_TOKENS = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +75,36 @@ class TokenFile:
         if info.min == 0 and info.max < vocab_size:
             return
         for start in range(0, self.num_tokens, _SCAN_TOKENS):
-            chunk = self.tokens[start : start + _SCAN_TOKENS]
-            if int(chunk.max()) < vocab_size and int(chunk.min()) >= 0:
-                continue
-            at = int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
-            raise DataError(
-                f"{self.prefix}.bin: token {start + at} has id {int(chunk[at])}, but the vocabulary"
-                f" has {vocab_size} ids; ids must be 0 to {vocab_size - 1}; preprocess the data"
-                " with this model's tokenizer or raise --vocab-size"
+            check_ids(
+                self.tokens[start : start + _SCAN_TOKENS],
+                vocab_size,
+                file=f"{self.prefix}.bin",
+                first_token=start,
             )
+
+
+def check_ids(
+    ids: npt.NDArray[np.integer], vocab_size: int, *, file: str, first_token: int
+) -> None:
+    """Hold token ids against the vocabulary.
+
+    Args:
+        ids: [n] a stretch of a token file.
+        vocab_size: Token ids the model has an embedding for.
+        file: Its name, for the message.
+        first_token: Position of ids[0] in the file.
+
+    Raises:
+        DataError: A token is negative or not below vocab_size; names the first one.
+    """
+    if int(ids.max()) < vocab_size and int(ids.min()) >= 0:
+        return
+    at = int(np.argmax((ids >= vocab_size) | (ids < 0)))
+    raise DataError(
+        f"{file}: token {first_token + at} has id {int(ids[at])}, but the vocabulary"
+        f" has {vocab_size} ids; ids must be 0 to {vocab_size - 1}; preprocess the data"
+        " with this model's tokenizer or raise --vocab-size"
+    )
 
 
 @dataclass(frozen=True)
@@ -98,7 +121,8 @@ def open_tokens(prefix: str, *, vocab_size: int | None = None) -> TokenFile:
 
     Args:
         prefix: Path without .bin and .idx.
-        vocab_size: When given, every token is read and must be below it.
+        vocab_size: When given, every token must be below it. Files of up to 2^30 tokens are read
+            through for this; larger ones are checked as they are drawn from (`WindowSource`).
 
     Raises:
         DataError: A file is missing, empty, truncated, too long, of another format or inconsistent,
@@ -119,7 +143,7 @@ def open_tokens(prefix: str, *, vocab_size: int | None = None) -> TokenFile:
     tokens = np.memmap(bin_path, dtype=index.dtype, mode="r", shape=(total,))
     ends = np.concatenate([[0], np.cumsum(index.lengths, dtype=np.int64)])  # [n + 1]
     file = TokenFile(prefix=prefix, tokens=tokens, document_starts=ends[index.bounds[:-1]])
-    if vocab_size is not None:
+    if vocab_size is not None and total <= _FULL_SCAN_TOKENS:
         file.check_vocabulary(vocab_size)
     return file
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron.trainer.data.indexed import check_ids
 from megatron.trainer.data.permutation import KeyedPermutation
 from megatron.trainer.errors import DataError
 
@@ -74,6 +75,8 @@ class WindowSource:
     """Position among the run's sources; two sources of one size then differ in order."""
     num_documents: int | None = None
     """Documents in the range, for the table."""
+    vocab_size: int | None = None
+    """When given, every window's ids are held against it."""
 
     def __post_init__(self) -> None:
         if self.num_windows < 1:
@@ -105,11 +108,19 @@ class WindowSource:
 
         Raises:
             IndexError: There are not that many windows.
+            DataError: A token is outside the vocabulary; other ranks may not see it.
         """
         if not 0 <= n < self.num_windows:
             raise IndexError(f"window {n} of source {self.name!r}: it has {self.num_windows}")
         first = self.start_token + n * self.seq_length
-        return np.asarray(self.tokens[first : first + self.seq_length + 1]).astype(np.int64)
+        ids = np.asarray(self.tokens[first : first + self.seq_length + 1]).astype(np.int64)
+        if self.vocab_size is not None:
+            try:
+                check_ids(ids, self.vocab_size, file=f"source {self.name!r}", first_token=first)
+            except DataError as error:
+                error.is_local = True
+                raise
+        return ids
 
 
 @dataclass(frozen=True, kw_only=True)
