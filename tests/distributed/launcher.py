@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 HERE = Path(__file__).parent
@@ -71,9 +72,29 @@ def torchrun(
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = f"{REPO / 'tools'}:{REPO}"
-    return subprocess.run(
-        command, env=environment, timeout=timeout, check=False, text=True, capture_output=True
-    )
+    return run_session(command, environment, timeout=timeout)
+
+
+def run_session(
+    command: list[str], environment: dict[str, str], *, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Run a command; at the timeout, end it with all its children, ranks that hang included."""
+    with subprocess.Popen(
+        command,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
 def run_cases(

@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
-from launcher import HERE, REPO, flags, run_cases
+from launcher import HERE, REPO, flags, run_cases, run_session
 
 from megatron.trainer.hooks import read_records
 
@@ -23,14 +22,7 @@ def test_training_survives_ten_kills_during_saves(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = f"{REPO / 'tools'}:{REPO}"
     worker = [sys.executable, str(HERE / "kill_training_worker.py"), str(tmp_path), str(KILLS)]
-    done = subprocess.run(
-        [*worker, str(tmp_path / "flags.json")],
-        env=environment,
-        timeout=300,
-        check=False,
-        text=True,
-        capture_output=True,
-    )
+    done = run_session([*worker, str(tmp_path / "flags.json")], environment, timeout=300)
     log = (tmp_path / "log").read_text()
     assert done.returncode == 0, done.stderr[-3000:] + log[-3000:]
     attempts = [json.loads(line) for line in done.stdout.splitlines()]
