@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.trainer.config import RunConfig
-from megatron.trainer.data.build import build_data, describe
+from megatron.trainer.data.build import DataBundle, build_data, describe
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.hooks import (
     Console,
@@ -112,6 +112,7 @@ def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
             seed=cfg.training.seed,
         )
     )
+    agree(lambda: _check_validation(cfg, data))
     try:
         schedule = Schedule(
             style=cfg.optimizer.lr_decay_style,
@@ -146,6 +147,14 @@ def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
     for line in describe_groups(state.optimizer, cfg.optimizer.weight_decay):
         logger.info("parameters: %s", line)
     return state
+
+
+def _check_validation(cfg: PretrainConfig, data: DataBundle) -> None:
+    """Find out now, not at the first evaluation, that a set has less than one global batch."""
+    for validation in data.validation.values():
+        validation.num_global_batches(
+            cfg.evaluation.eval_iters, global_batch_size=cfg.training.global_batch_size
+        )
 
 
 class RouterHealth:

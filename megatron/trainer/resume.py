@@ -18,7 +18,7 @@ from megatron.trainer.checkpoint import (
     save_checkpoint,
 )
 from megatron.trainer.config import CheckpointConfig
-from megatron.trainer.errors import CheckpointError
+from megatron.trainer.errors import CheckpointError, DataError
 from megatron.trainer.launch import agree
 from megatron.trainer.load import dump_config
 from megatron.trainer.optim_state import OPTIMIZER_PREFIX
@@ -46,8 +46,9 @@ def checkpoint_writer(state: TrainState) -> Callable[[TrainState], None] | None:
         return None
     root = Path(cfg.save)
     files: dict[str, str | Path] = {CONFIG_NAME: dump_config(state.cfg)}
-    if state.cfg.data.tokenizer_model is not None:
+    if state.cfg.data.tokenizer_model is not None and not state.cfg.data.mock_data:
         tokenizer = Path(state.cfg.data.tokenizer_model)
+        agree(lambda: _require_tokenizer(tokenizer))
         files[tokenizer.name] = tokenizer
 
     def write(current: TrainState) -> None:
@@ -133,6 +134,14 @@ def check_architecture(found: FoundCheckpoint, wanted: Mapping[str, Any]) -> Non
             f"{found.path} holds another model:\n  "
             + "\n  ".join(differences)
             + f"\nGive this run the checkpoint's values (they are in {CONFIG_NAME} there)"
+        )
+
+
+def _require_tokenizer(tokenizer: Path) -> None:
+    if not tokenizer.is_file():
+        raise DataError(
+            f"--tokenizer-model {tokenizer} does not exist; checkpoints carry the tokenizer with"
+            " them; check the path, or leave the flag away"
         )
 
 
