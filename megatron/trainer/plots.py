@@ -27,6 +27,8 @@ class LossPlot(Hook):
 
 def plot_losses(metrics: Path, path: Path) -> None:
     """Draw losses over tokens from `metrics.jsonl`; nothing without records."""
+    from matplotlib.ticker import EngFormatter
+
     records = read_records(metrics)
     train = [record for record in records if "lm_loss" in record]
     valid = [record for record in records if "valid_loss" in record]
@@ -52,6 +54,7 @@ def plot_losses(metrics: Path, path: Path) -> None:
             label=f"validation: {name}",
         )
     axes.set_xlabel("tokens")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False)
     write_figure(figure, path)
