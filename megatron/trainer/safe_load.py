@@ -145,14 +145,17 @@ def load_trusted_types(file: str | Path | IO[bytes], *, name: str) -> Any:
     except FileNotFoundError:
         raise
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"refused to load {name}: {what_it_holds(error)}; {_REMEDY}"
-        ) from error
+        raise CheckpointError(f"refused to load {name}: {refusal(error)}") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(
             f"cannot read {name}: {_first_line(error)}; the file is damaged, take another "
             "checkpoint"
         ) from error
+
+
+def refusal(error: pickle.UnpicklingError) -> str:
+    """Why a file that torch refused to load is refused."""
+    return f"{what_it_holds(error)}; {_REMEDY}"
 
 
 def what_it_holds(error: pickle.UnpicklingError) -> str:

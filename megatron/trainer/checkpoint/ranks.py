@@ -4,6 +4,7 @@ Only object collectives over one group are used; they work on gloo and on NCCL. 
 group this process is the only rank, so that single-process tools can look for checkpoints too.
 """
 
+import pickle
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.trainer.errors import CheckpointError, UserError
+from megatron.trainer.safe_load import refusal
 
 T = TypeVar("T")
 
@@ -84,6 +86,8 @@ def _describe(error: BaseException) -> tuple[str, bool]:
         return (text, True) if is_message else (f"on rank {rank}: {text}", False)
     if isinstance(error, UserError):
         return str(error), True
+    if isinstance(error, pickle.UnpicklingError):  # torch's text advises to load it all the same
+        return refusal(error), False
     return f"{type(error).__name__}: {error}", False
 
 
