@@ -189,6 +189,22 @@ def test_other_ranks_let_rank_0_speak_and_end_alike_but_silently(
     assert waits == [launch.SPEAKING_TIME_S]
 
 
+def test_error_of_one_rank_alone_is_told_by_that_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], waits: list[float]
+) -> None:
+    """Rank 0 may never learn of it: nobody else could say it."""
+    monkeypatch.setenv("RANK", "3")
+
+    def fail() -> None:
+        error = DataError("token 5 has id 90")
+        error.is_local = True
+        raise error
+
+    assert run_main(fail) == 2
+    assert capsys.readouterr() == ("", "DataError on rank 3: token 5 has id 90\n")
+    assert waits == []
+
+
 @pytest.mark.parametrize(
     ("rank", "status", "pauses"), [(0, 2, 0), (1, 2, 1), (1, 0, 0), (1, None, 0)]
 )
