@@ -1,5 +1,7 @@
 """Every layout trains the same model: losses, gradient norm and weights of one process."""
 
+from typing import Any
+
 import pytest
 import torch
 from launcher import Outcome, flags, run_cases
@@ -89,6 +91,10 @@ def compare(found: Outcome, truth: Outcome, keys: list[str]) -> None:
         expected = truth.series(key)
         assert len(expected) == 5
         assert found.series(key) == pytest.approx(expected, rel=TOLERANCES[key]), key
+    evaluations: list[Any] = truth.series("valid_loss")
+    assert len(evaluations) == 1
+    for evaluated, wanted in zip(found.series("valid_loss"), evaluations, strict=True):
+        assert evaluated == pytest.approx(wanted, rel=TOLERANCES["lm_loss"])
     assert found.weights.keys() == truth.weights.keys()
     for key, weight in truth.weights.items():
         difference = torch.linalg.vector_norm((found.weights[key] - weight).double())
