@@ -7,6 +7,18 @@ Convention = Literal["olmoe", "per_layer"]
 """How a paper's auxiliary-loss coefficients are meant; see `functional.layer_coefficients`."""
 
 
+_TRAINING_ONLY = (
+    "expert_backend",
+    "init_method_cutoff",
+    "init_method_std",
+    "moe_aux_loss_coeff",
+    "moe_loss_convention",
+    "moe_router_dtype",
+    "moe_token_dispatcher_type",
+    "moe_z_loss_coeff",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoEModelConfig:
     """A decoder-only language model with mixture-of-experts feed-forward layers.
@@ -68,6 +80,13 @@ class MoEModelConfig:
         """Rows of the embedding and the output layer: the vocabulary, padded."""
         step = self.make_vocab_size_divisible_by
         return -(-self.vocab_size // step) * step
+
+    def architecture(self) -> dict[str, object]:
+        """The fields that decide what weights there are and what they compute.
+
+        The rest may differ between a checkpoint and the run that continues it.
+        """
+        return {name: value for name, value in vars(self).items() if name not in _TRAINING_ONLY}
 
     def problems(self) -> list[str]:
         """What is wrong with the architecture on its own, one message each; empty when sound."""

@@ -71,5 +71,16 @@ class Schedule:
         return self.final + (self.peak - self.final) * DECAYS[self.style](done)
 
     def state_dict(self) -> dict[str, str | float | int]:
-        """What a checkpoint keeps, so that a resumed run can tell whether it follows the same."""
-        return dict(vars(self))
+        """The curve by the names of its flags, to tell whether a resumed run follows the same.
+
+        A constant schedule has no end to keep.
+        """
+        curve: dict[str, str | float | int] = {
+            "lr_decay_style": self.style,
+            "lr": self.peak,
+            "lr_warmup_iters": self.warmup_iters,
+            "lr_warmup_init": self.warmup_init,
+        }
+        if self.style != "constant":
+            curve |= {"min_lr": self.final, "lr_decay_iters": self.decay_iters}
+        return curve

@@ -6,6 +6,7 @@ by the same recipe.
 
 import logging
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,12 +99,13 @@ def build_chunks(cfg: PretrainConfig, ctx: RunContext, *, seed: int | None) -> B
             seq_length=training.seq_length,
             seed=seed,
         )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    except (ValueError, AssertionError, ImportError) as error:
+        raise ConfigError(f"this model cannot be built as configured: {error}") from error
 
 
 def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
     """Everything a run needs, at iteration 0."""
+    agree(lambda: _make_run_directory(cfg, ctx))
     data = agree(
         lambda: build_data(
             cfg.data,
@@ -149,8 +151,30 @@ def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
     return state
 
 
+def _make_run_directory(cfg: PretrainConfig, ctx: RunContext) -> None:
+    """Find out now, not after the first steps, that nothing can be written."""
+    if ctx.rank != 0 or cfg.checkpoint.save is None:
+        return
+    directory = Path(cfg.checkpoint.save)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b"probe")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to --save {directory}: {error.strerror}; give a directory on a disk with"
+            " room that this user may write to"
+        ) from error
+
+
 def _check_validation(cfg: PretrainConfig, data: DataBundle) -> None:
     """Find out now, not at the first evaluation, that a set has less than one global batch."""
+    if cfg.evaluation.eval_interval and not data.validation:
+        logger.warning(
+            "--eval-interval %d, but there is no validation set: give --split 99,1 or"
+            " --valid-data-path",
+            cfg.evaluation.eval_interval,
+        )
     for validation in data.validation.values():
         validation.num_global_batches(
             cfg.evaluation.eval_iters, global_batch_size=cfg.training.global_batch_size
@@ -174,6 +198,8 @@ class RouterHealth:
         self.last = report
         return {
             **report.as_dict(),
+            "layer_load_balancing_loss": report.layer_load_balancing_loss,
+            "layer_z_loss": report.layer_z_loss,
             "layer_max_load_ratio": report.layer_max_load_ratio,
             "layer_dead_experts": report.layer_dead_experts,
             "layer_entropy": report.layer_entropy,
@@ -218,7 +244,6 @@ def build_hooks(cfg: PretrainConfig, state: TrainState) -> list[Hook]:
     if cfg.checkpoint.save is None:
         return hooks
     directory = Path(cfg.checkpoint.save)
-    directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
     hooks.append(MetricsFile(directory / "metrics.jsonl"))
     if cfg.logging.tensorboard:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to a trained model: corpus, tokenizer, token files, pretraining, report, sample.
-#   bash examples/quickstart/run.sh [flags for pretrain.py, e.g. --train-iters 1000]
-# PYTHON names the interpreter, .venv/bin/python if there is one. An existing run is continued.
+#   bash examples/quickstart/run.sh [flags for pretrain.py]
+# PYTHON names the interpreter, .venv/bin/python if there is one. A run that was interrupted is
+# continued; remove runs/quickstart to start over.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -33,10 +34,8 @@ if [[ ! -f $data/docs_text_document.idx ]]; then
 fi
 
 step "pretraining: 2 ranks, expert parallel 2"
-resume=()
-[[ -f $run/latest_checkpointed_iteration.txt ]] && resume=(--load "$run")
 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 tools/pretrain.py \
-    --config examples/quickstart/olmoe_tiny.yaml "${resume[@]}" "$@"
+    --config examples/quickstart/olmoe_tiny.yaml --load "$run" "$@"
 
 step "report"
 "$PYTHON" tools/report.py --run "$run" --require-below-entropy

@@ -14,3 +14,5 @@ warnings.filterwarnings(
     "ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor). is deprecated"
 )
 warnings.filterwarnings("ignore", message="Please use DTensor instead")
+# Advice for GPUs before Blackwell, given on CPUs too.
+warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")

@@ -61,7 +61,7 @@ class TrainingConfig:
     recompute_num_layers: int = 1
     """uniform: layers per recomputed unit; block: layers per pipeline stage to recompute."""
     recompute_modules: tuple[str, ...] = ("moe",)
-    """What selective recompute drops: any of core_attn, moe, layernorm."""
+    """What selective recompute drops: any of core_attn, moe."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,15 +67,25 @@ def append_record(path: Path, record: Record) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All records of a file; an unfinished last line, as a killed run leaves, is skipped."""
+    """All records of a file; what a killed run left unfinished, or is no record, is skipped."""
     records = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            record = _parse_record(line)
+            if record is None:
                 logger.warning("%s: skipped an unfinished record: %.60s", path, line)
+            else:
+                records.append(record)
     return records
+
+
+def _parse_record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    is_record = isinstance(record, dict) and isinstance(record.get("iteration"), int)
+    return record if is_record else None
 
 
 def keep_records_until(path: Path, iteration: int) -> None:
@@ -113,9 +123,14 @@ class TensorBoard(Hook):
     """Event files for TensorBoard."""
 
     def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._writer: Any = None
+
+    def on_start(self, iteration: int, train_iters: int) -> None:
+        """Open the file; steps that a resumed run will take again are hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory))
+        self._writer = SummaryWriter(str(self._directory), purge_step=iteration + 1)
 
     def on_log(self, record: Record) -> None:
         """Write every number of the record."""
@@ -127,7 +142,8 @@ class TensorBoard(Hook):
 
     def on_end(self) -> None:
         """Flush and close."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class WeightsAndBiases(Hook):

@@ -46,10 +46,6 @@ class RunContext:
     """This rank's process groups, named as megatron-core names them."""
     data_parallel_rank: int
     """Which share of the global batch this rank reads."""
-    is_first_stage: bool
-    """Holds the embedding (of its first model chunk)."""
-    is_last_stage: bool
-    """Holds the output layer and the loss (of its last model chunk)."""
     num_threads: int
     """CPU threads of this rank; sums on a CPU depend on it."""
 
@@ -176,9 +172,20 @@ def _resolve_threads(parallel: ParallelConfig) -> int:
     if parallel.threads_per_rank is not None:
         return parallel.threads_per_rank
     if "OMP_NUM_THREADS" in os.environ:
-        return int(os.environ["OMP_NUM_THREADS"])
+        return _omp_threads(os.environ["OMP_NUM_THREADS"])
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, (os.cpu_count() or 1) // local_ranks)
+
+
+def _omp_threads(value: str) -> int:
+    """The outermost level of OMP_NUM_THREADS, which may list one number a nesting level."""
+    outermost = value.split(",")[0].strip()
+    if not outermost.isdigit() or int(outermost) < 1:
+        raise ConfigError(
+            f"OMP_NUM_THREADS is {value!r}; it must be a number from 1 on; set it, unset it, or"
+            " give --threads-per-rank"
+        )
+    return int(outermost)
 
 
 def _start_process_group(device: torch.device, timeout_minutes: int) -> None:
@@ -212,7 +219,6 @@ def _start_model_parallel(
     torch.manual_seed(seed)
     # CPU: some of mcore's initialisers fork this tracker even though `init` draws the weights.
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
     return RunContext(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -220,7 +226,5 @@ def _start_model_parallel(
         layout=layout,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        is_first_stage=pipeline_rank == 0,
-        is_last_stage=pipeline_rank == layout.pipeline - 1,
         num_threads=num_threads,
     )

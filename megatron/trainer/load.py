@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import itertools
 import sys
@@ -66,17 +67,36 @@ def load_config(
             # tyro prints some errors whatever its console_outputs says.
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        cfg, is_print_only = _parse_flags(
-            _with_values(config_class, schema, values),
-            argv,
-            prog=prog,
-            description=description,
-            presets=tuple(presets),
-        )
+        try:
+            cfg, is_print_only = _parse_flags(
+                _with_values(config_class, schema, values),
+                argv,
+                prog=prog,
+                description=description,
+                presets=tuple(presets),
+            )
+        except SystemExit as end:
+            if end.code:
+                sys.stderr.write(
+                    _nearest_flags(argv, (*schema, "config", "preset", "print_config"))
+                )
+            raise
         if is_print_only:
             sys.stdout.write(dump_config(cfg))
             raise SystemExit(0)
     return cfg
+
+
+def _nearest_flags(argv: Sequence[str], known: Sequence[str]) -> str:
+    """A line for each unknown flag that resembles a known one; tyro finds only some of them."""
+    lines = []
+    for token in argv:
+        flag = token.partition("=")[0]
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and not {name, name.removeprefix("no_")} & {*known, "help"}:
+            near = difflib.get_close_matches(name, known, n=1)
+            lines += [f"{flag}: did you mean --{near[0].replace('_', '-')}?\n"] if near else []
+    return "".join(lines)
 
 
 def _single_value(argv: Sequence[str], flag: str) -> str | None:

@@ -2,7 +2,6 @@
 
 import logging
 import sys
-from typing import TextIO
 
 
 def configure_logging(rank: int) -> None:
@@ -18,7 +17,7 @@ def configure_logging(rank: int) -> None:
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
 
 
-class _StderrHandler(logging.StreamHandler[TextIO]):
+class _StderrHandler(logging.StreamHandler):
     """Writes to what is standard error at the moment: a progress bar replaces it while it lives."""
 
     def emit(self, record: logging.LogRecord) -> None:

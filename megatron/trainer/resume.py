@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -12,12 +12,13 @@ import yaml
 from megatron.trainer.checkpoint import (
     FoundCheckpoint,
     compare_configs,
+    config_mismatch,
     find_checkpoint,
     load_checkpoint,
     read_text,
     save_checkpoint,
 )
-from megatron.trainer.config import CheckpointConfig
+from megatron.trainer.checkpoint.layout import final_iterations, stranded
 from megatron.trainer.errors import CheckpointError, DataError
 from megatron.trainer.launch import agree
 from megatron.trainer.load import dump_config
@@ -65,30 +66,43 @@ def checkpoint_writer(state: TrainState) -> Callable[[TrainState], None] | None:
     return write
 
 
-def resume(state: TrainState, model_config: object) -> None:
-    """Continue from `--load`, or from this run's own directory; do nothing for a fresh run.
+class Architecture(Protocol):
+    """What `resume` asks of a run's model group."""
 
-    A run directory given to --load and --save alike may be empty: the first job of a chain.
+    def architecture(self) -> dict[str, object]:
+        """The fields a checkpoint and the run that loads it must share."""
+        ...
+
+
+def resume(state: TrainState, model_config: Architecture) -> None:
+    """Continue from `--load`; do nothing for a fresh run.
+
+    A run directory given to --load and --save alike may be empty: the first job of a chain. Any
+    other --save must not hold a run already.
 
     Args:
         state: freshly built; changed in place.
-        model_config: the dataclass of this run's architecture, compared with the checkpoint's.
+        model_config: this run's model group, compared with the checkpoint's.
     """
     cfg = state.cfg.checkpoint
-    if cfg.load is None:
-        _refuse_to_overwrite(cfg)
+    save = Path(cfg.save) if cfg.save is not None else None
+    load = Path(cfg.load) if cfg.load is not None else None
+    is_continued = save is not None and load is not None and save.resolve() == load.resolve()
+    if save is not None and (cfg.finetune or not is_continued):
+        agree(lambda: _refuse_to_overwrite(save))
+    if load is None:
         return
-    if cfg.load == cfg.save and not _has_checkpoints(Path(cfg.load)):
-        logger.info("no checkpoint in %s yet: starting from iteration 0", cfg.load)
+    if is_continued and not _has_checkpoints(load):
+        logger.info("no checkpoint in %s yet: starting from iteration 0", load)
         return
-    found = find_checkpoint(Path(cfg.load), iteration=cfg.ckpt_step)
-    agree(lambda: check_architecture(found, flatten_group(model_config)))
+    found = find_checkpoint(load, iteration=cfg.ckpt_step)
+    agree(lambda: check_architecture(found, model_config.architecture()))
     if cfg.finetune:
         load_weights(state.modules, found)
         state.optimizer.reload_model_params()
         logger.info("took the weights of %s; iteration, optimizer and data start anew", found.path)
         return
-    run = json.loads(read_text(found.path, _RUN_NAME))
+    run = agree(lambda: _saved_run(found))
     request = request_state(state, run)
     # Another layout leaves the random states unread.
     loaded = load_checkpoint(found.path, request, unread_prefixes=(RNG_PREFIX,))
@@ -99,6 +113,11 @@ def resume(state: TrainState, model_config: object) -> None:
         state.iteration,
         state.train_data.consumed_samples,
     )
+    if state.iteration >= state.cfg.training.train_iters:
+        logger.warning(
+            "the run has done its --train-iters %d already; nothing is left to train",
+            state.cfg.training.train_iters,
+        )
 
 
 def load_weights(modules: list[torch.nn.Module], found: FoundCheckpoint) -> None:
@@ -111,7 +130,13 @@ def load_weights(modules: list[torch.nn.Module], found: FoundCheckpoint) -> None
 
 def saved_config(found: FoundCheckpoint) -> dict[str, Any]:
     """The flat config that wrote the checkpoint."""
-    config = yaml.safe_load(read_text(found.path, CONFIG_NAME))
+    try:
+        config = yaml.safe_load(read_text(found.path, CONFIG_NAME))
+    except yaml.YAMLError as error:
+        raise CheckpointError(
+            f"{found.path / CONFIG_NAME} cannot be read as plain YAML: {error}; restore it from the"
+            " run directory"
+        ) from error
     if not isinstance(config, dict):
         raise CheckpointError(
             f"{found.path / CONFIG_NAME} holds {type(config).__name__}, not a mapping of settings;"
@@ -120,21 +145,29 @@ def saved_config(found: FoundCheckpoint) -> dict[str, Any]:
     return config
 
 
-def flatten_group(group: object) -> dict[str, Any]:
-    """One config group as the keys and values it has in a recipe."""
-    return {name: value for name, value in vars(group).items() if not name.startswith("_")}
-
-
 def check_architecture(found: FoundCheckpoint, wanted: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of another architecture, listing every difference."""
     saved = saved_config(found)
     differences = compare_configs({key: saved.get(key) for key in wanted}, wanted)
     if differences:
+        raise config_mismatch(found.path, differences)
+
+
+def _saved_run(found: FoundCheckpoint) -> dict[str, Any]:
+    """What `run_state` said when the checkpoint was written."""
+    try:
+        run = json.loads(read_text(found.path, _RUN_NAME))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{found.path / _RUN_NAME} is not JSON: {error}") from error
+    wanted = ("data", "iteration", "layout", "optimizer_steps", "schedule")
+    missing = [key for key in wanted if not isinstance(run, dict) or key not in run]
+    if missing:
         raise CheckpointError(
-            f"{found.path} holds another model:\n  "
-            + "\n  ".join(differences)
-            + f"\nGive this run the checkpoint's values (they are in {CONFIG_NAME} there)"
+            f"{found.path / _RUN_NAME} lacks {', '.join(missing)}; it must hold"
+            f" {', '.join(wanted)}; take only the weights with --finetune, or load another"
+            " checkpoint with --ckpt-step"
         )
+    return dict(run)
 
 
 def _require_tokenizer(tokenizer: Path) -> None:
@@ -146,12 +179,12 @@ def _require_tokenizer(tokenizer: Path) -> None:
 
 
 def _has_checkpoints(root: Path) -> bool:
-    return any(root.glob("iter_*")) or (root / "latest_checkpointed_iteration.txt").exists()
+    return root.is_dir() and bool(final_iterations(root) or stranded(root))
 
 
-def _refuse_to_overwrite(cfg: CheckpointConfig) -> None:
-    if cfg.save is not None and _has_checkpoints(Path(cfg.save)):
+def _refuse_to_overwrite(save: Path) -> None:
+    if _has_checkpoints(save) or (save / "metrics.jsonl").exists():
         raise CheckpointError(
-            f"{cfg.save} holds checkpoints of an earlier run; continue it with --load {cfg.save},"
-            " or give --save another directory"
+            f"{save} holds an earlier run; continue it with --load {save} (without --finetune), or"
+            " give --save another directory"
         )

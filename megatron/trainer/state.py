@@ -43,8 +43,8 @@ class ModelMetrics(Protocol):
         """Forget what was measured."""
         ...
 
-    def reduce(self) -> Mapping[str, float]:
-        """Means over the whole run's ranks since the last reset; a collective call."""
+    def reduce(self) -> Mapping[str, Any]:
+        """Figures over the whole run's ranks since the last reset; a collective call."""
         ...
 
 
@@ -154,7 +154,7 @@ def load_model(modules: list[torch.nn.Module], loaded: Mapping[str, Any]) -> Non
 def _check_schedule(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Refuse to continue under another learning-rate curve without a word."""
     differences = [
-        f"{key}: checkpoint {saved.get(key)}, this run {wanted.get(key)}"
+        f"--{key.replace('_', '-')}: checkpoint {saved.get(key)}, this run {wanted.get(key)}"
         for key in sorted({*wanted, *saved})
         if wanted.get(key) != saved.get(key)
     ]
@@ -162,14 +162,16 @@ def _check_schedule(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None
         raise CheckpointError(
             "the checkpoint follows another learning-rate schedule: "
             + "; ".join(differences)
-            + ". Give this run the checkpoint's values, or start a new schedule from its weights"
-            " with --finetune"
+            + ". Give this run the checkpoint's values (--lr-decay-iters is --train-iters where it"
+            " is not given), or start a new schedule from the weights with --finetune"
         )
 
 
-def _layout(ctx: RunContext) -> dict[str, int]:
+def _layout(ctx: RunContext) -> dict[str, int | str]:
+    """What random states belong to."""
     layout = ctx.layout
     return {
+        "device": ctx.device.type,
         "world": ctx.world_size,
         "tensor": layout.tensor,
         "pipeline": layout.pipeline,

@@ -21,8 +21,14 @@ from megatron.trainer.layout import (
     world_size_problems,
 )
 
-RECOMPUTE_MODULES = ("core_attn", "layernorm", "moe")
-"""What selective recompute can drop, in megatron-core's names."""
+RECOMPUTE_MODULES = ("core_attn", "moe")
+"""What selective recompute can drop, in megatron-core's names.
+
+Its `layernorm` needs Transformer Engine: version 0.16 names a class of it unconditionally.
+"""
+
+
+_LARGEST_SEED = 1 << 62
 
 
 @runtime_checkable
@@ -133,6 +139,10 @@ def _size_problems(cfg: RunConfig) -> list[str]:
         "save_interval": cfg.checkpoint.save_interval,
     }
     found = [
+        f"seed ({training.seed}) must be at most 2^62; use a smaller one"
+        for _ in range(training.seed > _LARGEST_SEED)
+    ]
+    found += [
         f"{name} ({value}) must be at least {least}; use {least} or more"
         for least, values in ((1, at_least_one), (0, at_least_zero))
         for name, value in values.items()

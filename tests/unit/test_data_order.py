@@ -216,3 +216,11 @@ def test_window_outside_the_vocabulary_is_refused_where_it_is_drawn() -> None:
         with pytest.raises(DataError, match=re.escape(message)) as caught:
             source.sequential(n)
         assert caught.value.is_local
+
+
+def test_weights_whose_sum_overflows_still_deal_evenly() -> None:
+    blend = Blend([1e308, 1e308])
+    assert blend.weights.tolist() == [0.5, 0.5]
+    for _ in range(10):
+        blend.draw()
+    assert blend.counts.tolist() == [5, 5]

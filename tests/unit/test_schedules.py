@@ -116,7 +116,17 @@ def test_taken_name_is_refused_and_keeps_its_decay() -> None:
     assert DECAYS["cosine"] is cosine
 
 
-def test_state_tells_two_schedules_apart_by_every_field() -> None:
+FLAGS = {
+    "style": "lr_decay_style",
+    "peak": "lr",
+    "final": "min_lr",
+    "warmup_iters": "lr_warmup_iters",
+    "warmup_init": "lr_warmup_init",
+    "decay_iters": "lr_decay_iters",
+}
+
+
+def test_state_tells_two_schedules_apart_by_every_field_under_its_flag() -> None:
     state = olmoe().state_dict()
     others = {
         "style": "linear",
@@ -126,6 +136,13 @@ def test_state_tells_two_schedules_apart_by_every_field() -> None:
         "warmup_init": 0.0,
         "decay_iters": 5_000,
     }
-    assert state.keys() == others.keys() == {field.name for field in dataclasses.fields(Schedule)}
+    assert others.keys() == FLAGS.keys() == {field.name for field in dataclasses.fields(Schedule)}
+    assert state.keys() == set(FLAGS.values())
     for name, value in others.items():
-        assert olmoe(**{name: value}).state_dict() == {**state, name: value}
+        assert olmoe(**{name: value}).state_dict() == {**state, FLAGS[name]: value}
+
+
+def test_a_constant_schedule_can_be_made_longer() -> None:
+    short = olmoe(style="constant", decay_iters=3_000).state_dict()
+    assert short == olmoe(style="constant", decay_iters=5_000, final=1e-6).state_dict()
+    assert short != olmoe(style="constant", peak=5e-4).state_dict()

@@ -32,6 +32,7 @@ class Blend:
                 f"blend weights are {list(weights)}; there must be at least one, each positive and"
                 " finite; leave a source out instead of giving it weight 0"
             )
+        values = values / values.max()  # so that the sum is finite
         self.weights = values / values.sum()  # [sources]
         self.counts: npt.NDArray[np.int64] = np.zeros(values.size, dtype=np.int64)  # [sources]
 

@@ -170,7 +170,7 @@ def _parse_split(split: str) -> float:
     if len(shares) == 2 and shares[0] is not None and shares[1] is not None:
         train, valid = shares[0], shares[1]
         if train > 0 and valid >= 0:
-            return train / (train + valid)
+            return 1.0 / (1.0 + valid / train)
     raise ConfigError(
         f"--split is {split!r}; it must be two numbers, training > 0 and validation >= 0; write for"
         " example 99,1, or 1,0 to hold nothing back"
