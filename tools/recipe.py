@@ -99,8 +99,10 @@ def build_chunks(cfg: PretrainConfig, ctx: RunContext, *, seed: int | None) -> B
             seq_length=training.seq_length,
             seed=seed,
         )
-    except (ValueError, AssertionError, ImportError) as error:
-        raise ConfigError(f"this model cannot be built as configured: {error}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    except (AssertionError, ImportError) as error:
+        raise ConfigError(f"megatron-core refuses this configuration: {error}") from error
 
 
 def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:

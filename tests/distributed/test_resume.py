@@ -151,10 +151,41 @@ def test_checkpoint_directory_is_as_documented(root: Path, outcomes: dict[str, O
     assert tracker.read_text().strip() == "6"
 
 
-def test_fresh_run_refuses_a_used_directory(root: Path, outcomes: dict[str, Outcome]) -> None:
+def test_used_directory_is_never_written_over(root: Path, outcomes: dict[str, Outcome]) -> None:
+    """Neither by a fresh run, nor by one that loads elsewhere, nor by one that takes weights."""
     del outcomes
-    copy = root / "used"
-    shutil.copytree(root / "single", copy)
-    found = run_cases(1, {"again": flags(**STOP, save=copy)}, root / "again")["again"]
-    assert found.error is not None
-    assert f"{copy} holds checkpoints of an earlier run; continue it with --load" in found.error
+    used = root / "used"
+    shutil.copytree(root / "single", used)
+    before = (used / "metrics.jsonl").read_bytes()
+    attempts = {
+        "fresh": flags(**STOP, save=used),
+        "elsewhere": flags(**STOP, save=used, load=root / "single"),
+        "finetune": flags(**STOP, save=used, load=used, finetune=True),
+    }
+    for name, found in run_cases(1, attempts, root / "again").items():
+        assert found.error is not None, name
+        assert f"{used} holds an earlier run; continue it with --load {used}" in found.error
+    assert (used / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_first_save_that_died_does_not_block_the_chain(root: Path) -> None:
+    directory = root / "died"
+    (directory / "iter_0000003.tmp-abcd1234").mkdir(parents=True)
+    chain = flags(**STOP, save=directory, load=f"{directory}/.")
+    found = run_cases(1, {"chain": chain}, root / "chain")["chain"]
+    assert found.error is None, found.error
+    assert found.series("iteration")[:3] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("modules", ["core_attn", "moe", "core_attn moe"])
+def test_each_recompute_module_trains_alike(
+    modules: str, root: Path, outcomes: dict[str, Outcome]
+) -> None:
+    case = [*flags(**STOP, **{"lr-decay-iters": 6}), "--recompute-granularity", "selective"]
+    case += ["--recompute-modules", *modules.split()]
+    found = run_cases(1, {"case": case}, root / modules.replace(" ", "_"))["case"]
+    expected = outcomes["stopped"].series("lm_loss")
+    assert found.series("lm_loss") == pytest.approx(expected, rel=1e-6)
+    assert found.series("grad_norm") == pytest.approx(
+        outcomes["stopped"].series("grad_norm"), rel=1e-6
+    )

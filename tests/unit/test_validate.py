@@ -351,7 +351,7 @@ def test_sizes_have_a_least_value(name: str) -> None:
         (1, {"recompute_granularity": "full", "recompute_num_layers": 4}),
         (1, {"recompute_granularity": "full", "recompute_method": "block"}),
         (1, {"recompute_num_layers": 99}),  # nothing is recomputed
-        (1, {"recompute_granularity": "selective", "recompute_modules": ("layernorm",)}),
+        (1, {"recompute_granularity": "selective", "recompute_modules": ("core_attn",)}),
         (1, {"lr": 1e-5, "lr_decay_style": "constant"}),  # min_lr is not reached
         (1, {"lr": 1e-3, "min_lr": 1e-3, "lr_warmup_init": 1e-3}),
         (1, {"min_lr": 0.0, "weight_decay": 0.0, "clip_grad": 0.0, "adam_beta1": 0.0}),
