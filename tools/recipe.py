@@ -107,7 +107,6 @@ def build_chunks(cfg: PretrainConfig, ctx: RunContext, *, seed: int | None) -> B
 
 def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
     """Everything a run needs, at iteration 0."""
-    agree(lambda: _make_run_directory(cfg, ctx))
     data = agree(
         lambda: build_data(
             cfg.data,
@@ -117,6 +116,7 @@ def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
         )
     )
     agree(lambda: _check_validation(cfg, data))
+    agree(lambda: _make_run_directory(cfg, ctx))
     try:
         schedule = Schedule(
             style=cfg.optimizer.lr_decay_style,

@@ -160,11 +160,12 @@ def test_checkpoint_of_another_architecture_lists_the_differences(
     path = root / "iter_0000002"
     assert_refused(
         load(root, num_layers=2, num_experts=8, attention="standard"),
-        f"CheckpointError: {path} holds another model:\n"
+        f"CheckpointError: {path} was saved by a run with another configuration:\n"
         "  attention: checkpoint full_width_qk_norm, this run standard\n"
         "  num_experts: checkpoint 6, this run 8\n"
         "  num_layers: checkpoint 4, this run 2\n"
-        "Give this run the checkpoint's values (they are in config.yaml there)\n",
+        "set these to the checkpoint's values (its own are in"
+        f" {path / 'config.yaml'}), or start without --load\n",
     )
     assert listing(root) == before
 
