@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_ext.config import MoEModelConfig
 from moe_ext.init import initialize_weights
 from moe_ext.metrics import RouterMetrics
+from moe_ext.model import LanguageModel
 from moe_ext.specs import block_spec
 
 
@@ -16,7 +16,7 @@ from moe_ext.specs import block_spec
 class BuiltModel:
     """What a rank trains."""
 
-    chunks: list[GPTModel]
+    chunks: list[LanguageModel]
     """One model chunk, or one per virtual pipeline stage."""
     config: TransformerConfig
     """Shared by the chunks; the schedules keep their callbacks in it."""
@@ -60,7 +60,7 @@ def build_model(
             virtual_stage=virtual_stage,
         )
         chunks.append(
-            GPTModel(
+            LanguageModel(
                 config=config,
                 transformer_layer_spec=spec,
                 vocab_size=model.padded_vocab_size,

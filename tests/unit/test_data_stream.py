@@ -53,7 +53,7 @@ def test_batch_is_shifted_by_one_unmasked_and_numbered_from_0() -> None:
     assert batch.tokens.tolist() == [[1, 2], [7, 8]]
     assert batch.labels.tolist() == [[2, 3], [8, 9]]
     assert batch.loss_mask.tolist() == [[1.0, 1.0], [1.0, 1.0]]
-    assert batch.position_ids.tolist() == [[0, 1], [0, 1]]
+    assert batch.position_ids.tolist() == [[0, 1]]
     assert (batch.tokens.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
     assert (batch.loss_mask.dtype, batch.position_ids.dtype) == (torch.float32, torch.int64)
     assert batch.tokens.is_contiguous() and batch.labels.is_contiguous()

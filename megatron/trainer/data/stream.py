@@ -25,7 +25,7 @@ class Batch:
     loss_mask: Tensor
     """[b, s] float32, 1 where the loss counts."""
     position_ids: Tensor
-    """[b, s] int64, 0 to s - 1 in every row."""
+    """[b, s] int64, where each token stands in its document; [1, s] when all rows are alike."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the same batch on a device."""
@@ -45,7 +45,7 @@ def make_batch(windows: Sequence[npt.NDArray[np.int64]]) -> Batch:
         tokens=tokens,
         labels=labels,
         loss_mask=torch.ones(tokens.shape, dtype=torch.float32),
-        position_ids=torch.arange(tokens.shape[1]).expand(tokens.shape).contiguous(),
+        position_ids=torch.arange(tokens.shape[1])[None],
     )
 
 
