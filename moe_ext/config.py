@@ -6,6 +6,8 @@ from typing import Literal
 Convention = Literal["olmoe", "per_layer"]
 """How a paper's auxiliary-loss coefficients are meant; see `functional.layer_coefficients`."""
 
+MOA = "moa"
+"""The attention whose query and output projections are experts; see `attention.moa`."""
 
 _TRAINING_ONLY = (
     "expert_backend",
@@ -35,7 +37,8 @@ class MoEModelConfig:
     num_query_groups: int | None = None
     """Key/value heads (ng); None means as many as query heads."""
     kv_channels: int | None = None
-    """Size of one head (hn); None means hidden_size / num_attention_heads."""
+    """Size of one head (hn); None means hidden_size / num_attention_heads, but moa attention wants
+    it said."""
     ffn_hidden_size: int | None = None
     """Feed-forward width of a dense model; used when num_experts is None."""
     num_experts: int | None = 64
@@ -44,6 +47,8 @@ class MoEModelConfig:
     """Experts per token (k)."""
     moe_ffn_hidden_size: int = 64
     """Width of one expert (f)."""
+    moe_output_bias: bool = False
+    """Add one bias [h], no expert's and not gated, to what the experts add up to (JetMoE)."""
     vocab_size: int = 4096
     """Token ids the tokenizer can produce (v)."""
     make_vocab_size_divisible_by: int = 128
@@ -51,9 +56,16 @@ class MoEModelConfig:
     rotary_base: float = 10000.0
     """RoPE's theta."""
     norm_epsilon: float = 1.0e-5
-    """Epsilon of every RMSNorm."""
+    """Epsilon of every RMSNorm, the final one excepted if that has its own."""
+    final_norm_epsilon: float | None = None
+    """Epsilon of the RMSNorm before the output layer; None means norm_epsilon."""
     attention: str = "full_width_qk_norm"
-    """Self-attention, a name in moe_ext.attention.ATTENTIONS (OLMoE: full_width_qk_norm)."""
+    """Self-attention, a name in moe_ext.attention.ATTENTIONS (OLMoE: full_width_qk_norm; JetMoE:
+    moa, a mixture of attention heads)."""
+    moa_num_experts: int | None = None
+    """Experts of a moa attention; None means num_experts."""
+    moa_router_topk: int | None = None
+    """Experts per token of a moa attention; None means moe_router_topk."""
     untie_embeddings_and_output_weights: bool = True
     """Give the output layer a matrix of its own."""
     init_method_std: float = 0.02
@@ -74,6 +86,18 @@ class MoEModelConfig:
     """Expert compute, a name in moe_ext.experts.EXPERT_BACKENDS."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
     """megatron-core's token dispatcher."""
+
+    @property
+    def attention_experts(self) -> int | None:
+        """Experts of each layer's self-attention; None for an attention without experts."""
+        if self.attention != MOA:
+            return None
+        return self.num_experts if self.moa_num_experts is None else self.moa_num_experts
+
+    @property
+    def attention_topk(self) -> int:
+        """Experts per token of a moa attention."""
+        return self.moe_router_topk if self.moa_router_topk is None else self.moa_router_topk
 
     @property
     def padded_vocab_size(self) -> int:
@@ -165,6 +189,8 @@ class MoEModelConfig:
             "ffn_hidden_size": self.ffn_hidden_size,
             "num_experts": self.num_experts,
             "moe_router_topk": self.moe_router_topk,
+            "moa_num_experts": self.moa_num_experts,
+            "moa_router_topk": self.moa_router_topk,
             "moe_ffn_hidden_size": self.moe_ffn_hidden_size,
             "vocab_size": self.vocab_size,
             "make_vocab_size_divisible_by": self.make_vocab_size_divisible_by,
@@ -176,7 +202,17 @@ class MoEModelConfig:
         ]
 
     def _attention_problems(self) -> list[str]:
-        found = []
+        if self.attention == MOA:
+            return self._moa_problems()
+        found = [
+            f"{name} ({value}) is set, but attention is '{self.attention}'; set attention to"
+            f" '{MOA}', or {name} to None"
+            for name, value in (
+                ("moa_num_experts", self.moa_num_experts),
+                ("moa_router_topk", self.moa_router_topk),
+            )
+            if value is not None
+        ]
         heads, head_size = self.num_attention_heads, self.kv_channels
         source = "kv_channels"
         if head_size is None:
@@ -189,17 +225,52 @@ class MoEModelConfig:
                 )
             else:
                 head_size = self.hidden_size // heads
-        if head_size is not None and head_size % 2:
-            found.append(
-                f"the size of a head ({source} = {head_size}) must be even, because RoPE turns its"
-                f" channels in pairs; use a head size of {_nearest_multiples(head_size, 2)}"
-            )
+        if head_size is not None:
+            found += _head_size_problems(source, head_size)
         groups = self.num_query_groups
         if groups is not None:
             found += _must_divide("num_attention_heads", heads, "num_query_groups", groups)
         return found
 
+    def _moa_problems(self) -> list[str]:
+        experts, topk = self.attention_experts, self.attention_topk
+        if experts is None:
+            return [
+                f"moa_num_experts (None) must be set when attention is '{MOA}' and num_experts is"
+                " None; set the experts of the attention, or another attention"
+            ]
+        found = []
+        if topk > experts:
+            found.append(
+                f"the experts per token of the attention (moa_router_topk {self.moa_router_topk},"
+                f" moe_router_topk {self.moe_router_topk}: {topk}) must be at most its experts"
+                f" ({experts}); use a moa_router_topk of 1 to {experts}"
+            )
+        heads = self.num_attention_heads
+        groups = heads if self.num_query_groups is None else self.num_query_groups
+        if heads != groups * topk:
+            found.append(
+                f"num_attention_heads ({heads}) must be num_query_groups x the experts per token of"
+                f" the attention ({groups} x {topk}) when attention is '{MOA}', because each chosen"
+                " expert brings one query head for each key/value head; use num_attention_heads"
+                f" {groups * topk}"
+            )
+        if self.kv_channels is None:
+            found.append(
+                f"kv_channels (None) must be set when attention is '{MOA}', whose heads count once"
+                " for each chosen expert; set the size of a head, for example hidden_size /"
+                f" num_query_groups = {self.hidden_size / groups:g}"
+            )
+        else:
+            found += _head_size_problems("kv_channels", self.kv_channels)
+        return found
+
     def _expert_problems(self) -> list[str]:
+        if self.num_experts is None and self.moe_output_bias:
+            return [
+                "moe_output_bias (True) needs experts, but num_experts is None; set it to False, or"
+                " set num_experts"
+            ]
         if self.num_experts is None:
             if self.ffn_hidden_size is not None:
                 return []
@@ -218,6 +289,7 @@ class MoEModelConfig:
         positive = {
             "rotary_base": self.rotary_base,
             "norm_epsilon": self.norm_epsilon,
+            "final_norm_epsilon": self.final_norm_epsilon,
             "init_method_std": self.init_method_std,
             "init_method_cutoff": self.init_method_cutoff,
         }
@@ -228,7 +300,7 @@ class MoEModelConfig:
         found = [
             f"{name} ({value}) must be above 0; use a positive number"
             for name, value in positive.items()
-            if not value > 0
+            if value is not None and not value > 0
         ]
         return found + [
             f"{name} ({value}) must not be negative; use 0 to switch the loss off"
@@ -246,6 +318,15 @@ class MoEModelConfig:
             f" {_nearest_multiples(self.num_layers, chunks)} layers, or other sizes whose product"
             f" is {_divisors(self.num_layers)}"
         ]
+
+
+def _head_size_problems(source: str, head_size: int) -> list[str]:
+    if head_size % 2 == 0:
+        return []
+    return [
+        f"the size of a head ({source} = {head_size}) must be even, because RoPE turns its"
+        f" channels in pairs; use a head size of {_nearest_multiples(head_size, 2)}"
+    ]
 
 
 def _must_divide(name: str, value: int, divisor_name: str, divisor: int) -> list[str]:

@@ -6,6 +6,15 @@ import pytest
 
 from moe_ext.config import MoEModelConfig
 
+MOA: dict[str, Any] = {
+    "attention": "moa",
+    "moa_num_experts": 5,
+    "moa_router_topk": 2,
+    "num_query_groups": 3,
+    "num_attention_heads": 6,
+    "kv_channels": 4,
+}
+
 MODEL_RULES: list[tuple[dict[str, Any], str]] = [
     (
         {"hidden_size": 100, "num_attention_heads": 3},
@@ -36,11 +45,59 @@ MODEL_RULES: list[tuple[dict[str, Any], str]] = [
         "ffn_hidden_size (None) must be set when num_experts is None, which is a dense model; set"
         " the feed-forward width, or set num_experts",
     ),
+    (
+        {"moa_num_experts": 4},
+        "moa_num_experts (4) is set, but attention is 'full_width_qk_norm'; set attention to 'moa',"
+        " or moa_num_experts to None",
+    ),
+    (
+        {"moa_router_topk": 4},
+        "moa_router_topk (4) is set, but attention is 'full_width_qk_norm'; set attention to 'moa',"
+        " or moa_router_topk to None",
+    ),
+    (
+        {**MOA, "moa_num_experts": None, "num_experts": None, "ffn_hidden_size": 8},
+        "moa_num_experts (None) must be set when attention is 'moa' and num_experts is None; set"
+        " the experts of the attention, or another attention",
+    ),
+    (
+        {**MOA, "moa_num_experts": 1},
+        "the experts per token of the attention (moa_router_topk 2, moe_router_topk 8: 2) must be"
+        " at most its experts (1); use a moa_router_topk of 1 to 1",
+    ),
+    (
+        {**MOA, "moa_router_topk": None, "moe_router_topk": 4, "num_attention_heads": 2},
+        "num_attention_heads (2) must be num_query_groups x the experts per token of the attention"
+        " (3 x 4) when attention is 'moa', because each chosen expert brings one query head for"
+        " each key/value head; use num_attention_heads 12",
+    ),
+    (
+        {**MOA, "num_query_groups": None},
+        "num_attention_heads (6) must be num_query_groups x the experts per token of the attention"
+        " (6 x 2) when attention is 'moa', because each chosen expert brings one query head for"
+        " each key/value head; use num_attention_heads 12",
+    ),
+    (
+        {**MOA, "kv_channels": None, "hidden_size": 96},
+        "kv_channels (None) must be set when attention is 'moa', whose heads count once for each"
+        " chosen expert; set the size of a head, for example hidden_size / num_query_groups = 32",
+    ),
+    (
+        {**MOA, "kv_channels": 5},
+        "the size of a head (kv_channels = 5) must be even, because RoPE turns its channels in"
+        " pairs; use a head size of 4 or 6",
+    ),
+    (
+        {"num_experts": None, "ffn_hidden_size": 8, "moe_output_bias": True},
+        "moe_output_bias (True) needs experts, but num_experts is None; set it to False, or set"
+        " num_experts",
+    ),
     *[
         ({name: value}, f"{name} ({value}) must be above 0; use a positive number")
         for name, value in (
             ("rotary_base", 0.0),
             ("norm_epsilon", -1e-5),
+            ("final_norm_epsilon", 0.0),
             ("init_method_std", 0.0),
             ("init_method_cutoff", -3.0),
         )
@@ -54,7 +111,7 @@ MODEL_RULES: list[tuple[dict[str, Any], str]] = [
 MODEL_SIZES = (
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
     *("ffn_hidden_size", "num_experts", "moe_router_topk", "moe_ffn_hidden_size", "vocab_size"),
-    "make_vocab_size_divisible_by",
+    *("make_vocab_size_divisible_by", "moa_num_experts", "moa_router_topk"),
 )
 
 
@@ -79,6 +136,11 @@ def test_sizes_are_positive(name: str) -> None:
         {"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": 0.0},
         {"moe_router_topk": 64, "num_query_groups": 2},
         {"num_experts": None, "ffn_hidden_size": 256},
+        MOA,
+        {**MOA, "num_experts": None, "ffn_hidden_size": 256},
+        {**MOA, "moa_num_experts": None, "moa_router_topk": None, "num_attention_heads": 24},
+        {**MOA, "num_query_groups": None, "moa_router_topk": 1},
+        {"moe_output_bias": True, "final_norm_epsilon": 1e-6},
     ],
 )
 def test_sound_models_have_no_problems(changes: dict[str, Any]) -> None:
