@@ -1,0 +1,158 @@
+"""Pieces that both families are made of.
+
+Letters are those of docs/glossary.md. Native tensors of a layer are stacked, [L, ...]; those of an
+expert twice, [L, e, ...].
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moe_ext.config import MoEModelConfig
+from moe_ext.convert.pieces import Piece, Slice, same_numbers, zeros
+
+_VOCABULARY_ROWS = 8192
+"""Embedding rows in a piece: 32 MB in bf16 at a width of 2048."""
+
+EXPERTS = "decoder.layers.mlp.experts"
+"""What the names of the feed-forward experts' native weights begin with."""
+
+
+def vocabulary(key: str, name: str, model: MoEModelConfig) -> Iterator[Piece]:
+    """An embedding or output matrix: native [padded v, h], Hugging Face [v, h]."""
+    shape = (model.padded_vocab_size, model.hidden_size)
+    hf_shape = (model.vocab_size, model.hidden_size)
+    for start in range(0, model.vocab_size, _VOCABULARY_ROWS):
+        count = min(_VOCABULARY_ROWS, model.vocab_size - start)
+        source = Slice(name=name, shape=hf_shape, start=start, count=count)
+        yield same_numbers(
+            key, source, shape=shape, offset=(start, 0), block=(count, model.hidden_size)
+        )
+    if model.padded_vocab_size > model.vocab_size:
+        yield zeros(key, shape=shape, offset=(model.vocab_size, 0))
+
+
+def vector(key: str, source: Slice) -> Piece:
+    """A tensor that belongs to no layer and is the same in both forms."""
+    return same_numbers(
+        key, source, shape=source.shape, offset=(0,) * len(source.shape), block=source.shape
+    )
+
+
+def of_layer(key: str, source: Slice, *, layer: int, num_layers: int) -> Piece:
+    """A layer's tensor that is the same in both forms: native [L, ...]."""
+    return same_numbers(
+        key,
+        source,
+        shape=(num_layers, *source.shape),
+        offset=(layer, *(0,) * len(source.shape)),
+        block=(1, *source.shape),
+    )
+
+
+def of_expert(
+    key: str,
+    source: Slice,
+    *,
+    at: tuple[int, int],
+    stack: tuple[int, int],
+    shape: tuple[int, ...],
+) -> Piece:
+    """One expert's tensor that holds the same numbers in both forms: native [L, e, ...].
+
+    Args:
+        key: native name.
+        source: the expert's part of a Hugging Face tensor.
+        at: layer and expert.
+        stack: layers and experts per layer.
+        shape: of the expert's native tensor.
+    """
+    return same_numbers(
+        key,
+        source,
+        shape=(*stack, *shape),
+        offset=(*at, *(0,) * len(shape)),
+        block=(1, 1, *shape),
+    )
+
+
+def gate_and_up(
+    sources: tuple[Slice, Slice], *, at: tuple[int, int], stack: tuple[int, int]
+) -> Piece:
+    """One expert's two input matrices [f, h], gate then up: native [L, e, 2, f, h].
+
+    Args:
+        sources: gate, up.
+        at: layer and expert.
+        stack: layers and experts per layer.
+    """
+    matrix = sources[0].shape
+    return Piece(
+        key=f"{EXPERTS}.weight1",
+        shape=(*stack, 2, *matrix),
+        offset=(*at, 0, 0, 0),
+        block=(1, 1, 2, *matrix),
+        sources=sources,
+        to_native=_stack_pair,
+        to_hf=_split_pair,
+    )
+
+
+def by_head_group(
+    key: str,
+    sources: tuple[Slice, ...],
+    *,
+    layer: int,
+    num_layers: int,
+    num_groups: int,
+) -> Piece:
+    """Projections in one matrix whose rows are sorted by head group: native [L, rows, h].
+
+    Of every source [groups x n_i, h], group 0's rows come first, those of all sources together,
+    then group 1's: q heads of a query group, its k head, its v head. Any number of tensor parallel
+    ranks that divides the groups then cuts the matrix between heads.
+
+    Args:
+        key: native name.
+        sources: whole matrices [num_groups x n_i, h].
+        layer: counted from 0.
+        num_layers: L.
+        num_groups: ng.
+    """
+    rows = [source.shape[0] // num_groups for source in sources]
+    hidden = sources[0].shape[1]
+    shape = (num_layers, num_groups * sum(rows), hidden)
+    return Piece(
+        key=key,
+        shape=shape,
+        offset=(layer, 0, 0),
+        block=(1, *shape[1:]),
+        sources=sources,
+        to_native=partial(_interleave, num_groups=num_groups),
+        to_hf=partial(_separate, num_groups=num_groups, rows=tuple(rows)),
+    )
+
+
+def _stack_pair(sources: Sequence[Tensor]) -> Tensor:
+    """[f, h] twice -> [1, 1, 2, f, h]."""
+    gate, up = sources
+    return torch.stack((gate, up))[None, None]
+
+
+def _split_pair(block: Tensor) -> list[Tensor]:
+    """[1, 1, 2, f, h] -> [f, h] twice."""
+    return [block[0, 0, 0], block[0, 0, 1]]
+
+
+def _interleave(sources: Sequence[Tensor], *, num_groups: int) -> Tensor:
+    """[groups x n_i, h] each -> [1, groups x sum of n_i, h]."""
+    grouped = [source.unflatten(0, (num_groups, -1)) for source in sources]  # [groups, n_i, h]
+    return torch.cat(grouped, dim=1).flatten(0, 1)[None]
+
+
+def _separate(block: Tensor, *, num_groups: int, rows: tuple[int, ...]) -> list[Tensor]:
+    """[1, groups x sum of n_i, h] -> [groups x n_i, h] each."""
+    grouped = block[0].unflatten(0, (num_groups, -1))  # [groups, sum of n_i, h]
+    return [part.flatten(0, 1) for part in grouped.split(rows, dim=1)]

@@ -1,0 +1,142 @@
+"""What a model family knows about its Hugging Face form."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from moe_ext.config import MoEModelConfig
+from moe_ext.convert.pieces import Layout, Piece
+
+TokenIds = int | list[int] | None
+"""A special token of a Hugging Face config: an id, several, or none."""
+
+
+def common_problems(model: MoEModelConfig) -> list[str]:
+    """What keeps `model` from being expressed in any family's form."""
+    if model.num_experts is None:
+        return ["num_experts is None, a dense model, and the family has experts in every layer"]
+    return []
+
+
+class WriteConfig(Protocol):
+    """Write a Hugging Face config."""
+
+    def __call__(
+        self,
+        model: MoEModelConfig,
+        *,
+        max_position_embeddings: int,
+        dtype: str,
+        bos_token_id: TokenIds,
+        eos_token_id: TokenIds,
+        pad_token_id: int | None,
+    ) -> dict[str, Any]:
+        """The contents of config.json.
+
+        Args:
+            model: what to describe.
+            max_position_embeddings: longest sequence, in tokens.
+            dtype: of the weights on disk, "float32" or "bfloat16".
+            bos_token_id: begins a sequence.
+            eos_token_id: ends one.
+            pad_token_id: fills one up.
+
+        Raises:
+            ValueError: the family cannot express the model; the message names the field.
+        """
+        ...
+
+
+class ReadConfig(Protocol):
+    """Read a Hugging Face config."""
+
+    def __call__(self, hf_config: Mapping[str, Any]) -> MoEModelConfig:
+        """The architecture that config.json describes.
+
+        Raises:
+            ValueError: a field is missing, unknown or has a value that the native model has not.
+        """
+        ...
+
+
+class Pieces(Protocol):
+    """Cut a model into pieces."""
+
+    def __call__(self, model: MoEModelConfig, layout: Layout) -> Iterator[Piece]:
+        """Every native tensor's blocks, each exactly once, in the order of the HF tensors."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model family: config.json <-> MoEModelConfig, and the weights of both."""
+
+    name: str
+    """`model_type` of config.json."""
+    layouts: tuple[Layout, ...]
+    """Layouts its checkpoints come in; the first is the one to write unless told otherwise."""
+    expert_names: Mapping[Layout, str]
+    """A tensor name of layer 0 that tells the layouts apart."""
+    problems: "Problems"
+    """What keeps a native model from being expressed."""
+    model_config: ReadConfig
+    """config.json -> architecture."""
+    hf_config: WriteConfig
+    """Architecture -> config.json."""
+    cut: Pieces
+    """Architecture -> pieces, for a layout that the family has."""
+
+    def pieces(self, model: MoEModelConfig, layout: Layout) -> Iterator[Piece]:
+        """Every native tensor's blocks, each exactly once, in the order of the HF tensors.
+
+        Raises:
+            ValueError: the family does not come in this layout, or cannot express the model.
+        """
+        if layout not in self.layouts:
+            raise ValueError(
+                f"{self.name} checkpoints have no layout '{layout}'; use"
+                f" {' or '.join(self.layouts)}"
+            )
+        problems = self.problems(model)
+        if problems:
+            raise ValueError(f"{self.name} cannot express this model: {'; '.join(problems)}")
+        return self.cut(model, layout)
+
+    def hf_tensors(self, model: MoEModelConfig, layout: Layout) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of the Hugging Face checkpoint, in the order to write.
+
+        Raises:
+            ValueError: as `pieces`.
+        """
+        return {
+            source.name: source.shape
+            for piece in self.pieces(model, layout)
+            for source in piece.sources
+        }
+
+    def native_tensors(self, model: MoEModelConfig) -> dict[str, tuple[int, ...]]:
+        """Global name and shape of every weight of a native checkpoint.
+
+        Raises:
+            ValueError: as `pieces`.
+        """
+        return {piece.key: piece.shape for piece in self.pieces(model, self.layouts[0])}
+
+    def layout_of(self, names: Collection[str]) -> Layout:
+        """The layout of a checkpoint that holds tensors called `names`.
+
+        Names that fit no layout give the first one; what is missing shows when they are compared
+        with `hf_tensors`.
+        """
+        for layout in self.layouts:
+            if self.expert_names[layout] in names:
+                return layout
+        return self.layouts[0]
+
+
+class Problems(Protocol):
+    """Say what keeps a native model from being expressed in the family's form."""
+
+    def __call__(self, model: MoEModelConfig) -> list[str]:
+        """One message a field, naming it; empty when there is nothing."""
+        ...

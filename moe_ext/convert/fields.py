@@ -1,0 +1,193 @@
+"""Read config.json strictly: every field is understood, known not to matter, or refused."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_HARMLESS = frozenset(
+    {
+        # What wrote the file, and which class reads it.
+        "_commit_hash",
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "model_type",
+        "name_or_path",
+        "tokenizer_class",
+        "transformers_version",
+        # How weights are stored or computed with; none of it changes what is computed.
+        "attn_implementation",
+        "chunk_size_feed_forward",
+        "dtype",
+        "experts_implementation",
+        "torch_dtype",
+        "torchscript",
+        "use_cache",
+        "use_bfloat16",
+        # What a call returns beside the logits.
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "use_return_dict",
+        # Token ids, and the longest sequence; the tokenizer and the run config hold theirs.
+        "bos_token_id",
+        "decoder_start_token_id",
+        "eos_token_id",
+        "max_position_embeddings",
+        "n_positions",
+        "pad_token_id",
+        "sep_token_id",
+        # Other tasks than language modelling.
+        "finetuning_task",
+        "id2label",
+        "is_decoder",
+        "is_encoder_decoder",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "task_specific_params",
+    }
+)
+"""Fields of any config.json that do not change the logits of these models."""
+
+
+class Fields:
+    """The fields of one config.json; a field that is missing or null has transformers' default.
+
+    Args:
+        config: the parsed file.
+        family: the family's name, for messages.
+    """
+
+    def __init__(self, config: Mapping[str, Any], *, family: str) -> None:
+        self._config = {name: value for name, value in config.items() if value is not None}
+        self._family = family
+        self._seen: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there and not null."""
+        return name in self._config
+
+    def take(self, name: str) -> Any:
+        """The field as it stands, None when it is missing; it counts as understood."""
+        self._seen.add(name)
+        return self._config.get(name)
+
+    def size(self, name: str, default: int) -> int:
+        """A whole number of at least 1.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        value = self.take(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        """A number of at least 0.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        value = self.take(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise ValueError(f"{name} is {value!r}; it must be a number of at least 0")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        value = self.take(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; it must be true or false")
+        return value
+
+    def must_be(self, name: str, *allowed: Any, why: str) -> None:
+        """Accept the field only when it is missing, null, or one of `allowed`.
+
+        Raises:
+            ValueError: it has another value; `why` says what the native model lacks.
+        """
+        value = self.take(name)
+        if value is not None and value not in allowed:
+            choice = " or ".join(repr(one) for one in allowed) or "null"
+            raise ValueError(
+                f"{name} is {value!r}; it must be {choice}: {why}; such a model cannot be converted"
+            )
+
+    def must_agree(self, name: str, value: float, *, with_: str) -> None:
+        """Accept the field only when it is missing, null, or the value another field gives.
+
+        Raises:
+            ValueError: it has another value.
+        """
+        given = self.take(name)
+        if given is not None and given != value:
+            raise ValueError(
+                f"{name} is {given!r}, but {with_} is {value!r}; transformers goes by the second;"
+                f" correct the one that is wrong, or remove {name}"
+            )
+
+    def rope_theta(self, default: float) -> float:
+        """RoPE's base, spelled as transformers 4 (`rope_theta`) or 5 (`rope_parameters`) does.
+
+        Raises:
+            ValueError: the frequencies are scaled, or the spellings disagree.
+        """
+        theta: float | None = None
+        for name in ("rope_parameters", "rope_scaling"):
+            given = self.take(name)
+            if given is None:
+                continue
+            if not isinstance(given, dict):
+                raise ValueError(f"{name} is {given!r}; it must be null or an object")
+            self._check_rope(name, given)
+            inner = Fields(given, family=self._family)
+            if inner.has("rope_theta"):
+                theta = inner.number("rope_theta", default)
+        self.must_be("partial_rotary_factor", 1.0, why="RoPE turns every channel of a head here")
+        if theta is not None:
+            self.must_agree("rope_theta", theta, with_="rope_theta in rope_parameters")
+            return theta
+        return self.number("rope_theta", default)
+
+    def _check_rope(self, name: str, given: Mapping[str, Any]) -> None:
+        """Refuse every kind of RoPE but the plain one."""
+        plain: dict[str, Any] = {
+            "type": "default",
+            "rope_type": "default",
+            "partial_rotary_factor": 1.0,
+        }
+        for key, value in given.items():
+            if key == "rope_theta" or value is None:
+                continue
+            if key not in plain or value != plain[key]:
+                raise ValueError(
+                    f"{name} has {key} {value!r}; rope_type must be 'default', with rope_theta and"
+                    " nothing else: RoPE frequencies are not scaled here; such a model cannot be"
+                    " converted"
+                )
+
+    def finish(self) -> None:
+        """Refuse what nobody asked about.
+
+        Raises:
+            ValueError: fields are left that are not known to be harmless.
+        """
+        left = sorted(self._config.keys() - self._seen - _HARMLESS)
+        if left:
+            raise ValueError(
+                f"config.json has fields that a {self._family} model is not known to have:"
+                f" {', '.join(left)}; each may change what the model computes; remove those that"
+                " do not"
+            )

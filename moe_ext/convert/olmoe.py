@@ -1,0 +1,104 @@
+"""OLMoE: names, shapes and config fields of `OlmoeForCausalLM`.
+
+Layouts: "per-expert" is what every release on the Hub has and what transformers writes; "fused"
+is how transformers 5 holds the weights in memory, `gate_up_proj` [e, 2f, h] and `down_proj`
+[e, h, f], and what it writes with `save_original_format=False`.
+"""
+
+from collections.abc import Iterator
+
+from moe_ext.config import MoEModelConfig
+from moe_ext.convert.blocks import (
+    EXPERTS,
+    by_head_group,
+    gate_and_up,
+    of_expert,
+    of_layer,
+    vector,
+    vocabulary,
+)
+from moe_ext.convert.family import Family
+from moe_ext.convert.olmoe_config import expression_problems, read_config, write_config
+from moe_ext.convert.pieces import Layout, Piece, one_row, whole
+
+
+def cut(model: MoEModelConfig, layout: Layout) -> Iterator[Piece]:
+    """Every native tensor's blocks, each exactly once, in the order of the HF tensors."""
+    yield from vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight", model)
+    for layer in range(model.num_layers):
+        yield from _attention(model, layer)
+        yield from _experts(model, layer, layout)
+    yield vector("decoder.final_layernorm.weight", whole("model.norm.weight", model.hidden_size))
+    if model.untie_embeddings_and_output_weights:
+        yield from vocabulary("output_layer.weight", "lm_head.weight", model)
+
+
+def _attention(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
+    """The norms and the attention of one layer."""
+    native, hf = "decoder.layers", f"model.layers.{layer}"
+    stack = {"layer": layer, "num_layers": model.num_layers}
+    h = model.hidden_size
+    ng = model.num_query_groups or model.num_attention_heads
+    kv = h // model.num_attention_heads * ng
+    for key, name, *shape in (
+        ("input_layernorm", "input_layernorm", h),
+        ("pre_mlp_layernorm", "post_attention_layernorm", h),
+        ("self_attention.q_norm", "self_attn.q_norm", h),
+        ("self_attention.k_norm", "self_attn.k_norm", kv),
+        ("self_attention.linear_proj", "self_attn.o_proj", h, h),
+    ):
+        source = whole(f"{hf}.{name}.weight", *shape)
+        yield of_layer(f"{native}.{key}.weight", source, **stack)
+    yield by_head_group(
+        f"{native}.self_attention.linear_qkv.weight",
+        (
+            whole(f"{hf}.self_attn.q_proj.weight", h, h),
+            whole(f"{hf}.self_attn.k_proj.weight", kv, h),
+            whole(f"{hf}.self_attn.v_proj.weight", kv, h),
+        ),
+        num_groups=ng,
+        **stack,
+    )
+
+
+def _experts(model: MoEModelConfig, layer: int, layout: Layout) -> Iterator[Piece]:
+    """The router and the experts of one layer."""
+    hf = f"model.layers.{layer}.mlp"
+    h, f, e = model.hidden_size, model.moe_ffn_hidden_size, model.num_experts or 0
+    yield of_layer(
+        "decoder.layers.mlp.router.weight",
+        whole(f"{hf}.gate.weight", e, h),
+        layer=layer,
+        num_layers=model.num_layers,
+    )
+    stack = (model.num_layers, e)
+    for expert in range(e):
+        at = (layer, expert)
+        if layout == "fused":
+            up, down = f"{hf}.experts.gate_up_proj", f"{hf}.experts.down_proj"
+            both = one_row(up, expert, e, 2 * f, h)
+            yield of_expert(f"{EXPERTS}.weight1", both, at=at, stack=stack, shape=(2, f, h))
+            second = one_row(down, expert, e, h, f)
+        else:
+            own = f"{hf}.experts.{expert}"
+            yield gate_and_up(
+                (whole(f"{own}.gate_proj.weight", f, h), whole(f"{own}.up_proj.weight", f, h)),
+                at=at,
+                stack=stack,
+            )
+            second = whole(f"{own}.down_proj.weight", h, f)
+        yield of_expert(f"{EXPERTS}.weight2", second, at=at, stack=stack, shape=(h, f))
+
+
+OLMOE = Family(
+    name="olmoe",
+    layouts=("per-expert", "fused"),
+    expert_names={
+        "per-expert": "model.layers.0.mlp.experts.0.gate_proj.weight",
+        "fused": "model.layers.0.mlp.experts.gate_up_proj",
+    },
+    problems=expression_problems,
+    model_config=read_config,
+    hf_config=write_config,
+    cut=cut,
+)

@@ -1,0 +1,137 @@
+"""config.json of `OlmoeForCausalLM` <-> MoEModelConfig.
+
+Defaults are those of transformers' `OlmoeConfig`, which are what a missing field means.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_ext.config import MoEModelConfig
+from moe_ext.convert.family import TokenIds, common_problems
+from moe_ext.convert.fields import Fields
+
+
+def read_config(hf_config: Mapping[str, Any]) -> MoEModelConfig:
+    """The architecture that config.json describes.
+
+    `norm_topk_prob` is the router `topk_softmax`: a softmax over the selected logits is the softmax
+    over all of them, renormalised over the selected.
+
+    Raises:
+        ValueError: a field is unknown or has a value that the native model has not.
+    """
+    fields = Fields(hf_config, family="olmoe")
+    heads = fields.size("num_attention_heads", 16)
+    groups = fields.size("num_key_value_heads", heads)
+    hidden = fields.size("hidden_size", 2048)
+    experts = fields.size("num_experts", fields.size("num_local_experts", 64))
+    fields.must_agree("num_local_experts", experts, with_="num_experts")
+    if hidden % heads == 0:
+        fields.must_agree("head_dim", hidden // heads, with_="hidden_size / num_attention_heads")
+    _refuse_what_we_lack(fields)
+    model = MoEModelConfig(
+        num_layers=fields.size("num_hidden_layers", 16),
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=None if groups == heads else groups,
+        num_experts=experts,
+        moe_router_topk=fields.size("num_experts_per_tok", 8),
+        moe_ffn_hidden_size=fields.size("intermediate_size", 2048),
+        vocab_size=fields.size("vocab_size", 50304),
+        rotary_base=fields.rope_theta(10000.0),
+        norm_epsilon=fields.number("rms_norm_eps", 1.0e-5),
+        attention="full_width_qk_norm",
+        untie_embeddings_and_output_weights=not fields.flag("tie_word_embeddings", False),
+        init_method_std=fields.number("initializer_range", 0.02),
+        router="topk_softmax" if fields.flag("norm_topk_prob", False) else "softmax_topk",
+        moe_aux_loss_coeff=fields.number("router_aux_loss_coef", 0.01),
+    )
+    fields.finish()
+    problems = model.problems()
+    if problems:
+        raise ValueError("; ".join(problems))
+    return model
+
+
+def _refuse_what_we_lack(fields: Fields) -> None:
+    fields.must_be("attention_bias", False, why="attention projections have no bias here")
+    fields.must_be("attention_dropout", 0, 0.0, why="nothing is dropped out here")
+    fields.must_be("clip_qkv", why="queries, keys and values are not clipped here")
+    fields.must_be("hidden_act", "silu", "swish", why="experts are SwiGLU here")
+    fields.must_be("sliding_window", why="attention reaches back over the whole sequence here")
+
+
+def write_config(
+    model: MoEModelConfig,
+    *,
+    max_position_embeddings: int,
+    dtype: str,
+    bos_token_id: TokenIds,
+    eos_token_id: TokenIds,
+    pad_token_id: int | None,
+) -> dict[str, Any]:
+    """The contents of config.json, in the spelling of transformers 4 and of 5.
+
+    Args:
+        model: what to describe.
+        max_position_embeddings: longest sequence, in tokens.
+        dtype: of the weights on disk, "float32" or "bfloat16".
+        bos_token_id: begins a sequence; OLMoE has none.
+        eos_token_id: ends one; 50279 for OLMoE's tokenizer (a 0 in early releases is an error).
+        pad_token_id: fills one up; 1 for OLMoE's tokenizer.
+
+    Raises:
+        ValueError: OLMoE cannot express the model; the message names the field.
+    """
+    problems = expression_problems(model)
+    if problems:
+        raise ValueError(f"olmoe cannot express this model: {'; '.join(problems)}")
+    return {
+        "architectures": ["OlmoeForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": bos_token_id,
+        "clip_qkv": None,
+        "eos_token_id": eos_token_id,
+        "hidden_act": "silu",
+        "hidden_size": model.hidden_size,
+        "initializer_range": model.init_method_std,
+        "intermediate_size": model.moe_ffn_hidden_size,
+        "max_position_embeddings": max_position_embeddings,
+        "model_type": "olmoe",
+        "norm_topk_prob": model.router == "topk_softmax",
+        "num_attention_heads": model.num_attention_heads,
+        "num_experts": model.num_experts,
+        "num_experts_per_tok": model.moe_router_topk,
+        "num_hidden_layers": model.num_layers,
+        "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
+        "output_router_logits": False,
+        "pad_token_id": pad_token_id,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_parameters": {"rope_theta": model.rotary_base, "rope_type": "default"},
+        "rope_theta": model.rotary_base,
+        "router_aux_loss_coef": model.moe_aux_loss_coeff,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "vocab_size": model.vocab_size,
+    }
+
+
+def expression_problems(model: MoEModelConfig) -> list[str]:
+    """What keeps `model` from being an OLMoE model, one message a field; empty when nothing."""
+    found = common_problems(model)
+    if model.attention != "full_width_qk_norm":
+        found.append(f"attention is '{model.attention}', and OLMoE's is 'full_width_qk_norm'")
+    if model.router not in ("softmax_topk", "topk_softmax"):
+        found.append(
+            f"router is '{model.router}', and OLMoE's is 'softmax_topk' (or 'topk_softmax', its"
+            " norm_topk_prob)"
+        )
+    head_size = model.hidden_size / model.num_attention_heads
+    if model.kv_channels is not None and model.kv_channels != head_size:
+        found.append(
+            f"kv_channels is {model.kv_channels}, and OLMoE's is hidden_size / num_attention_heads"
+            f" = {head_size:g}"
+        )
+    return found
