@@ -130,6 +130,7 @@ class MoEModelConfig:
         expert_tensor_parallel_size: int,
         sequence_parallel: bool,
         seq_length: int,
+        is_training: bool = True,
     ) -> list[str]:
         """What keeps this model from being cut so, one message each; empty when nothing does.
 
@@ -141,6 +142,7 @@ class MoEModelConfig:
             expert_tensor_parallel_size: ranks per expert, at least 1.
             sequence_parallel: whether activations are split along the sequence.
             seq_length: tokens per sequence (s).
+            is_training: whether there will be a backward pass.
         """
         tensor = ("tensor_model_parallel_size", tensor_model_parallel_size)
         pairs = [("num_attention_heads", self.num_attention_heads, *tensor)]
@@ -169,7 +171,7 @@ class MoEModelConfig:
                 f"expert_model_parallel_size ({expert_model_parallel_size}) must be 1 for a dense"
                 " model (num_experts None); set it to 1, or set num_experts"
             )
-        is_split = tensor_model_parallel_size > 1
+        is_split = tensor_model_parallel_size > 1 and is_training
         if self.num_experts is not None and is_split and not sequence_parallel:
             found.append(
                 f"sequence_parallel (False) must be on when a model with num_experts"

@@ -60,16 +60,17 @@ def environment_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def initialize(cfg: RunConfig) -> RunContext:
-    """Check the config against the world, then start process groups, device, threads and seeds.
+def connect(parallel: ParallelConfig) -> tuple[torch.device, int]:
+    """Start device, threads and the group of all ranks; for what comes before a config is whole.
+
+    `initialize` does so too, and may follow.
+
+    Returns:
+        This rank's device and its number of CPU threads.
 
     Raises:
-        ConfigError: the layout is impossible, or the device is not there. Raised alike on every
-            rank, before any rank waits for another.
+        ConfigError: the device is not there.
     """
-    world_size = environment_world_size()
-    validate(cfg, world_size)
-    parallel = cfg.parallel
     device = _resolve_device(parallel)
     num_threads = _resolve_threads(parallel)
     torch.set_num_threads(num_threads)
@@ -80,7 +81,24 @@ def initialize(cfg: RunConfig) -> RunContext:
     else:
         torch.cuda.set_device(device)
     _start_process_group(device, parallel.distributed_timeout_minutes)
-    layout = resolve_layout(parallel, world_size)
+    return device, num_threads
+
+
+def initialize(cfg: RunConfig, *, is_training: bool = True) -> RunContext:
+    """Check the config against the world, then start process groups, device, threads and seeds.
+
+    Args:
+        cfg: a run config with a model group.
+        is_training: False for runs without a backward pass, which some layouts need not fear.
+
+    Raises:
+        ConfigError: the layout is impossible, or the device is not there. Raised alike on every
+            rank, before any rank waits for another.
+    """
+    world_size = environment_world_size()
+    validate(cfg, world_size, is_training=is_training)
+    device, num_threads = connect(cfg.parallel)
+    layout = resolve_layout(cfg.parallel, world_size)
     return _start_model_parallel(layout, device, seed=cfg.training.seed, num_threads=num_threads)
 
 

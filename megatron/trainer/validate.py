@@ -52,16 +52,18 @@ class ModelGroup(Protocol):
         expert_tensor_parallel_size: int,
         sequence_parallel: bool,
         seq_length: int,
+        is_training: bool,
     ) -> list[str]:
         """What keeps the model from being cut so; asked only where `problems` found none."""
 
 
-def validate(cfg: RunConfig, world_size: int) -> None:
+def validate(cfg: RunConfig, world_size: int, *, is_training: bool = True) -> None:
     """Refuse a run that cannot work, naming everything that is wrong with it at once.
 
     Args:
         cfg: a run config with a `model` group, see `ModelGroup`.
         world_size: ranks in the run.
+        is_training: False for runs without a backward pass.
 
     Raises:
         ConfigError: one line per problem.
@@ -85,7 +87,7 @@ def validate(cfg: RunConfig, world_size: int) -> None:
         if not world_problems:
             found += _batch_problems(cfg.training, cfg.parallel, world_size)
         if not model_problems:
-            found += _model_layout_problems(model, cfg)
+            found += _model_layout_problems(model, cfg, is_training=is_training)
     found += _recompute_module_problems(cfg.training)
     found += _optimizer_problems(cfg.optimizer)
     found += _schedule_problems(cfg.optimizer, cfg.training.train_iters)
@@ -198,7 +200,7 @@ def _batch_problems(
     return []
 
 
-def _model_layout_problems(model: ModelGroup, cfg: RunConfig) -> list[str]:
+def _model_layout_problems(model: ModelGroup, cfg: RunConfig, *, is_training: bool) -> list[str]:
     parallel = cfg.parallel
     pipeline = parallel.pipeline_model_parallel_size
     virtual = parallel.num_virtual_stages_per_pipeline_rank
@@ -226,6 +228,7 @@ def _recompute_layer_problems(training: TrainingConfig, num_layers: int) -> list
             f"recompute_num_layers ({count}) must be at most the layers of a pipeline stage"
             f" ({num_layers}) with recompute_method block; use 1 to {num_layers}"
         ]
+        is_training=is_training,
     if training.recompute_method == "uniform" and num_layers % count:
         # megatron-core walks past the last layer otherwise.
         choices = [str(size) for size in range(1, num_layers + 1) if num_layers % size == 0]
