@@ -37,7 +37,9 @@ from megatron.trainer.state import (
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
-_RUN_NAME = "run.json"
+RUN_NAME = "run.json"
+WEIGHTS_ONLY = "weights_only"
+"""Key of run.json: true where a checkpoint holds weights and nothing else of a run."""
 
 
 def checkpoint_writer(state: TrainState) -> Callable[[TrainState], None] | None:
@@ -58,7 +60,7 @@ def checkpoint_writer(state: TrainState) -> Callable[[TrainState], None] | None:
             root,
             current.iteration,
             sharded_state(current),
-            files={**files, _RUN_NAME: run},
+            files={**files, RUN_NAME: run},
             keep_last=cfg.keep_last,
         )
         logger.info("saved %s", path)
@@ -78,7 +80,8 @@ def resume(state: TrainState, model_config: Architecture) -> None:
     """Continue from `--load`; do nothing for a fresh run.
 
     A run directory given to --load and --save alike may be empty: the first job of a chain. Any
-    other --save must not hold a run already.
+    other --save must not hold a run already. A checkpoint of weights alone, as a conversion writes
+    it, has nothing else to continue from: it starts the run as --finetune would.
 
     Args:
         state: freshly built; changed in place.
@@ -97,12 +100,12 @@ def resume(state: TrainState, model_config: Architecture) -> None:
         return
     found = find_checkpoint(load, iteration=cfg.ckpt_step)
     agree(lambda: check_architecture(found, model_config.architecture()))
-    if cfg.finetune:
+    run = None if cfg.finetune else agree(lambda: _saved_run(found))
+    if run is None or run.get(WEIGHTS_ONLY) is True:
         load_weights(state.modules, found)
         state.optimizer.reload_model_params()
         logger.info("took the weights of %s; iteration, optimizer and data start anew", found.path)
         return
-    run = agree(lambda: _saved_run(found))
     request = request_state(state, run)
     # Another layout leaves the random states unread.
     loaded = load_checkpoint(found.path, request, unread_prefixes=(RNG_PREFIX,))
@@ -156,14 +159,16 @@ def check_architecture(found: FoundCheckpoint, wanted: Mapping[str, Any]) -> Non
 def _saved_run(found: FoundCheckpoint) -> dict[str, Any]:
     """What `run_state` said when the checkpoint was written."""
     try:
-        run = json.loads(read_text(found.path, _RUN_NAME))
+        run = json.loads(read_text(found.path, RUN_NAME))
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{found.path / _RUN_NAME} is not JSON: {error}") from error
+        raise CheckpointError(f"{found.path / RUN_NAME} is not JSON: {error}") from error
+    if isinstance(run, dict) and run.get(WEIGHTS_ONLY) is True:
+        return dict(run)
     wanted = ("data", "iteration", "layout", "optimizer_steps", "schedule")
     missing = [key for key in wanted if not isinstance(run, dict) or key not in run]
     if missing:
         raise CheckpointError(
-            f"{found.path / _RUN_NAME} lacks {', '.join(missing)}; it must hold"
+            f"{found.path / RUN_NAME} lacks {', '.join(missing)}; it must hold"
             f" {', '.join(wanted)}; take only the weights with --finetune, or load another"
             " checkpoint with --ckpt-step"
         )

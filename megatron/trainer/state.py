@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -89,9 +89,17 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def model_state(modules: list[torch.nn.Module]) -> dict[str, Any]:
-    """Unwrapped chunks' sharded state: `ShardedTensor`s under global names, in any layout."""
+    """Unwrapped chunks' sharded state: `ShardedTensor`s under global names, in any layout.
+
+    megatron-core's linear layers add an empty `_extra_state` object each, for Transformer Engine's
+    sake; these are left out, so that a checkpoint holds tensors only.
+    """
     return {
-        f"model{index}": module.sharded_state_dict()  # type: ignore[operator]
+        f"model{index}": {
+            name: value
+            for name, value in module.sharded_state_dict().items()  # type: ignore[operator]
+            if not isinstance(value, ShardedObject)
+        }
         for index, module in enumerate(modules)
     }
 
