@@ -1,5 +1,6 @@
 """What a model family knows about its Hugging Face form."""
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,6 +10,11 @@ from moe_ext.convert.pieces import Layout, Piece
 
 TokenIds = int | list[int] | None
 """A special token of a Hugging Face config: an id, several, or none."""
+
+
+def vocabulary_divisor(vocab_size: int) -> int:
+    """The largest power of two, at most 128, that divides a vocabulary: nothing is padded by it."""
+    return math.gcd(vocab_size, 128)
 
 
 def common_problems(model: MoEModelConfig) -> list[str]:
@@ -50,8 +56,16 @@ class WriteConfig(Protocol):
 class ReadConfig(Protocol):
     """Read a Hugging Face config."""
 
-    def __call__(self, hf_config: Mapping[str, Any]) -> MoEModelConfig:
+    def __call__(
+        self, hf_config: Mapping[str, Any], *, make_vocab_size_divisible_by: int | None = None
+    ) -> MoEModelConfig:
         """The architecture that config.json describes.
+
+        Args:
+            hf_config: the parsed file.
+            make_vocab_size_divisible_by: pad the vocabulary to a multiple of this; None pads
+                nothing. Padding rows take part in the softmax of the training loss, so only a
+                model without them has transformers' loss to the last digit.
 
         Raises:
             ValueError: a field is missing, unknown or has a value that the native model has not.

@@ -7,15 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert.family import TokenIds, common_problems
+from moe_ext.convert.family import TokenIds, common_problems, vocabulary_divisor
 from moe_ext.convert.fields import Fields
 
 
-def read_config(hf_config: Mapping[str, Any]) -> MoEModelConfig:
+def read_config(
+    hf_config: Mapping[str, Any], *, make_vocab_size_divisible_by: int | None = None
+) -> MoEModelConfig:
     """The architecture that config.json describes.
 
     `norm_topk_prob` is the router `topk_softmax`: a softmax over the selected logits is the softmax
     over all of them, renormalised over the selected.
+
+    Args:
+        hf_config: the parsed file.
+        make_vocab_size_divisible_by: pad the vocabulary to a multiple of this; None pads nothing.
 
     Raises:
         ValueError: a field is unknown or has a value that the native model has not.
@@ -29,6 +35,7 @@ def read_config(hf_config: Mapping[str, Any]) -> MoEModelConfig:
     if hidden % heads == 0:
         fields.must_agree("head_dim", hidden // heads, with_="hidden_size / num_attention_heads")
     _refuse_what_we_lack(fields)
+    vocab_size = fields.size("vocab_size", 50304)
     model = MoEModelConfig(
         num_layers=fields.size("num_hidden_layers", 16),
         hidden_size=hidden,
@@ -37,7 +44,10 @@ def read_config(hf_config: Mapping[str, Any]) -> MoEModelConfig:
         num_experts=experts,
         moe_router_topk=fields.size("num_experts_per_tok", 8),
         moe_ffn_hidden_size=fields.size("intermediate_size", 2048),
-        vocab_size=fields.size("vocab_size", 50304),
+        vocab_size=vocab_size,
+        make_vocab_size_divisible_by=(
+            make_vocab_size_divisible_by or vocabulary_divisor(vocab_size)
+        ),
         rotary_base=fields.rope_theta(10000.0),
         norm_epsilon=fields.number("rms_norm_eps", 1.0e-5),
         attention="full_width_qk_norm",
@@ -128,6 +138,13 @@ def expression_problems(model: MoEModelConfig) -> list[str]:
             f"router is '{model.router}', and OLMoE's is 'softmax_topk' (or 'topk_softmax', its"
             " norm_topk_prob)"
         )
+    final = model.final_norm_epsilon
+    if final is not None and final != model.norm_epsilon:
+        found.append(
+            f"final_norm_epsilon is {final}, and OLMoE's is norm_epsilon ({model.norm_epsilon})"
+        )
+    if model.moe_output_bias:
+        found.append("moe_output_bias is True, and OLMoE has no bias")
     head_size = model.hidden_size / model.num_attention_heads
     if model.kv_channels is not None and model.kv_channels != head_size:
         found.append(

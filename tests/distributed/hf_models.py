@@ -1,0 +1,153 @@
+"""Random transformers models, and their weights in native ones, through the converter's pieces."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor, nn
+from transformers import (
+    JetMoeConfig,
+    JetMoeForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+)
+
+from moe_ext.config import MoEModelConfig
+from moe_ext.convert import FAMILIES, Layout, Piece
+
+OLMOE_TINY: dict[str, Any] = {
+    "vocab_size": 120,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "intermediate_size": 20,
+    "max_position_embeddings": 128,
+    "pad_token_id": None,  # transformers gives a padding token's embedding no gradient
+}
+JETMOE_TINY: dict[str, Any] = {
+    "vocab_size": 120,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "kv_channels": 10,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 20,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def random_model(family: str, *, seed: int = 0, **config: Any) -> PreTrainedModel:
+    """A transformers model whose every weight matters: no matrix is small, no norm all ones."""
+    if family == "olmoe":
+        # The plain loop over experts; the default, a grouped product, refuses odd widths.
+        plain = OlmoeConfig(**{**OLMOE_TINY, "experts_implementation": "eager", **config})
+        model: PreTrainedModel = OlmoeForCausalLM(plain)
+    else:
+        model = JetMoeForCausalLM(JetMoeConfig(**{**JETMOE_TINY, **config}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(1 + 0.4 * torch.randn(parameter.shape, generator=generator))
+            else:
+                # Outputs about as large as inputs, so that logits are a few units.
+                std = parameter.shape[-1] ** -0.5
+                parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def random_tokens(config: Any, *, batch: int, length: int, seed: int = 1) -> Tensor:
+    """Token ids [b, s]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (batch, length), generator=generator)
+
+
+def window(piece: Piece) -> tuple[slice, ...]:
+    """The piece's place in its native tensor."""
+    return tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.block, strict=True))
+
+
+def to_native(
+    family: str, model: MoEModelConfig, layout: Layout, hf: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Whole native tensors out of Hugging Face ones; an element set twice or never fails."""
+    found: dict[str, Tensor] = {}
+    times_set: dict[str, Tensor] = {}
+    for piece in FAMILIES[family].pieces(model, layout):
+        sources = [hf[part.name][part.start : part.start + part.count] for part in piece.sources]
+        block = piece.to_native(sources)
+        assert block.shape == piece.block
+        whole = found.setdefault(piece.key, torch.zeros(piece.shape, dtype=block.dtype))
+        count = times_set.setdefault(piece.key, torch.zeros(piece.shape, dtype=torch.int8))
+        whole[window(piece)] = block
+        count[window(piece)] += 1
+    assert all((count == 1).all() for count in times_set.values())
+    return found
+
+
+def to_hf(
+    family: str, model: MoEModelConfig, layout: Layout, native: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Whole Hugging Face tensors out of native ones."""
+    found: dict[str, Tensor] = {}
+    for piece in FAMILIES[family].pieces(model, layout):
+        block = native[piece.key][window(piece)]
+        for part, tensor in zip(piece.sources, piece.to_hf(block), strict=True):
+            assert tensor.shape == part.part_shape
+            whole = found.setdefault(part.name, torch.full(part.shape, torch.nan))
+            whole[part.start : part.start + part.count] = tensor
+    assert not any(tensor.isnan().any() for tensor in found.values())
+    return found
+
+
+def shards(chunks: Sequence[nn.Module]) -> Iterator[ShardedTensor]:
+    """Every weight of the model chunks with its place in the whole."""
+    for chunk in chunks:
+        for value in nested_values(chunk.sharded_state_dict()):  # type: ignore[operator]
+            built = value.build() if isinstance(value, ShardedTensorFactory) else value
+            for part in nested_values({"part": built}):
+                if isinstance(part, ShardedTensor):
+                    yield part
+
+
+def place(shard: ShardedTensor) -> tuple[int | slice, ...]:
+    """Indices of the shard in the whole tensor; the stacked layer is left out of its shape."""
+    stacked = shard.prepend_axis_num
+    local = shard.data.shape
+    return (
+        *shard.global_offset[:stacked],
+        *(slice(o, o + n) for o, n in zip(shard.global_offset[stacked:], local, strict=True)),
+    )
+
+
+def fill(chunks: Sequence[nn.Module], native: Mapping[str, Tensor]) -> None:
+    """Give each weight its part of the whole native tensors; every tensor must be wanted."""
+    wanted = set()
+    with torch.no_grad():
+        for shard in shards(chunks):
+            assert shard.global_shape == native[shard.key].shape, shard.key
+            shard.data.copy_(native[shard.key][place(shard)])
+            wanted.add(shard.key)
+    assert wanted <= native.keys()
+
+
+def gradients(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Whole gradient of every native weight, for chunks that one rank holds entirely."""
+    parameters = {
+        parameter.data_ptr(): parameter for chunk in chunks for parameter in chunk.parameters()
+    }
+    found: dict[str, Tensor] = {}
+    for shard in shards(chunks):
+        gradient = parameters[shard.data.data_ptr()].grad
+        assert gradient is not None, shard.key
+        whole = found.setdefault(shard.key, torch.full(shard.global_shape, torch.nan))
+        whole[place(shard)] = gradient.view(shard.data.shape)
+    return found
