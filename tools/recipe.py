@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.trainer.config import RunConfig
+from megatron.trainer.config import DataConfig, RunConfig
 from megatron.trainer.data.build import DataBundle, build_data, describe
+from megatron.trainer.data.sharing import DocumentRule
+from megatron.trainer.data.tokenizer import load_tokenizer
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.hooks import (
     Console,
@@ -36,7 +38,7 @@ from moe_ext.compat import check_versions
 from moe_ext.config import MoEModelConfig
 from moe_ext.counting import count_parameters, training_flops_per_token
 from moe_ext.functional import layer_coefficients
-from moe_ext.metrics import RouterMetrics, RouterReport
+from moe_ext.metrics import MOA, MOE, RouterMetrics, RouterReport
 from moe_ext.presets import PRESETS
 from moe_ext.schedules import Schedule
 from moe_ext.transformer import transformer_config
@@ -83,6 +85,7 @@ def build_chunks(cfg: PretrainConfig, ctx: RunContext, *, seed: int | None) -> B
             virtual_pipeline_model_parallel_size=(
                 layout.virtual_stages if layout.virtual_stages > 1 else None
             ),
+            context_parallel_size=layout.context,
             expert_model_parallel_size=layout.expert,
             expert_tensor_parallel_size=layout.expert_tensor,
             sequence_parallel=layout.sequence_parallel,
@@ -139,7 +142,8 @@ def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
         schedule=schedule,
         train_data=data.train,
         validation=data.validation,
-        metrics=RouterHealth(built.metrics) if built.metrics is not None else None,
+        documents=agree(lambda: _document_rule(cfg.data)),
+        metrics=RouterHealth(built.metrics) if built.metrics else None,
         flops_per_token=training_flops_per_token(cfg.model, cfg.training.seq_length),
     )
     train_samples = cfg.training.train_iters * cfg.training.global_batch_size
@@ -169,6 +173,26 @@ def _make_run_directory(cfg: PretrainConfig, ctx: RunContext) -> None:
         ) from error
 
 
+def _document_rule(data: DataConfig) -> DocumentRule | None:
+    """What `--reset-position-ids` and `--reset-attention-mask` ask for; None if neither is set."""
+    if not (data.reset_position_ids or data.reset_attention_mask):
+        return None
+    eod = data.eod_token_id
+    if eod is None:
+        if data.tokenizer_model is None:
+            raise ConfigError(
+                "--reset-position-ids and --reset-attention-mask need to know which token ends a"
+                " document, but there is neither a tokenizer nor an id; give --tokenizer-model or"
+                " --eod-token-id"
+            )
+        eod = load_tokenizer(data.tokenizer_type, data.tokenizer_model).eod
+    return DocumentRule(
+        eod=eod,
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+    )
+
+
 def _check_validation(cfg: PretrainConfig, data: DataBundle) -> None:
     """Find out now, not at the first evaluation, that a set has less than one global batch."""
     if cfg.evaluation.eval_interval and not data.validation:
@@ -183,38 +207,42 @@ def _check_validation(cfg: PretrainConfig, data: DataBundle) -> None:
         )
 
 
-class RouterHealth:
-    """Router measurements as the training loop wants them; keeps the last report for its plot."""
+_LOAD_NAMES = {MOE: "load", MOA: "moa_load"}
+_EXPERT_NAMES = {MOE: "expert", MOA: "attention expert"}
 
-    def __init__(self, metrics: RouterMetrics) -> None:
+
+class RouterHealth:
+    """Router measurements as the training loop wants them; keeps the last reports for the plots.
+
+    Args:
+        metrics: by kind of router, the same kinds on every rank.
+    """
+
+    def __init__(self, metrics: Mapping[str, RouterMetrics]) -> None:
         self._metrics = metrics
-        self.last: RouterReport | None = None
+        self.last: dict[str, RouterReport] = {}
 
     def reset(self) -> None:
         """Forget what was measured."""
-        self._metrics.reset()
+        for metrics in self._metrics.values():
+            metrics.reset()
 
     def reduce(self) -> Mapping[str, Any]:
         """Summaries and per-layer lists over all ranks; a collective call."""
-        report = self._metrics.reduce()
-        self.last = report
-        return {
-            **report.as_dict(),
-            "layer_load_balancing_loss": report.layer_load_balancing_loss,
-            "layer_z_loss": report.layer_z_loss,
-            "layer_max_load_ratio": report.layer_max_load_ratio,
-            "layer_dead_experts": report.layer_dead_experts,
-            "layer_entropy": report.layer_entropy,
-        }
+        self.last = {kind: metrics.reduce() for kind, metrics in self._metrics.items()}
+        record: dict[str, Any] = {}
+        for kind, report in self.last.items():
+            record |= report.as_dict(kind) | report.layers_as_dict(kind)
+        return record
 
 
 class ExpertLoad(Hook):
-    """Writes every expert's load beside the metrics, and draws the last one as a heat map."""
+    """Writes every expert's load beside the metrics, and draws the last ones as heat maps."""
 
     def __init__(self, health: RouterHealth, run_directory: Path) -> None:
         self._health = health
         self._file = run_directory / "expert_load.jsonl"
-        self._plot = run_directory / "plots" / "expert_load.png"
+        self._plots = run_directory / "plots"
         self._iteration = 0
 
     def on_start(self, iteration: int, train_iters: int) -> None:
@@ -222,19 +250,22 @@ class ExpertLoad(Hook):
         keep_records_until(self._file, iteration)
 
     def on_log(self, record: Record) -> None:
-        """Append [layers][experts] loads, 1 = even share."""
-        if self._health.last is not None:
+        """Append [layers][experts] loads of each kind of router, 1 = even share."""
+        if self._health.last:
             self._iteration = record["iteration"]
-            load = [[round(x, 4) for x in row] for row in self._health.last.load.tolist()]
-            append_record(self._file, {"iteration": self._iteration, "load": load})
+            loads = {
+                _LOAD_NAMES[kind]: [[round(x, 4) for x in row] for row in report.load.tolist()]
+                for kind, report in self._health.last.items()
+            }
+            append_record(self._file, {"iteration": self._iteration, **loads})
 
     def on_end(self) -> None:
         """Draw."""
-        if self._health.last is not None:
+        for kind, report in self._health.last.items():
             plot_expert_load(
-                self._health.last.load.tolist(),
-                self._plot,
-                title=f"expert load, global batch of iteration {self._iteration}",
+                report.load.tolist(),
+                self._plots / f"expert_{_LOAD_NAMES[kind]}.png",
+                title=f"{_EXPERT_NAMES[kind]} load, global batch of iteration {self._iteration}",
             )
 
 
@@ -265,8 +296,8 @@ def describe_run(cfg: PretrainConfig, ctx: RunContext) -> list[str]:
     lines = [
         f"model: {count.total:,} parameters, {count.active:,} active per token",
         f"layout: {ctx.world_size} ranks on {ctx.device.type}, TP {layout.tensor}, PP"
-        f" {layout.pipeline} x {layout.virtual_stages}, EP {layout.expert}, ETP"
-        f" {layout.expert_tensor}, DP {layout.data}; {ctx.num_threads} threads per rank;"
+        f" {layout.pipeline} x {layout.virtual_stages}, CP {layout.context}, EP {layout.expert},"
+        f" ETP {layout.expert_tensor}, DP {layout.data}; {ctx.num_threads} threads per rank;"
         f" {'bf16 with fp32 master weights' if cfg.training.bf16 else 'fp32'}",
     ]
     if layout.sequence_parallel and cfg.parallel.sequence_parallel is None:
@@ -274,25 +305,38 @@ def describe_run(cfg: PretrainConfig, ctx: RunContext) -> list[str]:
             "sequence parallelism is on: megatron-core's experts need it under tensor parallelism"
         )
     if model.num_experts is not None:
-        balance, z = layer_coefficients(
-            model.moe_loss_convention,
-            model.moe_aux_loss_coeff,
-            model.moe_z_loss_coeff,
-            num_layers=model.num_layers,
-            topk=model.moe_router_topk,
-        )
         lines += [
             f"experts: {model.num_experts} per layer, {model.moe_router_topk} per token, router"
             f" {model.router}, backend {model.expert_backend}, dispatcher"
             f" {model.moe_token_dispatcher_type}",
-            f"load-balancing loss: coefficient {model.moe_aux_loss_coeff:g} in the"
-            f" '{model.moe_loss_convention}' convention = {balance:g} for each layer's loss;"
-            " logged without it, mean over layers, 1.0 = balanced",
-            f"router z-loss: coefficient {model.moe_z_loss_coeff:g} in the"
-            f" '{model.moe_loss_convention}' convention = {z:g} for each layer's loss; logged"
-            " without it, mean over layers and tokens of logsumexp squared",
+            *_describe_losses(model, topk=model.moe_router_topk),
+        ]
+    if model.attention_experts is not None:
+        lines += [
+            f"attention experts: {model.attention_experts} per layer, {model.attention_topk} per"
+            f" token, router {model.router}, backend {model.expert_backend}; logged as moa_...",
+            *_describe_losses(model, topk=model.attention_topk),
         ]
     return lines
+
+
+def _describe_losses(model: MoEModelConfig, *, topk: int) -> list[str]:
+    """What the coefficients mean for the routers that choose `topk` experts."""
+    balance, z = layer_coefficients(
+        model.moe_loss_convention,
+        model.moe_aux_loss_coeff,
+        model.moe_z_loss_coeff,
+        num_layers=model.num_layers,
+        topk=topk,
+    )
+    return [
+        f"load-balancing loss: coefficient {model.moe_aux_loss_coeff:g} in the"
+        f" '{model.moe_loss_convention}' convention = {balance:g} for each layer's loss;"
+        " logged without it, mean over layers, 1.0 = balanced",
+        f"router z-loss: coefficient {model.moe_z_loss_coeff:g} in the"
+        f" '{model.moe_loss_convention}' convention = {z:g} for each layer's loss; logged"
+        " without it, mean over layers and tokens of logsumexp squared",
+    ]
 
 
 def _data_table(rows: list[dict[str, Any]]) -> list[str]:

@@ -20,6 +20,8 @@ class ParallelConfig:
     """Pipeline stages the layers are cut into (PP)."""
     num_virtual_stages_per_pipeline_rank: int = 1
     """Model chunks per pipeline rank; more than 1 is the interleaved schedule."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence (CP)."""
     expert_model_parallel_size: int = 1
     """Ranks the experts of a layer are spread over (EP)."""
     expert_tensor_parallel_size: int | None = None
@@ -49,7 +51,9 @@ class TrainingConfig:
     seq_length: int = 128
     """Tokens per sequence (s)."""
     train_iters: int = 100
-    """Optimizer steps to have done when the run ends."""
+    """Optimizer steps to have done when the run ends; phases and branches bring their own."""
+    train_tokens: int | None = None
+    """The same in tokens, rounded up to whole steps; None leaves it to train_iters."""
     seed: int = 1234
     """Seeds initial weights, data order and dropout."""
     bf16: bool = False
@@ -73,11 +77,22 @@ class OptimizerConfig:
     min_lr: float = 4.0e-5
     """Learning rate at the end of the decay."""
     lr_decay_style: str = "cosine"
-    """Shape of the decay after warm-up: cosine, linear, constant, or a registered name."""
+    """Shape of the decay after warm-up: cosine, linear, constant, exponential, minus_sqrt,
+    geometric or a registered name; WSD stays at the peak until its own tail."""
     lr_decay_iters: int | None = None
     """Step at which min_lr is reached; None means train_iters."""
+    lr_decay_tokens: int | None = None
+    """The same in tokens, rounded up to whole steps; None leaves it to lr_decay_iters."""
+    lr_wsd_decay_style: str | None = None
+    """Shape of the tail of WSD and of a branch: any of the above but WSD. JetMoE's is geometric."""
+    lr_wsd_decay_iters: int | None = None
+    """Steps of that tail."""
+    lr_wsd_decay_tokens: int | None = None
+    """The same in tokens, rounded up to whole steps; None leaves it to lr_wsd_decay_iters."""
     lr_warmup_iters: int = 0
     """Steps of linear warm-up."""
+    lr_warmup_tokens: int | None = None
+    """The same in tokens, rounded up to whole steps; None leaves it to lr_warmup_iters."""
     lr_warmup_init: float = 0.0
     """Learning rate of the first step of the warm-up (OLMoE: a tenth of the peak, not 0)."""
     weight_decay: float = 0.1
@@ -95,11 +110,26 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """A stretch of the run with a mixture of its own."""
+
+    name: str
+    """Name in tables and metrics."""
+    train_tokens: int
+    """Length in tokens, rounded up to whole steps."""
+    data_path: tuple[str, ...]
+    """Its mixture, written as data_path is."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Token sources, their blend, and the tokenizer."""
 
     data_path: tuple[str, ...] = ()
-    """One PREFIX, or WEIGHT PREFIX pairs; PREFIX.bin and PREFIX.idx are Megatron's format."""
+    """One PREFIX, or WEIGHT PREFIX pairs; PREFIX.bin and PREFIX.idx are Megatron's format. A source
+    is known by its file's name, or by NAME where NAME=PREFIX is given."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Mixtures that follow each other, in a recipe only: name, train_tokens and data_path each."""
     split: str = "1,0"
     """Shares of each source's tokens for training and validation, as in 99,1."""
     valid_data_path: tuple[str, ...] = ()
@@ -110,6 +140,12 @@ class DataConfig:
     """What wrote tokenizer_model: a SentencePiece .model, or a tokenizers .json."""
     tokenizer_model: str | None = None
     """Tokenizer file; carried into the checkpoints."""
+    reset_position_ids: bool = False
+    """Count positions anew in each document of a sequence."""
+    reset_attention_mask: bool = False
+    """Keep attention within each document of a sequence."""
+    eod_token_id: int | None = None
+    """Id that ends a document, for the two resets; None means the tokenizer's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +174,11 @@ class CheckpointConfig:
     """Checkpoints to keep; None keeps all."""
     finetune: bool = False
     """Take only the weights from load; iteration, optimizer, data and RNG start anew."""
+    anneal_from: int | None = None
+    """Branch off load's checkpoint of this iteration with a learning-rate tail of lr_wsd_decay_*;
+    the run ends with the tail. Started again, the branch in save goes on."""
+    override_schedule: bool = False
+    """Continue under this run's learning-rate schedule where the checkpoint has another."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -231,6 +231,7 @@ def _start_model_parallel(
         virtual_pipeline_model_parallel_size=(
             layout.virtual_stages if layout.virtual_stages > 1 else None
         ),
+        context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
     )

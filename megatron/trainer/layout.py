@@ -16,6 +16,8 @@ class Layout:
     """Pipeline stages (PP)."""
     virtual_stages: int
     """Model chunks per pipeline rank."""
+    context: int
+    """Ranks that share each sequence (CP)."""
     expert: int
     """Ranks a layer's experts are spread over (EP)."""
     expert_tensor: int
@@ -37,16 +39,15 @@ def world_size_problems(parallel: ParallelConfig, world_size: int) -> list[str]:
     """
     tensor = parallel.tensor_model_parallel_size
     pipeline = parallel.pipeline_model_parallel_size
+    context = parallel.context_parallel_size
     expert = parallel.expert_model_parallel_size
     expert_tensor = resolved_expert_tensor_parallel_size(parallel)
     found = []
-    if world_size % (tensor * pipeline):
-        found.append(
-            _indivisible_world(
-                world_size,
-                {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline},
-            )
-        )
+    if world_size % (tensor * pipeline * context):
+        sizes = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+        if context > 1:
+            sizes["context_parallel_size"] = context
+        found.append(_indivisible_world(world_size, sizes))
     if world_size % (expert_tensor * expert * pipeline):
         found.append(
             _indivisible_world(
@@ -77,6 +78,7 @@ def resolve_layout(parallel: ParallelConfig, world_size: int) -> Layout:
         tensor=parallel.tensor_model_parallel_size,
         pipeline=pipeline,
         virtual_stages=parallel.num_virtual_stages_per_pipeline_rank,
+        context=parallel.context_parallel_size,
         expert=expert,
         expert_tensor=expert_tensor,
         data=data_parallel_size(parallel, world_size),
@@ -86,9 +88,11 @@ def resolve_layout(parallel: ParallelConfig, world_size: int) -> Layout:
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Ranks that read different samples; needs a `world_size` that TP x PP divides."""
+    """Ranks that read different samples; needs a `world_size` that TP x PP x CP divides."""
     return world_size // (
-        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
     )
 
 

@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron.trainer.config import RunConfig
+from megatron.trainer.data.sharing import DocumentRule
 from megatron.trainer.data.stream import SampleStream, ValidationSet
 from megatron.trainer.errors import CheckpointError
 from megatron.trainer.launch import RunContext
@@ -68,6 +69,8 @@ class TrainState:
     """Where the next global batch comes from."""
     validation: dict[str, ValidationSet] = field(default_factory=dict)
     """Named validation sets."""
+    documents: DocumentRule | None = None
+    """How documents within a sequence are kept apart; None lets them run together."""
     metrics: ModelMetrics | None = None
     """The model's own measurements."""
     flops_per_token: float = 0.0
@@ -183,6 +186,7 @@ def _layout(ctx: RunContext) -> dict[str, int | str]:
         "world": ctx.world_size,
         "tensor": layout.tensor,
         "pipeline": layout.pipeline,
+        "context": layout.context,
         "expert": layout.expert,
         "expert_tensor": layout.expert_tensor,
     }

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron.trainer.data.sharing import separate_documents, share_positions
 from megatron.trainer.data.stream import Batch
 from megatron.trainer.errors import TrainingError
 from megatron.trainer.layout import num_microbatches
@@ -36,21 +37,24 @@ def language_model_step(
     """megatron-core's forward step for next-token prediction.
 
     Args:
-        batches: micro-batches of this rank; `tokens` and `labels` are [b, s].
-        model: a GPTModel chunk, wrapped.
+        batches: micro-batches of this rank; `tokens` and `labels` are [b, s], this context
+            parallel rank's positions.
+        model: a model chunk, wrapped.
 
     Returns:
         The chunk's output (losses [b, s] on the last stage, hidden states before) and the function
         that turns it into (mean loss, {"loss_sum", "tokens"}).
     """
     batch = next(batches)
-    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+    output = model(batch.tokens, batch.position_ids, batch.attention_mask(), labels=batch.labels)
 
     def loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         mask = batch.loss_mask
         total = (losses.float() * mask).sum()
         tokens = mask.sum()
-        return total / tokens.clamp(min=1.0), {"loss_sum": total.detach(), "tokens": tokens}
+        # Context parallel ranks divide by what all of them hold; gradients are summed over them.
+        whole = tokens if batch.loss_tokens is None else batch.loss_tokens
+        return total / whole.clamp(min=1.0), {"loss_sum": total.detach(), "tokens": tokens}
 
     return output, loss
 
@@ -127,7 +131,7 @@ def _forward_backward(
         For each micro-batch what the loss function reported; empty before the last stage.
     """
     cfg = state.cfg.training
-    on_device = [batch.to(state.ctx.device) for batch in batches]
+    on_device = [_place(state, batch) for batch in batches]
     iterators = [iter(on_device) for _ in state.chunks]
     parts: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -139,6 +143,15 @@ def _forward_backward(
         forward_only=forward_only,
     )
     return parts
+
+
+def _place(state: TrainState, batch: Batch) -> Batch:
+    """This rank's part of a micro-batch, on its device, as the model takes it."""
+    placed = batch.to(state.ctx.device)
+    if state.documents is not None:
+        placed = separate_documents(placed, state.documents)
+    group = state.ctx.groups.cp
+    return share_positions(placed, rank=group.rank(), size=group.size())
 
 
 def _mean_loss(state: TrainState, parts: Sequence[dict[str, torch.Tensor]]) -> float:

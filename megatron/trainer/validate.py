@@ -81,6 +81,7 @@ def validate(cfg: RunConfig, world_size: int, *, is_training: bool = True) -> No
     # The rest divides by sizes, so it has to wait until they are positive.
     if not size_problems:
         found += _sequence_problems(cfg.parallel)
+        found += _context_problems(cfg.parallel, cfg.training)
         found += _interleaving_problems(cfg.parallel)
         world_problems = world_size_problems(cfg.parallel, world_size)
         found += world_problems
@@ -121,6 +122,7 @@ def _size_problems(cfg: RunConfig) -> list[str]:
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "num_virtual_stages_per_pipeline_rank": parallel.num_virtual_stages_per_pipeline_rank,
+        "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "distributed_timeout_minutes": parallel.distributed_timeout_minutes,
@@ -161,6 +163,20 @@ def _sequence_problems(parallel: ParallelConfig) -> list[str]:
         f"sequence_parallel (True) needs tensor_model_parallel_size ({tensor}) above 1, because it"
         " splits the sequence over the tensor parallel ranks; drop --sequence-parallel, or use a"
         " tensor parallel size of 2 or more"
+    ]
+
+
+def _context_problems(parallel: ParallelConfig, training: TrainingConfig) -> list[str]:
+    context, length = parallel.context_parallel_size, training.seq_length
+    tensor = parallel.tensor_model_parallel_size if resolved_sequence_parallel(parallel) else 1
+    step = context * math.lcm(2, tensor)
+    if context == 1 or length % step == 0:
+        return []
+    return [
+        f"seq_length ({length}) must be a multiple of {step}, because context_parallel_size"
+        f" ({context}) gives each rank an early and a late chunk of every sequence"
+        + (f", which sequence_parallel splits over {tensor} ranks more" if tensor > 1 else "")
+        + f"; use a sequence length of {nearest_multiples(length, step)}"
     ]
 
 
@@ -212,6 +228,7 @@ def _model_layout_problems(model: ModelGroup, cfg: RunConfig, *, is_training: bo
         expert_tensor_parallel_size=resolved_expert_tensor_parallel_size(parallel),
         sequence_parallel=resolved_sequence_parallel(parallel),
         seq_length=cfg.training.seq_length,
+        is_training=is_training,
     )
     if model.num_layers % (pipeline * virtual) == 0:
         found += _recompute_layer_problems(cfg.training, model.num_layers // (pipeline * virtual))
@@ -228,7 +245,6 @@ def _recompute_layer_problems(training: TrainingConfig, num_layers: int) -> list
             f"recompute_num_layers ({count}) must be at most the layers of a pipeline stage"
             f" ({num_layers}) with recompute_method block; use 1 to {num_layers}"
         ]
-        is_training=is_training,
     if training.recompute_method == "uniform" and num_layers % count:
         # megatron-core walks past the last layer otherwise.
         choices = [str(size) for size in range(1, num_layers + 1) if num_layers % size == 0]

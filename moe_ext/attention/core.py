@@ -1,5 +1,8 @@
 """Core attention on torch's scaled dot product attention."""
 
+from typing import TYPE_CHECKING, Any
+
+import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -7,6 +10,12 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from moe_ext.attention.context_parallel import gather_whole, query_parts
+
+if TYPE_CHECKING:
+    from moe_ext.attention.cache import LayerCache
 
 _MASKS = (AttnMaskType.causal, AttnMaskType.no_mask)
 
@@ -15,7 +24,9 @@ class SDPACoreAttention(MegatronModule):
     """softmax(scale q k^T) v by torch's fused kernels, with grouped key/value heads as they are.
 
     It stands where megatron-core's DotProductAttention does, and does less: causal or unmasked
-    attention over whole sequences, without dropout. Everything else is refused.
+    attention without dropout, or attention under an explicit mask. Under context parallelism it
+    exchanges keys and values over the group. While generating it attends to earlier tokens in
+    `cache` too (`cache.use_cache`). Everything else is refused.
 
     Args:
         config: megatron-core's.
@@ -25,7 +36,7 @@ class SDPACoreAttention(MegatronModule):
         attention_dropout: must be 0 or None, which takes the config's.
         softmax_scale: None means 1 / sqrt(hn).
         cp_comm_type: not needed.
-        pg_collection: this rank's groups.
+        pg_collection: this rank's groups; cp is used when the config has context parallelism.
 
     Raises:
         ValueError: the config asks for what this attention does not do.
@@ -44,7 +55,6 @@ class SDPACoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        _require("context_parallel_size", config.context_parallel_size, 1)
         _require("attention_dropout", dropout, 0.0)
         _require("window_size", config.window_size, None)
         _require("softmax_type", config.softmax_type, "vanilla")
@@ -53,6 +63,15 @@ class SDPACoreAttention(MegatronModule):
         self.softmax_scale = softmax_scale
         if pg_collection is not None:
             self.tp_group = pg_collection.tp
+        self.cache: LayerCache | None = None
+        self.cp_group: Any = None
+        if config.context_parallel_size > 1:
+            if pg_collection is None:
+                raise ValueError(
+                    f"context_parallel_size is {config.context_parallel_size}, but there is no"
+                    " pg_collection with the ranks to exchange keys and values with; pass it"
+                )
+            self.cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -66,11 +85,14 @@ class SDPACoreAttention(MegatronModule):
     ) -> Tensor:
         """Attend.
 
+        s is this rank's share of the sequence under context parallelism, the whole of it otherwise.
+
         Args:
             query: [s, b, np, hn] heads of this rank.
             key: [s, b, ng, hn] key heads of this rank; np is a multiple of ng.
             value: [s, b, ng, hn] value heads of this rank.
-            attention_mask: must be None; the mask's type says it all.
+            attention_mask: [b or 1, 1, s, s of the whole sequence] bool, True where a query must
+                not look (megatron-core's sense), causality included; None leaves it to the type.
             attn_mask_type: causal or no_mask; None means the constructor's.
             attention_bias: must be None.
             packed_seq_params: must be None.
@@ -79,8 +101,9 @@ class SDPACoreAttention(MegatronModule):
             [s, b, np * hn].
 
         Raises:
-            ValueError: a mask, a bias, packed sequences or another mask type is given, or causal
-                attention with queries and keys of different lengths.
+            ValueError: a bias, packed sequences or another mask type is given, a mask with type
+                no_mask or of another shape, causal attention with queries and keys of different
+                lengths, or unmasked attention under context parallelism.
         """
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         _require("attention_bias", attention_bias, None)
@@ -90,21 +113,77 @@ class SDPACoreAttention(MegatronModule):
                 f"attn_mask_type is {mask_type.name}, but this attention knows "
                 f"{' and '.join(mask.name for mask in _MASKS)}"
             )
-        if attention_mask is not None:
-            raise ValueError(
-                f"got an attention_mask {list(attention_mask.shape)} with attn_mask_type "
-                f"{mask_type.name}, which needs none and would ignore it; pass None"
-            )
         is_causal = mask_type == AttnMaskType.causal
+        self._check(query, key, attention_mask, is_causal=is_causal)
+        if self.cache is not None:
+            _require("attn_mask_type with a key-value cache", mask_type, AttnMaskType.causal)
+            _require("attention_mask with a key-value cache", attention_mask, None)
+            _require("cp_group with a key-value cache", self.cp_group, None)
+            key, value, seen = self.cache.extend(key, value)
+            return self._attend(query, key, value, seen, is_causal=seen is None)
+        if self.cp_group is not None:
+            return self._attend_in_parts(query, key, value, attention_mask)
+        visible = None if attention_mask is None else ~attention_mask
+        return self._attend(query, key, value, visible, is_causal=is_causal and visible is None)
+
+    def _check(
+        self, query: Tensor, key: Tensor, attention_mask: Tensor | None, *, is_causal: bool
+    ) -> None:
+        """Refuse shapes and masks that would be misread."""
         if is_causal and query.shape[0] != key.shape[0]:
             raise ValueError(
                 f"causal attention needs as many queries ({query.shape[0]}) as keys "
                 f"({key.shape[0]}); use attn_mask_type no_mask for a single new token"
             )
+        if self.cp_group is not None and not is_causal:
+            raise ValueError(
+                "attn_mask_type is no_mask, but context parallelism splits causal attention alone; "
+                "use causal, or a context parallel size of 1"
+            )
+        if attention_mask is None:
+            return
+        if not is_causal:
+            raise ValueError(
+                f"got an attention_mask {list(attention_mask.shape)} with attn_mask_type "
+                "no_mask, which needs none and would ignore it; pass None"
+            )
+        ranks = 1 if self.cp_group is None else self.cp_group.size()
+        length, batch = query.shape[:2]
+        wanted = [(rows, 1, length, length * ranks) for rows in (batch, 1)]
+        if tuple(attention_mask.shape) not in wanted or attention_mask.dtype != torch.bool:
+            raise ValueError(
+                f"attention_mask is {list(attention_mask.shape)} {attention_mask.dtype}, but must "
+                f"be {list(wanted[0])} torch.bool, True where a query must not look"
+            )
+
+    def _attend_in_parts(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
+        """Causal attention of this rank's two chunks of queries over everyone's keys."""
+        group = self.cp_group
+        # One collective for both: [s whole, b, ng, 2 hn].
+        both = gather_whole(torch.cat((key, value), dim=-1), group)
+        key, value = both.split((key.shape[-1], value.shape[-1]), dim=-1)
+        contexts = []
+        for rows, seen in query_parts(group.size(), group.rank(), query.shape[0]):
+            part = query[rows]
+            visible = (
+                causal_lower_right(part.shape[0], seen)
+                if attention_mask is None
+                else ~attention_mask[:, :, rows, :seen]
+            )
+            contexts.append(self._attend(part, key[:seen], value[:seen], visible, is_causal=False))
+        return torch.cat(contexts)  # [s, b, np * hn]
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, *, is_causal: bool
+    ) -> Tensor:
+        """[s, b, np, hn] over [s of the keys, b, ng, hn] to [s, b, np * hn]."""
         context = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),  # [b, np, s, hn]
             key.permute(1, 2, 0, 3),  # [b, ng, s, hn]
             value.permute(1, 2, 0, 3),  # [b, ng, s, hn]
+            attn_mask=visible,
             is_causal=is_causal,
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],

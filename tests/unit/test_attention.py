@@ -75,6 +75,43 @@ def test_sdpa_equals_the_written_out_softmax_with_gradients(
         torch.testing.assert_close(grad, truth, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_mask_hides_what_it_marks_with_gradients(make_config: ConfigMaker, rows: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    inputs = [
+        torch.randn(5, 2, heads, 3, generator=generator, dtype=torch.float64).requires_grad_()
+        for heads in (4, 2, 2)
+    ]
+    # Positions 0 to 2 are one document and 3, 4 the next, in the first row or in all.
+    document = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]])[:rows]
+    hidden = (document[:, :, None] != document[:, None, :]) | torch.ones(5, 5).triu(1).bool()
+    output = core_attention(make_config())(*inputs, hidden[:, None])
+    apart = torch.cat(
+        [
+            naive_attention(*(x[part] for x in inputs), causal=True, scale=3**-0.5)
+            for part in (slice(0, 3), slice(3, 5))
+        ]
+    )
+    whole = naive_attention(*inputs, causal=True, scale=3**-0.5)
+    expected = apart if rows == 1 else torch.stack((apart[:, 0], whole[:, 1]), dim=1)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
+    upstream = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    for grad, truth in zip(
+        torch.autograd.grad(output, inputs, upstream),
+        torch.autograd.grad(expected, inputs, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(grad, truth, rtol=1e-10, atol=1e-12)
+
+
+def test_context_parallelism_needs_the_ranks(make_config: ConfigMaker) -> None:
+    config = make_config()
+    config.context_parallel_size = 2
+    message = "context_parallel_size is 2, but there is no pg_collection with the ranks"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        core_attention(config)
+
+
 def test_the_output_is_contiguous_and_the_default_mask_is_the_constructors(
     make_config: ConfigMaker,
 ) -> None:
@@ -93,9 +130,21 @@ def test_the_output_is_contiguous_and_the_default_mask_is_the_constructors(
             "attn_mask_type is padding, but this attention knows causal and no_mask",
         ),
         (
-            {"attention_mask": torch.ones(2, 1, 5, 5, dtype=torch.bool)},
-            "got an attention_mask [2, 1, 5, 5] with attn_mask_type causal, which needs none and "
+            {
+                "attention_mask": torch.ones(2, 1, 5, 5, dtype=torch.bool),
+                "attn_mask_type": AttnMaskType.no_mask,
+            },
+            "got an attention_mask [2, 1, 5, 5] with attn_mask_type no_mask, which needs none and "
             "would ignore it; pass None",
+        ),
+        (
+            {"attention_mask": torch.ones(2, 1, 5, 4, dtype=torch.bool)},
+            "attention_mask is [2, 1, 5, 4] torch.bool, but must be [2, 1, 5, 5] torch.bool, True "
+            "where a query must not look",
+        ),
+        (
+            {"attention_mask": torch.zeros(2, 1, 5, 5)},
+            "attention_mask is [2, 1, 5, 5] torch.float32, but must be [2, 1, 5, 5] torch.bool",
         ),
         (
             {"packed_seq_params": "some"},
@@ -120,7 +169,6 @@ def test_what_it_cannot_do_is_refused_at_the_call(
 @pytest.mark.parametrize(
     ("field", "value", "needed"),
     [
-        ("context_parallel_size", 2, 1),
         ("attention_dropout", 0.1, 0.0),
         ("window_size", (4, 0), None),
         ("softmax_type", "learnable", "vanilla"),

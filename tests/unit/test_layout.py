@@ -25,15 +25,23 @@ class PretrainConfig(RunConfig):
 SIZES = st.sampled_from([1, 2, 3, 4])
 
 
-@given(tensor=SIZES, pipeline=SIZES, expert=SIZES, expert_tensor=SIZES | st.none(), more=SIZES)
+@given(
+    tensor=SIZES,
+    pipeline=SIZES,
+    context=SIZES,
+    expert=SIZES,
+    expert_tensor=SIZES | st.none(),
+    more=SIZES,
+)
 @settings(max_examples=200, deadline=None, database=None, derandomize=True)
 def test_group_sizes_are_those_of_the_grid_of_ranks(
-    tensor: int, pipeline: int, expert: int, expert_tensor: int | None, more: int
+    tensor: int, pipeline: int, context: int, expert: int, expert_tensor: int | None, more: int
 ) -> None:
     world_size = 144 * pipeline * more  # a multiple of every product of two sizes
     parallel = ParallelConfig(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        context_parallel_size=context,
         expert_model_parallel_size=expert,
         expert_tensor_parallel_size=expert_tensor,
     )
@@ -44,9 +52,10 @@ def test_group_sizes_are_those_of_the_grid_of_ranks(
         tensor=tensor,
         pipeline=pipeline,
         virtual_stages=1,
+        context=context,
         expert=expert,
         expert_tensor=width,
-        data=ranks.reshape(pipeline, -1, tensor).shape[1],
+        data=ranks.reshape(pipeline, -1, context, tensor).shape[1],
         expert_data=ranks.reshape(pipeline, -1, expert, width).shape[1],
         sequence_parallel=tensor > 1,
     )
@@ -103,3 +112,43 @@ def test_a_batch_is_accepted_only_in_whole_microbatches_and_the_remedy_is_legal(
     below = [size for size in range(1, batch) if is_legal(size)]
     above = next(size for size in range(batch, 10_000) if is_legal(size))
     assert named == [*below[-1:], above]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "seq_length", "expected"),
+    [
+        (
+            ParallelConfig(context_parallel_size=2),
+            18,
+            "seq_length (18) must be a multiple of 4, because context_parallel_size (2) gives each"
+            " rank an early and a late chunk of every sequence; use a sequence length of 16 or 20",
+        ),
+        (
+            ParallelConfig(context_parallel_size=2, tensor_model_parallel_size=3),
+            18,
+            "seq_length (18) must be a multiple of 12, because context_parallel_size (2) gives each"
+            " rank an early and a late chunk of every sequence, which sequence_parallel splits over"
+            " 3 ranks more; use a sequence length of 12 or 24",
+        ),
+        (
+            ParallelConfig(context_parallel_size=5),
+            20,
+            "the number of ranks (6) must be a multiple of tensor_model_parallel_size x"
+            " pipeline_model_parallel_size x context_parallel_size (1 x 1 x 5 = 5); start 5 or 10"
+            " ranks, or change these sizes",
+        ),
+    ],
+)
+def test_context_parallelism_that_does_not_divide_is_refused(
+    parallel: ParallelConfig, seq_length: int, expected: str
+) -> None:
+    training = TrainingConfig(seq_length=seq_length, global_batch_size=6)
+    model = MoEModelConfig(
+        hidden_size=132,
+        num_attention_heads=6,
+        moe_ffn_hidden_size=66,
+        make_vocab_size_divisible_by=96,
+    )
+    with pytest.raises(ConfigError) as caught:
+        validate(PretrainConfig(parallel=parallel, training=training, model=model), 6)
+    assert str(caught.value) == expected

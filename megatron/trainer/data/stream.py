@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron.trainer.data.blend import Blend
+from megatron.trainer.data.phases import Dealer, Phase, read_records
 from megatron.trainer.data.source import Source
 from megatron.trainer.errors import ConfigError, DataError
 
@@ -27,14 +27,31 @@ class Batch:
     position_ids: Tensor
     """[b, s] int64, where each token stands in its document; [1, s] when all rows are alike."""
 
+    documents: Tensor | None = None
+    """[b, s of the whole sequence] int64 numbers of the documents that attention keeps apart; None
+    lets it cross them."""
+    loss_tokens: Tensor | None = None
+    """[] float32, the sum of the whole sequences' loss_mask; None means this loss_mask's."""
+    places: Tensor | None = None
+    """[s] int64, where this rank's positions stand in the sequence; None means all of it."""
+
     def to(self, device: torch.device | str) -> "Batch":
         """Return the same batch on a device."""
-        return Batch(
-            tokens=self.tokens.to(device),
-            labels=self.labels.to(device),
-            loss_mask=self.loss_mask.to(device),
-            position_ids=self.position_ids.to(device),
-        )
+        present = {name: value for name, value in vars(self).items() if value is not None}
+        return Batch(**{name: value.to(device) for name, value in present.items()})
+
+    def attention_mask(self) -> Tensor | None:
+        """Return [b, 1, s, s of the whole sequence] bool, True where a query must not look.
+
+        None where plain causal attention says it all.
+        """
+        if self.documents is None:
+            return None
+        everywhere = torch.arange(self.documents.shape[1], device=self.documents.device)
+        places = everywhere if self.places is None else self.places
+        others = self.documents[:, places, None] != self.documents[:, None, :]  # [b, s, s whole]
+        future = everywhere[None, :] > places[:, None]  # [s, s whole]
+        return (others | future)[:, None]
 
 
 def make_batch(windows: Sequence[npt.NDArray[np.int64]]) -> Batch:
@@ -83,27 +100,25 @@ def split_global_batch(
 
 
 class SampleStream:
-    """The training samples of a run, in an order that depends on the seed alone.
+    """The training samples of a run, in an order that depends on phases, weights and seed alone.
 
     Every rank holds a stream of its own and advances it by whole global batches; only its own
     windows are read.
 
     Args:
         sources: What to draw from.
-        weights: Each source's share of the samples; only ratios matter.
+        phases: The run's phases and their mixtures of those sources.
         seq_length: Positions in a sample (s).
         seed: The run's seed, kept in the state so that a resume with another one is noticed.
 
     Raises:
-        DataError: The weights are not positive.
-        ValueError: Not one weight a source, or a source of another length.
+        DataError: A weight is not positive.
+        ValueError: A source of another length, or a phase that does not fit, as in `Dealer`.
     """
 
     def __init__(
-        self, sources: Sequence[Source], weights: Sequence[float], *, seq_length: int, seed: int
+        self, sources: Sequence[Source], phases: Sequence[Phase], *, seq_length: int, seed: int
     ) -> None:
-        if len(sources) != len(weights):
-            raise ValueError(f"{len(sources)} sources, but {len(weights)} weights")
         for source in sources:
             if source.seq_length != seq_length:
                 raise ValueError(
@@ -112,22 +127,32 @@ class SampleStream:
         self.sources = tuple(sources)
         self.seq_length = seq_length
         self.seed = seed
-        self._blend = Blend(weights)
+        self._by_name = {source.name: source for source in sources}
+        windows = {source.name: source.num_windows for source in sources}
+        self._dealer = Dealer(phases, seed=seed, windows=windows)
 
     @property
-    def weights(self) -> list[float]:
-        """Each source's share of the samples; the sum is 1."""
-        return [float(weight) for weight in self._blend.weights]
+    def phases(self) -> tuple[Phase, ...]:
+        """The run's own phases in order."""
+        return self._dealer.phases
+
+    @property
+    def phase(self) -> str | None:
+        """Name of the phase of the sample drawn last; None in a run without named phases."""
+        return self._dealer.phase.name
+
+    def shares(self, phase: int) -> list[float]:
+        """Return the share of each of a phase's sources, in their order there; the sum is 1."""
+        return [float(weight) for weight in self._dealer.blends[phase].weights]
 
     @property
     def consumed_samples(self) -> int:
-        """Samples drawn so far over all ranks."""
-        return self._blend.num_drawn
+        """Samples drawn so far over all ranks, those of a run that was branched from included."""
+        return self._dealer.num_drawn
 
     def consumed_per_source(self) -> dict[str, int]:
         """Return the samples drawn so far over all ranks, by source name."""
-        counts = self._blend.counts
-        return {source.name: int(counts[i]) for i, source in enumerate(self.sources)}
+        return self._dealer.drawn_per_source()
 
     def next_global_batch(
         self,
@@ -141,6 +166,7 @@ class SampleStream:
 
         Raises:
             ConfigError: As `split_global_batch`; the stream has not advanced then.
+            DataError: The last phase is used up.
         """
         mine = split_global_batch(
             global_batch_size=global_batch_size,
@@ -148,65 +174,67 @@ class SampleStream:
             data_parallel_rank=data_parallel_rank,
             data_parallel_size=data_parallel_size,
         )
-        drawn = [self._blend.draw() for _ in range(global_batch_size)]
+        drawn = [self._dealer.draw() for _ in range(global_batch_size)]
         batches = []
         for samples in mine:
             picks = [drawn[i] for i in samples]
-            batches.append(make_batch([self.sources[s].window(n) for s, n in picks]))
+            batches.append(make_batch([self._by_name[name].window(n) for name, n in picks]))
         return batches
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs, as plain JSON values, the same on every rank."""
         return {
             "consumed_samples": self.consumed_samples,
-            "consumed_per_source": [int(count) for count in self._blend.counts],
-            **self._identity(),
+            "consumed_per_source": self.consumed_per_source(),
+            "seq_length": self.seq_length,
+            "phases": self._dealer.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         """Continue where another stream over the same data stood.
+
+        Phases still to come may be others than that stream's, and the current one may end at
+        another sample that is not yet past.
 
         Args:
             state: What `state_dict` returned.
 
-        Raises:
-            DataError: The state is of other data, another length, blend or seed, or contradicts
-                itself; all differences are listed. The stream is unchanged then.
-        """
-        differences = [
-            f"{key}: checkpoint {state.get(key)}, this run {value}"
-            for key, value in self._identity().items()
-            if state.get(key) != value
-        ]
-        if differences:
-            raise DataError(
-                f"the checkpoint was trained on other data: {'; '.join(differences)}; a resumed run"
-                " must read the same samples; restore the data flags, or start the data anew with"
-                " --finetune"
-            )
-        counts, total = state.get("consumed_per_source"), state.get("consumed_samples")
-        if (
-            not isinstance(counts, list)
-            or len(counts) != len(self.sources)
-            or not all(type(count) is int and count >= 0 for count in counts)
-            or sum(counts) != total
-        ):
-            raise DataError(
-                f"the checkpoint's data state has consumed_per_source {counts} and consumed_samples"
-                f" {total}; there must be {len(self.sources)} counts >= 0 that add up to the"
-                " latter; load another checkpoint"
-            )
-        self._blend.counts[:] = counts
+        Returns:
+            What is planned otherwise than by that stream, a line each.
 
-    def _identity(self) -> dict[str, Any]:
-        """Return what two streams must share to yield the same samples, as JSON values."""
-        return {
-            "seq_length": self.seq_length,
-            "seed": self.seed,
-            "sources": [source.name for source in self.sources],
-            "windows_per_epoch": [source.num_windows for source in self.sources],
-            "weights": self.weights,
-        }
+        Raises:
+            DataError: What was drawn so far is of other data, another length, blend or seed, or
+                the state contradicts itself; all differences are listed. The stream is unchanged
+                then.
+        """
+        records = read_records(state)
+        self._check_length(state, "restore the data flags, or start the data anew with --finetune")
+        return self._dealer.load_state_dict(records)
+
+    def inherit(self, state: Mapping[str, Any]) -> list[str]:
+        """Begin, as a branch, after what another run has drawn.
+
+        Args:
+            state: That run's `state_dict`.
+
+        Returns:
+            Where each source begins, a line each: under the same seed where that run stopped.
+
+        Raises:
+            DataError: The state contradicts itself, is of another length, or a source that should
+                go on has changed.
+        """
+        records = read_records(state)
+        self._check_length(state, "give the branch that --seq-length")
+        return self._dealer.inherit(records)
+
+    def _check_length(self, state: Mapping[str, Any], remedy: str) -> None:
+        if state.get("seq_length") != self.seq_length:
+            raise DataError(
+                "the checkpoint was trained on other data: seq_length: checkpoint"
+                f" {state.get('seq_length')}, this run {self.seq_length}; a resumed run must read"
+                f" the same samples; {remedy}"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,56 @@
+"""Causal attention over a sequence whose positions are spread over context parallel ranks.
+
+A sequence of s positions is cut into 2 cp chunks, and rank r holds chunks r and 2 cp - 1 - r, one
+after the other: the early chunk's queries see few keys and the late one's many, so every rank has
+the same work. This is megatron-core's balanced split. Keys and values are gathered from the group
+as they are, without repeating grouped heads; their gradients are summed back by a reduce-scatter.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+
+def chunk_order(size: int) -> list[int]:
+    """Chunk numbers in the order in which `size` ranks hold them, rank after rank."""
+    return [chunk for rank in range(size) for chunk in (rank, 2 * size - 1 - rank)]
+
+
+def gather_whole(local: Tensor, group: Any) -> Tensor:
+    """Every rank's positions in their order in the sequence.
+
+    Differentiable; the gradient of a position is summed over the ranks that attended to it.
+
+    Args:
+        local: [s / cp, ...] this rank's two chunks.
+        group: context parallel ranks.
+
+    Returns:
+        [s, ...].
+    """
+    size = group.size()
+    gathered = gather_from_sequence_parallel_region(
+        local.contiguous(), tensor_parallel_output_grad=True, group=group
+    )  # [s, ...], rank after rank
+    order = chunk_order(size)
+    chunks = gathered.chunk(2 * size)
+    return torch.cat([chunks[order.index(chunk)] for chunk in range(2 * size)])
+
+
+def query_parts(size: int, rank: int, length: int) -> Iterator[tuple[slice, int]]:
+    """This rank's queries in two parts, each with the number of keys it may look back on.
+
+    Args:
+        size: context parallel ranks (cp).
+        rank: this one.
+        length: positions on this rank, s / cp, even.
+
+    Yields:
+        Local positions, and how many leading positions of the sequence their last one sees.
+    """
+    half = length // 2
+    for part, chunk in enumerate((rank, 2 * size - 1 - rank)):
+        yield slice(part * half, (part + 1) * half), (chunk + 1) * half
