@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron.trainer.errors import DataError
 
@@ -34,6 +35,27 @@ def parse_text(line: bytes, *, key: str, path: str, number: int) -> str:
     Raises:
         DataError: The line is not a JSON object, lacks the key, or holds no valid text there.
     """
+    value = parse_object(line, path=path, number=number)
+    where = f"{path}, line {number}"
+    if key not in value:
+        raise DataError(
+            f"{where}: no key {key!r} among {sorted(value)}; each object must have it; name the"
+            " right key with --json-keys"
+        )
+    return valid_text(value, key, where=where)
+
+
+def parse_object(line: bytes, *, path: str, number: int) -> dict[str, Any]:
+    """Return the JSON object that one line holds.
+
+    Args:
+        line: One JSON object in UTF-8.
+        path: The file, for messages.
+        number: The line's number, for messages.
+
+    Raises:
+        DataError: The line is not a JSON object.
+    """
     where = f"{path}, line {number}"
     try:
         value = json.loads(line)
@@ -47,11 +69,20 @@ def parse_text(line: bytes, *, key: str, path: str, number: int) -> str:
             f"{where}: a JSON {type(value).__name__}; each line must be one JSON object; repair or"
             " remove the line"
         )
-    if key not in value:
-        raise DataError(
-            f"{where}: no key {key!r} among {sorted(value)}; each object must have it; name the"
-            " right key with --json-keys"
-        )
+    return value
+
+
+def valid_text(value: dict[str, Any], key: str, *, where: str) -> str:
+    """Return the text under a key that is there.
+
+    Args:
+        value: A line's object.
+        key: Where in the object the text is.
+        where: The file and line, for messages.
+
+    Raises:
+        DataError: It is not a string, or not valid Unicode.
+    """
     text = value[key]
     if not isinstance(text, str):
         raise DataError(
