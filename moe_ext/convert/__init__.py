@@ -5,10 +5,11 @@ from typing import Any
 
 from moe_ext.config import MoEModelConfig
 from moe_ext.convert.family import Family
+from moe_ext.convert.jetmoe import JETMOE
 from moe_ext.convert.olmoe import OLMOE
 from moe_ext.convert.pieces import Layout, Piece, Slice
 
-FAMILIES: dict[str, Family] = {"olmoe": OLMOE}
+FAMILIES: dict[str, Family] = {"olmoe": OLMOE, "jetmoe": JETMOE}
 """What `model_type` of config.json can name."""
 
 

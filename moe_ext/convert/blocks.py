@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert.pieces import Piece, Slice, same_numbers, zeros
+from moe_ext.convert.pieces import Piece, Slice, one_row, same_numbers, zeros
 
 _VOCABULARY_ROWS = 8192
 """Embedding rows in a piece: 32 MB in bf16 at a width of 2048."""
@@ -78,6 +78,30 @@ def of_expert(
     )
 
 
+def stacked_experts(
+    key: str,
+    name: str,
+    *,
+    layer: int,
+    stack: tuple[int, int],
+    hf_shape: tuple[int, ...],
+    shape: tuple[int, ...],
+) -> Iterator[Piece]:
+    """The experts of a layer whose matrices are one tensor in both forms, an expert a piece.
+
+    Args:
+        key: native name; native [L, e, ...].
+        name: Hugging Face name; Hugging Face [e, ...].
+        layer: counted from 0.
+        stack: layers and experts per layer.
+        hf_shape: of an expert's Hugging Face matrix.
+        shape: of an expert's native tensor, which holds the same numbers.
+    """
+    for expert in range(stack[1]):
+        source = one_row(name, expert, stack[1], *hf_shape)
+        yield of_expert(key, source, at=(layer, expert), stack=stack, shape=shape)
+
+
 def gate_and_up(
     sources: tuple[Slice, Slice], *, at: tuple[int, int], stack: tuple[int, int]
 ) -> Piece:
@@ -116,12 +140,12 @@ def by_head_group(
 
     Args:
         key: native name.
-        sources: whole matrices [num_groups x n_i, h].
+        sources: matrices [num_groups x n_i, h].
         layer: counted from 0.
         num_layers: L.
         num_groups: ng.
     """
-    rows = [source.shape[0] // num_groups for source in sources]
+    rows = [source.count // num_groups for source in sources]
     hidden = sources[0].shape[1]
     shape = (num_layers, num_groups * sum(rows), hidden)
     return Piece(

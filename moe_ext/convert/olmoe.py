@@ -14,12 +14,13 @@ from moe_ext.convert.blocks import (
     gate_and_up,
     of_expert,
     of_layer,
+    stacked_experts,
     vector,
     vocabulary,
 )
 from moe_ext.convert.family import Family
 from moe_ext.convert.olmoe_config import expression_problems, read_config, write_config
-from moe_ext.convert.pieces import Layout, Piece, one_row, whole
+from moe_ext.convert.pieces import Layout, Piece, whole
 
 
 def cut(model: MoEModelConfig, layout: Layout) -> Iterator[Piece]:
@@ -72,22 +73,33 @@ def _experts(model: MoEModelConfig, layer: int, layout: Layout) -> Iterator[Piec
         num_layers=model.num_layers,
     )
     stack = (model.num_layers, e)
+    if layout == "fused":
+        yield from stacked_experts(
+            f"{EXPERTS}.weight1",
+            f"{hf}.experts.gate_up_proj",
+            layer=layer,
+            stack=stack,
+            hf_shape=(2 * f, h),
+            shape=(2, f, h),
+        )
+        yield from stacked_experts(
+            f"{EXPERTS}.weight2",
+            f"{hf}.experts.down_proj",
+            layer=layer,
+            stack=stack,
+            hf_shape=(h, f),
+            shape=(h, f),
+        )
+        return
     for expert in range(e):
-        at = (layer, expert)
-        if layout == "fused":
-            up, down = f"{hf}.experts.gate_up_proj", f"{hf}.experts.down_proj"
-            both = one_row(up, expert, e, 2 * f, h)
-            yield of_expert(f"{EXPERTS}.weight1", both, at=at, stack=stack, shape=(2, f, h))
-            second = one_row(down, expert, e, h, f)
-        else:
-            own = f"{hf}.experts.{expert}"
-            yield gate_and_up(
-                (whole(f"{own}.gate_proj.weight", f, h), whole(f"{own}.up_proj.weight", f, h)),
-                at=at,
-                stack=stack,
-            )
-            second = whole(f"{own}.down_proj.weight", h, f)
-        yield of_expert(f"{EXPERTS}.weight2", second, at=at, stack=stack, shape=(h, f))
+        at, own = (layer, expert), f"{hf}.experts.{expert}"
+        yield gate_and_up(
+            (whole(f"{own}.gate_proj.weight", f, h), whole(f"{own}.up_proj.weight", f, h)),
+            at=at,
+            stack=stack,
+        )
+        down = whole(f"{own}.down_proj.weight", h, f)
+        yield of_expert(f"{EXPERTS}.weight2", down, at=at, stack=stack, shape=(h, f))
 
 
 OLMOE = Family(
