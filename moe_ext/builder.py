@@ -64,6 +64,7 @@ def build_model(
                 config=config,
                 transformer_layer_spec=spec,
                 vocab_size=model.padded_vocab_size,
+                num_token_ids=model.vocab_size,
                 max_sequence_length=seq_length,
                 pre_process=pipeline_rank == 0 and stage == 0,
                 post_process=pipeline_rank == pipeline_size - 1 and stage == stages - 1,

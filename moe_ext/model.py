@@ -1,21 +1,31 @@
-"""megatron-core's decoder-only model, with positions that follow the position ids."""
+"""megatron-core's decoder-only model, with exact positions and an exact vocabulary."""
 
+import math
 from typing import Any
 
 from megatron.core.models.gpt.gpt_model import GPTModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_ext.rotary import PositionRotaryEmbedding
 
 
 class LanguageModel(GPTModel):
-    """A GPTModel whose rotary embedding is computed from `position_ids`.
+    """A GPTModel whose positions are the `position_ids`, and whose padding rows say nothing.
 
-    Arguments of the constructor are GPTModel's, with position_embedding_type "rope".
+    The embedding has rows beyond the vocabulary, so that tensor parallel ranks can share it. Their
+    logits are -inf: they take no probability from the tokens, so that the loss does not depend on
+    how much padding there is, and they are never generated.
+
+    Args:
+        num_token_ids: ids the vocabulary has; rows from there on are padding.
+        kwargs: GPTModel's, with position_embedding_type "rope".
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, num_token_ids: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.num_token_ids = num_token_ids
+        if self.post_process and num_token_ids < self.vocab_size:
+            self.output_layer.register_forward_hook(self._silence_padding)
         self.rotary_pos_emb = PositionRotaryEmbedding(
             self.config.kv_channels,
             rotary_percent=self.rotary_percent,
@@ -50,3 +60,14 @@ class LanguageModel(GPTModel):
         finally:
             self.rotary_pos_emb.positions = None
         return output
+
+    def _silence_padding(
+        self, _layer: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor | None]
+    ) -> None:
+        """Set the logits of padding rows to -inf: [s, b, v] of all or of this rank's rows."""
+        logits, _ = output
+        rows = logits.shape[-1]
+        first = 0 if rows == self.vocab_size else rows * self.pg_collection.tp.rank()
+        real = min(max(self.num_token_ids - first, 0), rows)
+        if real < rows:
+            logits[..., real:].fill_(-math.inf)

@@ -46,7 +46,7 @@ def test_without_positions_the_embedding_says_so() -> None:
 @pytest.fixture
 def model() -> Iterator[LanguageModel]:
     cfg = recipe.PretrainConfig(
-        model=MoEModelConfig(num_layers=2, num_experts=4, moe_router_topk=2, vocab_size=64),
+        model=MoEModelConfig(num_layers=2, num_experts=4, moe_router_topk=2, vocab_size=128),
         training=TrainingConfig(global_batch_size=1, seq_length=16),
     )
     ctx = initialize(cfg)
@@ -57,7 +57,7 @@ def model() -> Iterator[LanguageModel]:
 
 @torch.no_grad()
 def test_model_sees_position_differences_and_nothing_else(model: LanguageModel) -> None:
-    tokens = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(128, (2, 9), generator=torch.Generator().manual_seed(1))
     counting = torch.arange(9)[None]
     plain = model(tokens, counting)
     # Attention depends on differences of positions alone, so a common shift changes nothing...
