@@ -16,7 +16,7 @@ from hf_models import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe_ext.builder import build_model
@@ -61,7 +61,8 @@ def test_every_number_comes_back_in_its_place(
     case: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     family, layout, changes = CASES[case]
-    reference = random_model(family, **changes).to(dtype)
+    reference = random_model(family, **changes)
+    nn.Module.to(reference, dtype)
     on_disk = saved(reference, layout, tmp_path)
     model = described(family, reference, make_vocab_size_divisible_by=128)
     native = to_native(family, model, layout, on_disk)
