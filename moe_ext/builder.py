@@ -1,5 +1,6 @@
 """Build a language model, or this rank's part of one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -7,7 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_ext.config import MoEModelConfig
 from moe_ext.init import initialize_weights
-from moe_ext.metrics import RouterMetrics
+from moe_ext.metrics import MOA, MOE, RouterMetrics
 from moe_ext.model import LanguageModel
 from moe_ext.specs import block_spec
 
@@ -20,8 +21,8 @@ class BuiltModel:
     """One model chunk, or one per virtual pipeline stage."""
     config: TransformerConfig
     """Shared by the chunks; the schedules keep their callbacks in it."""
-    metrics: RouterMetrics | None
-    """What the routers recorded; None for a dense model."""
+    metrics: Mapping[str, RouterMetrics]
+    """What the routers recorded, by their kind: metrics.MOE, metrics.MOA, both or neither."""
 
 
 def build_model(
@@ -41,11 +42,12 @@ def build_model(
         seq_length: longest sequence the model will see (s).
         seed: draws the initial weights; None leaves them undefined, to be loaded.
     """
-    metrics = (
-        RouterMetrics(model.num_layers, model.num_experts)
-        if model.num_experts is not None
-        else None
-    )
+    experts = {MOE: model.num_experts, MOA: model.attention_experts}
+    metrics = {
+        kind: RouterMetrics(model.num_layers, number)
+        for kind, number in experts.items()
+        if number is not None
+    }
     stages = config.virtual_pipeline_model_parallel_size or 1
     pipeline_size = pg_collection.pp.size()
     pipeline_rank = pg_collection.pp.rank()
@@ -56,7 +58,7 @@ def build_model(
             model,
             config,
             metrics=metrics,
-            pipeline_rank=pipeline_rank,
+            pg_collection=pg_collection,
             virtual_stage=virtual_stage,
         )
         chunks.append(

@@ -23,39 +23,57 @@ def count_parameters(model: MoEModelConfig) -> ParameterCount:
     A self-attention registered from outside is counted as the standard one.
     """
     h = model.hidden_size
+    embedding = model.padded_vocab_size * h
+    vocabulary = embedding * (2 if model.untie_embeddings_and_output_weights else 1)
+    attention, active_attention = _attention_parameters(model)
+    feed_forward, active_feed_forward = _feed_forward_parameters(model)
+    norms = 2 * h
+    shared = model.num_layers * norms + h + vocabulary
+    return ParameterCount(
+        total=shared + model.num_layers * (attention + feed_forward),
+        active=shared + model.num_layers * (active_attention + active_feed_forward),
+        embedding=embedding,
+    )
+
+
+def _attention_parameters(model: MoEModelConfig) -> tuple[int, int]:
+    """One layer's, in all and those a token passes through."""
+    h = model.hidden_size
     heads = model.num_attention_heads
     groups = model.num_query_groups or heads
     head_size = model.kv_channels or h // heads
     query_width, key_width = heads * head_size, groups * head_size
-
-    attention = h * (query_width + 2 * key_width) + query_width * h
+    if model.attention_experts is not None:
+        expert = 2 * key_width * h  # a query head for each key head, and their output
+        router = model.attention_experts * h
+        shared = 2 * key_width * h + router + h  # keys and values, router, output bias
+        return (
+            shared + model.attention_experts * expert,
+            shared + model.attention_topk * expert,
+        )
+    count = h * (query_width + 2 * key_width) + query_width * h
     if model.attention == "full_width_qk_norm":
-        attention += query_width + key_width
-    norms = 2 * h
-    if model.num_experts is None:
-        all_experts = active_experts = 3 * h * (model.ffn_hidden_size or 0)
-        router = 0
-    else:
-        expert = 3 * h * model.moe_ffn_hidden_size
-        all_experts = model.num_experts * expert
-        active_experts = model.moe_router_topk * expert
-        router = model.num_experts * h
+        count += query_width + key_width
+    return count, count
 
-    embedding = model.padded_vocab_size * h
-    vocabulary = embedding * (2 if model.untie_embeddings_and_output_weights else 1)
-    shared = model.num_layers * (attention + norms + router) + h + vocabulary
-    return ParameterCount(
-        total=shared + model.num_layers * all_experts,
-        active=shared + model.num_layers * active_experts,
-        embedding=embedding,
-    )
+
+def _feed_forward_parameters(model: MoEModelConfig) -> tuple[int, int]:
+    """One layer's, in all and those a token passes through."""
+    h = model.hidden_size
+    if model.num_experts is None:
+        count = 3 * h * (model.ffn_hidden_size or 0)
+        return count, count
+    expert = 3 * h * model.moe_ffn_hidden_size
+    shared = model.num_experts * h + (h if model.moe_output_bias else 0)  # router, output bias
+    return shared + model.num_experts * expert, shared + model.moe_router_topk * expert
 
 
 def training_flops_per_token(model: MoEModelConfig, seq_length: int) -> float:
     """Model FLOPs of one token's forward and backward pass.
 
     6 per active parameter that is multiplied with (the output layer is, the embedding is not),
-    plus 12 L np hn s for the attention scores and their use. Recomputation is not counted, and
+    plus 12 L np hn s for the attention scores and their use; np counts the heads of all k experts
+    of a moa attention. Recomputation is not counted, and
     attention is counted over the whole square, as the published OLMoE figures do.
     """
     count = count_parameters(model)

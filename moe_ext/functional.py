@@ -56,6 +56,23 @@ def topk_softmax(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return probs, _selection(logits, indices), logits.softmax(dim=-1, dtype=dtype)
 
 
+def selected_experts(probs: Tensor, routing_map: Tensor, *, topk: int) -> tuple[Tensor, Tensor]:
+    """A routing as lists: each token's experts, in the order of their numbers, and their weights.
+
+    Args:
+        probs: [t, e] weights, zero off the selection.
+        routing_map: [t, e] bool, exactly k true per row.
+        topk: k.
+
+    Returns:
+        experts: [t, k] int64.
+        gates: [t, k] of probs' dtype.
+    """
+    chosen_first = routing_map.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    experts = chosen_first[:, :topk]  # [t, k]
+    return experts, probs.gather(1, experts)
+
+
 def load_balancing_loss(
     scores: Tensor, tokens_per_expert: Tensor, *, num_tokens: int, topk: int
 ) -> Tensor:

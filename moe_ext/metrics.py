@@ -6,6 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MOE = "moe"
+"""The routers of the feed-forward layers."""
+MOA = "moa"
+"""The routers of the self-attentions."""
+
 # Columns of the accumulator ahead of the e expert counts.
 _BALANCE, _MICRO_BATCHES, _Z, _ENTROPY, _TOKENS = range(5)
 _NUM_SCALARS = 5
@@ -36,18 +41,38 @@ class RouterReport:
     load: Tensor
     """[num_layers, e] fp64 on the host: an expert's share of the assignments times e."""
 
-    def as_dict(self) -> dict[str, float]:
-        """Scalars for a log line; empty if nothing was recorded."""
+    def as_dict(self, kind: str = MOE) -> dict[str, float]:
+        """Scalars for a log line; empty if nothing was recorded.
+
+        Args:
+            kind: of the routers, MOE or MOA; names the keys.
+        """
+        prefix = _prefix(kind)
         ratios = _present(self.layer_max_load_ratio)
         if not ratios:
             return {}
         return {
-            "load_balancing_loss": self.load_balancing_loss,
-            "z_loss": self.z_loss,
-            "moe_entropy": _mean(self.layer_entropy),
-            "moe_max_load_ratio": max(ratios),
-            "moe_mean_load_ratio": _mean(self.layer_max_load_ratio),
-            "moe_dead_experts": float(sum(self.layer_dead_experts)),
+            f"{prefix}load_balancing_loss": self.load_balancing_loss,
+            f"{prefix}z_loss": self.z_loss,
+            f"{kind}_entropy": _mean(self.layer_entropy),
+            f"{kind}_max_load_ratio": max(ratios),
+            f"{kind}_mean_load_ratio": _mean(self.layer_max_load_ratio),
+            f"{kind}_dead_experts": float(sum(self.layer_dead_experts)),
+        }
+
+    def layers_as_dict(self, kind: str = MOE) -> dict[str, list[float] | list[int]]:
+        """The lists per layer, by the names they have in a run's records.
+
+        Args:
+            kind: of the routers, MOE or MOA; names the keys.
+        """
+        prefix = _prefix(kind)
+        return {
+            f"{prefix}layer_load_balancing_loss": self.layer_load_balancing_loss,
+            f"{prefix}layer_z_loss": self.layer_z_loss,
+            f"{prefix}layer_max_load_ratio": self.layer_max_load_ratio,
+            f"{prefix}layer_dead_experts": self.layer_dead_experts,
+            f"{prefix}layer_entropy": self.layer_entropy,
         }
 
 
@@ -154,6 +179,11 @@ def _report(sums: Tensor) -> RouterReport:
         layer_dead_experts=((counts == 0).sum(dim=1) * recorded).tolist(),
         load=load,
     )
+
+
+def _prefix(kind: str) -> str:
+    """What the keys of the losses and of the lists begin with."""
+    return "" if kind == MOE else f"{kind}_"
 
 
 def _present(values: list[float]) -> list[float]:

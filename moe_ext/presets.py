@@ -24,6 +24,33 @@ _OLMOE_1B_7B: Mapping[str, Any] = {
     "moe_loss_convention": "olmoe",
 }
 
+_JETMOE_8B: Mapping[str, Any] = {
+    "num_layers": 24,
+    "hidden_size": 2048,
+    "num_attention_heads": 32,
+    "num_query_groups": 16,
+    "kv_channels": 128,
+    "num_experts": 8,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 5632,
+    "moe_output_bias": True,
+    "vocab_size": 32000,
+    "make_vocab_size_divisible_by": 128,
+    "rotary_base": 10000.0,
+    # The released code normalises layers with 1e-6, the final one with its config's 1e-5.
+    "norm_epsilon": 1.0e-6,
+    "final_norm_epsilon": 1.0e-5,
+    "attention": "moa",
+    "untie_embeddings_and_output_weights": False,
+    "init_method_std": 0.01,
+    # The released code draws from a whole normal distribution, of which 6e-7 lies beyond this.
+    "init_method_cutoff": 5.0,
+    "router": "topk_softmax",
+    "moe_aux_loss_coeff": 0.01,
+    "moe_z_loss_coeff": 0.001,
+    "moe_loss_convention": "per_layer",
+}
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # OLMoE-1B-7B-0924: 6,919,161,856 parameters, 1,282,017,280 of them active per token.
     "olmoe_1b_7b": _OLMOE_1B_7B,
@@ -42,6 +69,21 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_attention_heads": 4,
         "moe_ffn_hidden_size": 64,
         "vocab_size": 4096,
+    },
+    # JetMoE-8B: 8,522,237,952 parameters, 2,331,445,248 of them active per token.
+    "jetmoe_8b": _JETMOE_8B,
+    # The same blocks at a size that two CPU cores train in minutes.
+    "jetmoe_tiny": {
+        **_JETMOE_8B,
+        "num_layers": 4,
+        "hidden_size": 128,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "kv_channels": 32,
+        "moe_ffn_hidden_size": 256,
+        "vocab_size": 4096,
+        # 0.01 is for a width of 2048; at 128 it would leave the blocks next to silent at first.
+        "init_method_std": 0.02,
     },
 }
 """Field values of `config.MoEModelConfig`; a recipe names one as `preset:` and may override."""

@@ -1,9 +1,13 @@
 """Config -> layer spec: the one file where our blocks plug into megatron-core."""
 
 import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -20,21 +24,22 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from moe_ext.attention import SDPACoreAttention, get_attention
+from moe_ext.attention import MoASubmodules, SDPACoreAttention, get_attention
 from moe_ext.config import MoEModelConfig
 from moe_ext.experts import ExpertMLP
+from moe_ext.experts.layer import OutputBiasMoELayer
 from moe_ext.functional import layer_coefficients
-from moe_ext.metrics import RouterMetrics
+from moe_ext.metrics import MOA, MOE, RouterMetrics
 from moe_ext.norm import RMSNorm
-from moe_ext.routers import get_router
+from moe_ext.routers import MoERouter, get_router
 
 
 def block_spec(
     model: MoEModelConfig,
     config: TransformerConfig,
     *,
-    metrics: RouterMetrics | None,
-    pipeline_rank: int,
+    metrics: Mapping[str, RouterMetrics],
+    pg_collection: ProcessGroupCollection,
     virtual_stage: int | None,
 ) -> TransformerBlockSubmodules:
     """The layers that this pipeline stage builds.
@@ -42,26 +47,60 @@ def block_spec(
     Args:
         model: the architecture.
         config: its translation, with the run's parallel sizes.
-        metrics: where the routers record; None for a dense model.
-        pipeline_rank: this rank's stage.
+        metrics: where the routers of each kind record.
+        pg_collection: this rank's process groups.
         virtual_stage: which of the rank's model chunks, None without interleaving.
     """
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=_attention_spec(model),
+            self_attention=_attention_spec(model, metrics),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=_dense_spec(model) if metrics is None else _moe_spec(model, metrics),
+            mlp=_feed_forward_spec(model, metrics, pg_collection),
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    num_layers = get_num_layers_to_build(config, vp_stage=virtual_stage, pp_rank=pipeline_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    num_layers = get_num_layers_to_build(
+        config, vp_stage=virtual_stage, pp_rank=pg_collection.pp.rank()
+    )
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * num_layers, layer_norm=_final_norm_spec(model)
+    )
 
 
-def _attention_spec(model: MoEModelConfig) -> ModuleSpec:
+class _FinalRMSNorm(RMSNorm):
+    """RMSNorm with an epsilon of its own; megatron-core's block hands every norm the same."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, *, own_eps: float, **ignored: object
+    ) -> None:
+        super().__init__(config, hidden_size, own_eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OwnSpec:
+    """What `build_module` reads of a spec.
+
+    TransformerLayer hands process groups to the feed-forward classes that it knows and warns about
+    any other ModuleSpec; of what is none it asks nothing.
+    """
+
+    module: type
+    params: dict[str, Any]
+    submodules: MoESubmodules
+
+
+def _final_norm_spec(model: MoEModelConfig) -> ModuleSpec | type[RMSNorm]:
+    if model.final_norm_epsilon is None:
+        return RMSNorm
+    return ModuleSpec(module=_FinalRMSNorm, params={"own_eps": model.final_norm_epsilon})
+
+
+def _attention_spec(model: MoEModelConfig, metrics: Mapping[str, RouterMetrics]) -> ModuleSpec:
+    if model.attention_experts is not None:
+        return _moa_spec(model, metrics[MOA], num_experts=model.attention_experts)
     return ModuleSpec(
         module=get_attention(model.attention),
         params={"attn_mask_type": AttnMaskType.causal},
@@ -73,28 +112,60 @@ def _attention_spec(model: MoEModelConfig) -> ModuleSpec:
     )
 
 
-def _dense_spec(model: MoEModelConfig) -> ModuleSpec:
+def _moa_spec(model: MoEModelConfig, metrics: RouterMetrics, *, num_experts: int) -> ModuleSpec:
+    size = {"num_experts": num_experts, "topk": model.attention_topk}
     return ModuleSpec(
-        module=MLP,
-        params={"ffn_hidden_size": model.ffn_hidden_size},
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        module=get_attention(model.attention),
+        params={
+            "attn_mask_type": AttnMaskType.causal,
+            "expert_backend": model.expert_backend,
+            **size,
+        },
+        submodules=MoASubmodules(
+            router=_router(model, metrics, **size), core_attention=SDPACoreAttention
+        ),
     )
 
 
-def _moe_spec(model: MoEModelConfig, metrics: RouterMetrics) -> ModuleSpec:
+def _feed_forward_spec(
+    model: MoEModelConfig,
+    metrics: Mapping[str, RouterMetrics],
+    pg_collection: ProcessGroupCollection,
+) -> ModuleSpec | _OwnSpec:
+    if model.num_experts is None:
+        return ModuleSpec(
+            module=MLP,
+            params={"ffn_hidden_size": model.ffn_hidden_size},
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        )
+    router = _router(model, metrics[MOE], num_experts=model.num_experts, topk=model.moe_router_topk)
+    experts = ModuleSpec(module=ExpertMLP, params={"backend": model.expert_backend})
+    submodules = MoESubmodules(experts=experts, router=router)
+    if not model.moe_output_bias:
+        return ModuleSpec(module=MoELayer, submodules=submodules)
+    return _OwnSpec(
+        module=OutputBiasMoELayer,
+        params={"pg_collection": pg_collection},
+        submodules=submodules,
+    )
+
+
+def _router(
+    model: MoEModelConfig, metrics: RouterMetrics, *, num_experts: int, topk: int
+) -> functools.partial[MoERouter]:
     aux_loss_coeff, z_loss_coeff = layer_coefficients(
         model.moe_loss_convention,
         model.moe_aux_loss_coeff,
         model.moe_z_loss_coeff,
         num_layers=model.num_layers,
-        topk=model.moe_router_topk,
+        topk=topk,
     )
-    router = functools.partial(
+    return functools.partial(
         get_router(model.router),
         aux_loss_coeff=aux_loss_coeff,
         z_loss_coeff=z_loss_coeff,
         router_dtype=torch.float32 if model.moe_router_dtype == "fp32" else None,
         metrics=metrics,
+        num_experts=num_experts,
+        topk=topk,
     )
-    experts = ModuleSpec(module=ExpertMLP, params={"backend": model.expert_backend})
-    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=router))

@@ -23,6 +23,7 @@ def transformer_config(model: MoEModelConfig, *, bf16: bool, **runtime: Any) -> 
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     is_moe = model.num_experts is not None
+    has_router = is_moe or model.attention_experts is not None
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -30,12 +31,14 @@ def transformer_config(model: MoEModelConfig, *, bf16: bool, **runtime: Any) -> 
         num_query_groups=model.num_query_groups or model.num_attention_heads,
         kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
         ffn_hidden_size=model.moe_ffn_hidden_size if is_moe else model.ffn_hidden_size,
-        num_moe_experts=model.num_experts,
-        moe_ffn_hidden_size=model.moe_ffn_hidden_size if is_moe else None,
+        # Without it the schedules do not scale what routers add to the loss, whichever layers' they
+        # are. A dense feed-forward layer does not read it.
+        num_moe_experts=model.num_experts if is_moe else model.attention_experts,
+        moe_ffn_hidden_size=_expert_width(model) if has_router else None,
         moe_router_topk=model.moe_router_topk,
         moe_router_pre_softmax=True,  # read by megatron-core's own router alone
         # What our routers hand to the dispatchers; the gate's own precision is theirs to choose.
-        moe_router_dtype="fp32" if is_moe else None,
+        moe_router_dtype="fp32" if has_router else None,
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_token_dispatcher_type=model.moe_token_dispatcher_type,
@@ -60,6 +63,11 @@ def transformer_config(model: MoEModelConfig, *, bf16: bool, **runtime: Any) -> 
         bf16=bf16,
         **runtime,
     )
+
+
+def _expert_width(model: MoEModelConfig) -> int | None:
+    """What megatron-core wants beside `num_moe_experts`, dense feed-forward layers or not."""
+    return model.ffn_hidden_size if model.num_experts is None else model.moe_ffn_hidden_size
 
 
 def _leave_as_is(tensor: torch.Tensor) -> torch.Tensor:

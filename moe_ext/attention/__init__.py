@@ -4,16 +4,18 @@ from megatron.core.transformer.attention import SelfAttention
 
 from moe_ext import registry
 from moe_ext.attention.core import SDPACoreAttention
+from moe_ext.attention.moa import MoASelfAttention, MoASubmodules
 from moe_ext.attention.self_attention import FullWidthRMSNorm, QKNormSelfAttention
 
-ATTENTIONS: dict[str, type[SelfAttention]] = {
+ATTENTIONS: dict[str, type[SelfAttention | MoASelfAttention]] = {
     "full_width_qk_norm": QKNormSelfAttention,
+    "moa": MoASelfAttention,
     "standard": SelfAttention,
 }
 """What `MoEModelConfig.attention` can name."""
 
 
-def get_attention(name: str) -> type[SelfAttention]:
+def get_attention(name: str) -> type[SelfAttention | MoASelfAttention]:
     """The self-attention class called `name`.
 
     Raises:
@@ -39,6 +41,8 @@ def register_attention(name: str, attention: type[SelfAttention]) -> None:
 __all__ = [
     "ATTENTIONS",
     "FullWidthRMSNorm",
+    "MoASelfAttention",
+    "MoASubmodules",
     "QKNormSelfAttention",
     "SDPACoreAttention",
     "get_attention",

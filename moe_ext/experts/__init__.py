@@ -3,7 +3,10 @@
 from moe_ext.experts.backends import (
     EXPERT_BACKENDS,
     ExpertBackend,
+    ExpertFunction,
+    ProjectionFunction,
     get_expert_backend,
+    get_expert_projection,
     register_expert_backend,
 )
 from moe_ext.experts.mlp import ExpertMLP
@@ -11,7 +14,10 @@ from moe_ext.experts.mlp import ExpertMLP
 __all__ = [
     "EXPERT_BACKENDS",
     "ExpertBackend",
+    "ExpertFunction",
     "ExpertMLP",
+    "ProjectionFunction",
     "get_expert_backend",
+    "get_expert_projection",
     "register_expert_backend",
 ]

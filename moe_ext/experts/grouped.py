@@ -48,17 +48,42 @@ def grouped_gemm_experts(
 ) -> Tensor:
     """`grouped_experts` on torch.nn.functional.grouped_mm (torch 2.10 or newer), bf16, t > 0."""
     local_experts, _, ffn, width = weight1.shape
-    for name, size in (("hidden_size", width), ("moe_ffn_hidden_size on this rank", ffn)):
-        if size % _ROW_ELEMENTS:
-            raise ValueError(
-                f"{name} ({size}) must be a multiple of {_ROW_ELEMENTS} for the grouped GEMM; "
-                "change it, or use expert_backend 'loop'"
-            )
+    _check_sizes({"hidden_size": width, "moe_ffn_hidden_size on this rank": ffn})
     ends = tokens_per_expert.to(hidden.device, non_blocking=True).cumsum(0, dtype=torch.int32)
     stacked = weight1.view(local_experts, 2 * ffn, width).transpose(1, 2)  # [el, h, 2f]
     projected = F.grouped_mm(hidden, stacked, offs=ends)  # [t, 2f]
     product: Tensor = GatedActivation.apply(projected, probs)  # [t, f]
     return F.grouped_mm(product, weight2.transpose(1, 2), offs=ends)  # [t, h]
+
+
+def grouped_projection(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """Multiply each expert's rows by its matrix: x W^T.
+
+    Differentiable once. An expert without rows gets a zero gradient.
+
+    Args:
+        rows: [t, n], those of the first expert first.
+        weight: [el, m, n].
+        tokens_per_expert: [el] integers that sum to t, on any device.
+
+    Returns:
+        [t, m] of rows' dtype.
+
+    Raises:
+        ValueError: n or m does not fit the grouped GEMM.
+    """
+    if rows.is_cuda and rows.dtype == torch.bfloat16 and rows.shape[0] > 0:
+        return grouped_gemm_projection(rows, weight, tokens_per_expert)
+    output: Tensor = _GroupedProjection.apply(rows, weight, tokens_per_expert)
+    return output
+
+
+def grouped_gemm_projection(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """`grouped_projection` on torch.nn.functional.grouped_mm (torch 2.10 or newer), bf16, t > 0."""
+    _, outputs, inputs = weight.shape
+    _check_sizes({"the rows' width": inputs, "an expert's outputs on this rank": outputs})
+    ends = tokens_per_expert.to(rows.device, non_blocking=True).cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)  # [t, m]
 
 
 class _GroupedExperts(torch.autograd.Function):
@@ -73,11 +98,7 @@ class _GroupedExperts(torch.autograd.Function):
         tokens_per_expert: Tensor,
         probs: Tensor,
     ) -> Tensor:
-        ends = list(itertools.accumulate(tokens_per_expert.tolist(), initial=0))
-        if ends[-1] != hidden.shape[0]:
-            raise ValueError(
-                f"tokens_per_expert sums to {ends[-1]}, but there are {hidden.shape[0]} tokens"
-            )
+        ends = _row_ends(tokens_per_expert, hidden)
         stacked = weight1.flatten(1, 2)  # [el, 2f, h]
         projected = _per_expert(hidden, stacked.transpose(1, 2), ends)  # [t, 2f]
         product = gated_forward(projected, probs)  # [t, f]
@@ -106,6 +127,54 @@ class _GroupedExperts(torch.autograd.Function):
         if needs_hidden:
             grad_hidden = _per_expert(grad_projected, weight1.flatten(1, 2), ends)  # [t, h]
         return grad_hidden, grad_weight1, grad_weight2, None, grad_probs
+
+
+class _GroupedProjection(torch.autograd.Function):
+    """One matrix per expert as one autograd node."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        rows: Tensor,
+        weight: Tensor,
+        tokens_per_expert: Tensor,
+    ) -> Tensor:
+        ends = _row_ends(tokens_per_expert, rows)
+        ctx.save_for_backward(rows, weight)
+        ctx.ends = ends  # type: ignore[attr-defined]
+        return _per_expert(rows, weight.transpose(1, 2), ends)  # [t, m]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        ends = ctx.ends  # type: ignore[attr-defined]
+        needs_rows, needs_weight, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
+        grad = grad.contiguous()
+        grad_rows = _per_expert(grad, weight, ends) if needs_rows else None  # [t, n]
+        grad_weight = _weight_gradient(grad, rows, ends) if needs_weight else None  # [el, m, n]
+        return grad_rows, grad_weight, None
+
+
+def _row_ends(tokens_per_expert: Tensor, rows: Tensor) -> list[int]:
+    """Where each expert's rows begin, and the end of the last one's."""
+    ends = list(itertools.accumulate(tokens_per_expert.tolist(), initial=0))
+    if ends[-1] != rows.shape[0]:
+        raise ValueError(
+            f"tokens_per_expert sums to {ends[-1]}, but there are {rows.shape[0]} tokens"
+        )
+    return ends
+
+
+def _check_sizes(sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        if size % _ROW_ELEMENTS:
+            raise ValueError(
+                f"{name} ({size}) must be a multiple of {_ROW_ELEMENTS} for the grouped GEMM; "
+                "change it, or use expert_backend 'loop'"
+            )
 
 
 def _per_expert(rows: Tensor, matrices: Tensor, ends: list[int]) -> Tensor:

@@ -32,3 +32,20 @@ def loop_experts(
         product = F.silu(tokens @ gate.T) * (tokens @ up.T) * weights.unsqueeze(-1)
         outputs.append(product.to(hidden.dtype) @ down.T)
     return torch.cat(outputs)  # [t, h]
+
+
+def loop_projection(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """Multiply each expert's rows by its matrix: x W^T.
+
+    Args:
+        rows: [t, n], those of the first expert first.
+        weight: [el, m, n].
+        tokens_per_expert: [el] integers that sum to t, on any device.
+
+    Returns:
+        [t, m] of rows' dtype.
+    """
+    parts = rows.split(tokens_per_expert.tolist())
+    return torch.cat(
+        [part @ matrix.T for part, matrix in zip(parts, weight.unbind(0), strict=True)]
+    )  # [t, m]

@@ -21,15 +21,18 @@ class MoERouter(MegatronModule, ABC):
     Under tensor and context parallelism the tokens of a micro-batch lie on several ranks; their
     counts are summed over `pg_collection.tp_cp`, so that losses and gradients are those of the
     whole micro-batch. megatron-core sums the gate's gradient over tensor parallel ranks because
-    its weight is marked `sequence_parallel`.
+    its weight is marked `sequence_parallel`. Without sequence parallelism each tensor parallel rank
+    routes all tokens, and has the whole gradient itself.
 
     Args:
         config: megatron-core's; its own auxiliary-loss fields are not read.
-        pg_collection: this rank's groups; tp and tp_cp are used.
+        pg_collection: this rank's groups; tp, cp and tp_cp are used.
         aux_loss_coeff: multiplies this layer's load-balancing loss.
         z_loss_coeff: multiplies this layer's z-loss.
         router_dtype: precision of the gate's product; None means the hidden states'.
         metrics: where each training micro-batch is recorded.
+        num_experts: e; None means the config's, those of the feed-forward layer.
+        topk: k; None means the config's.
 
     Raises:
         ValueError: the config asks for what this router does not do.
@@ -44,6 +47,8 @@ class MoERouter(MegatronModule, ABC):
         z_loss_coeff: float,
         router_dtype: torch.dtype | None,
         metrics: RouterMetrics,
+        num_experts: int | None = None,
+        topk: int | None = None,
     ) -> None:
         if config.calculate_per_token_loss:
             raise ValueError(
@@ -51,15 +56,16 @@ class MoERouter(MegatronModule, ABC):
                 "micro-batch; set it to False"
             )
         super().__init__(config=config)
-        self.num_experts: int = config.num_moe_experts
-        self.topk: int = config.moe_router_topk
+        self.num_experts: int = config.num_moe_experts if num_experts is None else num_experts
+        self.topk: int = config.moe_router_topk if topk is None else topk
         self.aux_loss_coeff = aux_loss_coeff
         self.z_loss_coeff = z_loss_coeff
         self.router_dtype = router_dtype
         self.metrics = metrics
         self.layer_number: int | None = None
         self.tp_group = pg_collection.tp
-        self.tp_cp_group = pg_collection.tp_cp
+        # The ranks over which the tokens of a micro-batch are split.
+        self.token_group = pg_collection.tp_cp if config.sequence_parallel else pg_collection.cp
         self.weight = new_parameter(self.num_experts, config.hidden_size, config=config)  # [e, h]
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         if config.perform_initialization:
@@ -122,12 +128,12 @@ class MoERouter(MegatronModule, ABC):
         self, probs: Tensor, routing_map: Tensor, *, logits: Tensor, scores: Tensor
     ) -> Tensor:
         """Probs [t, e] as they are, with the gradient of both losses to come."""
-        group_size = self.tp_cp_group.size()
+        group_size = self.token_group.size()
         local_counts = routing_map.sum(dim=0)  # [e]
         counts = local_counts
         if group_size > 1:
             counts = local_counts.clone()
-            torch.distributed.all_reduce(counts, group=self.tp_cp_group)  # sum: the micro-batch
+            torch.distributed.all_reduce(counts, group=self.token_group)  # sum: the micro-batch
         num_local = logits.shape[0]
         num_tokens = num_local * group_size
         balance = load_balancing_loss(scores, counts, num_tokens=num_tokens, topk=self.topk)

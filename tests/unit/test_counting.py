@@ -22,6 +22,12 @@ SMALL: dict[str, Any] = {
     "vocab_size": 37,
     "make_vocab_size_divisible_by": 8,
 }
+MOA: dict[str, Any] = {
+    "attention": "moa",
+    "num_attention_heads": 6,
+    "num_query_groups": 3,
+    "kv_channels": 8,
+}
 ODD: dict[str, dict[str, Any]] = {
     "experts": {},
     "tied": {"untie_embeddings_and_output_weights": False},
@@ -34,6 +40,15 @@ ODD: dict[str, dict[str, Any]] = {
         "untie_embeddings_and_output_weights": False,
         "attention": "standard",
     },
+    "output_bias": {"moe_output_bias": True, "final_norm_epsilon": 1e-4},
+    "moa": MOA,
+    "moa_of_its_own": {
+        **MOA,
+        "moa_num_experts": 5,
+        "moa_router_topk": 4,
+        "num_attention_heads": 12,
+    },
+    "moa_dense": {**MOA, "num_experts": None, "ffn_hidden_size": 34, "moa_num_experts": 7},
     "one_expert": {"num_experts": 1, "moe_router_topk": 1},
 }
 
@@ -58,11 +73,15 @@ def test_counts_are_those_of_the_built_model(
     count = count_parameters(model)
     assert count.total == sum(sizes.values())
     assert count.embedding == sizes["embedding.word_embeddings.weight"]
-    experts = sum(size for name, size in sizes.items() if ".experts." in name)
     idle = 0
-    if model.num_experts is not None:
-        idle = experts * (model.num_experts - model.moe_router_topk) // model.num_experts
-        assert idle > 0 or model.num_experts == model.moe_router_topk
+    for kind, experts, topk in (
+        ("mlp", model.num_experts, model.moe_router_topk),
+        ("self_attention", model.attention_experts, model.attention_topk),
+    ):
+        held = sum(size for name, size in sizes.items() if f"{kind}.experts." in name)
+        if experts is not None:
+            assert held > 0
+            idle += held * (experts - topk) // experts
     assert count.active == count.total - idle
 
 
@@ -78,6 +97,18 @@ def test_flops_are_the_matrix_products_of_a_forward_pass_times_three() -> None:
     norms = 2 * h
     layer = attention_products + scores_and_use + experts_and_router + norms
     multiply_adds = 3 * layer + h + h * 40
+    assert training_flops_per_token(model, seq_length) == 3 * 2 * multiply_adds
+
+
+def test_flops_of_moa_are_those_of_k_experts_and_all_their_heads() -> None:
+    model = MoEModelConfig(**{**SMALL, **ODD["moa_of_its_own"]})
+    h, seq_length, width = 20, 11, 3 * 8
+    projections = 4 * 2 * h * width + 2 * h * width  # k of the experts, keys and values
+    scores_and_use = 2 * 4 * width * seq_length
+    attention = projections + scores_and_use + 5 * h + h  # router and bias
+    feed_forward = 2 * 3 * h * 14 + 6 * h
+    norms = 2 * h
+    multiply_adds = 3 * (attention + feed_forward + norms) + h + h * 40
     assert training_flops_per_token(model, seq_length) == 3 * 2 * multiply_adds
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from moe_ext.experts import (
     EXPERT_BACKENDS,
-    ExpertBackend,
+    ExpertFunction,
     ExpertMLP,
+    ProjectionFunction,
     get_expert_backend,
+    get_expert_projection,
     register_expert_backend,
 )
-from moe_ext.experts.grouped import grouped_gemm_experts
+from moe_ext.experts.grouped import grouped_gemm_experts, grouped_gemm_projection
 
 ConfigMaker = Callable[..., TransformerConfig]
 
@@ -54,7 +57,7 @@ def formula(hidden: Tensor, w1: Tensor, w2: Tensor, counts: Tensor, probs: Tenso
 
 
 def output_and_gradients(
-    backend: ExpertBackend, counts: list[int], inputs: list[Tensor]
+    backend: ExpertFunction, counts: list[int], inputs: list[Tensor]
 ) -> list[Tensor]:
     hidden, w1, w2, probs = inputs
     output = backend(hidden, w1, w2, torch.tensor(counts), probs)
@@ -155,6 +158,96 @@ def test_a_registered_backend_is_found_and_never_replaced(monkeypatch: pytest.Mo
     assert get_expert_backend("formula") is formula
     with pytest.raises(ValueError, match=re.escape("expert backend 'loop' is already registered")):
         register_expert_backend("loop", formula)
+
+
+def projection_and_gradients(
+    projection: ProjectionFunction, counts: list[int], *, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    rows, weight = (
+        torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+        for shape in ((sum(counts), 8), (len(counts), 16, 8))
+    )
+    output = projection(rows, weight, torch.tensor(counts))
+    upstream = torch.linspace(-1, 1, output.numel()).view_as(output).to(output)
+    return [output, *torch.autograd.grad(output, [rows, weight], upstream)]
+
+
+def projection_formula(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Every row by itself."""
+    owner = [e for e, n in enumerate(counts.tolist()) for _ in range(n)]
+    return torch.stack([(weight[e] * x).sum(1) for x, e in zip(rows, owner, strict=True)])
+
+
+def test_loop_projection_equals_the_formula_with_all_gradients() -> None:
+    actual = projection_and_gradients(get_expert_projection("loop"), LAYOUTS["random"])
+    assert_all_close(actual, projection_and_gradients(projection_formula, LAYOUTS["random"]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_grouped_projection_equals_loop_with_all_gradients(layout: str) -> None:
+    actual = projection_and_gradients(get_expert_projection("grouped"), LAYOUTS[layout])
+    expected = projection_and_gradients(get_expert_projection("loop"), LAYOUTS[layout])
+    assert_all_close(actual, expected)
+
+
+def test_grouped_projection_computes_only_the_gradients_asked_for() -> None:
+    rows = torch.ones(2, 3)
+    weight = torch.ones(1, 4, 3, requires_grad=True)
+    get_expert_projection("grouped")(rows, weight, torch.tensor([2])).sum().backward()
+    assert rows.grad is None
+    assert weight.grad is not None and torch.equal(weight.grad, torch.full((1, 4, 3), 2.0))
+
+
+@pytest.mark.parametrize("layout", ["random", "empty experts", "one token", "all on one expert"])
+def test_the_grouped_gemm_projection_equals_loop_in_bf16(layout: str) -> None:
+    counts = LAYOUTS[layout]
+    actual = projection_and_gradients(grouped_gemm_projection, counts, dtype=torch.bfloat16)
+    loop = get_expert_projection("loop")
+    expected = projection_and_gradients(loop, counts, dtype=torch.bfloat16)
+    for a, b in zip(actual, expected, strict=True):
+        # One product each, rounded to bf16 (2^-8) once.
+        torch.testing.assert_close(a, b, rtol=0, atol=0.01 * b.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((1, 8, 5), "the rows' width (5)"), ((1, 5, 8), "an expert's outputs on this rank (5)")],
+)
+def test_the_grouped_gemm_projection_refuses_sizes_its_kernel_cannot_take(
+    shape: tuple[int, int, int], message: str
+) -> None:
+    expected = f"{message} must be a multiple of 8 for the grouped GEMM; change it, or use"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        grouped_gemm_projection(torch.ones(2, shape[2]), torch.ones(shape), torch.tensor([2]))
+
+
+def test_a_backend_without_a_projection_serves_the_feed_forward_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("moe_ext.experts.backends.EXPERT_BACKENDS", dict(EXPERT_BACKENDS))
+    register_expert_backend("formula", formula)
+    assert get_expert_backend("formula") is formula
+    message = (
+        "expert backend 'formula' has no projection, which moa attention is made of; give one to"
+        " register_expert_backend, or use expert_backend grouped or loop"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        get_expert_projection("formula")
+    register_expert_backend("both", formula, projection_formula)
+    assert get_expert_projection("both") is projection_formula
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [
+        ((3, None), "expert backend 'new' is 3; give a function"),
+        ((formula, 3), "the projection of expert backend 'new' is 3; give a function or None"),
+    ],
+)
+def test_what_cannot_be_called_is_no_backend(functions: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        register_expert_backend("new", *functions)
 
 
 @pytest.mark.parametrize("backend", ["loop", "grouped"])

@@ -1,8 +1,11 @@
 """The papers' models have the papers' sizes, and every preset is a sound model."""
 
 import dataclasses
+from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from moe_ext.config import MoEModelConfig
 from moe_ext.counting import count_parameters, training_flops_per_token
@@ -59,15 +62,74 @@ def test_olmoe_vocabulary_is_padded_to_the_published_rows() -> None:
     assert (model.vocab_size, model.padded_vocab_size) == (50_280, 50_304)
 
 
+def test_jetmoe_has_the_published_parameters() -> None:
+    count = count_parameters(preset("jetmoe_8b"))
+    assert count.total == 8_522_237_952
+    assert count.active == 2_331_445_248
+
+
+def test_jetmoe_flops_are_six_per_multiplied_parameter_and_the_attention_square() -> None:
+    """The tied matrix is multiplied with once, and 2 x 16 heads of 128 attend."""
+    expected = 6 * 2_331_445_248 + 12 * 24 * 2 * 16 * 128 * 4096
+    assert training_flops_per_token(preset("jetmoe_8b"), 4096) == expected
+
+
+def test_jetmoe_losses_apply_to_each_router_as_published() -> None:
+    model = preset("jetmoe_8b")
+    coefficients = layer_coefficients(
+        model.moe_loss_convention,
+        model.moe_aux_loss_coeff,
+        model.moe_z_loss_coeff,
+        num_layers=model.num_layers,
+        topk=model.moe_router_topk,
+    )
+    assert coefficients == (0.01, 0.001)
+
+
+def test_jetmoe_is_the_model_of_transformers() -> None:
+    """Built without storage: as many parameters, as many heads, the same epsilons."""
+    model = preset("jetmoe_8b")
+    fields: dict[str, Any] = {
+        "num_hidden_layers": model.num_layers,
+        "num_key_value_heads": model.num_query_groups,
+        "num_experts_per_tok": model.moe_router_topk,
+        "intermediate_size": model.moe_ffn_hidden_size,
+        "kv_channels": model.kv_channels,
+        "hidden_size": model.hidden_size,
+        "vocab_size": model.vocab_size,
+        "num_local_experts": model.num_experts,
+        "rms_norm_eps": model.final_norm_epsilon,
+        "tie_word_embeddings": True,
+    }
+    config = transformers.JetMoeConfig(**fields)
+    with torch.device("meta"):
+        reference = transformers.JetMoeForCausalLM(config)
+    count = count_parameters(model)
+    assert sum(weight.numel() for weight in reference.parameters()) == count.total
+    assert config.num_attention_heads == model.num_attention_heads
+    assert reference.model.norm.variance_epsilon == model.final_norm_epsilon
+    assert reference.model.layers[0].input_layernorm.variance_epsilon == model.norm_epsilon
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_is_a_sound_model(name: str) -> None:
     assert preset(name).problems() == []
 
 
-@pytest.mark.parametrize("name", ["olmoe_1b_7b", "olmoe_tiny"])
-def test_olmoe_family_states_every_choice_that_shapes_the_model(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "inherited"),
+    [
+        *[
+            (name, {"num_query_groups", "kv_channels", "moe_output_bias", "final_norm_epsilon"})
+            for name in ("olmoe_1b_7b", "olmoe_tiny")
+        ],
+        ("jetmoe_8b", set()),
+        ("jetmoe_tiny", set()),
+    ],
+)
+def test_family_states_every_choice_that_shapes_the_model(name: str, inherited: set[str]) -> None:
     """A default that changes later must not change a published model."""
     runtime = {"expert_backend", "moe_token_dispatcher_type", "moe_router_dtype"}
-    inherited = {"num_query_groups", "kv_channels", "ffn_hidden_size"}  # None, derived
+    derived = {"ffn_hidden_size", "moa_num_experts", "moa_router_topk"}  # None
     fields = {field.name for field in dataclasses.fields(MoEModelConfig)}
-    assert fields - runtime - inherited == PRESETS[name].keys()
+    assert fields - runtime - derived - inherited == PRESETS[name].keys()

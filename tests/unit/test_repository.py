@@ -1,6 +1,7 @@
 """What the repository ships besides code: recipes, tools' help, links, documents, file habits."""
 
 import importlib
+import itertools
 import re
 import shutil
 import subprocess
@@ -132,9 +133,9 @@ def test_broken_link_and_path_are_found(tmp_path: Path) -> None:
 
 def written_records(monkeypatch: pytest.MonkeyPatch) -> list[Record]:
     """A step's and an evaluation's record, as the loop puts them together."""
-    metrics = RouterMetrics(2, 4)
-    for layer in (1, 2):
-        metrics.record(
+    metrics = {"moe": RouterMetrics(2, 4), "moa": RouterMetrics(2, 4)}
+    for kind, layer in itertools.product(metrics, (1, 2)):
+        metrics[kind].record(
             layer,
             load_balancing=torch.tensor(1.0),
             z_sum=torch.tensor(8.0),

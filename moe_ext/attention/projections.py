@@ -1,0 +1,136 @@
+"""The weights of a mixture of attention heads, split over tensor parallel ranks by head."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+from torch import Tensor
+
+from moe_ext.experts.backends import get_expert_projection
+from moe_ext.parameters import new_parameter
+
+# Where the heads are in each weight of one layer.
+_HEAD_AXES = {"weight": 0, "weight_q": 1, "weight_o": 2}
+
+
+class _HeadParallel(MegatronModule):
+    """A module whose parameters are all split by head, on the axis that `_HEAD_AXES` says."""
+
+    def __init__(self, config: TransformerConfig, *, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__(config=config)
+        self.tp_group = pg_collection.tp
+
+    def _mark_and_initialize(self) -> None:
+        for name, weight in self.named_parameters(recurse=False):
+            set_tensor_model_parallel_attributes(weight, True, _HEAD_AXES[name], 1)
+            if self.config.perform_initialization:
+                is_output = name == "weight_o"
+                with get_cuda_rng_tracker().fork():
+                    if is_output:
+                        self.config.output_layer_init_method(weight)
+                    else:
+                        self.config.init_method(weight)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Each parameter, split over tensor parallel ranks by head."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        parameters = dict(self.named_parameters(recurse=False))
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            parameters,
+            prefix,
+            {name: _HEAD_AXES[name] for name in parameters},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return sharded
+
+
+class KeyValueProjection(_HeadParallel):
+    """Keys and values that all experts share: weight [2 ng hn, h], each head's k before its v.
+
+    Args:
+        config: megatron-core's.
+        num_groups: key/value heads on this rank (ng).
+        pg_collection: this rank's groups; tp is used.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        num_groups: int,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config, pg_collection=pg_collection)
+        self.num_groups = num_groups
+        width = 2 * num_groups * config.kv_channels
+        self.weight = new_parameter(width, config.hidden_size, config=config)
+        self._mark_and_initialize()
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Key and value [s, b, ng, hn] of this rank's heads from [s, b, h]."""
+        both = F.linear(hidden, self.weight)  # [s, b, 2 ng hn]
+        key, value = both.unflatten(2, (self.num_groups, -1)).chunk(2, dim=-1)
+        return key, value
+
+
+class AttentionExperts(_HeadParallel):
+    """Each expert's query and output projections: weight_q [e, ng hn, h], weight_o [e, h, ng hn].
+
+    Every rank of the expert parallel group holds all of them, so their gradients are reduced like
+    those of dense weights.
+
+    Args:
+        config: megatron-core's.
+        num_experts: e.
+        num_groups: key/value heads on this rank (ng); an expert has one query head for each.
+        backend: a name in EXPERT_BACKENDS.
+        pg_collection: this rank's groups; tp is used.
+
+    Raises:
+        ValueError: the backend is unknown or has no projection.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        num_experts: int,
+        num_groups: int,
+        backend: str,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config, pg_collection=pg_collection)
+        self.project = get_expert_projection(backend)
+        width = num_groups * config.kv_channels
+        self.weight_q = new_parameter(num_experts, width, config.hidden_size, config=config)
+        self.weight_o = new_parameter(num_experts, config.hidden_size, width, config=config)
+        self._mark_and_initialize()
+
+    def forward(self, rows: Tensor, tokens_per_expert: Tensor, *, is_output: bool) -> Tensor:
+        """Project rows that are sorted by expert, each by its expert's matrix.
+
+        Args:
+            rows: [t * k, h], or [t * k, ng * hn] for the output.
+            tokens_per_expert: [e] rows of each expert.
+            is_output: whether weight_o is meant, not weight_q.
+
+        Returns:
+            [t * k, ng * hn] queries, or [t * k, h]: this rank's heads' addend of the output.
+        """
+        weight = self.weight_o if is_output else self.weight_q
+        return self.project(rows, weight, tokens_per_expert)
