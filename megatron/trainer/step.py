@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def language_model_step(
         mask = batch.loss_mask
         total = (losses.float() * mask).sum()
         tokens = mask.sum()
-        # Context parallel ranks divide by what all of them hold; gradients are summed over them.
+        # Where one is given, it makes the gradient the mean over all tokens of the global batch.
         whole = tokens if batch.loss_tokens is None else batch.loss_tokens
         return total / whole.clamp(min=1.0), {"loss_sum": total.detach(), "tokens": tokens}
 
@@ -131,7 +131,7 @@ def _forward_backward(
         For each micro-batch what the loss function reported; empty before the last stage.
     """
     cfg = state.cfg.training
-    on_device = [_place(state, batch) for batch in batches]
+    on_device = _place(state, batches)
     iterators = [iter(on_device) for _ in state.chunks]
     parts: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -145,13 +145,26 @@ def _forward_backward(
     return parts
 
 
-def _place(state: TrainState, batch: Batch) -> Batch:
-    """This rank's part of a micro-batch, on its device, as the model takes it."""
-    placed = batch.to(state.ctx.device)
+def _place(state: TrainState, batches: Sequence[Batch]) -> list[Batch]:
+    """This rank's part of its micro-batches, on its device, as the model takes them.
+
+    megatron-core averages over micro-batches and data parallel ranks. Where these count different
+    numbers of tokens, a mean of their means would weigh a token by the company it is in; so each
+    divides its sum of losses by the mean number of tokens, which gives the mean over all tokens.
+    """
+    groups = state.ctx.groups
+    placed = [batch.to(state.ctx.device) for batch in batches]
     if state.documents is not None:
-        placed = separate_documents(placed, state.documents)
-    group = state.ctx.groups.cp
-    return share_positions(placed, rank=group.rank(), size=group.size())
+        placed = [separate_documents(batch, state.documents) for batch in placed]
+    counted = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in placed]).sum()
+    dist.all_reduce(counted, group=groups.dp)  # sum over the ranks that read other samples
+    each = (counted / (len(placed) * groups.dp.size())).float()
+    return [
+        share_positions(
+            replace(batch, loss_tokens=each), rank=groups.cp.rank(), size=groups.cp.size()
+        )
+        for batch in placed
+    ]
 
 
 def _mean_loss(state: TrainState, parts: Sequence[dict[str, torch.Tensor]]) -> float:

@@ -54,7 +54,7 @@ class FixedBatches(SampleStream):
     """Yields given micro-batches at every step."""
 
     def __init__(self, stream: SampleStream, batches: list[Batch]) -> None:
-        super().__init__(stream.sources, stream.weights, seq_length=stream.seq_length, seed=0)
+        vars(self).update(vars(stream))
         self._batches = batches
 
     def next_global_batch(self, **sizes: int) -> list[Batch]:
@@ -191,6 +191,18 @@ def test_reported_loss_is_the_mean_over_counted_tokens(make_state: StateMaker) -
     found = train_step(state, language_model_step).lm_loss
     assert found == pytest.approx(expected, rel=1e-6)
     assert found != pytest.approx(of_means / 4, rel=1e-3)
+
+
+def test_gradient_is_that_of_the_mean_over_counted_tokens(make_state: StateMaker) -> None:
+    state = make_state(clip_grad=0, moe_aux_loss_coeff=0, moe_z_loss_coeff=0)
+    batches = [masked(b, m) for b, m in zip(random_batches(4), unequal_masks(4), strict=True)]
+    state.train_data = FixedBatches(state.train_data, batches)
+    truth = fresh_model(state, moe_aux_loss_coeff=0, moe_z_loss_coeff=0)
+    found = train_step(state, language_model_step).grad_norm
+    total = torch.stack([(plain_losses(truth, b) * b.loss_mask).sum() for b in batches]).sum()
+    (total / sum(batch.loss_mask.sum() for batch in batches)).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in truth.parameters() if p.grad is not None])
+    assert found == pytest.approx(norm.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])

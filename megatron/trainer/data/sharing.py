@@ -65,7 +65,7 @@ def share_positions(batch: Batch, *, rank: int, size: int) -> Batch:
         tokens=take(batch.tokens),
         labels=take(batch.labels),
         loss_mask=take(batch.loss_mask),
-        loss_tokens=batch.loss_mask.sum(),
+        loss_tokens=batch.loss_mask.sum() if batch.loss_tokens is None else batch.loss_tokens,
         position_ids=take(batch.position_ids),
         places=rows,
     )

@@ -31,7 +31,7 @@ class Batch:
     """[b, s of the whole sequence] int64 numbers of the documents that attention keeps apart; None
     lets it cross them."""
     loss_tokens: Tensor | None = None
-    """[] float32, the sum of the whole sequences' loss_mask; None means this loss_mask's."""
+    """[] float32, what the sum of losses is divided by; None means the sum of loss_mask."""
     places: Tensor | None = None
     """[s] int64, where this rank's positions stand in the sequence; None means all of it."""
 
