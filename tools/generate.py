@@ -1,176 +1,219 @@
-"""Continue prompts with a trained model, in one process, whatever layout trained it.
+"""Continue prompts with a trained model, alone or under torchrun, whatever layout trained it.
 
     python tools/generate.py --load runs/quickstart --prompt "def main(" --prompt "import "
 
-The model and its tokenizer come from the checkpoint. The text goes to standard output, everything
-else to standard error.
+The model and its tokenizer come from the checkpoint. The text goes to standard output or, as JSON
+Lines, to a file; everything else to standard error. docs/inference.md has more examples.
 """
 
 import argparse
+import contextlib
+import functools
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-import recipe
+import inference
 import torch
+import torch.distributed as dist
 
-from megatron.trainer.checkpoint import FoundCheckpoint, find_checkpoint
-from megatron.trainer.config import DataConfig, ParallelConfig, TrainingConfig
-from megatron.trainer.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
+from megatron.trainer.data.tokenizer import Tokenizer
 from megatron.trainer.errors import ConfigError
-from megatron.trainer.generate import (
-    Choice,
-    Forward,
-    check_sampling,
-    generate,
-    greedy_token,
-    next_token,
-)
-from megatron.trainer.launch import environment_world_size, initialize, run_main, shut_down
-from megatron.trainer.load import load_config
+from megatron.trainer.inference.decode import Prompt, capacity_of, generate
+from megatron.trainer.inference.lines import WholeFile, read_tokens
+from megatron.trainer.inference.sampling import Choice, check_sampling, greedy_token, next_token
+from megatron.trainer.launch import agree, environment_rank, run_main
 from megatron.trainer.log import configure_logging
-from megatron.trainer.resume import CONFIG_NAME, load_weights
+from moe_ext.attention.cache import KeyValueCache, use_cache
 
 logger = logging.getLogger("generate")
 
+WRITTEN = ("completion", "completion_tokens", "finish_reason")
+"""The keys that `--output` adds to each object."""
+_IDLE = Prompt(ids=[0], choose=greedy_token, max_new_tokens=0)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """A prompt, and how the text goes on from it."""
+class Task:
+    """A prompt, and where its continuation goes."""
 
-    ids: list[int]
-    """Its tokens."""
-    choose: Choice
-    """Picks each next token."""
+    prompt: Prompt
+    """What to continue."""
+    record: dict[str, Any]
+    """The object that the output keeps."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Generate as `argv` says; returns the exit status."""
-    args = parse_args(argv)
-    return run_main(lambda: run(args))
+    return run_main(lambda: run(inference.parse(make_parser(), argv)))
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
-        prog="generate.py", description="Continue prompts with a trained model, in one process."
+        prog="generate.py",
+        description="Continue prompts with a trained model, alone or under torchrun.",
     )
-    parser.add_argument("--load", required=True, metavar="DIR", help="a run's --save directory")
-    parser.add_argument(
-        "--ckpt-step", type=int, metavar="N", help="iteration to load; without it the newest"
-    )
-    parser.add_argument(
+    inference.add_model_flags(parser)
+    text = parser.add_argument_group("text")
+    source = text.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "--prompt",
         action="append",
-        required=True,
         metavar="TEXT",
         help="text to continue; may be given several times",
     )
+    source.add_argument(
+        "--input",
+        metavar="FILE",
+        help='JSON Lines, each {"prompt": TEXT} or {"tokens": [ID, ...]}',
+    )
+    text.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write the objects here, with what was added, instead of printing text",
+    )
+    text.add_argument(
+        "--batch-size",
+        type=inference.positive,
+        default=16,
+        metavar="N",
+        help="prompts to continue side by side, for each data parallel rank (%(default)s)",
+    )
     add_sampling_flags(parser)
-    parser.add_argument(
-        "--tokenizer-model", metavar="FILE", help="use this one, not the checkpoint's"
-    )
-    parser.add_argument(
-        "--tokenizer-type", choices=list(TOKENIZERS), help="what wrote --tokenizer-model"
-    )
-    parser.add_argument(
-        "--device",
-        choices=["auto", "cpu", "cuda"],
-        default="auto",
-        help="where to compute (%(default)s)",
-    )
-    return parser.parse_args(argv)
+    return parser
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """How much text, and how each token is picked."""
-    parser.add_argument(
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add (%(default)s)"
     )
-    parser.add_argument(
+    sampling.add_argument(
         "--temperature",
         type=float,
         default=0.8,
         metavar="T",
         help="divides the logits (%(default)s)",
     )
-    parser.add_argument(
+    sampling.add_argument(
         "--top-p",
         type=float,
         default=0.95,
         metavar="P",
         help="draw from the likeliest tokens that together have this probability (%(default)s)",
     )
-    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
-    parser.add_argument(
+    sampling.add_argument(
+        "--top-k",
+        type=int,
+        metavar="N",
+        help="draw from so many of the likeliest tokens, before --top-p; without it from all",
+    )
+    sampling.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    sampling.add_argument(
         "--seed",
         type=int,
         default=1,
         metavar="N",
-        help="of the first prompt (%(default)s); the second has the next number",
+        help="of the first prompt (%(default)s); the second has the next number, and so on",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load the model and print each prompt with its continuation.
+    """Load the model and continue every prompt.
 
     Raises:
-        UserError: a flag, the checkpoint or the tokenizer is wrong.
+        UserError: a flag, the input, the checkpoint or the tokenizer is wrong.
     """
-    configure_logging(0)
+    configure_logging(environment_rank())
     check_arguments(args)
-    found = find_checkpoint(Path(args.load), iteration=args.ckpt_step)
-    saved = load_config(
-        recipe.PretrainConfig,
-        ["--config", str(found.path / CONFIG_NAME)],
-        prog="generate.py",
-        description="",
-    )
-    tokenizer = find_tokenizer(saved.data, found, args)
-    if tokenizer.vocab_size > saved.model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, but the model's vocab_size is"
-            f" {saved.model.vocab_size}; every id needs an embedding; name the tokenizer that made"
-            " the training data with --tokenizer-model"
+    with inference.ranks(args), contextlib.ExitStack() as stack:
+        opened = inference.open_checkpoint(args, prog="generate.py")
+        tokenizer = agree(lambda: inference.open_tokenizer(args, opened))
+        seq_length = opened.saved.training.seq_length
+        tasks = agree(lambda: read_tasks(args, tokenizer, seq_length=seq_length))
+        output = agree(lambda: open_output(args))
+        if output is not None:
+            stack.enter_context(output)
+        loaded = inference.load_model(args, opened)
+        per_round = args.batch_size * loaded.ctx.layout.data
+        for start in range(0, len(tasks), per_round):
+            some = tasks[start : start + per_round]
+            added = continue_round(loaded, [task.prompt for task in some], tokenizer)
+            agree(functools.partial(show_round, start, some, added, tokenizer, output))
+        agree(lambda: output.finish() if output is not None else None)
+
+
+def continue_round(
+    loaded: inference.LoadedModel, prompts: Sequence[Prompt], tokenizer: Tokenizer
+) -> list[list[int]]:
+    """Continue a few prompts on all ranks; a collective call.
+
+    Args:
+        loaded: the model.
+        prompts: dealt to the data parallel ranks in turn.
+        tokenizer: tells which id ends a text, and which ids mean something.
+
+    Returns:
+        Each prompt's new tokens, on every rank.
+    """
+    ctx = loaded.ctx
+    numbers = range(ctx.data_parallel_rank, len(prompts), ctx.layout.data)
+    mine = [prompts[number] for number in numbers] or [_IDLE]
+    cache = KeyValueCache(batch_size=len(mine), capacity=capacity_of(mine))
+    with use_cache(loaded.module, cache):
+        new = generate(
+            inference.CachedModel(loaded, cache),
+            mine,
+            stop_id=tokenizer.eod,
+            vocab_size=tokenizer.vocab_size,
         )
-    prompts = encode_prompts(args, tokenizer, seq_length=saved.training.seq_length)
-    cfg = recipe.PretrainConfig(
-        model=saved.model,
-        parallel=ParallelConfig(device=args.device),
-        training=TrainingConfig(
-            seq_length=saved.training.seq_length, bf16=saved.training.bf16, global_batch_size=1
-        ),
-    )
-    ctx = initialize(cfg)
-    try:
-        forward = build_forward(cfg, recipe.build_chunks(cfg, ctx, seed=None).chunks, found)
-        for number, prompt in enumerate(prompts, start=1):
-            new = generate(
-                forward,
-                prompt.ids,
-                prompt.choose,
-                max_new_tokens=args.max_new_tokens,
-                stop_id=tokenizer.eod,
-                vocab_size=tokenizer.vocab_size,
-                device=ctx.device,
-            )
-            show(number, prompt, new, tokenizer)
-    finally:
-        shut_down()
+    found = dict(zip(numbers, new, strict=False)) if loaded.staged.is_speaker else {}
+    everyone: list[dict[int, list[int]]] = [{} for _ in range(ctx.world_size)]
+    dist.all_gather_object(everyone, found)
+    merged = {number: ids for each in everyone for number, ids in each.items()}
+    return [merged[number] for number in range(len(prompts))]
 
 
-def show(number: int, prompt: Prompt, new: list[int], tokenizer: Tokenizer) -> None:
-    """Print prompt number `number`, counted from 1, and its new tokens as text."""
+def show_round(
+    start: int,
+    tasks: Sequence[Task],
+    added: Sequence[list[int]],
+    tokenizer: Tokenizer,
+    output: WholeFile | None,
+) -> None:
+    """Print or write some tasks, after the `start` ones before them; on rank 0 alone."""
+    if environment_rank() == 0:
+        for number, (task, new) in enumerate(zip(tasks, added, strict=True), start=start + 1):
+            show(number, task, new, tokenizer, output)
+
+
+def show(
+    number: int, task: Task, new: list[int], tokenizer: Tokenizer, output: WholeFile | None
+) -> None:
+    """Print or write prompt `number`, counted from 1, and its new tokens as text."""
+    ids = task.prompt.ids
     has_ended = bool(new) and new[-1] == tokenizer.eod
-    if number > 1:
-        print("---")
-    print(tokenizer.decode(prompt.ids + (new[:-1] if has_ended else new)), flush=True)
+    text = tokenizer.decode(ids + (new[:-1] if has_ended else new))
+    if output is not None:
+        start = tokenizer.decode(ids)
+        added = {
+            "completion": text[len(start) :] if text.startswith(start) else text,
+            "completion_tokens": new,
+            "finish_reason": "stop" if has_ended else "length",
+        }
+        output.write_record({**task.record, **added})
+    else:
+        if number > 1:
+            print("---")
+        print(text, flush=True)
     logger.info(
         "prompt %d: %d tokens, then %d new ones; stopped at the %s",
         number,
-        len(prompt.ids),
+        len(ids),
         len(new),
         "end of the document" if has_ended else "limit",
     )
@@ -182,67 +225,73 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: one of them is.
     """
-    check_sampling(temperature=args.temperature, top_p=args.top_p)
+    check_sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
     if args.max_new_tokens < 1:
         raise ConfigError(
             f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1; use 64, for example"
         )
-    if environment_world_size() != 1:
-        raise ConfigError(
-            f"torchrun started {environment_world_size()} processes; text is generated in one;"
-            " start the tool with python alone"
-        )
 
 
-def find_tokenizer(data: DataConfig, found: FoundCheckpoint, args: argparse.Namespace) -> Tokenizer:
-    """The tokenizer that was named, or else the one in the checkpoint.
-
-    Args:
-        data: of the run that wrote the checkpoint.
-        found: the checkpoint.
-        args: the command line.
-
-    Raises:
-        ConfigError: there is neither.
-        DataError: its file is missing or of another kind.
-    """
-    kind = args.tokenizer_type or data.tokenizer_type
-    if args.tokenizer_model is not None:
-        return load_tokenizer(kind, args.tokenizer_model)
-    if data.tokenizer_model is None:
-        raise ConfigError(
-            f"{found.path} brings no tokenizer, because its run had no --tokenizer-model; text"
-            " needs one; name the tokenizer that made the training data with --tokenizer-model"
-        )
-    return load_tokenizer(kind, str(found.path / Path(data.tokenizer_model).name))
-
-
-def encode_prompts(
-    args: argparse.Namespace, tokenizer: Tokenizer, *, seq_length: int
-) -> list[Prompt]:
-    """Tokens and sampling of every prompt; each has a generator of its own.
+def read_tasks(args: argparse.Namespace, tokenizer: Tokenizer, *, seq_length: int) -> list[Task]:
+    """Every prompt, with a generator of its own.
 
     Raises:
         ConfigError: a prompt is empty, or too long to be continued within `seq_length`, the
             length that the model was trained on.
+        DataError: the same of a line of `--input`, or it is no prompt at all.
     """
-    prompts = []
-    for index, text in enumerate(args.prompt):
-        ids = tokenizer.encode(text)
-        if not ids:
-            raise ConfigError(
-                f"--prompt number {index + 1} ({text!r}) has no tokens; the model continues at"
-                " least one; give it some text"
+    if args.input is None:
+        records = [{"prompt": text} for text in args.prompt]
+        prompts = [
+            encode_prompt(args, tokenizer, number, seq_length=seq_length)
+            for number in range(1, len(records) + 1)
+        ]
+    else:
+        lines = list(
+            read_tokens(
+                args.input,
+                text_key="prompt",
+                encode=tokenizer.encode,
+                vocab_size=tokenizer.vocab_size,
+                most_tokens=seq_length - args.max_new_tokens,
+                rule=f"because with --max-new-tokens {args.max_new_tokens} they must fit into"
+                f" {seq_length}, the --seq-length of training",
+                written_keys=WRITTEN,
             )
-        if len(ids) + args.max_new_tokens > seq_length:
-            raise ConfigError(
-                f"--prompt number {index + 1} has {len(ids)} tokens and --max-new-tokens is"
-                f" {args.max_new_tokens}; together they must be at most {seq_length}, the"
-                " --seq-length of training; shorten the prompt or lower --max-new-tokens"
-            )
-        generator = torch.Generator().manual_seed(args.seed + index)
-        prompts.append(Prompt(ids=ids, choose=make_choice(args, generator)))
-    return prompts
+        )
+        records = [line.record for line in lines]
+        prompts = [line.ids for line in lines]
+    return [
+        Task(
+            record=record,
+            prompt=Prompt(
+                ids=ids,
+                choose=make_choice(args, torch.Generator().manual_seed(args.seed + index)),
+                max_new_tokens=args.max_new_tokens,
+            ),
+        )
+        for index, (record, ids) in enumerate(zip(records, prompts, strict=True))
+    ]
+
+
+def encode_prompt(
+    args: argparse.Namespace, tokenizer: Tokenizer, number: int, *, seq_length: int
+) -> list[int]:
+    """Tokens of `--prompt` number `number`, counted from 1; see `read_tasks`."""
+    text = args.prompt[number - 1]
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise ConfigError(
+            f"--prompt number {number} ({text!r}) has no tokens; the model continues at"
+            " least one; give it some text"
+        )
+    if len(ids) + args.max_new_tokens > seq_length:
+        raise ConfigError(
+            f"--prompt number {number} has {len(ids)} tokens and --max-new-tokens is"
+            f" {args.max_new_tokens}; together they must be at most {seq_length}, the"
+            " --seq-length of training; shorten the prompt or lower --max-new-tokens"
+        )
+    return ids
 
 
 def make_choice(args: argparse.Namespace, generator: torch.Generator) -> Choice:
@@ -250,27 +299,19 @@ def make_choice(args: argparse.Namespace, generator: torch.Generator) -> Choice:
     if args.greedy:
         return greedy_token
     return lambda logits: next_token(
-        logits, temperature=args.temperature, top_p=args.top_p, generator=generator
+        logits,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        generator=generator,
     )
 
 
-def build_forward(
-    cfg: recipe.PretrainConfig, chunks: Sequence[torch.nn.Module], found: FoundCheckpoint
-) -> Forward:
-    """The model with the checkpoint's weights, as a function of tokens [1, s]."""
-    (model,) = chunks
-    if cfg.training.bf16:
-        model.bfloat16()  # every parameter, as training has it
-    load_weights([model], found)
-    model.eval()
-    logger.info("took the weights of %s", found.path)
-
-    def forward(tokens: torch.Tensor) -> torch.Tensor:
-        position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, s]
-        logits: torch.Tensor = model(tokens, position_ids, None)  # [1, s, padded v]
-        return logits
-
-    return forward
+def open_output(args: argparse.Namespace) -> WholeFile | None:
+    """The output file, on rank 0, if there is to be one."""
+    if args.output is None or environment_rank() != 0:
+        return None
+    return WholeFile(args.output)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron.trainer.errors import CheckpointError, ConfigError
-from megatron.trainer.generate import generate, greedy_token, next_token
+from megatron.trainer.inference.decode import Prompt, generate
+from megatron.trainer.inference.sampling import Choice, greedy_token, next_token
 
 LOGITS = torch.tensor([0.3, -1.2, 2.0, 0.3, -4.0, 1.1])
 
@@ -18,13 +19,16 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def nucleus_by_hand(logits: list[float], temperature: float, top_p: float) -> dict[int, float]:
+def nucleus_by_hand(
+    logits: list[float], temperature: float, top_p: float, top_k: int | None = None
+) -> dict[int, float]:
     """Probabilities of the tokens that may be drawn, one token after another."""
-    weights = [math.exp(logit / temperature) for logit in logits]
+    least = sorted(logits, reverse=True)[:top_k][-1]  # no two logits at the cut are equal
+    weights = [math.exp(logit / temperature) * (logit >= least) for logit in logits]
     probs = [weight / sum(weights) for weight in weights]
     kept: dict[int, float] = {}
     for token in sorted(range(len(probs)), key=lambda token: -probs[token]):
-        if sum(kept.values()) >= top_p:
+        if sum(kept.values()) >= top_p or probs[token] == 0.0:
             break
         kept[token] = probs[token]
     return {token: prob / sum(kept.values()) for token, prob in kept.items()}
@@ -32,11 +36,14 @@ def nucleus_by_hand(logits: list[float], temperature: float, top_p: float) -> di
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
 @pytest.mark.parametrize("top_p", [0.3, 0.8, 1.0])
-def test_draws_follow_the_renormalised_nucleus(temperature: float, top_p: float) -> None:
-    expected = nucleus_by_hand(LOGITS.tolist(), temperature, top_p)
-    generator, draws = seeded(3), 3000
+@pytest.mark.parametrize("top_k", [None, 2, 5])
+def test_draws_follow_the_renormalised_nucleus(
+    temperature: float, top_p: float, top_k: int | None
+) -> None:
+    expected = nucleus_by_hand(LOGITS.tolist(), temperature, top_p, top_k)
+    generator, draws = seeded(3), 1000
     counts = Counter(
-        next_token(LOGITS, temperature=temperature, top_p=top_p, generator=generator)
+        next_token(LOGITS, temperature=temperature, top_p=top_p, top_k=top_k, generator=generator)
         for _ in range(draws)
     )
     assert counts.keys() <= expected.keys()
@@ -104,6 +111,16 @@ def test_top_p_out_of_range_is_refused(top_p: float) -> None:
         next_token(LOGITS, temperature=1.0, top_p=top_p, generator=seeded(0))
 
 
+@pytest.mark.parametrize("top_k", [0, -3])
+def test_top_k_out_of_range_is_refused(top_k: int) -> None:
+    message = (
+        f"--top-k is {top_k}; it must be at least 1; use 50, for example, or leave it out to draw"
+        " from all tokens"
+    )
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        next_token(LOGITS, temperature=1.0, top_p=1.0, top_k=top_k, generator=seeded(0))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
     logits = torch.tensor([0.0, bad, 1.0])
@@ -118,24 +135,42 @@ def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
 
 
 class SumModel:
-    """Logits [1, s, v + 2] that favour the sum of all tokens so far, modulo v.
+    """Remembers tokens by position; favours the sum of those up to `last`, modulo v.
 
-    The two rows of padding have the largest logits of all.
+    Logits are [b, v + 2], and the two rows of padding have the largest of all.
     """
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, *, rows: int = 1) -> None:
         self.vocab_size = vocab_size
-        self.lengths: list[int] = []
+        self.memory = torch.zeros(rows, 100, dtype=torch.int64)
+        self.widths: list[int] = []
+        self.broken_row: int | None = None
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        assert tokens.dtype == torch.int64 and tokens.shape[0] == 1
+    def next_logits(self, tokens: Tensor, position_ids: Tensor, last: Tensor) -> Tensor:
+        assert tokens.dtype == torch.int64 and tokens.shape == position_ids.shape
         assert not torch.is_grad_enabled()
-        self.lengths.append(tokens.shape[1])
-        wanted = tokens.cumsum(dim=1) % self.vocab_size  # [1, s]
-        logits = torch.zeros(1, tokens.shape[1], self.vocab_size + 2)
-        logits.scatter_(2, wanted[..., None], 5.0)
-        logits[..., self.vocab_size :] = 9.0
+        self.widths.append(tokens.shape[1])
+        self.memory.scatter_(1, position_ids, tokens)
+        ends = position_ids.gather(1, last[:, None])  # [b, 1]
+        seen = torch.arange(self.memory.shape[1]) <= ends  # [b, 100]
+        wanted = (self.memory * seen).sum(dim=1) % self.vocab_size  # [b]
+        logits = torch.zeros(len(tokens), self.vocab_size + 2)
+        logits.scatter_(1, wanted[:, None], 5.0)
+        logits[:, self.vocab_size :] = 9.0
+        if self.broken_row is not None:
+            logits[self.broken_row, :3] = math.nan
         return logits
+
+    def share(self, values: list[int] | None, *, count: int) -> list[int]:
+        assert values is not None and len(values) == count
+        return values
+
+    def most(self, values: list[int]) -> list[int]:
+        return values
+
+
+def prompt_of(ids: list[int], count: int, choose: Choice = greedy_token) -> Prompt:
+    return Prompt(ids=ids, choose=choose, max_new_tokens=count)
 
 
 def sum_by_hand(prompt: list[int], vocab_size: int, count: int, stop_id: int) -> list[int]:
@@ -152,21 +187,41 @@ def sum_by_hand(prompt: list[int], vocab_size: int, count: int, stop_id: int) ->
 def test_generation_is_the_plain_loop(count: int, stop_id: int) -> None:
     prompt, vocab_size = [3, 1, 3], 11
     model = SumModel(vocab_size)
-    new = generate(
-        model, prompt, greedy_token, max_new_tokens=count, stop_id=stop_id, vocab_size=vocab_size
-    )
+    (new,) = generate(model, [prompt_of(prompt, count)], stop_id=stop_id, vocab_size=vocab_size)
     assert new == sum_by_hand(prompt, vocab_size, count, stop_id)
-    assert model.lengths == list(range(3, 3 + len(new)))
+    assert model.widths == [3] + [1] * (len(new) - 1)  # no token is computed twice
+
+
+@pytest.mark.parametrize("stop_id", [0, 4, 99])
+def test_row_of_a_batch_is_generated_as_alone(stop_id: int) -> None:
+    prompts = [[3, 1, 3], [7], [2, 2, 2, 2, 2, 2], [5, 5]]
+    counts = [4, 9, 1, 0]
+    model = SumModel(11, rows=4)
+    found = generate(
+        model,
+        [prompt_of(ids, count) for ids, count in zip(prompts, counts, strict=True)],
+        stop_id=stop_id,
+        vocab_size=11,
+    )
+    for ids, count, new in zip(prompts, counts, found, strict=True):
+        assert new == sum_by_hand(ids, 11, count, stop_id)
+    # The batch ends with its longest row, at most one token a pass.
+    assert len(model.widths) == max(1, *(len(new) for new in found))
 
 
 def test_padding_of_the_vocabulary_is_never_drawn() -> None:
     generator = seeded(2)
-    new = generate(
-        SumModel(6),
-        [1],
-        lambda logits: next_token(logits, temperature=50.0, top_p=1.0, generator=generator),
-        max_new_tokens=200,
-        stop_id=-1,
-        vocab_size=6,
-    )
+
+    def draw(logits: Tensor) -> int:
+        return next_token(logits, temperature=50.0, top_p=1.0, generator=generator)
+
+    (new,) = generate(SumModel(6), [prompt_of([1], 90, draw)], stop_id=-1, vocab_size=6)
     assert set(new) == set(range(6))
+
+
+def test_batch_with_broken_logits_is_refused() -> None:
+    model = SumModel(6, rows=2)
+    model.broken_row = 1
+    prompts = [prompt_of([1], 3), prompt_of([2], 3)]
+    with pytest.raises(CheckpointError, match=re.escape("3 of 6 logits are not finite")):
+        generate(model, prompts, stop_id=-1, vocab_size=6)

@@ -1,0 +1,128 @@
+"""A forward pass over a model that is spread over ranks: no gradients, no micro-batch schedule."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron.trainer.launch import RunContext
+
+
+class StagedModel:
+    """This rank's part of a model, and the way to the others.
+
+    A pipeline stage receives the hidden states from the stage before it and sends its own on, so
+    several passes can be under way, each in another stage. Results are there on the last stage.
+    Tensor parallel ranks hold the same results. Data parallel ranks may pass batches of different
+    shapes, but under expert parallelism all must make the same number of passes.
+
+    Args:
+        model: a GPTModel chunk in evaluation mode, built without sequence parallelism.
+        ctx: this rank's place.
+        vocab_size: rows of the vocabulary that are not padding.
+    """
+
+    def __init__(self, model: nn.Module, ctx: RunContext, *, vocab_size: int) -> None:
+        self.model = model
+        self.vocab_size = vocab_size
+        self._device = ctx.device
+        self._pp = ctx.groups.pp
+        self._tp = ctx.groups.tp
+        self._mp = ctx.groups.mp
+        self.is_last = self._pp.rank() == self._pp.size() - 1
+
+    @property
+    def is_speaker(self) -> bool:
+        """Whether this rank hands on the results of the ranks that share a batch."""
+        return self.is_last and self._tp.rank() == 0
+
+    def next_logits(self, tokens: Tensor, position_ids: Tensor, last: Tensor) -> Tensor | None:
+        """Logits after one token of each row; the others' are never computed.
+
+        Args:
+            tokens: [b, n] int64.
+            position_ids: [b, n] int64.
+            last: [b] which of the n tokens.
+
+        Returns:
+            [b, padded v] on the last stage, None before it.
+        """
+        rows = torch.arange(len(last), device=self._device)
+        at = last.to(self._device)
+
+        def keep_last(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden = args[0]  # [n, b, h]
+            return hidden[at, rows][None], *args[1:]  # [1, b, h]
+
+        with self._before_output_layer(keep_last):
+            output = self._forward(tokens, position_ids, runtime_gather_output=True)
+        return None if output is None else output[:, 0]  # [b, padded v]
+
+    def logits(self, tokens: Tensor, position_ids: Tensor) -> Tensor | None:
+        """Logits [b, n, v] of all tokens [b, n] on the last stage, None before it."""
+        output = self._forward(tokens, position_ids, runtime_gather_output=True)
+        return None if output is None else output[..., : self.vocab_size]
+
+    def log_probs(self, tokens: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor | None:
+        """Natural logarithms of the probabilities of labels.
+
+        Args:
+            tokens: [b, n] int64.
+            position_ids: [b, n] int64.
+            labels: [b, n] int64, the token after each.
+
+        Returns:
+            [b, n] fp32 on the last stage, None before it.
+        """
+        losses = self._forward(tokens, position_ids, labels=labels.to(self._device))
+        return None if losses is None else -losses.float()
+
+    def share(self, values: list[int] | None, *, count: int) -> list[int]:
+        """`count` numbers of the speaker, on all ranks of its tensor and pipeline groups."""
+        shared = torch.tensor(values or [0] * count, dtype=torch.int64, device=self._device)
+        # From the last stage's first rank over tensor x pipeline ranks.
+        dist.broadcast(shared, group=self._mp, group_src=self._mp.size() - self._tp.size())
+        return [int(value) for value in shared.tolist()]
+
+    def most(self, values: list[int]) -> list[int]:
+        """The largest of each number over all ranks."""
+        largest = torch.tensor(values, dtype=torch.int64, device=self._device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)  # over the world
+        return [int(value) for value in largest.tolist()]
+
+    @contextlib.contextmanager
+    def _before_output_layer(self, hook: Callable[..., Any]) -> Iterator[None]:
+        """Keep a hook on what turns hidden states into logits, on the last stage, for a while."""
+        if not self.is_last:
+            yield
+            return
+        handle = cast(nn.Module, self.model.output_layer).register_forward_pre_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def _forward(self, tokens: Tensor, position_ids: Tensor, **options: Any) -> Tensor | None:
+        """This stage's share of a pass; what it computed on the last stage, None before."""
+        stage, config = self._pp.rank(), cast(Any, self.model).config
+        if stage > 0:
+            hidden = torch.empty(
+                tokens.shape[1],
+                tokens.shape[0],
+                config.hidden_size,
+                dtype=config.params_dtype,
+                device=self._device,
+            )  # [n, b, h]
+            dist.recv(hidden, group=self._pp, group_src=stage - 1)
+            cast(Any, self.model).set_input_tensor(hidden)
+        output: Tensor = self.model(
+            tokens.to(self._device), position_ids.to(self._device), None, **options
+        )
+        if self.is_last:
+            return output
+        dist.send(output.contiguous(), group=self._pp, group_dst=stage + 1)
+        return None
