@@ -24,7 +24,8 @@ OPTIMIZER_PREFIX = "optimizer.state."
 """What the names of moments and master weights begin with in a checkpoint."""
 # The distributed optimizer calls a master weight `param`, the plain bf16 one `fp32_param`.
 _DISTRIBUTED_MASTER = f"{OPTIMIZER_PREFIX}param."
-_MASTER = f"{OPTIMIZER_PREFIX}fp32_param."
+MASTER_PREFIX = f"{OPTIMIZER_PREFIX}fp32_param."
+"""What the names of fp32 master weights begin with; the weight's own name follows."""
 
 
 def optimizer_state(
@@ -93,5 +94,5 @@ def _layout_free(value: Any) -> Any:
     if not isinstance(value, ShardedBase):
         return LocalNonpersistentObject(value)
     if value.key.startswith(_DISTRIBUTED_MASTER):
-        value.key = _MASTER + value.key.removeprefix(_DISTRIBUTED_MASTER)
+        value.key = MASTER_PREFIX + value.key.removeprefix(_DISTRIBUTED_MASTER)
     return value

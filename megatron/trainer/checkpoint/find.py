@@ -39,16 +39,22 @@ class _Plan:
 
 
 def find_checkpoint(
-    root: Path, *, iteration: int | None = None, group: dist.ProcessGroup | None = None
+    root: Path,
+    *,
+    iteration: int | None = None,
+    compare_contents: bool = True,
+    group: dist.ProcessGroup | None = None,
 ) -> FoundCheckpoint:
     """The checkpoint that the tracker names or, where that one is no good, the newest whole one.
 
     Called by every rank; rank 0 decides, the ranks share the reading. Every byte of the checkpoint
-    that is returned was compared with its checksum. What is passed over is logged as a warning.
+    that is returned was compared with its checksum, unless the caller does that while it reads.
+    What is passed over is logged as a warning.
 
     Args:
         root: a run directory.
         iteration: take exactly this one instead, or fail.
+        compare_contents: read every byte now; otherwise only names and sizes are compared.
         group: all ranks; None is the default group, or this process alone if there is none.
 
     Raises:
@@ -57,7 +63,7 @@ def find_checkpoint(
     plan = on_rank0("looking for checkpoints", partial(_survey, root, iteration), group)
     skipped: list[tuple[Path, tuple[str, ...]]] = []
     for number, path in plan.candidates:
-        problems = _examine(path, number, group)
+        problems = _examine(path, number, group, compare_contents=compare_contents)
         if not problems:
             found = FoundCheckpoint(path=path, iteration=number, skipped=tuple(skipped))
             if rank_of(group) == 0:
@@ -125,10 +131,12 @@ def _nothing_there(root: Path) -> str:
     )
 
 
-def _examine(path: Path, iteration: int, group: dist.ProcessGroup | None) -> list[str]:
+def _examine(
+    path: Path, iteration: int, group: dist.ProcessGroup | None, *, compare_contents: bool
+) -> list[str]:
     """What is wrong with one candidate: names and sizes on rank 0, contents shared by all."""
     problems = on_rank0(f"examining {path}", partial(_examine_outside, path, iteration), group)
-    if problems:
+    if problems or not compare_contents:
         return problems
     compare = partial(
         verify_manifest, path, checksums=True, rank=rank_of(group), world_size=size_of(group)

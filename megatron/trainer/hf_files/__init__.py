@@ -1,0 +1,23 @@
+"""Hugging Face checkpoint directories: config.json, safetensors and what lies beside them.
+
+Read in this order: `header` (one safetensors file), `directory` (reading a whole checkpoint),
+`plan` (how tensors are dealt to files), `writer` (writing one), `publish` (under its name only when
+it is whole). Nothing here knows a model, holds more than one tensor's rows, or executes anything.
+"""
+
+from megatron.trainer.hf_files.directory import HFDirectory
+from megatron.trainer.hf_files.header import TensorEntry, read_header
+from megatron.trainer.hf_files.plan import ShardPlan, parse_size, plan_shards
+from megatron.trainer.hf_files.publish import new_directory
+from megatron.trainer.hf_files.writer import HFWriter
+
+__all__ = [
+    "HFDirectory",
+    "HFWriter",
+    "ShardPlan",
+    "TensorEntry",
+    "new_directory",
+    "parse_size",
+    "plan_shards",
+    "read_header",
+]

@@ -1,0 +1,232 @@
+"""Reading a Hugging Face checkpoint directory: the config, and any rows of any tensor.
+
+Only plain names of the directory itself are opened, whatever an index says. The entry of such a
+name may be a symbolic link, for that is what a Hub snapshot is made of; a path from a file is never
+followed.
+"""
+
+import contextlib
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.trainer.errors import CheckpointError
+from megatron.trainer.hf_files.header import TensorEntry, read_header
+from megatron.trainer.hf_files.plan import INDEX_NAME, SINGLE_NAME
+from megatron.trainer.safe_load import is_plain_name
+
+CONFIG_NAME = "config.json"
+
+_MAX_JSON_BYTES = 200_000_000
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """Consecutive bytes of an open file."""
+
+    descriptor: int
+    begin: int
+    num_bytes: int
+
+
+class HFDirectory:
+    """A checkpoint directory whose safetensors headers have been read and checked.
+
+    Use it in a `with` statement: it keeps its files open.
+
+    Args:
+        path: the directory, downloaded or written by `save_pretrained`.
+
+    Raises:
+        CheckpointError: it is none, or a file in it is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise CheckpointError(
+                f"{path} is not a directory; give the directory of a Hugging Face checkpoint, and"
+                " download one from the Hub with `hf download NAME --local-dir DIR` first"
+            )
+        self.path = path
+        self.config = read_json(path, CONFIG_NAME)
+        """Contents of config.json."""
+        self.files: dict[str, int] = {}
+        """Open descriptors of the safetensors files, by name."""
+        self._places: dict[str, tuple[int, TensorEntry]] = {}
+        with contextlib.ExitStack() as stack:
+            for name, wanted in _weight_files(path).items():
+                self._add(name, wanted, stack)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> "HFDirectory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def tensors(self) -> Mapping[str, TensorEntry]:
+        """Every tensor, by name."""
+        return {name: entry for name, (_, entry) in self._places.items()}
+
+    def region(self, name: str) -> Region:
+        """Where the bytes of a tensor are."""
+        descriptor, entry = self._places[name]
+        return Region(descriptor=descriptor, begin=entry.begin, num_bytes=entry.num_bytes)
+
+    def read(self, name: str, *, start: int, count: int) -> torch.Tensor:
+        """Rows `start` to `start + count` of a tensor of at least one axis, into fresh memory.
+
+        Raises:
+            CheckpointError: the file cannot be read, or has become shorter.
+        """
+        descriptor, entry = self._places[name]
+        rows = torch.empty((count, *entry.shape[1:]), dtype=entry.dtype)
+        row_bytes = entry.num_bytes // entry.shape[0] if entry.shape[0] else 0
+        read_into(rows, descriptor, entry.begin + start * row_bytes, f"tensor {name}")
+        return rows
+
+    def _add(self, name: str, wanted: set[str] | None, stack: contextlib.ExitStack) -> None:
+        """Open one safetensors file; `wanted` are the tensors that an index says it holds."""
+        file = stack.enter_context(open_regular(self.path, name))
+        entries = read_header(file, str(self.path / name))
+        if wanted is not None and wanted != entries.keys():
+            missing, extra = sorted(wanted - entries.keys()), sorted(entries.keys() - wanted)
+            found = [f"lacks {_listed(missing)}"] if missing else []
+            found += [f"holds {_listed(extra)} besides"] if extra else []
+            raise CheckpointError(
+                f"{self.path / name} {' and '.join(found)}, against what {INDEX_NAME} says; files"
+                " of two checkpoints are mixed, or it is damaged; download it again"
+            )
+        self.files[name] = file.fileno()
+        for tensor, entry in entries.items():
+            self._places[tensor] = (file.fileno(), entry)
+
+
+def read_json(directory: Path, name: str) -> dict[str, Any]:
+    """A JSON object in a file of the directory.
+
+    Raises:
+        CheckpointError: it is missing, too large, or something else.
+    """
+    try:
+        with open_regular(directory, name) as file:
+            content = json.loads(file.read(_MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{directory / name} is not JSON: {error}; download it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{directory / name} holds a {type(content).__name__}, not a JSON object; download it"
+            " again"
+        )
+    return content
+
+
+@contextlib.contextmanager
+def open_regular(directory: Path, name: str) -> Iterator[Any]:
+    """Open a regular file of the directory, or a link to one, without waiting for a writer.
+
+    Raises:
+        CheckpointError: it is not there, or no regular file.
+    """
+    path = directory / name
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        there = ", ".join(sorted(entry.name for entry in directory.iterdir())[:20])
+        raise CheckpointError(
+            f"cannot open {path}: {error.strerror}; the directory holds {there or 'nothing'}"
+        ) from error
+    with open(descriptor, "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise CheckpointError(f"{path} is not a regular file; put the file itself there")
+        yield file
+
+
+def read_into(tensor: torch.Tensor, descriptor: int, begin: int, name: str) -> None:
+    """Fill a contiguous tensor with the bytes of a file from `begin` on.
+
+    Raises:
+        CheckpointError: the file ends before, or cannot be read.
+    """
+    view = tensor.view(-1).view(torch.uint8).numpy().data
+    done = 0
+    try:
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done:]], begin + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{name}: the file ends {len(view) - done} bytes too early; it was changed"
+                    " while it was read, start again with a whole one"
+                )
+            done += count
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
+
+
+def _weight_files(path: Path) -> dict[str, set[str] | None]:
+    """The safetensors files, and for each what an index says it holds (None: there is no index)."""
+    is_single, is_sharded = (path / SINGLE_NAME).exists(), (path / INDEX_NAME).exists()
+    if is_single and is_sharded:
+        raise CheckpointError(
+            f"{path} holds both {SINGLE_NAME} and {INDEX_NAME}; which of them are the weights is"
+            " not known; remove the other one"
+        )
+    if is_single:
+        return {SINGLE_NAME: None}
+    if is_sharded:
+        return dict(_read_index(path))
+    there = sorted(entry.name for entry in path.iterdir())
+    pickled = [name for name in there if name.endswith((".bin", ".pt", ".pth"))]
+    if pickled:
+        raise CheckpointError(
+            f"{path} holds its weights as {pickled[0]}, a pickle, which can execute code; only"
+            " safetensors are read; where you trust it, load it with transformers and write it with"
+            " save_pretrained(..., safe_serialization=True)"
+        )
+    raise CheckpointError(
+        f"{path} holds no weights: neither {SINGLE_NAME} nor {INDEX_NAME}; it holds"
+        f" {', '.join(there[:20])}"
+    )
+
+
+def _read_index(path: Path) -> dict[str, set[str]]:
+    """Names of files, and of the tensors in each."""
+    weight_map = read_json(path, INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{path / INDEX_NAME} lacks `weight_map`, the file of each tensor; download it again"
+        )
+    files: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        if (
+            not isinstance(name, str)
+            or not is_plain_name(name)
+            or not name.endswith(".safetensors")
+        ):
+            raise CheckpointError(
+                f"{path / INDEX_NAME} says that tensor {tensor} is in {name!r}; it must be the"
+                " plain name of a .safetensors file in the same directory"
+            )
+        files.setdefault(name, set()).add(tensor)
+    missing = [name for name in sorted(files) if not (path / name).exists()]
+    if missing:
+        raise CheckpointError(
+            f"{path / INDEX_NAME} names {_listed(missing)}, which the directory does not hold;"
+            " download the rest"
+        )
+    return files
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,79 @@
+"""How the tensors of a checkpoint are dealt to files."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron.trainer.errors import ConfigError
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan:
+    """One safetensors file to be."""
+
+    name: str
+    """Of the file."""
+    tensors: Mapping[str, tuple[int, ...]]
+    """Shapes by name, in the order of their bytes."""
+
+
+def plan_shards(
+    tensors: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, max_bytes: int
+) -> list[ShardPlan]:
+    """Deal tensors to files in their order, each filled as far as it goes.
+
+    Args:
+        tensors: shapes by name.
+        dtype: of all of them.
+        max_bytes: of tensors in a file; a single tensor above it has a file of its own.
+    """
+    groups: list[dict[str, tuple[int, ...]]] = []
+    room = -1
+    for name, shape in tensors.items():
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if num_bytes > room:
+            groups.append({})
+            room = max_bytes
+        groups[-1][name] = shape
+        room -= num_bytes
+    if len(groups) == 1:
+        return [ShardPlan(name=SINGLE_NAME, tensors=groups[0])]
+    return [
+        ShardPlan(name=f"model-{number:05d}-of-{len(groups):05d}.safetensors", tensors=group)
+        for number, group in enumerate(groups, start=1)
+    ]
+
+
+def index_text(plans: Sequence[ShardPlan], dtype: torch.dtype) -> str:
+    """Contents of the index that says which file holds which tensor."""
+    num_values = sum(math.prod(shape) for plan in plans for shape in plan.tensors.values())
+    index = {
+        "metadata": {"total_parameters": num_values, "total_size": num_values * dtype.itemsize},
+        "weight_map": {tensor: plan.name for plan in plans for tensor in plan.tensors},
+    }
+    return json.dumps(index, indent=2) + "\n"
+
+
+def parse_size(text: str) -> int:
+    """Bytes that "5GB", "500MB", "2GiB" or a plain number mean.
+
+    Raises:
+        ConfigError: it means none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]I?B)?", text.strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size < 1:
+        raise ConfigError(
+            f"{text!r} is no size of a file; give a number of bytes above 0, with KB, MB, GB"
+            " (powers of 1000), KiB, MiB or GiB (of 1024); 5GB, for example"
+        )
+    return size
