@@ -9,11 +9,14 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from planning import anneal_schedule, build_schedule, data_lines
+
 from megatron.trainer.config import DataConfig, RunConfig
-from megatron.trainer.data.build import DataBundle, build_data, describe
+from megatron.trainer.data.build import DataBundle, build_data
 from megatron.trainer.data.sharing import DocumentRule
 from megatron.trainer.data.tokenizer import load_tokenizer
 from megatron.trainer.errors import ConfigError
@@ -28,6 +31,7 @@ from megatron.trainer.hooks import (
     keep_records_until,
 )
 from megatron.trainer.launch import RunContext, agree, environment_rank
+from megatron.trainer.lengths import describe_lengths, resolve_lengths
 from megatron.trainer.load import dump_config, flatten, load_config
 from megatron.trainer.optim import describe_groups
 from megatron.trainer.plots import LossPlot, plot_expert_load
@@ -40,7 +44,6 @@ from moe_ext.counting import count_parameters, training_flops_per_token
 from moe_ext.functional import layer_coefficients
 from moe_ext.metrics import MOA, MOE, RouterMetrics, RouterReport
 from moe_ext.presets import PRESETS
-from moe_ext.schedules import Schedule
 from moe_ext.transformer import transformer_config
 
 logger = logging.getLogger("recipe")
@@ -60,6 +63,7 @@ def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> Pretrai
         PretrainConfig,
         sys.argv[1:] if argv is None else argv,
         presets=PRESETS,
+        resolve=resolve_lengths,
         prog=prog,
         description=description,
         quiet=environment_rank() != 0,
@@ -110,27 +114,18 @@ def build_chunks(cfg: PretrainConfig, ctx: RunContext, *, seed: int | None) -> B
 
 def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
     """Everything a run needs, at iteration 0."""
+    schedule = build_schedule(cfg)
     data = agree(
         lambda: build_data(
             cfg.data,
             vocab_size=cfg.model.vocab_size,
             seq_length=cfg.training.seq_length,
             seed=cfg.training.seed,
+            samples_per_step=cfg.training.global_batch_size,
         )
     )
     agree(lambda: _check_validation(cfg, data))
     agree(lambda: _make_run_directory(cfg, ctx))
-    try:
-        schedule = Schedule(
-            style=cfg.optimizer.lr_decay_style,
-            peak=cfg.optimizer.lr,
-            final=cfg.optimizer.min_lr,
-            warmup_iters=cfg.optimizer.lr_warmup_iters,
-            warmup_init=cfg.optimizer.lr_warmup_init,
-            decay_iters=cfg.optimizer.lr_decay_iters or cfg.training.train_iters,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     built = build_chunks(cfg, ctx, seed=cfg.training.seed)
     chunks = wrap_model(cfg, list(built.chunks), built.config)
     state = TrainState(
@@ -140,18 +135,18 @@ def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
         transformer_config=built.config,
         optimizer=prepare_training(cfg, chunks, built.config),
         schedule=schedule,
+        anneal=(partial(anneal_schedule, cfg) if cfg.checkpoint.anneal_from is not None else None),
         train_data=data.train,
         validation=data.validation,
         documents=agree(lambda: _document_rule(cfg.data)),
         metrics=RouterHealth(built.metrics) if built.metrics else None,
         flops_per_token=training_flops_per_token(cfg.model, cfg.training.seq_length),
     )
-    train_samples = cfg.training.train_iters * cfg.training.global_batch_size
-    for line in (
-        *describe_run(cfg, ctx),
-        *_data_table(describe(data, train_samples=train_samples)),
-    ):
+    table, warnings = data_lines(cfg, data)
+    for line in (*describe_run(cfg, ctx), *describe_lengths(cfg), *table):
         logger.info(line)
+    for line in warnings:
+        logger.warning(line)
     for line in describe_groups(state.optimizer, cfg.optimizer.weight_decay):
         logger.info("parameters: %s", line)
     return state
@@ -337,19 +332,3 @@ def _describe_losses(model: MoEModelConfig, *, topk: int) -> list[str]:
         f" '{model.moe_loss_convention}' convention = {z:g} for each layer's loss; logged"
         " without it, mean over layers and tokens of logsumexp squared",
     ]
-
-
-def _data_table(rows: list[dict[str, Any]]) -> list[str]:
-    """One line per token source; what a source cannot know is left out."""
-    formats = {
-        "weight": "weight {:.3g}",
-        "documents": "{:,} documents",
-        "tokens": "{:,} tokens",
-        "windows": "{:,} sequences",
-        "epochs": "{:.3g} epochs in this run",
-    }
-    lines = []
-    for row in rows:
-        known = [text.format(row[key]) for key, text in formats.items() if row[key] is not None]
-        lines.append(f"{row['use']} data {row['source']}: {', '.join(known) or 'random tokens'}")
-    return lines

@@ -8,7 +8,7 @@ import itertools
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -19,6 +19,7 @@ from megatron.trainer.recipe import (
     did_you_mean,
     dump_config,
     flatten,
+    is_recipe_only,
     read_recipe,
     schema_of,
     strip_optional,
@@ -36,6 +37,7 @@ def load_config(
     prog: str,
     description: str,
     presets: Mapping[str, Mapping[str, object]] = types.MappingProxyType({}),
+    resolve: Callable[[T, list[frozenset[str]]], T] | None = None,
     quiet: bool = False,
 ) -> T:
     """Read a run config: defaults < preset < recipe < flags.
@@ -50,6 +52,8 @@ def load_config(
         prog: the program's name in help and usage messages.
         description: what the program does, for --help.
         presets: named sets of field values.
+        resolve: what turns settings that can be spelled in two ways into one, given the names that
+            preset, recipe and flags each set (to None: not set). It may change the config.
         quiet: print nothing; for ranks other than 0.
 
     Raises:
@@ -61,7 +65,8 @@ def load_config(
     recipe, named = ({}, None) if recipe_path is None else read_recipe(recipe_path, schema)
     flagged = _single_value(argv, "--preset")
     preset = named if flagged is None else flagged
-    values = {**_preset_values(preset, presets, schema), **recipe}
+    named_values = _preset_values(preset, presets, schema)
+    values = {**named_values, **recipe}
     with contextlib.ExitStack() as stack:
         if quiet:
             # tyro prints some errors whatever its console_outputs says.
@@ -77,23 +82,40 @@ def load_config(
             )
         except SystemExit as end:
             if end.code:
-                sys.stderr.write(
-                    _nearest_flags(argv, (*schema, "config", "preset", "print_config"))
-                )
+                sys.stderr.write(_nearest_flags(argv, schema))
             raise
+        if resolve is not None:
+            layers = (named_values, recipe, _flagged(argv, schema))
+            given = {name for name, value in flatten(cfg).items() if value is not None}
+            cfg = resolve(cfg, [frozenset(given.intersection(layer)) for layer in layers])
         if is_print_only:
             sys.stdout.write(dump_config(cfg))
             raise SystemExit(0)
     return cfg
 
 
-def _nearest_flags(argv: Sequence[str], known: Sequence[str]) -> str:
+def _flagged(argv: Sequence[str], schema: Mapping[str, FieldPlace]) -> set[str]:
+    """The fields that flags set."""
+    names = {
+        token.partition("=")[0].removeprefix("--").replace("-", "_")
+        for token in argv
+        if token.startswith("--")
+    }
+    return (names | {name.removeprefix("no_") for name in names}) & schema.keys()
+
+
+def _nearest_flags(argv: Sequence[str], schema: Mapping[str, FieldPlace]) -> str:
     """A line for each unknown flag that resembles a known one; tyro finds only some of them."""
     lines = []
+    known = (*schema, "config", "preset", "print_config")
     for token in argv:
         flag = token.partition("=")[0]
         name = flag.removeprefix("--").replace("-", "_")
-        if flag.startswith("--") and not {name, name.removeprefix("no_")} & {*known, "help"}:
+        if not flag.startswith("--"):
+            continue
+        if name in schema and is_recipe_only(schema[name].hint):
+            lines.append(f"{flag} is no flag: {name} can be given in a recipe only\n")
+        elif not {name, name.removeprefix("no_")} & {*known, "help"}:
             near = difflib.get_close_matches(name, known, n=1)
             lines += [f"{flag}: did you mean --{near[0].replace('_', '-')}?\n"] if near else []
     return "".join(lines)
@@ -212,10 +234,13 @@ def _sources_class(presets: tuple[str, ...]) -> type:
 
 
 def _for_flags(group: Any) -> Any:
-    """A copy of a group whose `bool | None` fields make --x/--no-x pairs, as `bool` fields do."""
+    """A copy of a group whose `bool | None` fields make --x/--no-x pairs, as `bool` fields do.
+
+    Records make no flags.
+    """
     cls = type(group)
     hints = typing.get_type_hints(cls)
-    switches = [
+    changed: list[tuple[str, Any, Any]] = [
         (
             field.name,
             Annotated[bool | None, tyro.conf.DisallowNone],
@@ -224,9 +249,14 @@ def _for_flags(group: Any) -> Any:
         for field in dataclasses.fields(cls)
         if strip_optional(hints[field.name]) == (bool, True)
     ]
+    changed += [
+        (name, Annotated[hint, tyro.conf.Suppress], dataclasses.field(default=()))
+        for name, hint in hints.items()
+        if is_recipe_only(hint)
+    ]
     mirror = dataclasses.make_dataclass(
         cls.__name__,
-        switches,
+        changed,
         bases=(cls,),
         namespace={"__doc__": cls.__doc__},
         frozen=True,

@@ -92,10 +92,13 @@ def _evaluate_all(state: TrainState, forward_step: ForwardStep, hooks: Sequence[
 
 
 def _position(state: TrainState) -> dict[str, Any]:
-    samples = state.train_data.consumed_samples
+    data, length = state.train_data, state.cfg.training.seq_length
+    per_source = data.consumed_per_source()
     return {
         "iteration": state.iteration,
-        "consumed_samples": samples,
-        "consumed_tokens": samples * state.cfg.training.seq_length,
-        "consumed_samples_per_source": state.train_data.consumed_per_source(),
+        "phase": data.phase,
+        "consumed_samples": data.consumed_samples,
+        "consumed_tokens": data.consumed_samples * length,
+        "consumed_samples_per_source": per_source,
+        "consumed_tokens_per_source": {name: n * length for name, n in per_source.items()},
     }

@@ -2,7 +2,8 @@
 
 A config is a frozen dataclass whose fields are groups (frozen dataclasses too); the names of the
 groups' fields are unique, so that recipe keys and flags are flat. Fields are `bool`, `int`,
-`float`, `str`, a `Literal` of strings, one of these or `None`, or `tuple[X, ...]` of one of these.
+`float`, `str`, a `Literal` of strings, one of these or `None`, or `tuple[X, ...]` of one of these;
+or `tuple[R, ...]` of a record R, a frozen dataclass of such fields, which no flag can give.
 
 A recipe is parsed to nodes of text and never constructed into objects: a scalar is read as the
 type of its field, so `lr: 4e-4` is a number and `wandb_name: 2024-09-03` a string.
@@ -78,11 +79,24 @@ def schema_of(config_class: type) -> dict[str, FieldPlace]:
 
 
 def flatten(cfg: object) -> dict[str, object]:
-    """Every field of every group by its name, in the order of the groups."""
+    """Every field of every group by its name, in the order of the groups; records as mappings."""
     return {
-        name: getattr(getattr(cfg, field.group), name)
+        name: _plain(getattr(getattr(cfg, field.group), name))
         for name, field in schema_of(type(cfg)).items()
     }
+
+
+def _plain(value: object) -> object:
+    """Records as mappings, and the tuples in them as lists."""
+    if not isinstance(value, tuple) or not any(map(dataclasses.is_dataclass, value)):
+        return value
+    return tuple(
+        {
+            key: list(entry) if isinstance(entry, tuple) else entry
+            for key, entry in dataclasses.asdict(record).items()
+        }
+        for record in value
+    )
 
 
 def dump_config(cfg: object) -> str:
@@ -103,6 +117,7 @@ def dump_config(cfg: object) -> str:
                 Dumper=_RecipeDumper,
                 default_flow_style=None if isinstance(plain, list) else False,
                 allow_unicode=True,
+                sort_keys=False,
                 width=sys.maxsize,
             ).rstrip("\n")
         )
@@ -182,8 +197,7 @@ def _convert(node: yaml.Node, hint: Any, *, key: str, where: str) -> object:
     if typing.get_origin(inner) is tuple:
         if not isinstance(node, yaml.SequenceNode):
             raise wrong
-        element = typing.get_args(inner)[0]
-        return tuple(_convert(each, element, key=key, where=where) for each in node.value)
+        return _convert_entries(node, typing.get_args(inner)[0], key=key, where=where)
     if not isinstance(node, yaml.ScalarNode):
         raise wrong
     if typing.get_origin(inner) is Literal:
@@ -200,6 +214,57 @@ def _convert(node: yaml.Node, hint: Any, *, key: str, where: str) -> object:
         return _PARSERS[inner](node.value)
     except ValueError:
         raise wrong from None
+
+
+def _convert_entries(
+    node: yaml.SequenceNode, element: Any, *, key: str, where: str
+) -> tuple[object, ...]:
+    """Read the entries of a list; records are numbered, to say which one is wrong."""
+    if not dataclasses.is_dataclass(element):
+        return tuple(_convert(each, element, key=key, where=where) for each in node.value)
+    return tuple(
+        _convert_record(each, element, key=f"{key}[{number}]", where=where)
+        for number, each in enumerate(node.value, start=1)
+    )
+
+
+def _convert_record(node: yaml.Node, record: Any, *, key: str, where: str) -> object:
+    """Read one mapping as a record, as strictly as a recipe itself."""
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{key} in {where} must be a mapping, not {_describe(node)}")
+    path = where.rpartition(":")[0]
+    hints = typing.get_type_hints(record)
+    fields = {field.name: field for field in dataclasses.fields(record)}
+    values: dict[str, object] = {}
+    for name_node, value_node in node.value:
+        place = f"{path}:{name_node.start_mark.line + 1}"
+        written = str(name_node.value) if isinstance(name_node, yaml.ScalarNode) else name_node.tag
+        name = written.replace("-", "_")
+        if name not in fields:
+            hint = did_you_mean(written, fields) or f"; it takes {', '.join(fields)}"
+            raise ConfigError(f"unknown key {written!r} of {key} in {place}{hint}")
+        if name in values:
+            raise ConfigError(
+                f"key {written!r} of {key} is set a second time in {place}; keep one of them"
+            )
+        values[name] = _convert(value_node, hints[name], key=f"{key}.{name}", where=place)
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(
+            f"{key} in {path}:{node.start_mark.line + 1} lacks {', '.join(missing)}; each needs"
+            f" {', '.join(fields)}"
+        )
+    return record(**values)
+
+
+def is_recipe_only(hint: Any) -> bool:
+    """Whether a field holds records, which a recipe can give and a flag cannot."""
+    arguments = typing.get_args(hint)
+    return typing.get_origin(hint) is tuple and dataclasses.is_dataclass(arguments[0])
 
 
 def _parse_bool(text: str) -> bool:
@@ -245,6 +310,10 @@ def _expectation(hint: Any, *, is_element: bool = False) -> str:
         return f"{_expectation(inner)}, or null"
     if origin is Literal and all(isinstance(choice, str) for choice in arguments):
         return f"one of {', '.join(arguments)}"
+    if is_recipe_only(inner) and not is_element:
+        for entry in typing.get_type_hints(arguments[0]).values():
+            _expectation(entry)
+        return f"a list of mappings ({', '.join(typing.get_type_hints(arguments[0]))})"
     if origin is tuple and arguments[1:] == (...,) and not is_element:
         return f"a list, each entry {_expectation(arguments[0], is_element=True)}"
     words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}

@@ -19,10 +19,12 @@ from megatron.trainer.checkpoint import (
     save_checkpoint,
 )
 from megatron.trainer.checkpoint.layout import final_iterations, stranded
+from megatron.trainer.config import CheckpointConfig
 from megatron.trainer.errors import CheckpointError, DataError
 from megatron.trainer.launch import agree
 from megatron.trainer.load import dump_config
 from megatron.trainer.optim_state import OPTIMIZER_PREFIX
+from megatron.trainer.schedule import Schedule, branch_rate, rate_of_branch
 from megatron.trainer.state import (
     RNG_PREFIX,
     TrainState,
@@ -80,47 +82,109 @@ def resume(state: TrainState, model_config: Architecture) -> None:
     """Continue from `--load`; do nothing for a fresh run.
 
     A run directory given to --load and --save alike may be empty: the first job of a chain. Any
-    other --save must not hold a run already. A checkpoint of weights alone, as a conversion writes
-    it, has nothing else to continue from: it starts the run as --finetune would.
+    other --save must not hold a run already, but for the one of a branch: the command that began
+    the branch continues it. A checkpoint of weights alone, as a conversion writes it, has nothing
+    else to continue from: it starts the run as --finetune would.
 
     Args:
         state: freshly built; changed in place.
         model_config: this run's model group, compared with the checkpoint's.
     """
     cfg = state.cfg.checkpoint
-    save = Path(cfg.save) if cfg.save is not None else None
-    load = Path(cfg.load) if cfg.load is not None else None
-    is_continued = save is not None and load is not None and save.resolve() == load.resolve()
-    if save is not None and (cfg.finetune or not is_continued):
-        agree(lambda: _refuse_to_overwrite(save))
+    load, is_continued = _where_from(cfg)
+    is_branching = cfg.anneal_from is not None and not is_continued
     if load is None:
         return
     if is_continued and not _has_checkpoints(load):
         logger.info("no checkpoint in %s yet: starting from iteration 0", load)
         return
-    found = find_checkpoint(load, iteration=cfg.ckpt_step)
+    found = find_checkpoint(load, iteration=cfg.anneal_from if is_branching else cfg.ckpt_step)
     agree(lambda: check_architecture(found, model_config.architecture()))
     run = None if cfg.finetune else agree(lambda: _saved_run(found))
     if run is None or run.get(WEIGHTS_ONLY) is True:
-        load_weights(state.modules, found)
-        state.optimizer.reload_model_params()
-        logger.info("took the weights of %s; iteration, optimizer and data start anew", found.path)
+        _take_weights(state, found)
         return
-    request = request_state(state, run)
-    # Another layout leaves the random states unread.
+    if state.anneal is not None:
+        state.schedule = agree(lambda: _branch_schedule(state, run, found, is_branching))
+    request = request_state(state, run, is_branching=is_branching)
+    # Another layout, or a branch, leaves the random states unread.
     loaded = load_checkpoint(found.path, request, unread_prefixes=(RNG_PREFIX,))
-    apply_state(state, loaded, run)
+    apply_state(state, loaded, run, is_branching=is_branching)
     logger.info(
-        "resumed %s at iteration %d, %d samples consumed",
+        "%s %s at iteration %d, %d samples consumed, learning rate %g",
+        "branched from" if is_branching else "resumed",
         found.path,
         state.iteration,
         state.train_data.consumed_samples,
+        state.schedule(state.iteration),
     )
     if state.iteration >= state.cfg.training.train_iters:
         logger.warning(
             "the run has done its --train-iters %d already; nothing is left to train",
             state.cfg.training.train_iters,
         )
+
+
+def _where_from(cfg: CheckpointConfig) -> tuple[Path | None, bool]:
+    """The directory to load from, and whether it is the one that is saved to.
+
+    Raises:
+        CheckpointError: --save holds another run, or a branch cannot begin; on every rank.
+    """
+    save = Path(cfg.save) if cfg.save is not None else None
+    load = Path(cfg.load) if cfg.load is not None else None
+    is_continued = save is not None and load is not None and save.resolve() == load.resolve()
+    if cfg.anneal_from is not None:
+        if save is not None and _has_checkpoints(save):
+            return save, True
+        agree(lambda: _check_branch_start(cfg, is_continued))
+    if save is not None and (cfg.finetune or not is_continued):
+        agree(lambda: _refuse_to_overwrite(save))
+    return load, is_continued
+
+
+def _take_weights(state: TrainState, found: FoundCheckpoint) -> None:
+    """Start a run from weights alone."""
+    if state.anneal is not None:
+        raise CheckpointError(
+            f"{found.path} holds weights alone, and --anneal-from takes the optimizer state and the"
+            " learning rate with them; branch from a checkpoint of a training run, or start a new"
+            " schedule without --anneal-from"
+        )
+    load_weights(state.modules, found)
+    state.optimizer.reload_model_params()
+    logger.info("took the weights of %s; iteration, optimizer and data start anew", found.path)
+
+
+def _check_branch_start(cfg: CheckpointConfig, is_own_directory: bool) -> None:
+    """Refuse to begin a branch from nothing, or from two checkpoints."""
+    if is_own_directory:
+        raise CheckpointError(
+            f"{cfg.load} is given to --load and --save alike and holds no checkpoint, so there is"
+            f" no branch to continue; begin it with --load set to the run that has iteration"
+            f" {cfg.anneal_from}"
+        )
+    if cfg.ckpt_step is not None:
+        raise CheckpointError(
+            f"--ckpt-step {cfg.ckpt_step} chooses a checkpoint of the branch, but {cfg.save} holds"
+            f" none; a branch begins at --anneal-from {cfg.anneal_from}; leave --ckpt-step out"
+        )
+
+
+def _branch_schedule(
+    state: TrainState, run: Mapping[str, Any], found: FoundCheckpoint, is_branching: bool
+) -> Schedule:
+    """The schedule of a branch, which begins with the learning rate of the run it left.
+
+    Raises:
+        CheckpointError: the checkpoint does not say it, or is of another branch.
+        ConfigError: the tail cannot begin there.
+    """
+    start = state.cfg.checkpoint.anneal_from
+    assert state.anneal is not None and start is not None  # both or neither, see build_state
+    if is_branching:
+        return state.anneal(branch_rate(run, where=found.path))
+    return state.anneal(rate_of_branch(run["schedule"], anneal_from=start, where=found.path))
 
 
 def load_weights(modules: list[torch.nn.Module], found: FoundCheckpoint) -> None:

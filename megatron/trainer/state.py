@@ -15,26 +15,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.trainer.config import RunConfig
 from megatron.trainer.data.sharing import DocumentRule
 from megatron.trainer.data.stream import SampleStream, ValidationSet
-from megatron.trainer.errors import CheckpointError
 from megatron.trainer.launch import RunContext
 from megatron.trainer.optim_state import load_optimizer_state, optimizer_state
+from megatron.trainer.schedule import Schedule, check_schedule
 
 logger = logging.getLogger(__name__)
 
 RNG_PREFIX = "rng."
 """What the names of the random states begin with in a checkpoint."""
-
-
-class Schedule(Protocol):
-    """A learning-rate schedule: steps done -> learning rate of the next step."""
-
-    def __call__(self, step: int) -> float:
-        """The learning rate of step number `step`, counted from 0."""
-        ...
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """Its shape and lengths, kept in checkpoints."""
-        ...
 
 
 class ModelMetrics(Protocol):
@@ -65,6 +53,8 @@ class TrainState:
     """Over all chunks."""
     schedule: Schedule
     """The learning rate."""
+    anneal: Callable[[float], Schedule] | None = None
+    """For a branch: its schedule, given the learning rate it begins with."""
     train_data: SampleStream
     """Where the next global batch comes from."""
     validation: dict[str, ValidationSet] = field(default_factory=dict)
@@ -125,17 +115,32 @@ def run_state(state: TrainState) -> dict[str, Any]:
         "layout": _layout(state.ctx),
         "data": state.train_data.state_dict(),
         "schedule": dict(state.schedule.state_dict()),
+        "learning_rate": float(state.schedule(state.iteration)),
     }
 
 
-def request_state(state: TrainState, run: Mapping[str, Any]) -> dict[str, Any]:
+def request_state(
+    state: TrainState, run: Mapping[str, Any], *, is_branching: bool = False
+) -> dict[str, Any]:
     """What to ask a checkpoint for, given its `run_state`.
 
-    Random states are asked for only where the checkpoint was written under the same layout.
+    Random states are asked for only where the checkpoint was written under the same layout; a
+    branch starts them from its seed.
+
+    Raises:
+        CheckpointError: the checkpoint follows another schedule than the run that continues it.
     """
-    _check_schedule(state.schedule.state_dict(), run["schedule"])
+    if not is_branching:
+        check_schedule(
+            state.schedule.state_dict(),
+            run["schedule"],
+            iteration=int(run["iteration"]),
+            override=state.cfg.checkpoint.override_schedule,
+        )
     request = sharded_state(state, is_loading=True)
-    if run["layout"] != _layout(state.ctx):
+    if is_branching:
+        del request["rng"]
+    elif run["layout"] != _layout(state.ctx):
         del request["rng"]
         logger.info(
             "the checkpoint was written under another layout (%s; this run %s): random states"
@@ -146,11 +151,19 @@ def request_state(state: TrainState, run: Mapping[str, Any]) -> dict[str, Any]:
     return request
 
 
-def apply_state(state: TrainState, loaded: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+def apply_state(
+    state: TrainState,
+    loaded: Mapping[str, Any],
+    run: Mapping[str, Any],
+    *,
+    is_branching: bool = False,
+) -> None:
     """Take over what was loaded into a request of `request_state`."""
     load_optimizer_state(state.optimizer, loaded["optimizer"], steps=int(run["optimizer_steps"]))
     load_model(state.modules, loaded)
-    state.train_data.load_state_dict(run["data"])
+    take_data = state.train_data.inherit if is_branching else state.train_data.load_state_dict
+    for line in take_data(run["data"]):
+        logger.info("data: %s", line)
     state.iteration = int(run["iteration"])
     if "rng" in loaded:
         _load_rng_state(loaded["rng"])
@@ -160,22 +173,6 @@ def load_model(modules: list[torch.nn.Module], loaded: Mapping[str, Any]) -> Non
     """Take over the weights of every chunk."""
     for index, module in enumerate(modules):
         module.load_state_dict(loaded[f"model{index}"], strict=True)
-
-
-def _check_schedule(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Refuse to continue under another learning-rate curve without a word."""
-    differences = [
-        f"--{key.replace('_', '-')}: checkpoint {saved.get(key)}, this run {wanted.get(key)}"
-        for key in sorted({*wanted, *saved})
-        if wanted.get(key) != saved.get(key)
-    ]
-    if differences:
-        raise CheckpointError(
-            "the checkpoint follows another learning-rate schedule: "
-            + "; ".join(differences)
-            + ". Give this run the checkpoint's values (--lr-decay-iters is --train-iters where it"
-            " is not given), or start a new schedule from the weights with --finetune"
-        )
 
 
 def _layout(ctx: RunContext) -> dict[str, int | str]:

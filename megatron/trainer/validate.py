@@ -20,6 +20,7 @@ from megatron.trainer.layout import (
     resolved_sequence_parallel,
     world_size_problems,
 )
+from megatron.trainer.lengths import branch_problems, length_problems, schedule_problems
 
 RECOMPUTE_MODULES = ("core_attn", "moe")
 """What selective recompute can drop, in megatron-core's names.
@@ -87,12 +88,13 @@ def validate(cfg: RunConfig, world_size: int, *, is_training: bool = True) -> No
         found += world_problems
         if not world_problems:
             found += _batch_problems(cfg.training, cfg.parallel, world_size)
+        found += length_problems(cfg)
         if not model_problems:
             found += _model_layout_problems(model, cfg, is_training=is_training)
     found += _recompute_module_problems(cfg.training)
     found += _optimizer_problems(cfg.optimizer)
-    found += _schedule_problems(cfg.optimizer, cfg.training.train_iters)
-    found += _checkpoint_problems(cfg.checkpoint)
+    found += schedule_problems(cfg.optimizer, cfg)
+    found += _checkpoint_problems(cfg.checkpoint) + branch_problems(cfg)
     if cfg.logging.wandb_project is not None and cfg.checkpoint.save is None:
         found.append(
             f"wandb_project ({cfg.logging.wandb_project!r}) needs save (None), because the run's"
@@ -295,29 +297,6 @@ def _optimizer_problems(optimizer: OptimizerConfig) -> list[str]:
         )
         if value < 0
     ]
-    return found
-
-
-def _schedule_problems(optimizer: OptimizerConfig, train_iters: int) -> list[str]:
-    found = []
-    bounds = [("lr_warmup_init", optimizer.lr_warmup_init)]
-    if optimizer.lr_decay_style != "constant":
-        bounds.append(("min_lr", optimizer.min_lr))
-    for name, value in bounds:
-        if not 0 <= value <= optimizer.lr:
-            found.append(
-                f"{name} ({value}) must be at least 0 and at most lr ({optimizer.lr}); lower"
-                f" {name}, or raise lr"
-            )
-    warmup, decay = optimizer.lr_warmup_iters, optimizer.lr_decay_iters
-    if warmup < 0:
-        found.append(f"lr_warmup_iters ({warmup}) must be at least 0; use 0 or more")
-    end_name, end = ("train_iters", train_iters) if decay is None else ("lr_decay_iters", decay)
-    if warmup >= end:
-        found.append(
-            f"lr_warmup_iters ({warmup}) must be below {end_name} ({end}), the step at which the"
-            f" decay ends; use fewer warm-up steps, or raise {end_name}"
-        )
     return found
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from megatron.trainer.config import ParallelConfig, RunConfig
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.load import dump_config, flatten, load_config
-from megatron.trainer.recipe import read_recipe, schema_of
+from megatron.trainer.recipe import is_recipe_only, read_recipe, schema_of
 from moe_ext.config import MoEModelConfig
 
 
@@ -150,6 +150,8 @@ def test_every_field_has_a_flag() -> None:
     argv = []
     for name, place in schema_of(PretrainConfig).items():
         hint = _inner(place.hint)
+        if is_recipe_only(hint):
+            continue
         if typing.get_origin(hint) is Literal:
             argv += [f"--{name}", str(typing.get_args(hint)[-1])]
             continue
@@ -158,8 +160,9 @@ def test_every_field_has_a_flag() -> None:
         argv += strategies[kind](name, kind() if value is None else value)
     changed = flatten(load(*argv))
     same = [name for name in defaults if changed[name] == defaults[name]]
-    # A choice whose last value is the default, nothing else.
-    assert all(typing.get_origin(schema_of(PretrainConfig)[n].hint) is Literal for n in same)
+    # A choice whose last value is the default, and what only a recipe can give.
+    hints = [schema_of(PretrainConfig)[name].hint for name in same]
+    assert all(is_recipe_only(hint) or typing.get_origin(hint) is Literal for hint in hints)
 
 
 def test_an_unknown_flag_exits_2_and_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,7 +205,9 @@ def test_help_shows_every_flag_its_docstring_and_the_three_that_load_adds(
         load("--help")
     assert caught.value.code == 0
     shown = capsys.readouterr().out
-    for name in (*schema_of(PretrainConfig), "config", "preset", "print_config"):
+    schema = schema_of(PretrainConfig)
+    flagged = [name for name in schema if not is_recipe_only(schema[name].hint)]
+    for name in (*flagged, "config", "preset", "print_config"):
         assert re.search(rf"--{name.replace('_', '-')}\b", shown), name
     assert "--sequence-parallel, --no-sequence-parallel" in shown
     assert "Transformer layers. (default: 4)" in shown
@@ -267,6 +272,10 @@ def _values(hint: Any) -> st.SearchStrategy[Any]:
         float: st.floats(allow_nan=False),
         str: text | st.text(),
     }
+    if is_recipe_only(hint):
+        record = typing.get_args(hint)[0]
+        fields = {name: _values(kind) for name, kind in typing.get_type_hints(record).items()}
+        return st.lists(st.builds(record, **fields), max_size=2).map(tuple)
     if typing.get_origin(hint) is tuple:
         return st.lists(kinds[str], max_size=3).map(tuple)
     return kinds[hint]

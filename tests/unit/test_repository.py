@@ -144,7 +144,9 @@ def written_records(monkeypatch: pytest.MonkeyPatch) -> list[Record]:
             num_tokens=4,
             group_size=1,
         )
-    data = SimpleNamespace(consumed_samples=8, consumed_per_source=lambda: {"code": 8})
+    data = SimpleNamespace(
+        consumed_samples=8, consumed_per_source=lambda: {"code": 8}, phase="stable"
+    )
     state: Any = SimpleNamespace(
         cfg=RunConfig(),
         ctx=SimpleNamespace(world_size=1),

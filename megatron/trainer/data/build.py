@@ -1,7 +1,8 @@
 """From a DataConfig to training samples and validation sets, everything verified first."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -9,11 +10,13 @@ import numpy as np
 
 from megatron.trainer.config import DataConfig
 from megatron.trainer.data.indexed import TokenFile, open_tokens
+from megatron.trainer.data.phases import Phase
 from megatron.trainer.data.source import MockSource, Source, WindowSource
 from megatron.trainer.data.stream import SampleStream, ValidationSet
 from megatron.trainer.errors import ConfigError, DataError
 
 _STEM_SUFFIX = "_text_document"
+_NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -26,41 +29,49 @@ class DataBundle:
     """What it evaluates on, by name; may be empty."""
 
 
-def build_data(cfg: DataConfig, *, vocab_size: int, seq_length: int, seed: int) -> DataBundle:
+@dataclass(frozen=True)
+class _Mixture:
+    """A parsed data_path, and the phase it belongs to."""
+
+    phase: str | None
+    weights: tuple[float, ...]
+    parts: tuple[str, ...]
+    """PREFIX or NAME=PREFIX each."""
+    num_samples: int | None
+
+
+def build_data(
+    cfg: DataConfig, *, vocab_size: int, seq_length: int, seed: int, samples_per_step: int = 1
+) -> DataBundle:
     """Open and verify every file the run will read, and lay out the samples.
 
     Args:
-        cfg: Paths, blend and split.
+        cfg: Paths, blends, phases and split.
         vocab_size: Token ids the model has an embedding for; every token is held against it.
         seq_length: Positions in a sample (s).
         seed: What the order follows from.
+        samples_per_step: The global batch size; phases are rounded up to whole steps.
 
     Raises:
         ConfigError: Flags are missing, contradict each other or make no sense.
-        DataError: A file is missing, damaged, too short or does not fit the vocabulary; or a
-            blend is not written as it must be.
+        DataError: A file is missing, damaged, too short or does not fit the vocabulary.
     """
     if seed < 0:
         raise ConfigError(f"--seed is {seed}; it must be >= 0; give another one")
     if cfg.mock_data:
         return _mock_data(vocab_size=vocab_size, seq_length=seq_length, seed=seed)
-    if not cfg.data_path:
-        raise ConfigError(
-            "neither --data-path nor --mock-data is given; a run needs one of them; name a token"
-            " file's PREFIX, or train on random tokens with --mock-data"
-        )
-    weights, prefixes = _parse_data_path(cfg.data_path)
+    mixtures = _mixtures(cfg, tokens_per_step=samples_per_step * seq_length, seq_length=seq_length)
+    names = _source_names(mixtures)
     train_share = _parse_split(cfg.split)
-    names = unique_names(prefixes)
     common = {"seq_length": seq_length, "seed": seed, "vocab_size": vocab_size}
     train: list[Source] = []
     validation: dict[str, ValidationSet] = {}
-    for index, (name, prefix) in enumerate(zip(names, prefixes, strict=True)):
+    for prefix, name in {_prefix(part): name for part, name in names.items()}.items():
         file = open_tokens(prefix, vocab_size=vocab_size)
         cut = _split_point(file, train_share)
-        train.append(_window_source(file, name, (0, cut), index=index, **common))
+        train.append(_window_source(file, name, (0, cut), **common))
         if cut < file.num_tokens:
-            held_back = _window_source(file, name, (cut, file.num_tokens), index=index, **common)
+            held_back = _window_source(file, name, (cut, file.num_tokens), **common)
             validation[name] = ValidationSet(name, held_back)
     for name, prefix in _parse_valid_data_path(cfg.valid_data_path).items():
         if name in validation:
@@ -69,10 +80,72 @@ def build_data(cfg: DataConfig, *, vocab_size: int, seq_length: int, seed: int) 
                 " under that name; names must differ; rename it"
             )
         file = open_tokens(prefix, vocab_size=vocab_size)
-        whole = _window_source(file, name, (0, file.num_tokens), index=0, **common)
+        whole = _window_source(file, name, (0, file.num_tokens), **common)
         validation[name] = ValidationSet(name, whole)
-    stream = SampleStream(train, weights, seq_length=seq_length, seed=seed)
-    return DataBundle(stream, validation)
+    phases = [
+        Phase(
+            name=mixture.phase,
+            sources=tuple(names[part] for part in mixture.parts),
+            weights=mixture.weights,
+            num_samples=mixture.num_samples,
+        )
+        for mixture in mixtures
+    ]
+    return DataBundle(SampleStream(train, phases, seq_length=seq_length, seed=seed), validation)
+
+
+def _mixtures(cfg: DataConfig, *, tokens_per_step: int, seq_length: int) -> list[_Mixture]:
+    """The mixture of every phase, or of the one that a plain data_path makes."""
+    if not cfg.phases and not cfg.data_path:
+        raise ConfigError(
+            "neither --data-path nor --mock-data is given; a run needs one of them; name a token"
+            " file's PREFIX, or train on random tokens with --mock-data"
+        )
+    if not cfg.phases:
+        weights, parts = _parse_data_path(cfg.data_path, "--data-path")
+        return [_Mixture(None, tuple(weights), tuple(parts), None)]
+    mixtures = []
+    for phase in cfg.phases:
+        weights, parts = _parse_data_path(phase.data_path, f"data_path of phase {phase.name!r}")
+        steps = -(-phase.train_tokens // tokens_per_step)
+        samples = steps * tokens_per_step // seq_length
+        mixtures.append(_Mixture(phase.name, tuple(weights), tuple(parts), samples))
+    return mixtures
+
+
+def _source_names(mixtures: Sequence[_Mixture]) -> dict[str, str]:
+    """Each part of a data_path -> the name of its source, in order of first appearance.
+
+    Raises:
+        ConfigError: A file has two names, or a name two files.
+    """
+    for mixture in mixtures:
+        paths = [_prefix(part) for part in mixture.parts]
+        _refuse_repeats(paths, where=mixture.phase)
+    parts = list(dict.fromkeys(part for mixture in mixtures for part in mixture.parts))
+    plain = [part for part in parts if not _NAMED.fullmatch(part)]
+    names = dict(zip(plain, unique_names(plain), strict=True)) if plain else {}
+    for part in parts:
+        match = _NAMED.fullmatch(part)
+        if match:
+            names[part] = match[1]
+    for key, what in ((lambda part: names[part], "name"), (_prefix, "file")):
+        owners: dict[str, str] = {}
+        for part in parts:
+            owner = owners.setdefault(key(part), part)
+            if owner != part:
+                raise ConfigError(
+                    f"--data-path has {owner} and {part}, one {what} for two sources; a source has"
+                    " one file and one name in all phases; write NAME=PREFIX alike wherever it"
+                    " stands"
+                )
+    return {part: names[part] for part in parts}
+
+
+def _prefix(part: str) -> str:
+    """The path in PREFIX or NAME=PREFIX, one spelling for each place."""
+    match = _NAMED.fullmatch(part)
+    return str(PurePath(match[2] if match else part))
 
 
 def describe(
@@ -82,22 +155,49 @@ def describe(
 
     Args:
         bundle: The run's data.
-        train_samples: Samples the run will draw in all; None leaves epochs open.
+        train_samples: Samples the run will draw in all; None leaves the epochs of a phase without
+            end open.
 
     Returns:
-        One row a source, training first: use (train or validation), source, weight, documents,
-        tokens, windows, epochs. None where a figure does not exist: weight and epochs of a
-        validation set, everything countable of random tokens.
+        One row a phase and source, training first: use (train or validation), phase, source,
+        weight, documents, tokens, windows, draw (samples to be drawn), epochs. None where a figure
+        does not exist: weight and epochs of a validation set, everything countable of random
+        tokens, the phase of a run that has only one.
     """
+    stream = bundle.train
+    sources = {source.name: source for source in stream.sources}
     rows: list[dict[str, str | int | float | None]] = []
-    for source, weight in zip(bundle.train.sources, bundle.train.weights, strict=True):
-        epochs = None
-        if train_samples is not None and source.num_windows is not None:
-            epochs = train_samples * weight / source.num_windows
-        rows.append(_row("train", source.name, source, weight, epochs))
+    for index, phase in enumerate(stream.phases):
+        samples = train_samples if phase.num_samples is None else phase.num_samples
+        for name, weight in zip(phase.sources, stream.shares(index), strict=True):
+            row = _row("train", name, sources[name])
+            draw = None if samples is None else samples * weight
+            windows = sources[name].num_windows
+            epochs = None if draw is None or windows is None else draw / windows
+            row |= {"phase": phase.name, "weight": weight, "draw": draw, "epochs": epochs}
+            rows.append(row)
     for name, valid in bundle.validation.items():
-        rows.append(_row("validation", name, valid.source, None, None))
+        rows.append(_row("validation", name, valid.source))
     return rows
+
+
+def repeated_sources(rows: Iterable[dict[str, str | int | float | None]]) -> list[str]:
+    """A line for each source that the rows of `describe` draw more often than it has samples."""
+    drawn: dict[str, list[tuple[str, float]]] = {}
+    for row in rows:
+        if isinstance(row["epochs"], float):
+            part = (str(row["phase"]), row["epochs"])
+            drawn.setdefault(str(row["source"]), []).append(part)
+    lines = []
+    for name, parts in drawn.items():
+        total = sum(epochs for _, epochs in parts)
+        if total > 1.0:
+            told = ", ".join(f"{phase} {epochs:.3g}" for phase, epochs in parts)
+            lines.append(
+                f"source {name} is shorter than its budget: the run draws it {total:.3g} times over"
+                + (f" ({told})" if len(parts) > 1 else "")
+            )
+    return lines
 
 
 def unique_names(prefixes: Sequence[str]) -> list[str]:
@@ -110,25 +210,31 @@ def unique_names(prefixes: Sequence[str]) -> list[str]:
         Names in the same order: `a/x_text_document` is `x`, or `a/x` beside `b/x_text_document`.
 
     Raises:
-        DataError: A prefix is given twice.
+        ConfigError: A prefix is given twice, or two differ in nothing that makes a name.
     """
+    _refuse_repeats(prefixes, where=None)
     paths = [PurePath(prefix) for prefix in prefixes]
-    for path in paths:
-        if paths.count(path) > 1:
-            raise DataError(
-                f"--data-path names {path} {paths.count(path)} times; each file must be named once;"
-                " add up its weights"
-            )
     parts = [(*path.parent.parts, path.name.removesuffix(_STEM_SUFFIX)) for path in paths]
     depth = 1
     while len({part[-depth:] for part in parts}) < len(parts):
         if depth > max(len(part) for part in parts):
-            raise DataError(
+            raise ConfigError(
                 f"--data-path names {' and '.join(prefixes)}, which differ only by {_STEM_SUFFIX};"
-                " names must differ without it; rename one"
+                " names must differ without it; rename one, or write NAME=PREFIX"
             )
         depth += 1
     return ["/".join(part[-depth:]) for part in parts]
+
+
+def _refuse_repeats(prefixes: Sequence[str], *, where: str | None) -> None:
+    paths = [PurePath(prefix) for prefix in prefixes]
+    label = "--data-path" if where is None else f"data_path of phase {where!r}"
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ConfigError(
+                f"{label} names {path} {paths.count(path)} times; each file must be named once;"
+                " add up its weights"
+            )
 
 
 def _mock_data(*, vocab_size: int, seq_length: int, seed: int) -> DataBundle:
@@ -138,26 +244,31 @@ def _mock_data(*, vocab_size: int, seq_length: int, seed: int) -> DataBundle:
     """
     source = MockSource(vocab_size=vocab_size, seq_length=seq_length, seed=seed)
     other = MockSource(vocab_size=vocab_size, seq_length=seq_length, seed=seed + 1)
-    stream = SampleStream([source], [1.0], seq_length=seq_length, seed=seed)
+    phase = Phase(sources=(source.name,), weights=(1.0,))
+    stream = SampleStream([source], [phase], seq_length=seq_length, seed=seed)
     return DataBundle(stream, {other.name: ValidationSet(other.name, other)})
 
 
-def _parse_data_path(data_path: Sequence[str]) -> tuple[list[float], list[str]]:
-    """Return weights and prefixes of one PREFIX or of WEIGHT PREFIX pairs."""
-    rule = "--data-path must be one PREFIX, or WEIGHT PREFIX pairs with weights > 0"
+def _parse_data_path(data_path: Sequence[str], label: str) -> tuple[list[float], list[str]]:
+    """Return weights and sources of one PREFIX or of WEIGHT PREFIX pairs.
+
+    Raises:
+        ConfigError: It is neither; `label` says whose data_path it is.
+    """
+    rule = f"{label} must be one PREFIX, or WEIGHT PREFIX pairs with weights > 0"
     if len(data_path) == 1:
         return [1.0], [data_path[0]]
     given = " ".join(data_path)
     if len(data_path) % 2:
-        raise DataError(
-            f"--data-path has {len(data_path)} parts ({given}); {rule}; give each file a weight"
+        raise ConfigError(
+            f"{label} has {len(data_path)} parts ({given}); {rule}; give each file a weight"
         )
     weights = []
     for part in data_path[::2]:
         weight = _number(part)
         if weight is None or weight <= 0:
-            raise DataError(
-                f"--data-path has {part!r} where a weight belongs ({given}); {rule}; give each file"
+            raise ConfigError(
+                f"{label} has {part!r} where a weight belongs ({given}); {rule}; give each file"
                 " a weight, or leave it out"
             )
         weights.append(weight)
@@ -230,7 +341,6 @@ def _window_source(
     *,
     seq_length: int,
     seed: int,
-    index: int,
     vocab_size: int,
 ) -> WindowSource:
     """Return the source over a range of a file's tokens."""
@@ -243,22 +353,21 @@ def _window_source(
         stop_token=stop,
         seq_length=seq_length,
         seed=seed,
-        index=index,
         num_documents=int(last - first),
         vocab_size=vocab_size,
     )
 
 
-def _row(
-    use: str, name: str, source: Source, weight: float | None, epochs: float | None
-) -> dict[str, str | int | float | None]:
-    """Return one row of `describe`."""
+def _row(use: str, name: str, source: Source) -> dict[str, str | int | float | None]:
+    """Return one row of `describe`, of a source that is not drawn from."""
     return {
         "use": use,
+        "phase": None,
         "source": name,
-        "weight": weight,
+        "weight": None,
         "documents": source.num_documents,
         "tokens": source.num_tokens,
         "windows": source.num_windows,
-        "epochs": epochs,
+        "draw": None,
+        "epochs": None,
     }

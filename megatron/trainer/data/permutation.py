@@ -20,14 +20,14 @@ class KeyedPermutation:
 
     Args:
         n: Size of the range, 1 to 2**62.
-        key: Any integers; another key is another order. (numpy's SeedSequence would not do: it
-            takes (1,) and (1, 0) for one key.)
+        key: Any integers and strings; another key is another order. (numpy's SeedSequence would not
+            do: it takes (1,) and (1, 0) for one key.)
 
     Raises:
         ValueError: n is out of range.
     """
 
-    def __init__(self, n: int, key: tuple[int, ...]) -> None:
+    def __init__(self, n: int, key: tuple[int | str, ...]) -> None:
         if not 1 <= n <= 2**62:
             raise ValueError(f"n is {n}; it must be 1 to 2**62")
         self.n = n

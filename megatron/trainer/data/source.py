@@ -60,7 +60,7 @@ class WindowSource:
     """
 
     name: str
-    """Name in tables and metrics."""
+    """Name in tables, metrics and checkpoints; two sources of one size differ in order by it."""
     tokens: npt.NDArray[np.integer]
     """[num_tokens] the file's tokens."""
     start_token: int
@@ -70,9 +70,7 @@ class WindowSource:
     seq_length: int
     """Positions in a sample (s)."""
     seed: int
-    """With index and epoch, the key of the order."""
-    index: int = 0
-    """Position among the run's sources; two sources of one size then differ in order."""
+    """With epoch and name, the key of the order."""
     num_documents: int | None = None
     """Documents in the range, for the table."""
     vocab_size: int | None = None
@@ -100,7 +98,7 @@ class WindowSource:
     def window(self, n: int) -> npt.NDArray[np.int64]:
         """Return sample n, counted from the run's first over all epochs: [s + 1] token ids."""
         epoch, position = divmod(n, self.num_windows)
-        order = KeyedPermutation(self.num_windows, (self.seed, epoch, self.index))
+        order = KeyedPermutation(self.num_windows, (self.seed, epoch, self.name))
         return self.sequential(int(order(position)))
 
     def sequential(self, n: int) -> npt.NDArray[np.int64]:
