@@ -47,6 +47,19 @@ def test_report_is_the_mean_over_micro_batches_tokens_and_layers() -> None:
     }
 
 
+def test_attention_routers_have_keys_of_their_own() -> None:
+    metrics = RouterMetrics(1, 2)
+    record(metrics, 1, [4, 0])
+    report = metrics.reduce()
+    feed_forward = report.as_dict() | report.layers_as_dict()
+    attention = report.as_dict("moa") | report.layers_as_dict("moa")
+    assert not feed_forward.keys() & attention.keys()
+    bare = {key.removeprefix("moe_"): value for key, value in feed_forward.items()}
+    assert {key.removeprefix("moa_"): value for key, value in attention.items()} == bare
+    assert attention["moa_load_balancing_loss"] == 1.5
+    assert attention["moa_layer_dead_experts"] == [1]
+
+
 def test_the_parts_of_a_shared_micro_batch_make_one() -> None:
     whole, parts = RouterMetrics(1, 2), RouterMetrics(1, 2)
     record(whole, 1, [5, 3], load_balancing=1.2, z_sum=16.0, num_tokens=8)

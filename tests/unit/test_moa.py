@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ ConfigMaker = Callable[..., TransformerConfig]
 AttentionMaker = Callable[..., MoASelfAttention]
 
 SEQUENCE, BATCH, WIDTH, GROUPS, HEAD_SIZE, EXPERTS = 7, 2, 14, 3, 6, 5
-HEADS_WIDTH = GROUPS * HEAD_SIZE  # not WIDTH
+"""GROUPS x HEAD_SIZE is not WIDTH."""
 
 
 @pytest.fixture(autouse=True)
@@ -334,129 +333,3 @@ def test_bf16_stays_bf16(build: AttentionMaker) -> None:
     # Routing may flip at rounding, so only the size of the difference is bounded.
     difference = torch.linalg.vector_norm(found["output"].double() - expected["output"])
     assert difference <= 0.1 * torch.linalg.vector_norm(expected["output"])
-
-
-def test_weights_are_marked_for_megatron_core(build: AttentionMaker) -> None:
-    attention = build()
-    experts = attention.experts
-    marked: dict[Any, int] = {
-        attention.linear_kv.weight: 0,
-        experts.weight_q: 1,
-        experts.weight_o: 2,
-    }
-    for weight, axis in marked.items():
-        assert weight.tensor_model_parallel is True and weight.partition_dim == axis
-        assert getattr(weight, "allreduce", True)  # replicated over expert parallel ranks
-    for whole in (attention.router.weight, attention.output_bias):
-        assert not getattr(whole, "tensor_model_parallel", False)
-        assert getattr(whole, "sequence_parallel", None) is False
-
-
-def test_a_new_attention_has_no_bias_and_the_stated_initial_weights(
-    single_rank: ProcessGroupCollection, make_config: ConfigMaker, build: AttentionMaker
-) -> None:
-    template = build()
-    config = make_config(
-        hidden_size=64, num_query_groups=4, num_attention_heads=8, kv_channels=16, num_layers=1
-    )
-    gate = functools.partial(template.router.__class__, **ROUTER)
-    attention = MoASelfAttention(
-        config,
-        MoASubmodules(router=gate, core_attention=SDPACoreAttention),
-        layer_number=1,
-        pg_collection=single_rank,
-        num_experts=EXPERTS,
-        topk=2,
-        expert_backend="loop",
-    )
-    assert not attention.output_bias.any()
-    # Three standard errors of 8,192 and of 20,480 draws; megatron-core scales output layers.
-    assert attention.linear_kv.weight.std().item() == pytest.approx(0.02, rel=0.025)
-    assert attention.experts.weight_q.std().item() == pytest.approx(0.02, rel=0.015)
-    assert attention.experts.weight_o.std().item() == pytest.approx(0.02 / 2**0.5, rel=0.015)
-
-
-ROUTER: dict[str, Any] = {
-    "aux_loss_coeff": 0.0,
-    "z_loss_coeff": 0.0,
-    "router_dtype": None,
-    "metrics": RouterMetrics(1, EXPERTS),
-    "num_experts": EXPERTS,
-    "topk": 2,
-}
-
-
-class Rank:
-    """A process group as far as a layout is concerned."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return self._size
-
-
-def test_the_shards_of_all_ranks_tile_the_agreed_checkpoint_once(
-    single_rank: ProcessGroupCollection, build: AttentionMaker
-) -> None:
-    shapes = {
-        "router.weight": (EXPERTS, WIDTH),
-        "linear_kv.weight": (2 * HEADS_WIDTH, WIDTH),
-        "experts.weight_q": (EXPERTS, HEADS_WIDTH, WIDTH),
-        "experts.weight_o": (EXPERTS, WIDTH, HEADS_WIDTH),
-        "output_bias": (WIDTH,),
-    }
-    tiles = {name: torch.zeros(4, *shape) for name, shape in shapes.items()}
-    for tp in range(3):
-        single_rank.tp = Rank(tp, 3)
-        attention = build(tensor_model_parallel_size=3)
-        shards = attention.sharded_state_dict("layers.self_attention.", ((0, 1, 4),))
-        assert shards.keys() == {f"layers.self_attention.{name}" for name in shapes}
-        for name, tile in tiles.items():
-            shard = shards[f"layers.self_attention.{name}"]
-            assert shard.data is attention.get_parameter(name)
-            assert shard.global_shape == tuple(tile.shape), name
-            if shard.replica_id == (0, 0, 0):
-                tile[shard.global_slice()] += 1
-    for name, tile in tiles.items():
-        assert torch.equal(tile[1], torch.ones_like(tile[1])), name
-        assert not tile[[0, 2, 3]].any()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"num_attention_heads": 9, "topk": 2},
-            "num_attention_heads (9) must be num_query_groups x experts per token (3 x 2); use"
-            " num_attention_heads 6",
-        ),
-        ({"backend": "grouping"}, "unknown expert backend 'grouping'; known: grouped, loop"),
-    ],
-)
-def test_what_does_not_fit_is_refused_when_built(
-    build: AttentionMaker, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        build(**changes)
-
-
-def test_heads_that_do_not_divide_are_refused(
-    single_rank: ProcessGroupCollection, build: AttentionMaker
-) -> None:
-    single_rank.tp = Rank(0, 2)
-    message = (
-        "num_query_groups (3) must be a multiple of the tensor parallel size (2), which splits moa"
-        " attention by head"
-    )
-    with pytest.raises(ValueError, match=re.escape(message)):
-        build()
-
-
-def test_what_belongs_to_other_attentions_is_refused(build: AttentionMaker) -> None:
-    message = "key_value_states is 1, but moa attention needs None"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        build()(random_hidden(), None, key_value_states=1)
