@@ -16,6 +16,16 @@ DOCUMENTS: dict[str, object] = {
     "reset-attention-mask": True,
 }
 PACKED = {"vocab-size": 9}
+JETMOE: dict[str, object] = {
+    "attention": "moa",
+    "router": "topk_softmax",
+    "num-attention-heads": 12,
+    "num-query-groups": 4,
+    "kv-channels": 10,
+    "moe-output-bias": True,
+    "no-untie-embeddings-and-output-weights": True,
+    "moe-loss-convention": "per_layer",
+}
 TWO_RANKS: dict[str, tuple[str, dict[str, object]]] = {
     "cp2": ("plain", CP2),
     "cp2_ep2": ("plain", {**CP2, **EP2}),
@@ -27,19 +37,20 @@ TWO_RANKS: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "cp2_documents": ("documents", {**CP2, **DOCUMENTS}),
     "tp2_documents": ("documents", {**TP2, **DOCUMENTS}),
-    "pp2_documents": ("documents", {**PP2, **DOCUMENTS}),
     "dp2_documents_recompute": (
         "documents",
         {**DOCUMENTS, "recompute-granularity": "full"},
     ),
+    "jetmoe_cp2": ("jetmoe", {**JETMOE, **CP2}),
+    "jetmoe_cp2_documents": ("jetmoe_documents", {**JETMOE, **CP2, **DOCUMENTS}),
+    "jetmoe_pp2_documents": ("jetmoe_documents", {**JETMOE, **PP2, **DOCUMENTS}),
 }
 FOUR_RANKS: dict[str, tuple[str, dict[str, object]]] = {
     "cp4": ("plain", {"context-parallel-size": 4}),
-    "tp2_cp2": ("plain", {**TP2, **CP2}),
     "pp2_cp2": ("plain", {**PP2, **CP2}),
-    "cp2_ep2_dp2": ("plain", {**CP2, **EP2}),
-    "cp2_dp2_documents": ("documents", {**CP2, **DOCUMENTS}),
+    "cp2_ep2_dp2_documents": ("documents", {**CP2, **EP2, **DOCUMENTS}),
     "tp2_cp2_documents": ("documents", {**TP2, **CP2, **DOCUMENTS}),
+    "jetmoe_tp2_cp2": ("jetmoe", {**JETMOE, **TP2, **CP2}),
 }
 # fp32 sums in another order: 1e-5 on losses, 1e-4 on the gradient norm, relative.
 TOLERANCES = {"lm_loss": 1e-5, "load_balancing_loss": 1e-5, "z_loss": 1e-5, "grad_norm": 1e-4}
@@ -49,6 +60,7 @@ TOLERANCES = {"lm_loss": 1e-5, "load_balancing_loss": 1e-5, "z_loss": 1e-5, "gra
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     out = tmp_path_factory.mktemp("context")
     single = {"plain": flags(), "documents": flags(**DOCUMENTS), "together": flags(**PACKED)}
+    single |= {"jetmoe": flags(**JETMOE), "jetmoe_documents": flags(**JETMOE, **DOCUMENTS)}
     two = {name: flags(**case) for name, (_, case) in TWO_RANKS.items()}
     four = {name: flags(**case) for name, (_, case) in FOUR_RANKS.items()}
     return {
