@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,8 @@ class Sample:
     """copy, import or export."""
     seconds: float
     """From start of the process to its end."""
+    cpu_seconds: float
+    """Of all its threads, in the system's calls too."""
     peak_anonymous_bytes: int
     """Most memory of its own at any moment (RssAnon): pages of files are not counted."""
 
@@ -137,7 +140,7 @@ def one_round(work: Path) -> Iterator[Sample]:
 
 def measure(step: str, command: Sequence[str]) -> Sample:
     """Run a process to its end and watch its memory."""
-    began = time.perf_counter()
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         peak = 0
         while process.poll() is None:
@@ -147,8 +150,10 @@ def measure(step: str, command: Sequence[str]) -> Sample:
         said = process.stderr.read() if process.stderr is not None else ""
     if process.returncode:
         raise RuntimeError(f"{step} failed: {said[-2000:]}")
-    print(f"{step}: {seconds:.1f} s, {peak / 1e6:.0f} MB", flush=True)
-    return Sample(step=step, seconds=seconds, peak_anonymous_bytes=peak)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{step}: {seconds:.1f} s, {used:.1f} s of CPU, {peak / 1e6:.0f} MB", flush=True)
+    return Sample(step=step, seconds=seconds, cpu_seconds=used, peak_anonymous_bytes=peak)
 
 
 def anonymous_bytes(pid: int) -> int:
