@@ -65,6 +65,69 @@ FOUR_RANKS: dict[str, dict[str, object]] = {
 ONE_RANK = {"recompute_full": {"recompute-granularity": "full"}, "loop": {"expert-backend": "loop"}}
 DENSE = {"num-experts": "None", "ffn-hidden-size": 40, "attention": "standard"}
 
+JETMOE: dict[str, object] = {
+    "attention": "moa",
+    "moa-num-experts": 5,
+    "kv-channels": 10,
+    "router": "topk_softmax",
+    "moe-output-bias": True,
+    "no-untie-embeddings-and-output-weights": True,
+    "norm-epsilon": 1e-6,
+    "final-norm-epsilon": 1e-5,
+    "moe-loss-convention": "per_layer",
+    "moe-aux-loss-coeff": 0.02,
+    "moe-z-loss-coeff": 0.02,
+}
+"""JetMoE's blocks: 6 heads in 2 groups for 3 of 5 experts; a layer's two routers differ."""
+JETMOE_LAYOUTS: dict[int, dict[str, dict[str, object]]] = {
+    1: {
+        "jetmoe_recompute_full": {"recompute-granularity": "full"},
+        "jetmoe_recompute_moe": {"recompute-granularity": "selective"},
+        "jetmoe_recompute_core_attn": {
+            "recompute-granularity": "selective",
+            "recompute-modules": "core_attn",
+        },
+        "jetmoe_loop": {"expert-backend": "loop"},
+    },
+    2: {
+        "jetmoe_tp2": {"tensor-model-parallel-size": 2},
+        "jetmoe_tp2_recompute_full": {
+            "tensor-model-parallel-size": 2,
+            "recompute-granularity": "full",
+        },
+        "jetmoe_pp2": {"pipeline-model-parallel-size": 2},
+        "jetmoe_pp2_interleaved": {
+            "pipeline-model-parallel-size": 2,
+            "num-virtual-stages-per-pipeline-rank": 2,
+        },
+        "jetmoe_ep2": {"expert-model-parallel-size": 2},
+        "jetmoe_dp2": {},
+        "jetmoe_dp2_distributed_optimizer": {"use-distributed-optimizer": True},
+    },
+    4: {
+        "jetmoe_tp2_pp2": {"tensor-model-parallel-size": 2, "pipeline-model-parallel-size": 2},
+        "jetmoe_tp2_ep2_dp2_distributed_optimizer": {
+            "tensor-model-parallel-size": 2,
+            "expert-model-parallel-size": 2,
+            "expert-tensor-parallel-size": 1,
+            "use-distributed-optimizer": True,
+        },
+    },
+}
+MOA_DENSE = {**JETMOE, "num-experts": "None", "ffn-hidden-size": 40, "moe-output-bias": False}
+"""Attention alone has experts; whole sequences on every rank are then possible under TP."""
+MOA_DENSE_LAYOUTS: dict[str, dict[str, object]] = {
+    "moa_dense_dp2": {},
+    "moa_dense_tp2": {"tensor-model-parallel-size": 2},
+    "moa_dense_tp2_whole_sequences": {
+        "tensor-model-parallel-size": 2,
+        "no-sequence-parallel": True,
+    },
+}
+MOA_TOLERANCES = {"lm_loss": 1e-5, "moa_load_balancing_loss": 1e-5, "moa_z_loss": 1e-5} | {
+    "grad_norm": 1e-4
+}
+
 # fp32 sums in another order: 1e-5 on losses, 1e-4 on the gradient norm, relative.
 TOLERANCES = {"lm_loss": 1e-5, "load_balancing_loss": 1e-5, "z_loss": 1e-5, "grad_norm": 1e-4}
 
@@ -85,12 +148,31 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     }
 
 
+@pytest.fixture(scope="module")
+def jetmoe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    out = tmp_path_factory.mktemp("jetmoe")
+    cases = {
+        ranks: {name: flags(**JETMOE, **case) for name, case in layouts.items()}
+        for ranks, layouts in JETMOE_LAYOUTS.items()
+    }
+    cases[1]["single"] = flags(**JETMOE)
+    cases[1]["untrained"] = flags(**JETMOE, **{"lr": 1e-30, "min-lr": 1e-30})
+    cases[1]["moa_dense"] = flags(**MOA_DENSE)
+    for name, case in MOA_DENSE_LAYOUTS.items():
+        cases[2][name] = flags(**MOA_DENSE, **case)
+    found: dict[str, Outcome] = {}
+    for ranks, listing in cases.items():
+        found |= run_cases(ranks, listing, out / str(ranks))
+    return found
+
+
 def compare(found: Outcome, truth: Outcome, keys: list[str]) -> None:
     assert found.error is None, found.error
+    tolerances = TOLERANCES | MOA_TOLERANCES
     for key in keys:
         expected = truth.series(key)
         assert len(expected) == 5
-        assert found.series(key) == pytest.approx(expected, rel=TOLERANCES[key]), key
+        assert found.series(key) == pytest.approx(expected, rel=tolerances[key]), key
     evaluations: list[Any] = truth.series("valid_loss")
     assert len(evaluations) == 1
     for evaluated, wanted in zip(found.series("valid_loss"), evaluations, strict=True):
@@ -113,11 +195,33 @@ def test_dense_model_trains_alike_under_tensor_parallelism(outcomes: dict[str, O
     compare(outcomes["dense_tp2"], outcomes["dense"], ["lm_loss", "grad_norm"])
 
 
+@pytest.mark.parametrize("name", [name for layouts in JETMOE_LAYOUTS.values() for name in layouts])
+def test_jetmoe_trains_like_a_single_process(name: str, jetmoe: dict[str, Outcome]) -> None:
+    compare(jetmoe[name], jetmoe["single"], [*TOLERANCES, *MOA_TOLERANCES])
+
+
+@pytest.mark.parametrize("name", MOA_DENSE_LAYOUTS)
+def test_attention_experts_beside_a_dense_layer_train_alike(
+    name: str, jetmoe: dict[str, Outcome]
+) -> None:
+    assert not jetmoe["moa_dense"].series("load_balancing_loss")
+    compare(jetmoe[name], jetmoe["moa_dense"], list(MOA_TOLERANCES))
+
+
+def test_jetmoe_training_moves_every_weight(jetmoe: dict[str, Outcome]) -> None:
+    assert_moved(jetmoe)
+
+
 def test_training_moves_every_weight(outcomes: dict[str, Outcome]) -> None:
     """The comparison above means nothing for a weight that never moved."""
+    assert_moved(outcomes)
+
+
+def assert_moved(outcomes: dict[str, Outcome]) -> None:
     final, initial = outcomes["single"].weights, outcomes["untrained"].weights
     for key, before in initial.items():
         moved = torch.linalg.vector_norm((final[key] - before).double())
+        assert moved > 0, key
         assert moved >= 1e-3 * torch.linalg.vector_norm(before.double()), key
     losses = outcomes["single"].series("lm_loss")
     assert len(set(losses)) == len(losses)
