@@ -127,12 +127,12 @@ def test_names_take_parent_folders_only_where_stems_collide() -> None:
 def test_names_that_cannot_differ_are_refused() -> None:
     message = (
         "--data-path names d/a and d/a_text_document, which differ only by _text_document; names"
-        " must differ without it; rename one"
+        " must differ without it; rename one, or write NAME=PREFIX"
     )
-    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         unique_names(["d/a", "d/a_text_document"])
     message = "--data-path names d/a 2 times; each file must be named once; add up its weights"
-    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         unique_names(["d/a", "d/./a"])
 
 
@@ -164,7 +164,7 @@ PAIRS = "--data-path must be one PREFIX, or WEIGHT PREFIX pairs with weights > 0
     ],
 )
 def test_malformed_blend_is_refused(data_path: tuple[str, ...], message: str) -> None:
-    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         build(data_path=data_path)
 
 

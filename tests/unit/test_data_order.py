@@ -14,16 +14,15 @@ from megatron.trainer.data.source import MockSource, WindowSource
 from megatron.trainer.errors import DataError
 
 
-def source(num_tokens: int, seq_length: int = 4, seed: int = 3, index: int = 0) -> WindowSource:
+def source(num_tokens: int, seq_length: int = 4, seed: int = 3, name: str = "x") -> WindowSource:
     """A source whose tokens are their own positions, 10 on in the file."""
     return WindowSource(
-        name="x",
+        name=name,
         tokens=np.arange(num_tokens + 20),
         start_token=10,
         stop_token=10 + num_tokens,
         seq_length=seq_length,
         seed=seed,
-        index=index,
     )
 
 
@@ -120,14 +119,14 @@ def test_a_shuffled_window_is_a_whole_window() -> None:
         assert (window - window[0]).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_seed_and_index_change_the_order() -> None:
+def test_seed_and_name_change_the_order() -> None:
     def order(drawn: WindowSource) -> list[int]:
         return [int(drawn.window(i)[0]) for i in range(50)]
 
     base = source(201)
     assert order(base) == order(source(201))
     assert order(base) != order(source(201, seed=4))
-    assert order(base) != order(source(201, index=1))
+    assert order(base) != order(source(201, name="y"))
 
 
 def test_source_shorter_than_a_window_is_refused_with_both_numbers() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron.trainer.data.phases import Phase
 from megatron.trainer.data.source import WindowSource
 from megatron.trainer.data.stream import (
     Batch,
@@ -23,7 +24,7 @@ SIZES: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 2}
 ALONE: dict[str, Any] = {**SIZES, "data_parallel_rank": 0, "data_parallel_size": 1}
 
 
-def source(name: str, num_windows: int, first_id: int, *, index: int = 0) -> WindowSource:
+def source(name: str, num_windows: int, first_id: int) -> WindowSource:
     num_tokens = num_windows * S + 1
     return WindowSource(
         name=name,
@@ -32,15 +33,15 @@ def source(name: str, num_windows: int, first_id: int, *, index: int = 0) -> Win
         stop_token=num_tokens,
         seq_length=S,
         seed=3,
-        index=index,
     )
 
 
 def stream(
     *, seed: int = 3, windows: int = 20, name: str = "b", weights: tuple[float, ...] = (3.0, 1.0)
 ) -> SampleStream:
-    sources = [source("a", windows, 0), source(name, 7, 1000, index=1)]
-    return SampleStream(sources, weights, seq_length=S, seed=seed)
+    sources = [source("a", windows, 0), source(name, 7, 1000)]
+    phases = [Phase(sources=("a", name), weights=weights)]
+    return SampleStream(sources, phases, seq_length=S, seed=seed)
 
 
 def first_ids(batches: list[Batch]) -> list[list[int]]:
@@ -168,12 +169,20 @@ def test_state_says_what_was_consumed_and_of_what() -> None:
     drawn.next_global_batch(**ALONE)
     assert drawn.state_dict() == {
         "consumed_samples": 8,
-        "consumed_per_source": [6, 2],
+        "consumed_per_source": {"a": 6, "b": 2},
         "seq_length": 4,
-        "seed": 3,
-        "sources": ["a", "b"],
-        "windows_per_epoch": [20, 7],
-        "weights": [0.75, 0.25],
+        "phases": [
+            {
+                "name": None,
+                "inherited": False,
+                "seed": 3,
+                "num_samples": None,
+                "sources": ["a", "b"],
+                "weights": [0.75, 0.25],
+                "windows_per_epoch": [20, 7],
+                "consumed": [6, 2],
+            }
+        ],
     }
 
 
@@ -196,8 +205,10 @@ def test_state_of_other_data_is_refused_with_every_difference(
         f"the checkpoint was trained on other data: {difference}; a resumed run must read the same"
         " samples; restore the data flags, or start the data anew with --finetune"
     )
+    begun = stream(**other)
+    begun.next_global_batch(**ALONE)
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
-        stream().load_state_dict(stream(**other).state_dict())
+        stream().load_state_dict(begun.state_dict())
 
 
 def test_state_of_another_length_is_refused() -> None:
@@ -207,30 +218,57 @@ def test_state_of_another_length_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("counts", "total"),
-    [([6, 2], 9), ([9, -1], 8), ([8], 8), (None, 8), ([6.0, 2.0], 8), (["6", "2"], 8)],
+    "change",
+    [
+        {"consumed": [6, 3]},
+        {"consumed": [9, -1]},
+        {"consumed": [8]},
+        {"consumed": None},
+        {"consumed": [6.0, 2.0]},
+        {"consumed": ["6", "2"]},
+        {"sources": ["a", 1]},
+        {"sources": []},
+        {"weights": ["0.75", 0.25]},
+        {"windows_per_epoch": [20]},
+        {"seed": None},
+        {"inherited": 1},
+    ],
 )
 def test_state_that_contradicts_itself_is_refused_and_changes_nothing(
-    counts: object, total: int
+    change: dict[str, object],
 ) -> None:
     drawn = stream()
     drawn.next_global_batch(**ALONE)
     before = drawn.state_dict()
+    state = {**before, "phases": [{**before["phases"][0], **change}]}
     message = (
-        f"the checkpoint's data state has consumed_per_source {counts} and consumed_samples"
-        f" {total}; there must be 2 counts >= 0 that add up to the latter; load another checkpoint"
+        f"the checkpoint's data state has phases {state['phases']} and consumed_samples 8; each"
+        " phase must name sources and give each a weight and a count >= 0, phases must begin in"
+        " order, and the counts must add up to consumed_samples; load another checkpoint"
     )
-    state = {**before, "consumed_per_source": counts, "consumed_samples": total}
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         drawn.load_state_dict(state)
     assert drawn.state_dict() == before
 
 
+@pytest.mark.parametrize("phases", [None, [], "x", [1], {}])
+def test_state_without_phases_is_refused(phases: object) -> None:
+    with pytest.raises(DataError, match=re.escape(f"data state has phases {phases} and")):
+        stream().load_state_dict({**stream().state_dict(), "phases": phases})
+
+
 def test_sources_must_fit_the_stream() -> None:
-    with pytest.raises(ValueError, match="1 sources, but 2 weights"):
-        SampleStream([source("a", 5, 0)], [1.0, 1.0], seq_length=S, seed=1)
+    phases = [Phase(sources=("a",), weights=(1.0,))]
     with pytest.raises(ValueError, match="source 'a' has seq_length 4, not 8"):
-        SampleStream([source("a", 5, 0)], [1.0], seq_length=8, seed=1)
+        SampleStream([source("a", 5, 0)], phases, seq_length=8, seed=1)
+    with pytest.raises(ValueError, match="phases draw from b, which is not among the sources a"):
+        SampleStream(
+            [source("a", 5, 0)], [Phase(sources=("b",), weights=(1.0,))], seq_length=S, seed=1
+        )
+    with pytest.raises(ValueError, match="1 sources, but 2 weights"):
+        SampleStream(
+            [source("a", 5, 0)], [Phase(sources=("a",), weights=(1.0, 1.0))], seq_length=S, seed=1
+        )
 
 
 def test_validation_is_in_the_order_of_the_data_and_the_same_each_time() -> None:

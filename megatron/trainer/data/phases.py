@@ -42,7 +42,8 @@ class Dealer:
 
     Raises:
         DataError: A weight is not positive.
-        ValueError: No phase, an empty one, or one without end before the last.
+        ValueError: No phase, an empty one, one without end before the last, or one whose sources
+            do not exist or do not match its weights.
     """
 
     def __init__(
@@ -52,6 +53,15 @@ class Dealer:
             raise ValueError("there must be a phase, and only the last may be without end")
         if any(phase.num_samples is not None and phase.num_samples < 1 for phase in phases):
             raise ValueError("every phase must have at least one sample")
+        for phase in phases:
+            unknown = [name for name in phase.sources if name not in windows]
+            if unknown:
+                raise ValueError(
+                    f"phases draw from {', '.join(unknown)}, which is not among the sources"
+                    f" {', '.join(windows)}"
+                )
+            if len(phase.sources) != len(phase.weights):
+                raise ValueError(f"{len(phase.sources)} sources, but {len(phase.weights)} weights")
         self.phases = tuple(phases)
         self.seed = seed
         self.windows = dict(windows)
