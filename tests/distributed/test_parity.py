@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from jetmoe_cases import JETMOE
 from launcher import Outcome, flags, run_cases
 
 TWO_RANKS: dict[str, dict[str, object]] = {
@@ -65,20 +66,6 @@ FOUR_RANKS: dict[str, dict[str, object]] = {
 ONE_RANK = {"recompute_full": {"recompute-granularity": "full"}, "loop": {"expert-backend": "loop"}}
 DENSE = {"num-experts": "None", "ffn-hidden-size": 40, "attention": "standard"}
 
-JETMOE: dict[str, object] = {
-    "attention": "moa",
-    "moa-num-experts": 5,
-    "kv-channels": 10,
-    "router": "topk_softmax",
-    "moe-output-bias": True,
-    "no-untie-embeddings-and-output-weights": True,
-    "norm-epsilon": 1e-6,
-    "final-norm-epsilon": 1e-5,
-    "moe-loss-convention": "per_layer",
-    "moe-aux-loss-coeff": 0.02,
-    "moe-z-loss-coeff": 0.02,
-}
-"""JetMoE's blocks: 6 heads in 2 groups for 3 of 5 experts; a layer's two routers differ."""
 JETMOE_LAYOUTS: dict[int, dict[str, dict[str, object]]] = {
     1: {
         "jetmoe_recompute_full": {"recompute-granularity": "full"},
