@@ -5,7 +5,6 @@ time. Used by convert_checkpoint.py.
 """
 
 import gc
-import importlib
 import json
 import logging
 import math
@@ -153,12 +152,13 @@ def import_transformers() -> Any:
         ConfigError: it is not installed.
     """
     try:
-        return importlib.import_module("transformers")
+        import transformers
     except ImportError as error:
         raise ConfigError(
             f"verifying needs transformers, which cannot be imported ({error}); install it with:"
             " pip install 'megatron-moe[hf]'"
         ) from error
+    return transformers
 
 
 def compare(reference: Tensor, native: Tensor) -> Comparison:
