@@ -34,7 +34,7 @@ from megatron.trainer.launch import RunContext, agree, environment_rank
 from megatron.trainer.lengths import describe_lengths, resolve_lengths
 from megatron.trainer.load import dump_config, flatten, load_config
 from megatron.trainer.optim import describe_groups
-from megatron.trainer.plots import LossPlot, plot_expert_load
+from megatron.trainer.plots import RunPlots, plot_expert_load
 from megatron.trainer.setup import prepare_training, wrap_model
 from megatron.trainer.state import TrainState
 from moe_ext.builder import BuiltModel, build_model
@@ -280,7 +280,7 @@ def build_hooks(cfg: PretrainConfig, state: TrainState) -> list[Hook]:
         hooks.append(WeightsAndBiases(cfg.logging, directory, flatten(cfg)))
     if isinstance(state.metrics, RouterHealth):
         hooks.append(ExpertLoad(state.metrics, directory))
-    hooks.append(LossPlot(directory / "metrics.jsonl", directory / "plots" / "loss.png"))
+    hooks.append(RunPlots(directory / "metrics.jsonl", directory / "plots"))
     return hooks
 
 

@@ -206,6 +206,7 @@ def describe_training(cfg: recipe.PretrainConfig, records: Sequence[Record]) -> 
         ["training loss", f"{_number(last['lm_loss'])} nats per token"],
         ["speed", f"{speed:,.0f} tokens/s, median of {len(steps)} records"],
     ]
+    rows += _source_rows(last)
     if last.get("moe_max_load_ratio") is not None:
         rows += _expert_rows(cfg, last)
     return _table(rows)
@@ -246,6 +247,8 @@ def describe_files(directory: Path) -> list[str]:
         "run directory": ".",
         "metrics": "metrics.jsonl",
         "loss plot": "plots/loss.png",
+        "rate plot": "plots/learning_rate.png",
+        "source plot": "plots/sources.png",
         "expert load": "plots/expert_load.png",
         "TensorBoard": "tensorboard",
     }
@@ -256,6 +259,18 @@ def describe_files(directory: Path) -> list[str]:
 
 def _is(directory: Path, name: str) -> bool:
     return (directory / name).exists()
+
+
+def _source_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """Tokens that each source has given, where there are several."""
+    tokens = record.get("consumed_tokens_per_source", {})
+    if len(tokens) < 2:
+        return []
+    told = ", ".join(
+        f"{name} {count:,} ({count / record['consumed_tokens']:.1%})"
+        for name, count in tokens.items()
+    )
+    return [["tokens from", told]]
 
 
 def _expert_rows(cfg: recipe.PretrainConfig, record: Mapping[str, Any]) -> list[list[str]]:

@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 
 from megatron.trainer import plots
-from megatron.trainer.hooks import append_record
-from megatron.trainer.plots import LossPlot, new_figure, plot_expert_load, plot_losses, write_figure
+from megatron.trainer.hooks import append_record, read_records
+from megatron.trainer.plots import (
+    RunPlots,
+    new_figure,
+    plot_expert_load,
+    plot_learning_rate,
+    plot_losses,
+    plot_sources,
+    write_figure,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -47,7 +55,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_loss_plot_shows_every_record(tmp_path: Path, drawn: list[Any]) -> None:
     write_records(tmp_path / "metrics.jsonl", valid=("books", "code"))
-    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    plot_losses(read_records(tmp_path / "metrics.jsonl"), tmp_path / "loss.png")
     (axes,) = drawn
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     tens = range(10, 41, 10)
@@ -63,13 +71,13 @@ def test_loss_plot_shows_every_record(tmp_path: Path, drawn: list[Any]) -> None:
 
 def test_each_curve_has_a_colour_of_its_own(tmp_path: Path, drawn: list[Any]) -> None:
     write_records(tmp_path / "metrics.jsonl", valid=("a", "b", "c", "d"))
-    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    plot_losses(read_records(tmp_path / "metrics.jsonl"), tmp_path / "loss.png")
     assert len({line.get_color() for line in drawn[0].lines}) == 5
 
 
 def test_run_without_validation_has_a_plot_too(tmp_path: Path, drawn: list[Any]) -> None:
     write_records(tmp_path / "metrics.jsonl", valid=())
-    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    plot_losses(read_records(tmp_path / "metrics.jsonl"), tmp_path / "loss.png")
     assert [line.get_label() for line in drawn[0].lines] == ["training"]
 
 
@@ -79,7 +87,7 @@ def test_loss_that_was_not_finite_leaves_a_gap(tmp_path: Path, drawn: list[Any])
         tmp_path / "metrics.jsonl",
         {"iteration": 4, "consumed_tokens": 4000, "lm_loss": math.nan},
     )
-    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    plot_losses(read_records(tmp_path / "metrics.jsonl"), tmp_path / "loss.png")
     y = drawn[0].lines[0].get_ydata(orig=False)
     assert len(y) == 4
     assert math.isnan(y[3])
@@ -87,14 +95,14 @@ def test_loss_that_was_not_finite_leaves_a_gap(tmp_path: Path, drawn: list[Any])
 
 def test_without_records_there_is_no_plot(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "plots" / "loss.png")
-    plot_losses(tmp_path / "missing.jsonl", tmp_path / "plots" / "loss.png")
+    plot_losses(read_records(tmp_path / "metrics.jsonl"), tmp_path / "plots" / "loss.png")
+    plot_losses(read_records(tmp_path / "missing.jsonl"), tmp_path / "plots" / "loss.png")
     assert not (tmp_path / "plots").exists()
 
 
 def test_hook_draws_after_evaluations_and_at_the_end(tmp_path: Path) -> None:
     metrics, path = tmp_path / "metrics.jsonl", tmp_path / "plots" / "loss.png"
-    hook = LossPlot(metrics, path)
+    hook = RunPlots(metrics, path.parent)
     hook.on_start(0, 10)
     write_records(metrics, steps=10)
     assert not path.exists()
@@ -104,6 +112,73 @@ def test_hook_draws_after_evaluations_and_at_the_end(tmp_path: Path) -> None:
     hook.on_end()
     assert path.read_bytes() != first
     assert png_size(path) == (1050, 600)
+    assert [entry.name for entry in path.parent.iterdir()] == ["loss.png"]
+
+
+def phased(step: int, phase: str, **sources: int) -> dict[str, Any]:
+    """A record of a run that changes its mixture."""
+    return {
+        "iteration": step,
+        "phase": phase,
+        "consumed_tokens": 100 * step,
+        "consumed_tokens_per_source": sources,
+        "lm_loss": 4.0,
+        "learning_rate": 1e-3 / step,
+    }
+
+
+PHASED = [
+    phased(1, "stable", web=70, code=30),
+    phased(2, "stable", web=140, code=60),
+    phased(3, "decay", web=170, code=70, math=60),
+]
+
+
+def test_learning_rate_is_drawn_with_the_begin_of_each_phase(
+    tmp_path: Path, drawn: list[Any]
+) -> None:
+    plot_learning_rate(PHASED, tmp_path / "rate.png")
+    curve, border = drawn[0].lines
+    assert curve.get_xydata().tolist() == [[100, 1e-3], [200, 5e-4], [300, 1e-3 / 3]]
+    assert list(border.get_xdata()) == [200, 200]
+    assert [text.get_text().strip() for text in drawn[0].texts] == ["decay"]
+    assert (drawn[0].get_xlabel(), drawn[0].get_ylabel()) == ("tokens", "learning rate")
+    plot_losses(PHASED, tmp_path / "loss.png")
+    assert [text.get_text().strip() for text in drawn[1].texts] == ["decay"]
+
+
+def test_each_source_has_a_curve_from_its_first_record_on(tmp_path: Path, drawn: list[Any]) -> None:
+    plot_sources(PHASED, tmp_path / "sources.png")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in drawn[0].lines}
+    del lines["_phase"]
+    assert lines == {
+        "web": [[100, 70], [200, 140], [300, 170]],
+        "code": [[100, 30], [200, 60], [300, 70]],
+        "math": [[100, 0], [200, 0], [300, 60]],
+    }
+    assert [text.get_text() for text in drawn[0].get_legend().get_texts()] == list(lines)
+
+
+def test_sources_differ_in_colour_or_style(tmp_path: Path, drawn: list[Any]) -> None:
+    many = {f"source {index}": index for index in range(16)}
+    plot_sources([phased(1, "one", **many)], tmp_path / "sources.png")
+    looks = {(line.get_color(), line.get_linestyle()) for line in drawn[0].lines}
+    assert len(looks) == 16
+
+
+def test_one_source_needs_no_plot(tmp_path: Path) -> None:
+    plot_sources([phased(1, "one", web=100)], tmp_path / "sources.png")
+    plot_sources([], tmp_path / "sources.png")
+    plot_learning_rate([], tmp_path / "rate.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_hook_draws_everything_there_is(tmp_path: Path) -> None:
+    for record in PHASED:
+        append_record(tmp_path / "metrics.jsonl", record)
+    RunPlots(tmp_path / "metrics.jsonl", tmp_path / "plots").on_end()
+    names = sorted(entry.name for entry in (tmp_path / "plots").iterdir())
+    assert names == ["learning_rate.png", "loss.png", "sources.png"]
 
 
 def test_plot_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
