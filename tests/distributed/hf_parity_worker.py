@@ -28,9 +28,7 @@ from megatron.trainer.log import configure_logging
 from moe_ext.convert import family_of
 
 
-def build(
-    case: dict[str, Any], given: dict[str, Any], ctx: RunContext, cfg: Any
-) -> list[nn.Module]:
+def build(given: dict[str, Any], ctx: RunContext, cfg: recipe.PretrainConfig) -> list[nn.Module]:
     """This rank's chunks with the given weights, in evaluation mode."""
     chunks = list(recipe.build_chunks(cfg, ctx, seed=None).chunks)
     family = given["config"]["model_type"]
