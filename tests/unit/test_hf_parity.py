@@ -13,6 +13,7 @@ from hf_models import (
     to_hf,
     to_native,
 )
+from hf_verify import bf16_tolerance
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -152,3 +153,33 @@ def compare_gradients(family: str, shape: dict[str, Any], groups: ProcessGroupCo
         is_constant = family == "jetmoe" and model.moe_router_topk == 1 and "router" in key
         assert (norm == 0) == is_constant, key
         assert (found[key] - parameter.grad).norm() <= 1e-4 * norm, key
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [
+        ("olmoe", {}),
+        ("olmoe", {"num_hidden_layers": 5, "num_experts_per_tok": 6}),
+        ("jetmoe", {}),
+        ("jetmoe", {"num_hidden_layers": 5, "num_experts_per_tok": 1}),
+    ],
+)
+def test_bf16_logits_are_as_near_to_fp32_as_those_of_transformers(
+    family: str, shape: dict[str, Any], single_rank: ProcessGroupCollection
+) -> None:
+    reference = random_model(family, **shape)
+    nn.Module.to(reference, torch.bfloat16)
+    tokens = random_tokens(reference.config, batch=2, length=64)
+    model, chunk = native_model(family, reference, single_rank, bf16=True)
+    with torch.no_grad():
+        found = native_logits(chunk, tokens, model.vocab_size)
+        theirs = reference(tokens, use_cache=False).logits
+        assert found.dtype == theirs.dtype == torch.bfloat16
+        nn.Module.to(reference, torch.float32)  # exactly the same weights
+        truth = reference(tokens, use_cache=False).logits
+    # Two roundings of each of some 16 values a layer, independent in sign; see the function.
+    limit = bf16_tolerance(model.num_layers, truth.std().item())
+    assert (found.float() - theirs.float()).abs().mean() <= limit
+    # Not merely within bounds: a factor of 2 is for what a turned choice of experts adds by chance.
+    error, their_error = ((x.float() - truth).square().mean().sqrt() for x in (found, theirs))
+    assert their_error / 2 <= error <= 2 * their_error
