@@ -1,4 +1,4 @@
-"""A model that knows one sentence by heart, trained on two ranks, says it in one process."""
+"""A model that knows one sentence by heart, trained on two ranks, says it and scores it."""
 
 import argparse
 import json
@@ -7,9 +7,13 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import generate
+import inference
+import numpy as np
 import pytest
+import score
 import torch
 import train_tokenizer
 from launcher import REPO, flags, torchrun
@@ -148,6 +152,20 @@ def test_sampled_text_follows_the_seed(run: Path, capsys: pytest.CaptureFixture[
             " example, or --greedy for the likeliest token each time",
         ),
         (
+            ["--prompt", "one", "--top-k", "0"],
+            "ConfigError: --top-k is 0; it must be at least 1; use 50, for example, or leave it out"
+            " to draw from all tokens",
+        ),
+        (
+            ["--prompt", "one", "--tensor-model-parallel-size", "2"],
+            "ConfigError: 2 settings are wrong:\n"
+            "- the number of ranks (1) must be a multiple of tensor_model_parallel_size x"
+            " pipeline_model_parallel_size (2 x 1 = 2); start 2 ranks, or change these sizes\n"
+            "- the number of ranks (1) must be a multiple of expert_tensor_parallel_size x"
+            " expert_model_parallel_size x pipeline_model_parallel_size (2 x 1 x 1 = 2); start 2"
+            " ranks, or change these sizes",
+        ),
+        (
             ["--prompt", "one", "--top-p", "2"],
             "ConfigError: --top-p is 2.0; it must be above 0 and at most 1; use 0.95, for example,"
             " or 1 to draw from all tokens",
@@ -170,14 +188,6 @@ def test_missing_checkpoint_and_iteration_are_named(
     assert "has no checkpoint of iteration 7; it has 50" in capsys.readouterr().err
 
 
-def test_more_than_one_process_is_refused(
-    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert generate.main(["--load", str(run), "--prompt", "one"]) == 2
-    assert "torchrun started 2 processes; text is generated in one" in capsys.readouterr().err
-
-
 def arguments_of(**settings: str | None) -> argparse.Namespace:
     return argparse.Namespace(**{"tokenizer_type": None, "tokenizer_model": None, **settings})
 
@@ -189,13 +199,184 @@ def test_run_without_a_tokenizer_needs_one_named(tmp_path: Path) -> None:
         " one; name the tokenizer that made the training data with --tokenizer-model"
     )
     with pytest.raises(ConfigError, match=re.escape(message)):
-        generate.find_tokenizer(DataConfig(), found, arguments_of())
+        inference.find_tokenizer(DataConfig(), found, arguments_of())
 
 
 def test_tokenizer_of_the_checkpoint_yields_to_a_named_one(run: Path, tmp_path: Path) -> None:
     found = find_checkpoint(run)
     data = DataConfig(tokenizer_model="/nowhere/tokenizer.model")
-    assert generate.find_tokenizer(data, found, arguments_of()).vocab_size == VOCAB
+    assert inference.find_tokenizer(data, found, arguments_of()).vocab_size == VOCAB
     missing = str(tmp_path / "other.model")
     with pytest.raises(DataError, match=re.escape(f"tokenizer {missing} does not exist")):
-        generate.find_tokenizer(data, found, arguments_of(tokenizer_model=missing))
+        inference.find_tokenizer(data, found, arguments_of(tokenizer_model=missing))
+
+
+def write_lines(path: Path, *records: dict[str, Any]) -> Path:
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_completions_of_a_file_are_those_of_the_prompts(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["one two", "return", "four five six"]
+    wild = ["--temperature", "3", "--top-k", "20", "--batch-size", "2"]
+    out, _ = texts(capsys, run, *wild, *(each for text in prompts for each in ("--prompt", text)))
+    source = write_lines(
+        tmp_path / "in.jsonl", *({"prompt": text, "id": i} for i, text in enumerate(prompts))
+    )
+    file = ["--input", str(source), "--output", str(tmp_path / "out.jsonl")]
+    printed, _ = texts(capsys, run, *wild, *file)
+    assert printed == ""
+    records = read_lines(tmp_path / "out.jsonl")
+    whole = [record["prompt"] + record["completion"] for record in records]
+    assert "\n---\n".join(whole) == out.removesuffix("\n")
+    assert [record["id"] for record in records] == [0, 1, 2]
+    for record in records:
+        assert len(record["completion_tokens"]) <= 30
+        is_full = len(record["completion_tokens"]) == 30
+        assert record["finish_reason"] == "length" or not is_full
+
+
+def test_greedy_completion_of_memorised_text_stops(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "one two"})
+    file = ["--input", str(source), "--output", str(tmp_path / "out.jsonl")]
+    texts(capsys, run, "--greedy", *file)
+    (record,) = read_lines(tmp_path / "out.jsonl")
+    assert record["completion"] == SENTENCE.removeprefix("one two")
+    assert record["finish_reason"] == "stop"
+
+
+def test_line_that_cannot_be_continued_is_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "one"}, {"tokens": [5] * 41})
+    output = tmp_path / "out.jsonl"
+    file = ["--input", str(source), "--output", str(output), "--max-new-tokens", "8"]
+    assert generate.main(["--load", str(run), *file]) == 2
+    assert capsys.readouterr().err.endswith(
+        f"DataError: {source}, line 2: 'tokens' has 41 tokens; at most 40 are possible, because"
+        " with --max-new-tokens 8 they must fit into 48, the --seq-length of training; shorten or"
+        " split it\n"
+    )
+    assert not output.exists()
+
+
+def run_score(run: Path, source: Path, *arguments: str) -> tuple[int, Path]:
+    output = source.with_suffix(".scored")
+    files = ["--input", str(source), "--output", str(output)]
+    return score.main(["--load", str(run), *files, *arguments]), output
+
+
+def test_memorised_text_is_likely_and_each_line_keeps_its_place(run: Path, tmp_path: Path) -> None:
+    source = write_lines(
+        tmp_path / "in.jsonl",
+        {"text": "ten three nine one", "id": "odd"},
+        {"text": SENTENCE, "id": "known"},
+        {"tokens": [7], "id": "short"},
+    )
+    logits_file = tmp_path / "logits.npy"
+    status, output = run_score(run, source, "--logits", str(logits_file))
+    assert status == 0
+    odd, known, short = read_lines(output)
+    assert [odd["id"], known["id"], short["id"]] == ["odd", "known", "short"]
+    # The first word of the sentence follows from nothing; the rest is certain.
+    assert min(known["token_logprobs"][1:]) > -0.1
+    assert odd["sum_logprob"] < -20
+    assert short["token_logprobs"] == [] and short["num_tokens"] == 1
+    logits = np.load(logits_file, allow_pickle=False)
+    assert logits.dtype == np.float32
+    assert logits.shape == (3, max(odd["num_tokens"], known["num_tokens"]) - 1, VOCAB)
+    for row, record in zip(logits, (odd, known, short), strict=True):
+        values = record["token_logprobs"]
+        assert len(values) == record["num_tokens"] - 1
+        assert record["sum_logprob"] == pytest.approx(sum(values))
+        assert np.isnan(row[len(values) :]).all() and np.isfinite(row[: len(values)]).all()
+        best = torch.tensor(row[: len(values)]).log_softmax(dim=-1).max(dim=-1).values
+        assert (best >= torch.tensor(values) - 1e-5).all()
+
+
+def test_score_does_not_depend_on_the_batch(run: Path, tmp_path: Path) -> None:
+    records = [{"tokens": list(range(3, length))} for length in (9, 30, 12, 49, 31, 5)]
+    source = write_lines(tmp_path / "in.jsonl", *records)
+    scores = []
+    for size in ("1", "64", "8192"):
+        status, output = run_score(run, source, "--tokens-per-batch", size)
+        assert status == 0
+        scores.append([record["token_logprobs"] for record in read_lines(output)])
+    for other in scores[1:]:
+        for values, expected in zip(other, scores[0], strict=True):
+            assert values == pytest.approx(expected, abs=1e-5, rel=0)
+
+
+def test_bf16_scores_are_near_those_of_fp32(run: Path, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", {"text": SENTENCE})
+    sums = []
+    for precision in ("--fp32", "--bf16"):
+        status, output = run_score(run, source, precision)
+        assert status == 0
+        sums.append(read_lines(output)[0]["token_logprobs"])
+    # bf16 keeps 8 bits: 0.4 % of logits of up to 10 units, over two layers.
+    assert sums[0] != sums[1]
+    assert sums[1] == pytest.approx(sums[0], abs=0.2)
+
+
+def test_wrong_input_is_refused_before_anything_is_written(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", {"text": "one"}, {"tokens": [3, VOCAB]})
+    assert run_score(run, source)[0] == 2
+    message = f"DataError: {source}, line 2: 'tokens' has {VOCAB} at place 1"
+    assert message in capsys.readouterr().err
+    source.write_text("")
+    assert run_score(run, source)[0] == 2
+    assert f"ConfigError: {source} has no lines" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_logits_of_a_large_input_are_refused(
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(score, "LOGITS_LIMIT_BYTES", 1000)
+    source = write_lines(tmp_path / "in.jsonl", {"tokens": [1, 2, 3]})
+    status, output = run_score(run, source, "--logits", str(tmp_path / "logits.npy"))
+    assert status == 2
+    assert (
+        f"ConfigError: --logits would be 3,200 bytes (1 lines x 2 x {VOCAB} x 4); it must be at"
+        " most 1,000; give fewer or shorter lines" in capsys.readouterr().err
+    )
+    assert not output.exists()
+
+
+def test_tools_write_the_same_under_torchrun(run: Path, tmp_path: Path) -> None:
+    source = write_lines(
+        tmp_path / "in.jsonl", *({"tokens": list(range(3, length))} for length in (9, 20, 12))
+    )
+    status, output = run_score(run, source)
+    assert status == 0
+    alone = read_lines(output)
+    files = ["--load", str(run), "--input", str(source), "--output", str(output)]
+    layout = ["--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2"]
+    layout += ["--expert-tensor-parallel-size", "1"]
+    done = torchrun(2, REPO / "tools" / "score.py", *files, *layout)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for record, expected in zip(read_lines(output), alone, strict=True):
+        assert record["token_logprobs"] == pytest.approx(expected["token_logprobs"], abs=1e-5)
+    prompts = ["--prompt", "one two", "--prompt", "four five six", "--greedy"]
+    done = torchrun(
+        2,
+        REPO / "tools" / "generate.py",
+        *("--load", str(run), "--max-new-tokens", "30", *prompts),
+        *("--pipeline-model-parallel-size", "2"),
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == f"{SENTENCE}\n---\nfour five six seven eight nine ten\n\n"

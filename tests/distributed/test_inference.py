@@ -1,0 +1,203 @@
+"""Every layout says and scores what one process does, and what plain whole passes do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import inference
+import pretrain
+import pytest
+import torch
+from launcher import HERE, flags, torchrun
+from torch import Tensor, nn
+
+from megatron.trainer.launch import connect, shut_down
+
+# Of torch while it reads a checkpoint, and of megatron-core about its own embedding and loss.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Please use DTensor:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning"),
+]
+
+# Sums in another order, of fp32 logits of a few units.
+TOLERANCE = 1e-5
+VOCAB = 120
+NEW = 8
+FAMILIES: dict[str, dict[str, Any]] = {
+    "olmoe": {},
+    "jetmoe": {
+        "attention": "moa",
+        "num_query_groups": 4,
+        "num_attention_heads": 12,
+        "kv_channels": 8,
+        "router": "topk_softmax",
+        "moe_output_bias": True,
+        "no_untie_embeddings_and_output_weights": True,
+    },
+}
+TP, PP, EP = (f"--{kind}-model-parallel-size" for kind in ("tensor", "pipeline", "expert"))
+ETP = "--expert-tensor-parallel-size"
+TWO_RANKS = {
+    "tp2": [TP, "2"],
+    "tp2_etp1": [TP, "2", ETP, "1"],
+    "tp2_ep2_etp1": [TP, "2", EP, "2", ETP, "1"],
+    "pp2": [PP, "2"],
+    "ep2": [EP, "2"],
+    "dp2": [],
+}
+FOUR_RANKS = {
+    "tp2_ep2": [TP, "2", EP, "2"],
+    "tp2_ep2_etp1": [TP, "2", EP, "2", ETP, "1"],
+    "tp2_pp2": [TP, "2", PP, "2"],
+    "pp2_ep2": [PP, "2", EP, "2"],
+}
+
+
+def random_rows(*lengths: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+# Five prompts in batches of two: the data parallel ranks hold unequal numbers of them, and the
+# last round leaves one rank without any.
+PROMPTS = random_rows(3, 9, 1, 14, 6, seed=1)
+ROWS = random_rows(12, 5, 1, 33, 2, 20, 20, seed=2)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of each family, of one step in one process; its weights are large enough to matter."""
+    # torch.device("meta") looks its factories up once: before they are redirected to the CPU.
+    torch.utils._device._device_constructors()
+    runs = {}
+    for family, settings in FAMILIES.items():
+        runs[family] = tmp_path_factory.mktemp("inference") / family
+        arguments = flags(
+            **settings,
+            save=runs[family],
+            seq_length=33,
+            train_iters=1,
+            init_method_std=0.15,  # about 1 / sqrt(h): logits are a few units
+            log_interval=1,
+        )
+        assert pretrain.main(arguments) == 0
+    return runs
+
+
+@pytest.fixture(scope="module")
+def truth(checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """What whole passes in this process say, token after token."""
+    return {family: say(run) for family, run in checkpoints.items()}
+
+
+def say(run: Path) -> dict[str, Any]:
+    args = parse(["--load", str(run)])
+    connect(inference._parallel(args))
+    try:
+        loaded = inference.load_model(args, inference.open_checkpoint(args, prog="test"))
+        module = loaded.module
+        texts = [continue_plainly(module, ids) for ids in PROMPTS]
+        scores = []
+        for row in ROWS:
+            log_probs = whole_pass(module, row).log_softmax(dim=-1)[:-1]
+            labels = torch.tensor(row[1:], dtype=torch.int64)[:, None]
+            scores.append(log_probs.gather(1, labels)[:, 0].tolist())
+        return {
+            "greedy": texts,
+            "scores": scores,
+            "logits": whole_pass(module, ROWS[-1])[:-1],
+        }
+    finally:
+        shut_down()
+
+
+def parse(arguments: list[str]) -> Any:
+    import generate
+
+    return generate.make_parser().parse_args([*arguments, "--prompt", ""])
+
+
+@torch.no_grad()
+def whole_pass(module: nn.Module, ids: list[int]) -> Tensor:
+    """Logits [s, v] of the real vocabulary."""
+    positions = torch.arange(len(ids))[None]
+    logits: Tensor = module(torch.tensor([ids]), positions, None)[0, :, :VOCAB]
+    return logits.float()
+
+
+def continue_plainly(module: nn.Module, ids: list[int]) -> list[int]:
+    text = list(ids)
+    for _ in range(NEW):
+        text.append(int(whole_pass(module, text)[-1].argmax()))
+    return text[len(ids) :]
+
+
+def run_layouts(
+    num_ranks: int,
+    layouts: dict[str, list[str]],
+    checkpoints: dict[str, Path],
+    out: Path,
+) -> dict[str, dict[str, Any]]:
+    cases = {
+        f"{family}_{name}": ["--load", str(run), "--batch-size", "2", *layout]
+        for family, run in checkpoints.items()
+        for name, layout in layouts.items()
+    }
+    task = {"prompts": PROMPTS, "rows": ROWS, "stop_id": -1, "new": NEW, "cases": cases}
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "task.json"
+    file.write_text(json.dumps(task))
+    worker = HERE / "worker_inference.py"
+    done = torchrun(num_ranks, worker, str(file), str(out), timeout=400)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return {name: json.loads((out / f"{name}.json").read_text()) for name in cases}
+
+
+@pytest.fixture(scope="module")
+def one(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_layouts(1, {"one": []}, checkpoints, tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def two(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_layouts(2, TWO_RANKS, checkpoints, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_layouts(4, FOUR_RANKS, checkpoints, tmp_path_factory.mktemp("four"))
+
+
+def compare(found: dict[str, Any], truth: dict[str, Any]) -> None:
+    assert not found["sequence_parallel"]
+    assert found["greedy"] == truth["greedy"]
+    for values, expected in zip(found["scores"], truth["scores"], strict=True):
+        assert values == pytest.approx(expected, abs=TOLERANCE, rel=0)
+    logits = torch.tensor(found["logits"])
+    torch.testing.assert_close(logits, truth["logits"], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_process_says_what_whole_passes_do(
+    family: str, one: dict[str, Any], truth: dict[str, Any]
+) -> None:
+    compare(one[f"{family}_one"], truth[family])
+    assert len({token for text in truth[family]["greedy"] for token in text}) > 5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", TWO_RANKS)
+def test_two_ranks_say_what_whole_passes_do(
+    family: str, layout: str, one: dict[str, Any], two: dict[str, Any], truth: dict[str, Any]
+) -> None:
+    compare(two[f"{family}_{layout}"], truth[family])
+    assert two[f"{family}_{layout}"]["sampled"] == one[f"{family}_one"]["sampled"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", FOUR_RANKS)
+def test_four_ranks_say_what_whole_passes_do(
+    family: str, layout: str, one: dict[str, Any], four: dict[str, Any], truth: dict[str, Any]
+) -> None:
+    compare(four[f"{family}_{layout}"], truth[family])
+    assert four[f"{family}_{layout}"]["sampled"] == one[f"{family}_one"]["sampled"]

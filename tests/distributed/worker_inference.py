@@ -1,0 +1,86 @@
+"""Generates and scores under several layouts, in the ranks that torchrun started.
+
+Usage: torchrun ... worker_inference.py TASK.json OUT
+
+TASK.json: {"prompts": [[id, ...]], "rows": [[id, ...]], "stop_id": id, "new": number of tokens,
+"cases": {NAME: [flag, ...]}}. For each case OUT/NAME.json gets what rank 0 knows in
+the end: greedy and sampled tokens, scores by row, and the logits of the last row.
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import generate
+import inference
+import score
+import torch
+
+from megatron.trainer.inference.decode import Prompt
+from megatron.trainer.inference.sampling import greedy_token, next_token
+from megatron.trainer.inference.scoring import compute_logits
+from megatron.trainer.inference.scoring import score as score_rows
+from megatron.trainer.launch import connect, environment_rank, shut_down
+from megatron.trainer.log import configure_logging
+
+
+def main() -> None:
+    task, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    configure_logging(environment_rank())
+    for name, flags in task["cases"].items():
+        # Any prompt will do here: the tool's own are not read.
+        args = generate.make_parser().parse_args([*flags, "--prompt", ""])
+        connect(inference._parallel(args))
+        found = run_case(args, task)
+        if environment_rank() == 0:
+            (out / f"{name}.json").write_text(json.dumps(found))
+        shut_down(keep_world=True)
+
+
+def run_case(args: Any, task: dict[str, Any]) -> dict[str, Any]:
+    loaded = inference.load_model(args, inference.open_checkpoint(args, prog="worker"))
+    rows = dict(enumerate(task["rows"]))
+    share = {
+        "tokens_per_batch": 24,  # several batches, several rows in some
+        "data_parallel_rank": loaded.ctx.data_parallel_rank,
+        "data_parallel_size": loaded.ctx.layout.data,
+    }
+    scores = score.collect(score_rows(loaded.staged, rows, **share))
+    last = {0: task["rows"][-1]}
+    logits = score.collect(compute_logits(loaded.staged, last, **share))
+    return {
+        "greedy": in_rounds(loaded, task, args.batch_size, is_greedy=True),
+        "sampled": in_rounds(loaded, task, args.batch_size, is_greedy=False),
+        "scores": [scores.get(number, []) for number in rows],
+        "logits": logits[0].tolist() if logits else None,
+        "sequence_parallel": cast(Any, loaded.module).config.sequence_parallel,
+    }
+
+
+def in_rounds(
+    loaded: inference.LoadedModel, task: dict[str, Any], size: int, *, is_greedy: bool
+) -> list[list[int]]:
+    vocab_size = loaded.staged.vocab_size
+    tokenizer = cast(Any, SimpleNamespace(eod=task["stop_id"], vocab_size=vocab_size))
+    prompts = [make_prompt(ids, task["new"], i, is_greedy) for i, ids in enumerate(task["prompts"])]
+    per_round = size * loaded.ctx.layout.data
+    new: list[list[int]] = []
+    for start in range(0, len(prompts), per_round):
+        some = prompts[start : start + per_round]
+        new += generate.continue_round(loaded, some, tokenizer)
+    return new
+
+
+def make_prompt(ids: list[int], count: int, seed: int, is_greedy: bool) -> Prompt:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(logits: torch.Tensor) -> int:
+        return next_token(logits, temperature=1.0, top_p=0.9, top_k=50, generator=generator)
+
+    return Prompt(ids=ids, choose=greedy_token if is_greedy else draw, max_new_tokens=count)
+
+
+if __name__ == "__main__":
+    main()
