@@ -30,7 +30,13 @@ from convert_checks import (
     total_bytes,
 )
 from convert_files import hf_files, native_files, read_companions
-from convert_weights import Progress, TensorDigests, export_weights, import_weights
+from convert_weights import (
+    Progress,
+    TensorDigests,
+    export_weights,
+    import_weights,
+    keep_freed_memory,
+)
 
 from megatron.trainer.checkpoint import (
     CheckpointReader,
@@ -148,8 +154,13 @@ def run(args: argparse.Namespace) -> int:
             f"torchrun started {environment_world_size()} processes; a conversion is done by one;"
             " start the tool with python alone"
         )
-    began = time.monotonic()
-    done = run_import(args) if args.command == "import" else run_export(args)
+    keep_freed_memory()
+    began, num_threads = time.monotonic(), torch.get_num_threads()
+    torch.set_num_threads(1)  # the work is copying; more threads would only wait for each other
+    try:
+        done = run_import(args) if args.command == "import" else run_export(args)
+    finally:
+        torch.set_num_threads(num_threads)
     report = {**done.report, "seconds": round(time.monotonic() - began, 1)}
     _write_report(done.report_path, report)
     logger.info(

@@ -1,6 +1,8 @@
 """Moves weights between a Hugging Face directory and a native checkpoint, a piece at a time."""
 
+import ctypes
 import logging
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,11 +20,8 @@ from moe_ext.convert import Piece
 
 logger = logging.getLogger("convert")
 
-_EXPONENT_BITS = {
-    torch.bfloat16: (torch.int16, 0x7F80),
-    torch.float16: (torch.int16, 0x7C00),
-    torch.float32: (torch.int32, 0x7F800000),
-}
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of malloc.h."""
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -199,17 +198,28 @@ def export_weights(
 def check_finite(tensor: torch.Tensor, name: str) -> None:
     """Refuse NaN and infinity: a model with one such weight computes nothing else.
 
-    Looks at the bits, which is ten times as fast as `isfinite` on bfloat16.
+    The least and the largest value tell: both are NaN where any value is.
 
     Raises:
         CheckpointError: there is one.
     """
-    integer, exponent = _EXPONENT_BITS[tensor.dtype]
-    bits = tensor.view(integer) & exponent
-    if bits.numel() and int(bits.amax()) == exponent:
-        count = int((bits == exponent).sum())
-        raise CheckpointError(
-            f"{name} holds {count} values that are not finite (NaN or infinite, or too large for"
-            f" {tensor.dtype}); a model with such weights computes nothing; take a checkpoint from"
-            " before they broke, or --dtype fp32 where they only are too large"
-        )
+    if tensor.numel() == 0 or all(math.isfinite(bound) for bound in torch.aminmax(tensor)):
+        return
+    raise CheckpointError(
+        f"{name} holds {int((~tensor.isfinite()).sum())} values that are not finite (NaN or"
+        f" infinite, or too large for {tensor.dtype}); a model with such weights computes nothing;"
+        " take a checkpoint from before they broke, or --dtype fp32 where they only are too large"
+    )
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed for the next allocation.
+
+    It would give every block of some megabytes back to the system and ask for fresh pages for the
+    next one, which costs more than the copying into them. Where the library has no such setting,
+    nothing is changed but the speed.
+    """
+    library = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(library, "mallopt"):
+        for setting in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            library.mallopt(setting, 1 << 30)

@@ -80,19 +80,19 @@ class DigestThread:
             self._thread.join()
 
     def _run(self) -> None:
+        buffer = memoryview(bytearray(_BLOCK_BYTES))
         while (job := self._jobs.get()) is not None:
             try:
                 # After an error the rest of the jobs is only taken off the queue.
                 if self._error is None and not self._is_stopped:
-                    _update(*job)
+                    _update(*job, buffer)
             except Exception as error:  # raised again by the next call
                 self._error = error
             finally:
                 self._jobs.task_done()
 
 
-def _update(digest: Digest, descriptor: int, begin: int, num_bytes: int) -> None:
-    block = memoryview(bytearray(min(_BLOCK_BYTES, num_bytes)))
+def _update(digest: Digest, descriptor: int, begin: int, num_bytes: int, block: memoryview) -> None:
     end = begin + num_bytes
     while begin < end:
         count = os.preadv(descriptor, [block[: end - begin]], begin)

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -164,6 +164,7 @@ class CheckpointStream:
             storage_meta=StorageMeta(
                 checkpoint_id=self._directory, save_id=str(uuid.uuid4()), load_id=str(uuid.uuid4())
             ),
+            version=CURRENT_DCP_VERSION,
         )
         with (self._directory / _METADATA_NAME).open("wb") as file:
             pickle.dump(metadata, file)
