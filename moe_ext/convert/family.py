@@ -81,6 +81,14 @@ class Pieces(Protocol):
         ...
 
 
+class Problems(Protocol):
+    """Say what keeps a native model from being expressed in the family's form."""
+
+    def __call__(self, model: MoEModelConfig) -> list[str]:
+        """One message a field, naming it; empty when there is nothing."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A model family: config.json <-> MoEModelConfig, and the weights of both."""
@@ -91,7 +99,7 @@ class Family:
     """Layouts its checkpoints come in; the first is the one to write unless told otherwise."""
     expert_names: Mapping[Layout, str]
     """A tensor name of layer 0 that tells the layouts apart."""
-    problems: "Problems"
+    problems: Problems
     """What keeps a native model from being expressed."""
     model_config: ReadConfig
     """config.json -> architecture."""
@@ -146,11 +154,3 @@ class Family:
             if self.expert_names[layout] in names:
                 return layout
         return self.layouts[0]
-
-
-class Problems(Protocol):
-    """Say what keeps a native model from being expressed in the family's form."""
-
-    def __call__(self, model: MoEModelConfig) -> list[str]:
-        """One message a field, naming it; empty when there is nothing."""
-        ...

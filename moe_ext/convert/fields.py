@@ -37,6 +37,15 @@ _HARMLESS = frozenset(
         "n_positions",
         "pad_token_id",
         "sep_token_id",
+        # How text is drawn from the logits.
+        "do_sample",
+        "max_length",
+        "max_new_tokens",
+        "num_beams",
+        "repetition_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
         # Other tasks than language modelling.
         "finetuning_task",
         "id2label",
@@ -187,7 +196,7 @@ class Fields:
         left = sorted(self._config.keys() - self._seen - _HARMLESS)
         if left:
             raise ValueError(
-                f"config.json has fields that a {self._family} model is not known to have:"
+                f"config.json has fields that {self._family} models are not known to have:"
                 f" {', '.join(left)}; each may change what the model computes; remove those that"
                 " do not"
             )

@@ -245,7 +245,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "olmoe",
         {"shared_expert": True, "quantization_config": {"bits": 4}, "unset": None},
-        "config.json has fields that a olmoe model is not known to have: quantization_config,"
+        "config.json has fields that olmoe models are not known to have: quantization_config,"
         " shared_expert; each may change what the model computes; remove those that do not",
     ),
 ]
