@@ -310,12 +310,12 @@ def describe_run(cfg: PretrainConfig, ctx: RunContext) -> list[str]:
         lines += [
             f"attention experts: {model.attention_experts} per layer, {model.attention_topk} per"
             f" token, router {model.router}, backend {model.expert_backend}; logged as moa_...",
-            *_describe_losses(model, topk=model.attention_topk),
+            *_describe_losses(model, topk=model.attention_topk, routers="attention "),
         ]
     return lines
 
 
-def _describe_losses(model: MoEModelConfig, *, topk: int) -> list[str]:
+def _describe_losses(model: MoEModelConfig, *, topk: int, routers: str = "") -> list[str]:
     """What the coefficients mean for the routers that choose `topk` experts."""
     balance, z = layer_coefficients(
         model.moe_loss_convention,
@@ -325,10 +325,10 @@ def _describe_losses(model: MoEModelConfig, *, topk: int) -> list[str]:
         topk=topk,
     )
     return [
-        f"load-balancing loss: coefficient {model.moe_aux_loss_coeff:g} in the"
+        f"{routers}load-balancing loss: coefficient {model.moe_aux_loss_coeff:g} in the"
         f" '{model.moe_loss_convention}' convention = {balance:g} for each layer's loss;"
         " logged without it, mean over layers, 1.0 = balanced",
-        f"router z-loss: coefficient {model.moe_z_loss_coeff:g} in the"
+        f"{routers}router z-loss: coefficient {model.moe_z_loss_coeff:g} in the"
         f" '{model.moe_loss_convention}' convention = {z:g} for each layer's loss; logged"
         " without it, mean over layers and tokens of logsumexp squared",
     ]

@@ -88,6 +88,7 @@ JETMOE_LAYOUTS: dict[int, dict[str, dict[str, object]]] = {
             "num-virtual-stages-per-pipeline-rank": 2,
         },
         "jetmoe_ep2": {"expert-model-parallel-size": 2},
+        "jetmoe_cp2": {"context-parallel-size": 2},
         "jetmoe_dp2": {},
         "jetmoe_dp2_distributed_optimizer": {"use-distributed-optimizer": True},
     },
