@@ -97,6 +97,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     importing.add_argument(
         "--save", required=True, metavar="DIR", help="run directory to make; holds no run yet"
     )
+    importing.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        metavar="N",
+        help="pad the vocabulary, for more tensor parallel ranks than divide it (no padding)",
+    )
     exporting = commands.add_parser("export", help="a run's checkpoint -> Hugging Face")
     exporting.add_argument("--load", required=True, metavar="DIR", help="a run's --save directory")
     exporting.add_argument(
@@ -154,6 +160,10 @@ def run(args: argparse.Namespace) -> int:
             f"torchrun started {environment_world_size()} processes; a conversion is done by one;"
             " start the tool with python alone"
         )
+    if args.verify:
+        from hf_verify import import_transformers, verify
+
+        import_transformers()  # or learn that it is missing now, not after the work
     keep_freed_memory()
     began, num_threads = time.monotonic(), torch.get_num_threads()
     torch.set_num_threads(1)  # the work is copying; more threads would only wait for each other
@@ -173,8 +183,6 @@ def run(args: argparse.Namespace) -> int:
     )
     if not args.verify:
         return 0
-    from hf_verify import verify
-
     verification = verify(done.native, done.hf)
     _write_report(done.report_path, {**report, "verification": verification})
     return 0 if verification["passed"] else 1
@@ -189,7 +197,7 @@ def run_import(args: argparse.Namespace) -> Conversion:
     save = Path(args.save)
     check_new_run(save)
     with HFDirectory(Path(args.hf)) as source:
-        family, model = _read_architecture(source)
+        family, model = _read_architecture(source, args.make_vocab_size_divisible_by)
         form = family.layout_of(source.tensors)
         shapes = family.hf_tensors(model, form)
         dtype = check_tensors(source, shapes, args.dtype)
@@ -278,15 +286,19 @@ def run_export(args: argparse.Namespace) -> Conversion:
     return Conversion(report=report, report_path=out / REPORT_NAME, native=found, hf=out)
 
 
-def _read_architecture(source: HFDirectory) -> tuple[Family, MoEModelConfig]:
+def _read_architecture(source: HFDirectory, divisor: int | None) -> tuple[Family, MoEModelConfig]:
     """The family and the native config of a Hugging Face checkpoint.
+
+    Args:
+        source: the checkpoint.
+        divisor: what to pad the vocabulary to a multiple of; None pads nothing.
 
     Raises:
         CheckpointError: we have no such family, or it has something that we have not.
     """
     try:
         family = family_of(source.config)
-        return family, family.model_config(source.config)
+        return family, family.model_config(source.config, make_vocab_size_divisible_by=divisor)
     except ValueError as error:
         raise CheckpointError(f"{source.path / 'config.json'}: {error}") from error
 
