@@ -10,6 +10,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from moe_ext.attention.cache import KeyValueCache, use_cache
 from moe_ext.builder import BuiltModel, build_model
 from moe_ext.config import MoEModelConfig
 from moe_ext.experts import EXPERT_BACKENDS, register_expert_backend
@@ -181,3 +182,22 @@ def test_a_backend_without_projection_is_refused_for_moa_alone(
     message = "expert backend 'feed_forward' has no projection, which moa attention is made of"
     with pytest.raises(ValueError, match=re.escape(message)):
         build(single_rank, expert_backend="feed_forward")
+
+
+def test_logits_from_kept_keys_and_values_are_those_of_the_whole_sequence(
+    single_rank: ProcessGroupCollection,
+) -> None:
+    """Three tokens at once, then one at a time; a new token chooses experts by itself."""
+    model = build(single_rank).chunks[0].eval()
+    tokens = torch.randint(64, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(4))
+    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    cache = KeyValueCache(batch_size=BATCH, capacity=SEQUENCE)
+    parts = []
+    with torch.no_grad():
+        whole = model(tokens, positions, None)  # [b, s, v]
+        with use_cache(model, cache):
+            for start, end in [(0, 3), *((i, i + 1) for i in range(3, SEQUENCE))]:
+                cache.place(positions[:, start:end])
+                parts.append(model(tokens[:, start:end], positions[:, start:end], None))
+    # fp32 through two layers.
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
