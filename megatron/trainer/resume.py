@@ -34,6 +34,7 @@ from megatron.trainer.state import (
     request_state,
     run_state,
     sharded_state,
+    take_data,
 )
 
 logger = logging.getLogger(__name__)
@@ -107,9 +108,10 @@ def resume(state: TrainState, model_config: Architecture) -> None:
     if state.anneal is not None:
         state.schedule = agree(lambda: _branch_schedule(state, run, found, is_branching))
     request = request_state(state, run, is_branching=is_branching)
+    take_data(state, run, is_branching=is_branching)
     # Another layout, or a branch, leaves the random states unread.
     loaded = load_checkpoint(found.path, request, unread_prefixes=(RNG_PREFIX,))
-    apply_state(state, loaded, run, is_branching=is_branching)
+    apply_state(state, loaded, run)
     logger.info(
         "%s %s at iteration %d, %d samples consumed, learning rate %g",
         "branched from" if is_branching else "resumed",

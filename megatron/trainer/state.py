@@ -151,19 +151,21 @@ def request_state(
     return request
 
 
-def apply_state(
-    state: TrainState,
-    loaded: Mapping[str, Any],
-    run: Mapping[str, Any],
-    *,
-    is_branching: bool = False,
-) -> None:
+def take_data(state: TrainState, run: Mapping[str, Any], *, is_branching: bool = False) -> None:
+    """Put the data where a checkpoint's `run_state` stood, or a branch's data after it.
+
+    Raises:
+        DataError: the run would not read the same samples; asked before anything is loaded.
+    """
+    take = state.train_data.inherit if is_branching else state.train_data.load_state_dict
+    for line in take(run["data"]):
+        logger.info("data: %s", line)
+
+
+def apply_state(state: TrainState, loaded: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     """Take over what was loaded into a request of `request_state`."""
     load_optimizer_state(state.optimizer, loaded["optimizer"], steps=int(run["optimizer_steps"]))
     load_model(state.modules, loaded)
-    take_data = state.train_data.inherit if is_branching else state.train_data.load_state_dict
-    for line in take_data(run["data"]):
-        logger.info("data: %s", line)
     state.iteration = int(run["iteration"])
     if "rng" in loaded:
         _load_rng_state(loaded["rng"])

@@ -189,3 +189,14 @@ def test_directory_without_a_run_ends_with_status_2(
         f"ConfigError: {tmp_path} holds no config.yaml; --run must be the --save directory of a"
         " run; check the path\n"
     )
+
+
+def test_report_says_what_each_of_several_sources_gave() -> None:
+    record = {**step(10, 3.0, 1000.0), "consumed_tokens": 640}
+    cfg = recipe.PretrainConfig()
+    one = {**record, "consumed_tokens_per_source": {"code": 640}}
+    two = {**record, "consumed_tokens_per_source": {"code": 480, "docs": 160}}
+    assert not any(line.startswith("tokens from") for line in report.describe_training(cfg, [one]))
+    assert "tokens from     code 480 (75.0%), docs 160 (25.0%)" in report.describe_training(
+        cfg, [two]
+    )
