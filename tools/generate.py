@@ -259,6 +259,10 @@ def read_tasks(args: argparse.Namespace, tokenizer: Tokenizer, *, seq_length: in
                 written_keys=WRITTEN,
             )
         )
+        if not lines:
+            raise ConfigError(
+                f"{args.input} has no lines; there is nothing to continue; name another --input"
+            )
         records = [line.record for line in lines]
         prompts = [line.ids for line in lines]
     return [

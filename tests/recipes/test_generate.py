@@ -265,6 +265,9 @@ def test_line_that_cannot_be_continued_is_named(
         " with --max-new-tokens 8 they must fit into 48, the --seq-length of training; shorten or"
         " split it\n"
     )
+    source.write_text("")
+    assert generate.main(["--load", str(run), *file]) == 2
+    assert f"ConfigError: {source} has no lines" in capsys.readouterr().err
     assert not output.exists()
 
 
