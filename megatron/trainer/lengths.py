@@ -178,13 +178,14 @@ def _cover_problems(cfg: RunConfig) -> list[str]:
     told = " + ".join(
         f"{phase.name} {count:,}" for phase, count in zip(cfg.data.phases, steps, strict=True)
     )
-    what = f"train_iters ({length:,})"
+    what = f"train_iters ({length:,}) is the length of the run"
+    remedy = "change a phase's train_tokens, or leave the length to the phases"
     if start:
-        what = f"the branch's lr_wsd_decay_iters ({length:,})"
+        what = f"lr_wsd_decay_iters ({length:,}) is the length of the branch"
+        remedy = "give the branch phases of its own, or one mixture with --data-path"
     return [
         f"the phases have {sum(steps):,} steps ({told}, of {tokens_per_step(cfg.training):,} tokens"
-        f" each), but {what} is the length of the run; they must cover it exactly; change a"
-        " phase's train_tokens, or leave the length to the phases"
+        f" each), but {what}; they must cover it exactly; {remedy}"
     ]
 
 

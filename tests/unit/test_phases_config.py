@@ -176,17 +176,23 @@ def test_phases_are_no_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 COVER = (
-    "the phases have 10 steps (stable 8 + decay 2, of 128 tokens each), but {} is the length of the"
-    " run; they must cover it exactly; change a phase's train_tokens, or leave the length to the"
-    " phases"
+    "the phases have 10 steps (stable 8 + decay 2, of 128 tokens each), but {}; they must cover it"
+    " exactly; {}"
 )
+OF_RUN = "change a phase's train_tokens, or leave the length to the phases"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (PHASES + "train_iters: 11\n", COVER.format("train_iters (11)")),
-        (PHASES + "train_tokens: 1_000\n", COVER.format("train_iters (8)")),
+        (
+            PHASES + "train_iters: 11\n",
+            COVER.format("train_iters (11) is the length of the run", OF_RUN),
+        ),
+        (
+            PHASES + "train_tokens: 1_000\n",
+            COVER.format("train_iters (8) is the length of the run", OF_RUN),
+        ),
         (
             PHASES + "data_path: [web]\n",
             "phases (stable, decay) and data_path (web) are both set; a run has either; give each"
@@ -240,7 +246,10 @@ def test_branch_may_have_phases_that_cover_its_tail(tmp_path: Path) -> None:
     assert cfg.training.train_iters == 60
     validate(cfg, 1)
     longer = parse(tmp_path, BRANCH.replace("1_280", "1_281") + PHASES)
-    assert problems(longer) == COVER.format("the branch's lr_wsd_decay_iters (11)")
+    assert problems(longer) == COVER.format(
+        "lr_wsd_decay_iters (11) is the length of the branch",
+        "give the branch phases of its own, or one mixture with --data-path",
+    )
 
 
 @pytest.mark.parametrize(
