@@ -10,7 +10,8 @@ _OLMOE_1B_7B: Mapping[str, Any] = {
     "num_experts": 64,
     "moe_router_topk": 8,
     "moe_ffn_hidden_size": 1024,
-    "vocab_size": 50280,
+    # 50,280 token ids and 24 rows that no token has, part of the softmax as in the released model.
+    "vocab_size": 50304,
     "make_vocab_size_divisible_by": 128,
     "rotary_base": 10000.0,
     "norm_epsilon": 1.0e-5,

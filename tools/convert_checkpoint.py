@@ -100,8 +100,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     importing.add_argument(
         "--make-vocab-size-divisible-by",
         type=int,
+        default=128,
         metavar="N",
-        help="pad the vocabulary, for more tensor parallel ranks than divide it (no padding)",
+        help="pad the vocabulary, so that tensor parallel ranks can share it (%(default)s)",
     )
     exporting = commands.add_parser("export", help="a run's checkpoint -> Hugging Face")
     exporting.add_argument("--load", required=True, metavar="DIR", help="a run's --save directory")
@@ -291,7 +292,7 @@ def _read_architecture(source: HFDirectory, divisor: int | None) -> tuple[Family
 
     Args:
         source: the checkpoint.
-        divisor: what to pad the vocabulary to a multiple of; None pads nothing.
+        divisor: what to pad the vocabulary to a multiple of.
 
     Raises:
         CheckpointError: we have no such family, or it has something that we have not.

@@ -1,6 +1,5 @@
 """What a model family knows about its Hugging Face form."""
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,11 +9,6 @@ from moe_ext.convert.pieces import Layout, Piece
 
 TokenIds = int | list[int] | None
 """A special token of a Hugging Face config: an id, several, or none."""
-
-
-def vocabulary_divisor(vocab_size: int) -> int:
-    """The largest power of two, at most 128, that divides a vocabulary: nothing is padded by it."""
-    return math.gcd(vocab_size, 128)
 
 
 def common_problems(model: MoEModelConfig) -> list[str]:
@@ -57,15 +51,14 @@ class ReadConfig(Protocol):
     """Read a Hugging Face config."""
 
     def __call__(
-        self, hf_config: Mapping[str, Any], *, make_vocab_size_divisible_by: int | None = None
+        self, hf_config: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 128
     ) -> MoEModelConfig:
         """The architecture that config.json describes.
 
         Args:
             hf_config: the parsed file.
-            make_vocab_size_divisible_by: pad the vocabulary to a multiple of this; None pads
-                nothing. Padding rows take part in the softmax of the training loss, so only a
-                model without them has transformers' loss to the last digit.
+            make_vocab_size_divisible_by: pad the vocabulary to a multiple of this, so that tensor
+                parallel ranks can share it; 1 pads nothing.
 
         Raises:
             ValueError: a field is missing, unknown or has a value that the native model has not.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_ext.config import MOA, MoEModelConfig
-from moe_ext.convert.family import TokenIds, common_problems, vocabulary_divisor
+from moe_ext.convert.family import TokenIds, common_problems
 from moe_ext.convert.fields import Fields
 
 LAYER_NORM_EPSILON = 1.0e-6
@@ -24,13 +24,13 @@ _HUB_NAMES = {
 
 
 def read_config(
-    hf_config: Mapping[str, Any], *, make_vocab_size_divisible_by: int | None = None
+    hf_config: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 128
 ) -> MoEModelConfig:
     """The architecture that config.json describes.
 
     Args:
         hf_config: the parsed file.
-        make_vocab_size_divisible_by: pad the vocabulary to a multiple of this; None pads nothing.
+        make_vocab_size_divisible_by: pad the vocabulary to a multiple of this; 1 pads nothing.
 
     Raises:
         ValueError: a field is unknown, has a value that the native model has not, or says what
@@ -64,9 +64,7 @@ def read_config(
         moe_ffn_hidden_size=sizes["intermediate_size"],
         moe_output_bias=True,
         vocab_size=vocab_size,
-        make_vocab_size_divisible_by=(
-            make_vocab_size_divisible_by or vocabulary_divisor(vocab_size)
-        ),
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
         rotary_base=fields.rope_theta(10000.0),
         norm_epsilon=LAYER_NORM_EPSILON,
         final_norm_epsilon=None if final_epsilon == LAYER_NORM_EPSILON else final_epsilon,

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert.family import TokenIds, common_problems, vocabulary_divisor
+from moe_ext.convert.family import TokenIds, common_problems
 from moe_ext.convert.fields import Fields
 
 
 def read_config(
-    hf_config: Mapping[str, Any], *, make_vocab_size_divisible_by: int | None = None
+    hf_config: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 128
 ) -> MoEModelConfig:
     """The architecture that config.json describes.
 
@@ -21,7 +21,7 @@ def read_config(
 
     Args:
         hf_config: the parsed file.
-        make_vocab_size_divisible_by: pad the vocabulary to a multiple of this; None pads nothing.
+        make_vocab_size_divisible_by: pad the vocabulary to a multiple of this; 1 pads nothing.
 
     Raises:
         ValueError: a field is unknown or has a value that the native model has not.
@@ -45,9 +45,7 @@ def read_config(
         moe_router_topk=fields.size("num_experts_per_tok", 8),
         moe_ffn_hidden_size=fields.size("intermediate_size", 2048),
         vocab_size=vocab_size,
-        make_vocab_size_divisible_by=(
-            make_vocab_size_divisible_by or vocabulary_divisor(vocab_size)
-        ),
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
         rotary_base=fields.rope_theta(10000.0),
         norm_epsilon=fields.number("rms_norm_eps", 1.0e-5),
         attention="full_width_qk_norm",

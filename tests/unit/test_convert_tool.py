@@ -79,8 +79,7 @@ def test_layouts_hold_the_same_experts(tmp_path: Path) -> None:
 
 def test_native_checkpoint_holds_the_weights_and_zero_padding(tmp_path: Path) -> None:
     source, weights = make_hf(tmp_path / "hf", "olmoe", "per-expert")
-    padding = ("--make-vocab-size-divisible-by", 128)
-    convert("import", "--hf", source, "--save", tmp_path / "run", *padding)
+    convert("import", "--hf", source, "--save", tmp_path / "run")
     found = find_checkpoint(tmp_path / "run")
     assert found.iteration == 0
     with CheckpointReader(found.path) as reader:

@@ -57,9 +57,9 @@ def test_olmoe_losses_apply_to_each_layer_with_the_training_codes_coefficients()
     assert coefficients == pytest.approx((6.25e-4, 7.8125e-6), rel=1e-12)
 
 
-def test_olmoe_vocabulary_is_padded_to_the_published_rows() -> None:
+def test_olmoe_vocabulary_has_the_published_rows() -> None:
     model = preset("olmoe_1b_7b")
-    assert (model.vocab_size, model.padded_vocab_size) == (50_280, 50_304)
+    assert (model.vocab_size, model.padded_vocab_size) == (50_304, 50_304)
 
 
 def test_jetmoe_has_the_published_parameters() -> None:
