@@ -4,7 +4,8 @@ Usage: torchrun ... worker_inference.py TASK.json OUT
 
 TASK.json: {"prompts": [[id, ...]], "rows": [[id, ...]], "stop_id": id, "new": number of tokens,
 "cases": {NAME: [flag, ...]}}. For each case OUT/NAME.json gets what rank 0 knows in
-the end: greedy and sampled tokens, scores by row, and the logits of the last row.
+the end: greedy and sampled tokens, scores by row, the logits of the last row, and the error that a
+broken rank ends in.
 """
 
 import json
@@ -18,6 +19,7 @@ import inference
 import score
 import torch
 
+from megatron.trainer.errors import CheckpointError
 from megatron.trainer.inference.decode import Prompt
 from megatron.trainer.inference.sampling import greedy_token, next_token
 from megatron.trainer.inference.scoring import compute_logits
@@ -56,7 +58,20 @@ def run_case(args: Any, task: dict[str, Any]) -> dict[str, Any]:
         "scores": [scores.get(number, []) for number in rows],
         "logits": logits[0].tolist() if logits else None,
         "sequence_parallel": cast(Any, loaded.module).config.sequence_parallel,
+        "broken": error_when_broken(loaded, task, args.batch_size),
     }
+
+
+def error_when_broken(loaded: inference.LoadedModel, task: dict[str, Any], size: int) -> str | None:
+    """What rank 0 hears when only the last data parallel rank's logits are not finite."""
+    is_last_share = loaded.ctx.data_parallel_rank == loaded.ctx.layout.data - 1
+    if loaded.staged.is_last and is_last_share:
+        cast(Any, loaded.module).decoder.final_layernorm.weight.data.fill_(torch.nan)
+    try:
+        in_rounds(loaded, task, size, is_greedy=True)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def in_rounds(
