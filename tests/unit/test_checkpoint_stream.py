@@ -92,8 +92,6 @@ def described(path: Path) -> dict[str, Any]:
     return {"tensors": metadata.state_dict_metadata, "stored": stored, **others}
 
 
-# torch, of its own class that megatron-core loads several shards of one tensor with.
-@pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_streamed_checkpoint_is_the_one_that_save_writes(
     dtype: torch.dtype, tmp_path: Path

@@ -123,11 +123,12 @@ def test_dtype_converts_on_import_and_on_export(
     assert_same(read_all(tmp_path / "out2"), wanted)
 
 
-def test_reports_hold_the_digest_of_every_tensor(tmp_path: Path) -> None:
+def test_checksums_put_the_digest_of_every_tensor_into_the_report(tmp_path: Path) -> None:
     source, weights = make_hf(tmp_path / "hf", "olmoe", "fused")
-    convert("import", "--hf", source, "--save", tmp_path / "run")
+    convert("import", "--hf", source, "--save", tmp_path / "run", "--checksums")
     out = tmp_path / "out"
-    convert("export", "--load", tmp_path / "run", "--hf", out, "--layout", "fused")
+    exporting = ("export", "--load", tmp_path / "run", "--hf", out, "--layout", "fused")
+    convert(*exporting, "--checksums")
     wanted = {
         name: hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, tensor in weights.items()

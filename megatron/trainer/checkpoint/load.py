@@ -135,6 +135,8 @@ def _read(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     with warnings.catch_warnings():
         # megatron-core 0.16 calls torch's function by its former name.
         warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
+        # It wraps several parts of one tensor in a class that torch would like to retire.
+        warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)
         loaded: dict[str, Any] = dist_checkpointing.load(
             state, str(path), validate_access_integrity=False
         )
