@@ -1,16 +1,16 @@
 """Visits workers in turns, after having made sure that all of them compute the same."""
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from benchmarks.ceilings import build_ceilings
 from benchmarks.digests import Digests, largest_difference
 from benchmarks.timing import interleave
-from benchmarks.workers import Builder, NotInstalledError, Worker
+from benchmarks.workers import Entry, Worker
 
 CEILINGS = "ceilings"
 NATIVE = "native"
@@ -26,8 +26,8 @@ GRADIENT_LIMITS = {torch.float32: 2e-3, torch.bfloat16: 1.5e-1}
 class Plan:
     """What to measure, and how."""
 
-    builders: Mapping[str, tuple[Builder, tuple[Any, ...]]]
-    """By name: a worker's builder and its arguments."""
+    entries: Mapping[str, Entry]
+    """By name."""
     device: torch.device
     """Where."""
     dtype: torch.dtype
@@ -78,7 +78,9 @@ class Session:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._standing: dict[str, Worker] = {}
-        self.found = {name: Measured() for name in plan.builders}
+        self.found = {
+            name: Measured(missing=_missing(entry)) for name, entry in plan.entries.items()
+        }
         self.ceilings: list[dict[str, float]] = []
 
     def run(self) -> None:
@@ -111,12 +113,9 @@ class Session:
         Without such a peer there is nothing to compare with, and the differences stay None.
         """
         digests: dict[str, Digests] = {}
-        for name, measured in self.found.items():
+        for name in self._present():
             with self._worker(name) as worker:
-                try:
-                    measured.loss, digests[name] = worker.ask("check")
-                except NotInstalledError as error:
-                    measured.missing = str(error)
+                self.found[name].loss, digests[name] = worker.ask("check")
         peers = [name for name in self._present() if not name.startswith(NATIVE)]
         for name in self._present() if peers else ():
             self._compare_pair(name, peers[0], digests)
@@ -169,14 +168,9 @@ class Session:
         if name in self._standing:
             yield self._standing[name]
             return
-        build, arguments = (
-            (build_ceilings, (plan.dtype, plan.gemm_size))
-            if name == CEILINGS
-            else plan.builders[name]
-        )
-        worker = Worker(
-            build, device=plan.device, num_threads=plan.num_threads, arguments=arguments
-        )
+        ceilings = Entry(build_ceilings, (plan.dtype, plan.gemm_size))
+        entry = ceilings if name == CEILINGS else plan.entries[name]
+        worker = Worker(entry, device=plan.device, num_threads=plan.num_threads)
         if name == CEILINGS or not plan.is_fresh:
             self._standing[name] = worker
             yield worker
@@ -185,3 +179,10 @@ class Session:
             yield worker
         finally:
             worker.close()
+
+
+def _missing(entry: Entry) -> str | None:
+    """The entry's package if it is not installed."""
+    if entry.package is None or importlib.util.find_spec(entry.package) is not None:
+        return None
+    return entry.package

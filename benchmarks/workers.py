@@ -7,6 +7,7 @@ while another one is visited.
 import multiprocessing
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -14,10 +15,6 @@ import torch
 
 from benchmarks.digests import Digests
 from benchmarks.memory import PeakMemory
-
-
-class NotInstalledError(Exception):
-    """The implementation's package is not here; the message names it."""
 
 
 class Subject(Protocol):
@@ -33,31 +30,35 @@ class Subject(Protocol):
 
 
 Builder = Callable[..., Subject]
-"""Called in the worker with the device and the worker's arguments."""
+"""Called in the worker with the device and the entry's arguments."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An implementation to measure."""
+
+    build: Builder
+    """A function of a module, which the worker imports."""
+    arguments: tuple[Any, ...]
+    """Handed to `build`; small."""
+    package: str | None = None
+    """What must be installed for it, if that is optional."""
 
 
 class Worker:
     """The parent's handle of a worker.
 
     Args:
-        build: a function of a module, which the worker can import.
+        entry: what to build.
         device: where to compute.
         num_threads: CPU threads; None leaves torch's default.
-        arguments: handed to `build`; small.
     """
 
-    def __init__(
-        self,
-        build: Builder,
-        *,
-        device: torch.device,
-        num_threads: int | None,
-        arguments: tuple[Any, ...],
-    ) -> None:
+    def __init__(self, entry: Entry, *, device: torch.device, num_threads: int | None) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(theirs, build, device, num_threads, arguments), daemon=True
+            target=_serve, args=(theirs, entry, device, num_threads), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -66,7 +67,6 @@ class Worker:
         """Have the worker do `check`, `sample`, `restart_peak` or `peak_bytes`.
 
         Raises:
-            NotInstalledError: the package is missing.
             RuntimeError: the worker failed; the message is its traceback.
         """
         try:
@@ -78,8 +78,6 @@ class Worker:
                 f"a worker ended with status {self._process.exitcode} during '{command}'; -9 means"
                 " that it was killed, most often for its memory"
             ) from error
-        if outcome == "missing":
-            raise NotInstalledError(value)
         if outcome == "failed":
             raise RuntimeError(f"a worker failed during '{command}':\n{value}")
         return value
@@ -91,11 +89,7 @@ class Worker:
 
 
 def _serve(
-    connection: Connection,
-    build: Builder,
-    device: torch.device,
-    num_threads: int | None,
-    arguments: tuple[Any, ...],
+    connection: Connection, entry: Entry, device: torch.device, num_threads: int | None
 ) -> None:
     """A worker's life: each command is answered by an outcome and a value."""
     subject: Subject | None = None
@@ -112,10 +106,8 @@ def _serve(
                 if device.type == "cuda":
                     torch.cuda.set_device(device)
                 memory = PeakMemory(device)
-                subject = build(device, *arguments)
+                subject = entry.build(device, *entry.arguments)
             connection.send(("done", _obey(command, subject, memory)))
-        except NotInstalledError as missing:
-            connection.send(("missing", str(missing)))
         except Exception:
             # Not swallowed: the parent raises it again.
             connection.send(("failed", traceback.format_exc()))

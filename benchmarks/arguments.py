@@ -1,0 +1,69 @@
+"""The flags that both benchmarks have."""
+
+import argparse
+from typing import TypeVar
+
+import torch
+
+from benchmarks.shapes import SHAPES, Shape, resize
+
+T = TypeVar("T")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+
+
+def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the common flags."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="small", help="(%(default)s)")
+    parser.add_argument("--num-layers", type=int, metavar="N", help="other than the shape's")
+    parser.add_argument("--seq-length", type=int, metavar="N", help="other than the shape's")
+    parser.add_argument("--micro-batch-size", type=int, metavar="N", help="other than the shape's")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="(%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(%(default)s)")
+    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="(%(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's")
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="build an implementation for each visit, so that one at a time is in memory",
+    )
+    parser.add_argument(
+        "--gemm-size", type=int, metavar="N",
+        help=f"rows of the product that is the ceiling (cpu {_GEMM_SIZE['cpu']},"
+        f" cuda {_GEMM_SIZE['cuda']})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="these implementations; the table has the names"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all samples there")
+    return parser
+
+
+def shape_of(args: argparse.Namespace) -> Shape:
+    """The shape that the flags describe."""
+    return resize(
+        SHAPES[args.shape],
+        num_layers=args.num_layers,
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+    )
+
+
+def gemm_size(args: argparse.Namespace) -> int:
+    """Of the ceiling's product."""
+    return args.gemm_size or _GEMM_SIZE[args.device]
+
+
+def chosen(entries: dict[str, T], only: list[str] | None) -> dict[str, T]:
+    """Those of the implementations that --only names, in the order of the table.
+
+    Raises:
+        SystemExit: a name is unknown.
+    """
+    unknown = sorted(set(only or ()) - entries.keys())
+    if unknown:
+        raise SystemExit(f"unknown implementation {unknown[0]}; use {', '.join(entries)}")
+    return {name: value for name, value in entries.items() if only is None or name in only}

@@ -1,0 +1,232 @@
+"""Layers of megatron-core: with the project's experts, its own, and Transformer Engine's."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from benchmarks.layer_problem import LayerProblem, LayerSubject, grad_of
+from benchmarks.native import start
+from benchmarks.shapes import Shape
+from moe_ext.attention import MoASelfAttention, MoASubmodules, SDPACoreAttention
+from moe_ext.experts import ExpertMLP
+from moe_ext.rotary import PositionRotaryEmbedding
+from moe_ext.transformer import transformer_config
+
+TE_GROUPED, SEQUENTIAL = "te-grouped", "megatron-core-sequential"
+"""Kinds of experts that are not the project's."""
+
+
+class GivenRouting(nn.Module):
+    """In a router's place: the routing that the problem gives.
+
+    Args:
+        probs: [t, e] weights, zero off the selection.
+        routing_map: [t, e] bool.
+    """
+
+    def __init__(self, probs: Tensor, routing_map: Tensor) -> None:
+        super().__init__()
+        self.probs = nn.Parameter(probs)
+        self.routing_map = routing_map
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Nothing is recorded."""
+
+    def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What was given."""
+        return self.probs, self.routing_map
+
+
+class ExpertsLayer(LayerSubject):
+    """A MoELayer of megatron-core with the routing given.
+
+    Args:
+        problem: inputs and weights.
+        kind: "native:BACKEND", SEQUENTIAL or TE_GROUPED.
+        config: megatron-core's.
+        groups: this rank's process groups.
+    """
+
+    def __init__(
+        self,
+        problem: LayerProblem,
+        kind: str,
+        config: TransformerConfig,
+        groups: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(problem)
+        self._kind = kind
+        self._router = GivenRouting(*problem.dense_gates())
+        spec = MoESubmodules(experts=_experts_spec(kind), router=lambda **_: self._router)
+        self._layer = MoELayer(config=config, submodules=spec, pg_collection=groups)
+        self._layer.to(problem.device)
+        weight1, weight2 = problem.expert_weights()
+        with torch.no_grad():
+            for mine, given in zip(self._weights(), (weight1, weight2), strict=True):
+                for part, rows in zip(mine, given, strict=True):
+                    part.copy_(rows.view_as(part))
+
+    def _weights(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Each expert's two matrices, [2f, h] and [h, f] or of as many numbers."""
+        experts = self._layer.experts
+        if isinstance(experts, SequentialMLP):
+            each = experts.local_experts
+            return [x.linear_fc1.weight for x in each], [x.linear_fc2.weight for x in each]
+        if self._kind == TE_GROUPED:
+            number = range(self.problem.shape.model.num_experts or 0)
+            return (
+                [getattr(experts.linear_fc1, f"weight{i}") for i in number],
+                [getattr(experts.linear_fc2, f"weight{i}") for i in number],
+            )
+        return list(experts.weight1), list(experts.weight2)
+
+    def _gradients_of(self, which: int) -> Tensor:
+        """[e, 2f, h] or [e, h, f]."""
+        experts = self._layer.experts
+        if isinstance(experts, ExpertMLP):
+            gradient = grad_of((experts.weight1, experts.weight2)[which])
+            return gradient.flatten(1, 2) if which == 0 else gradient
+        return torch.stack([grad_of(weight) for weight in self._weights()[which]])
+
+    def forward(self) -> Tensor:
+        """[s, b, h]."""
+        output, _ = self._layer(self.hidden)
+        return output
+
+    def leaves(self) -> Iterator[Tensor]:
+        """Parameters, the gates among them."""
+        yield from self._layer.parameters()
+
+    def gradients(self) -> Mapping[str, Tensor]:
+        """See `LayerSubject`."""
+        return {
+            "gates": self.problem.chosen(grad_of(self._router.probs)),
+            "weight1": self._gradients_of(0),
+            "weight2": self._gradients_of(1),
+        }
+
+
+def build_experts(
+    device: torch.device, shape: Shape, routing: str, dtype: torch.dtype, kind: str
+) -> LayerSubject:
+    """For a worker; see `ExpertsLayer`."""
+    config, groups = _configure(device, shape, dtype)
+    return ExpertsLayer(LayerProblem(shape, routing, device, dtype), kind, config, groups)
+
+
+def _configure(
+    device: torch.device, shape: Shape, dtype: torch.dtype
+) -> tuple[TransformerConfig, ProcessGroupCollection]:
+    cfg, ctx = start(
+        shape.model,
+        device=device,
+        dtype=dtype,
+        seq_length=shape.seq_length,
+        micro_batch_size=shape.micro_batch_size,
+        learning_rate=1e-4,
+    )
+    return transformer_config(cfg.model, bf16=cfg.training.bf16), ctx.groups
+
+
+def _experts_spec(kind: str) -> ModuleSpec:
+    if kind == TE_GROUPED:
+        from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelGroupedLinear,
+            TERowParallelGroupedLinear,
+        )
+
+        grouped = MLPSubmodules(
+            linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear
+        )
+        return ModuleSpec(module=TEGroupedMLP, submodules=grouped)
+    if kind == SEQUENTIAL:
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        return ModuleSpec(module=SequentialMLP, submodules=linears)
+    return ModuleSpec(module=ExpertMLP, params={"backend": kind.partition(":")[2]})
+
+
+class MoALayer(LayerSubject):
+    """The project's mixture of attention heads with the routing given.
+
+    Args:
+        problem: inputs and weights.
+        backend: a name in moe_ext's EXPERT_BACKENDS.
+        config: megatron-core's.
+        groups: this rank's process groups.
+    """
+
+    def __init__(
+        self,
+        problem: LayerProblem,
+        backend: str,
+        config: TransformerConfig,
+        groups: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(problem)
+        model = problem.shape.model
+        self._router = GivenRouting(*problem.dense_gates())
+        self._layer = MoASelfAttention(
+            config,
+            MoASubmodules(router=lambda **_: self._router, core_attention=SDPACoreAttention),
+            layer_number=1,
+            pg_collection=groups,
+            num_experts=model.attention_experts or 0,
+            topk=model.attention_topk,
+            expert_backend=backend,
+        ).to(problem.device)
+        weights = problem.attention_weights()
+        # Key and value heads alternate: [ng, 2, hn, h].
+        pairs = torch.stack([self._by_head(weights[name]) for name in "kv"], dim=1)
+        with torch.no_grad():
+            self._layer.experts.weight_q.copy_(weights["q"])
+            self._layer.experts.weight_o.copy_(weights["o"])
+            self._layer.linear_kv.weight.copy_(pairs.flatten(0, 2))
+        rotary = PositionRotaryEmbedding(
+            model.kv_channels or 0, rotary_percent=1.0, rotary_base=model.rotary_base,
+            cp_group=groups.cp,
+        )  # fmt: skip
+        rotary.positions = torch.arange(problem.shape.seq_length, device=problem.device)[None]
+        self._angles = rotary(problem.shape.seq_length)
+
+    def _by_head(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (self.problem.shape.model.num_query_groups or 0, -1))
+
+    def forward(self) -> Tensor:
+        """[s, b, h]."""
+        output, _ = self._layer(self.hidden, None, rotary_pos_emb=self._angles)
+        return output
+
+    def leaves(self) -> Iterator[Tensor]:
+        """Parameters, the gates among them."""
+        yield from self._layer.parameters()
+
+    def gradients(self) -> Mapping[str, Tensor]:
+        """See `LayerSubject`."""
+        keys_values = grad_of(self._layer.linear_kv.weight)
+        groups = self.problem.shape.model.num_query_groups or 0
+        by_head = keys_values.unflatten(0, (groups, 2, -1))  # [ng, 2, hn, h]
+        return {
+            "gates": self.problem.chosen(grad_of(self._router.probs)),
+            "q": grad_of(self._layer.experts.weight_q),
+            "o": grad_of(self._layer.experts.weight_o),
+            "k": by_head[:, 0].flatten(0, 1),
+            "v": by_head[:, 1].flatten(0, 1),
+            "bias": grad_of(self._layer.output_bias),
+        }
+
+
+def build_moa(
+    device: torch.device, shape: Shape, routing: str, dtype: torch.dtype, kind: str
+) -> LayerSubject:
+    """For a worker; kind is "native:BACKEND"."""
+    config, groups = _configure(device, shape, dtype)
+    problem = LayerProblem(shape, routing, device, dtype)
+    return MoALayer(problem, kind.partition(":")[2], config, groups)

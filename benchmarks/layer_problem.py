@@ -1,0 +1,142 @@
+"""One layer's inputs, weights and routing: the same numbers for every implementation."""
+
+import itertools
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from benchmarks.digests import Digests, digest, random_tensor
+from benchmarks.shapes import Routing, Shape, make_routing
+from benchmarks.timing import synchronize
+
+
+class LayerProblem:
+    """What a layer is measured on.
+
+    Tokens lie [s, b, h] in memory, as megatron-core has them; an implementation that wants another
+    order reads the same rows as b = s * b tokens of a batch of one where it may (experts), or gets
+    a contiguous copy made before the clock starts (attention).
+
+    Args:
+        shape: sizes.
+        routing: a kind of `shapes.ROUTINGS`.
+        device: where.
+        dtype: of hidden states and weights.
+    """
+
+    def __init__(
+        self, shape: Shape, routing: str, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        model = shape.model
+        self.shape, self.device, self.dtype = shape, device, dtype
+        made = make_routing(
+            routing,
+            num_tokens=shape.num_tokens,
+            num_experts=model.num_experts or 0,
+            topk=model.moe_router_topk,
+            rule=model.router,
+        )
+        self.routing = Routing(
+            made.experts.to(device), made.gates.to(device), made.scores.to(device)
+        )
+        rows = (shape.seq_length, shape.micro_batch_size, model.hidden_size)
+        self.hidden = self.tensor("hidden", rows, std=1.0)  # [s, b, h]
+        self.upstream = self.tensor("upstream", rows, std=1.0)  # [s, b, h]
+
+    def tensor(self, name: str, shape: tuple[int, ...], *, std: float) -> Tensor:
+        """Random numbers that every worker draws alike."""
+        return random_tensor(name, shape, std=std, device=self.device).to(self.dtype)
+
+    def expert_weights(self) -> tuple[Tensor, Tensor]:
+        """weight1 [e, 2f, h], gate's rows first, and weight2 [e, h, f]."""
+        model = self.shape.model
+        experts, width, ffn = model.num_experts or 0, model.hidden_size, model.moe_ffn_hidden_size
+        return (
+            self.tensor("weight1", (experts, 2 * ffn, width), std=width**-0.5),
+            self.tensor("weight2", (experts, width, ffn), std=ffn**-0.5),
+        )
+
+    def attention_weights(self) -> dict[str, Tensor]:
+        """Queries q [e, ng hn, h], outputs o [e, h, ng hn], k and v [ng hn, h], head after head."""
+        model = self.shape.model
+        width = model.hidden_size
+        heads = (model.num_query_groups or 0) * (model.kv_channels or 0)
+        experts = model.attention_experts or 0
+        return {
+            "q": self.tensor("q", (experts, heads, width), std=width**-0.5),
+            "o": self.tensor("o", (experts, width, heads), std=heads**-0.5),
+            "k": self.tensor("k", (heads, width), std=width**-0.5),
+            "v": self.tensor("v", (heads, width), std=width**-0.5),
+        }
+
+    def dense_gates(self) -> tuple[Tensor, Tensor]:
+        """Gates as megatron-core's routers give them: probs [t, e] fp32, routing_map [t, e]."""
+        zeros = torch.zeros_like(self.routing.scores)
+        probs = zeros.scatter(1, self.routing.experts, self.routing.gates)
+        routing_map = zeros.bool().scatter(1, self.routing.experts, True)
+        return probs, routing_map
+
+    def chosen(self, dense: Tensor) -> Tensor:
+        """[t, k] of [t, e], in the order of the routing's experts."""
+        return dense.gather(1, self.routing.experts)
+
+
+class LayerSubject(ABC):
+    """Forward and backward of one layer, from hidden states that want a gradient.
+
+    A sample begins without gradients, so each makes its own.
+
+    Args:
+        problem: inputs and upstream gradient.
+    """
+
+    def __init__(self, problem: LayerProblem) -> None:
+        self.problem = problem
+        self.hidden = problem.hidden.clone().requires_grad_()
+        self.upstream = problem.upstream
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """The layer's output, laid out as `upstream`."""
+
+    @abstractmethod
+    def leaves(self) -> Iterator[Tensor]:
+        """All that wants a gradient besides the hidden states."""
+
+    @abstractmethod
+    def gradients(self) -> Mapping[str, Tensor]:
+        """All gradients by their common names, and in their common layout."""
+
+    def sample(self) -> Mapping[str, float]:
+        """`seconds` of one forward and backward pass."""
+        for leaf in itertools.chain([self.hidden], self.leaves()):
+            leaf.grad = None
+        synchronize(self.problem.device)
+        started = time.perf_counter()
+        self.forward().backward(self.upstream)
+        synchronize(self.problem.device)
+        return {"seconds": time.perf_counter() - started}
+
+    def check(self) -> tuple[float, Digests]:
+        """Mean square of the output, and every gradient's digest."""
+        output = self.forward()
+        output.backward(self.upstream)
+        gradients = {"hidden": grad_of(self.hidden), **self.gradients()}
+        return (
+            output.detach().float().square().mean().item(),
+            digest((name, 0, gradient) for name, gradient in gradients.items()),
+        )
+
+
+def grad_of(tensor: Tensor) -> Tensor:
+    """The gradient that backward left.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if tensor.grad is None:
+        raise ValueError(f"a tensor of shape {list(tensor.shape)} got no gradient")
+    return tensor.grad

@@ -1,0 +1,123 @@
+"""Times one MoE layer, forward and backward, beside its peers, under a given routing.
+
+    python -m benchmarks.moe_layer --shape small --routing learned --json layer.json
+    python -m benchmarks.moe_layer --shape jetmoe --block attention --device cuda --dtype bf16
+
+Every implementation gets the same hidden states, weights, experts and gates; the router's product
+is not timed. Outputs and all gradients are compared before anything is timed. Each implementation
+has a process of its own; they take turns. The imports stand in functions because every process
+imports this file, and few need all of them.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.arguments import DTYPES, chosen, gemm_size, new_parser, shape_of
+from benchmarks.report import Work, results, table, write_json
+from benchmarks.session import NATIVE, Plan, Session
+from benchmarks.shapes import ROUTINGS, Shape, experts_flops, make_routing, moa_flops
+from benchmarks.workers import Entry
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure as `argv` says; returns the exit status."""
+    parser = new_parser("moe_layer", "Time one MoE layer beside its peers.")
+    parser.add_argument("--routing", choices=ROUTINGS, default="learned", help="(%(default)s)")
+    parser.add_argument(
+        "--block", choices=("experts", "attention"), default="experts",
+        help="feed-forward experts, or the mixture of attention heads (%(default)s)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    shape, dtype = shape_of(args), DTYPES[args.dtype]
+    is_attention = args.block == "attention"
+    if is_attention and shape.model.attention_experts is None:
+        parser.error(f"--shape {args.shape} has no attention experts; use jetmoe")
+    make = attention_entries if is_attention else expert_entries
+    plan = Plan(
+        entries=chosen(make(shape, args.routing, dtype), args.only),
+        device=torch.device(args.device),
+        dtype=dtype,
+        rounds=args.rounds,
+        warmup=args.warmup,
+        gemm_size=gemm_size(args),
+        num_threads=args.threads,
+        is_fresh=args.fresh,
+    )
+    session = Session(plan)
+    session.run()
+    found = results(
+        session,
+        Work(
+            num_tokens=shape.num_tokens, flops=(moa_flops if is_attention else experts_flops)(shape)
+        ),
+        benchmark="moe_layer",
+        arguments=vars(args),
+        routing=describe_routing(shape, args.routing),
+    )
+    print(table(found))
+    if args.json is not None:
+        write_json(found, Path(args.json))
+    return 0
+
+
+def expert_entries(shape: Shape, routing: str, dtype: torch.dtype) -> dict[str, Entry]:
+    """All implementations of the feed-forward experts; the first is the project's default."""
+    from benchmarks import layer_kernels, layer_megatron, layer_transformers
+    from moe_ext.experts import EXPERT_BACKENDS
+
+    common = (shape, routing, dtype)
+    default = shape.model.expert_backend
+    found = {
+        name if name != f"{NATIVE}:{default}" else NATIVE: Entry(
+            layer_megatron.build_experts, (*common, name)
+        )
+        for name in (f"{NATIVE}:{backend}" for backend in (default, *EXPERT_BACKENDS))
+    }
+    is_jetmoe = layer_transformers.family_name(shape) == "jetmoe"
+    for name in ("eager",) if is_jetmoe else ("eager", "grouped_mm"):
+        build = layer_transformers.build_experts
+        found[f"transformers-{name}"] = Entry(build, (*common, name), "transformers")
+    for kind, package in (
+        (layer_megatron.SEQUENTIAL, None),
+        (layer_megatron.TE_GROUPED, "transformer_engine"),
+    ):
+        found[kind] = Entry(layer_megatron.build_experts, (*common, kind), package)
+    for name in ("grouped", "sparse"):
+        build = layer_kernels.build_megablocks
+        found[f"megablocks-{name}"] = Entry(build, (*common, name), "megablocks")
+    found["scattermoe"] = Entry(layer_kernels.build_scattermoe, common, "scattermoe")
+    return found
+
+
+def attention_entries(shape: Shape, routing: str, dtype: torch.dtype) -> dict[str, Entry]:
+    """All implementations of the mixture of attention heads."""
+    from benchmarks import layer_kernels, layer_megatron, layer_transformers
+
+    common = (shape, routing, dtype)
+    own = (*common, f"{NATIVE}:{shape.model.expert_backend}")
+    return {
+        NATIVE: Entry(layer_megatron.build_moa, own),
+        "transformers-sdpa": Entry(layer_transformers.build_moa, common, "transformers"),
+        "scattermoe": Entry(layer_kernels.build_scattermoe_moa, common, "scattermoe"),
+    }
+
+
+def describe_routing(shape: Shape, kind: str) -> dict[str, Any]:
+    """The kind and its figures."""
+    model = shape.model
+    routing = make_routing(
+        kind,
+        num_tokens=shape.num_tokens,
+        num_experts=model.num_experts or 0,
+        topk=model.moe_router_topk,
+        rule=model.router,
+    )
+    return {"kind": kind, **routing.describe()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
