@@ -212,6 +212,14 @@ class JetMoeAttentionLayer(LayerSubject):
         }
 
 
+def load() -> None:
+    """Import what transformers imports late."""
+    from transformers.models.jetmoe import modeling_jetmoe
+    from transformers.models.olmoe import modeling_olmoe
+
+    assert modeling_jetmoe and modeling_olmoe
+
+
 def batch_first(tensor: Tensor) -> Tensor:
     """[s, b, h] to a contiguous [b, s, h], detached."""
     return tensor.detach().transpose(0, 1).contiguous()

@@ -80,7 +80,9 @@ def expert_entries(shape: Shape, routing: str, dtype: torch.dtype) -> dict[str, 
     is_jetmoe = layer_transformers.family_name(shape) == "jetmoe"
     for name in ("eager",) if is_jetmoe else ("eager", "grouped_mm"):
         build = layer_transformers.build_experts
-        found[f"transformers-{name}"] = Entry(build, (*common, name), "transformers")
+        found[f"transformers-{name}"] = Entry(
+            build, (*common, name), "transformers", layer_transformers.load
+        )
     for kind, package in (
         (layer_megatron.SEQUENTIAL, None),
         (layer_megatron.TE_GROUPED, "transformer_engine"),
@@ -101,7 +103,9 @@ def attention_entries(shape: Shape, routing: str, dtype: torch.dtype) -> dict[st
     own = (*common, f"{NATIVE}:{shape.model.expert_backend}")
     return {
         NATIVE: Entry(layer_megatron.build_moa, own),
-        "transformers-sdpa": Entry(layer_transformers.build_moa, common, "transformers"),
+        "transformers-sdpa": Entry(
+            layer_transformers.build_moa, common, "transformers", layer_transformers.load
+        ),
         "scattermoe": Entry(layer_kernels.build_scattermoe_moa, common, "scattermoe"),
     }
 

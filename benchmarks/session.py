@@ -91,6 +91,10 @@ class Session:
             RuntimeError: a worker failed.
         """
         try:
+            if not self._plan.is_fresh:
+                for name in self._present():
+                    with self._worker(name):
+                        pass  # it starts while the others do
             self._compare()
             for name in self._present():
                 self._warm_up(name)

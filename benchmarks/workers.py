@@ -43,6 +43,8 @@ class Entry:
     """Handed to `build`; small."""
     package: str | None = None
     """What must be installed for it, if that is optional."""
+    load: Callable[[], None] | None = None
+    """Imports what `build` would import, so that this is not counted as its memory."""
 
 
 class Worker:
@@ -105,6 +107,8 @@ def _serve(
                     torch.set_num_threads(num_threads)
                 if device.type == "cuda":
                     torch.cuda.set_device(device)
+                if entry.load is not None:
+                    entry.load()
                 memory = PeakMemory(device)
                 subject = entry.build(device, *entry.arguments)
             connection.send(("done", _obey(command, subject, memory)))

@@ -1,0 +1,87 @@
+"""Times whole training steps beside transformers': forward, backward, clipping, AdamW.
+
+    python -m benchmarks.train_step --shape small --json step.json
+    python -m benchmarks.train_step --shape olmoe --num-layers 4 --device cuda --dtype bf16 --fresh
+
+All start from the same weights and take the same batches; loss and all gradients are compared
+before anything is timed. Each implementation has a process of its own; they take turns. The imports
+stand in functions because every process imports this file, and few need all of them.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.arguments import DTYPES, chosen, gemm_size, new_parser, shape_of
+from benchmarks.report import Work, results, table, write_json
+from benchmarks.session import NATIVE, Plan, Session
+from benchmarks.shapes import Shape
+from benchmarks.workers import Entry
+from moe_ext.counting import training_flops_per_token
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure as `argv` says; returns the exit status."""
+    args = new_parser("train_step", "Time training steps beside transformers'.").parse_args(argv)
+    shape, dtype = shape_of(args), DTYPES[args.dtype]
+    session = Session(
+        Plan(
+            entries=chosen(entries(shape, dtype), args.only),
+            device=torch.device(args.device),
+            dtype=dtype,
+            rounds=args.rounds,
+            warmup=args.warmup,
+            gemm_size=gemm_size(args),
+            num_threads=args.threads,
+            is_fresh=args.fresh,
+        )
+    )
+    session.run()
+    flops = training_flops_per_token(shape.model, shape.seq_length) * shape.num_tokens
+    found = results(
+        session,
+        Work(num_tokens=shape.num_tokens, flops=flops),
+        benchmark="train_step",
+        arguments=vars(args),
+        losses={
+            name: measured.series("loss")
+            for name, measured in session.found.items()
+            if measured.missing is None
+        },
+    )
+    print(table(found))
+    if args.json is not None:
+        write_json(found, Path(args.json))
+    return 0
+
+
+def entries(shape: Shape, dtype: torch.dtype) -> dict[str, Entry]:
+    """All implementations; the first is the project's default."""
+    from benchmarks import layer_transformers, step_peers
+    from moe_ext.experts import EXPERT_BACKENDS
+
+    default = shape.model.expert_backend
+    found = {}
+    for backend in (default, *(name for name in EXPERT_BACKENDS if name != default)):
+        model = dataclasses.replace(shape.model, expert_backend=backend)
+        name = NATIVE if backend == default else f"{NATIVE}:{backend}"
+        own = dataclasses.replace(shape, model=model)
+        found[name] = Entry(step_peers.build_native, (own, dtype))
+    is_jetmoe = layer_transformers.family_name(shape) == "jetmoe"
+    for experts in ("eager",) if is_jetmoe else ("eager", "grouped_mm"):
+        for has_master_weights in (True,) if dtype == torch.float32 else (False, True):
+            suffix = "-autocast" if has_master_weights and dtype != torch.float32 else ""
+            found[f"transformers-{experts}{suffix}"] = Entry(
+                step_peers.build_transformers,
+                (shape, dtype, experts, has_master_weights),
+                "transformers",
+                layer_transformers.load,
+            )
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
