@@ -28,6 +28,7 @@ SOURCE_NAMES = ("config", "preset", "print_config")
 _TRUE, _FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
 _NULL = ("null", "Null", "NULL", "~", "", "None")
 _SPECIAL_FLOATS = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
+_UNICODE_BREAKS = frozenset("\r\x85\u2028\u2029\ufeff")
 _IMPLICIT_TAGS = (
     "str",
     "int",
@@ -125,13 +126,13 @@ def dump_config(cfg: object) -> str:
 
 
 class _RecipeDumper(yaml.SafeDumper):
-    """Quotes what YAML reads as a string but a recipe as null."""
+    """Quotes what YAML reads as a string but a recipe as null, and rare line breaks."""
 
 
 def _represent_str(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar(
-        "tag:yaml.org,2002:str", value, style='"' if value in _NULL else None
-    )
+    # A line break other than \n is folded on reading unless it is escaped, which only "..." does.
+    quoted = value in _NULL or not _UNICODE_BREAKS.isdisjoint(value)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if quoted else None)
 
 
 _RecipeDumper.add_representer(str, _represent_str)

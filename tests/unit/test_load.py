@@ -265,7 +265,9 @@ def _values(hint: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(typing.get_args(hint))
     if type(None) in typing.get_args(hint):
         return st.none() | _values(_inner(hint))
-    text = st.sampled_from(["null", "None", "~", "", "yes", "1e3", "0.7", "a: b", "- a", "#"])
+    text = st.sampled_from(
+        ["null", "~", "", "yes", "1e3", "0.7", "a: b", "- a", "#", "a\x85 \u2028b\r"]
+    )
     kinds: dict[Any, st.SearchStrategy[Any]] = {
         bool: st.booleans(),
         int: st.integers(-(10**12), 10**12),
