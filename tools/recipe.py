@@ -124,6 +124,7 @@ def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
             samples_per_step=cfg.training.global_batch_size,
         )
     )
+    documents = agree(lambda: document_rule(cfg.data, cfg.model.vocab_size))
     agree(lambda: _check_validation(cfg, data))
     agree(lambda: _make_run_directory(cfg, ctx))
     built = build_chunks(cfg, ctx, seed=cfg.training.seed)
@@ -138,7 +139,7 @@ def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
         anneal=(partial(anneal_schedule, cfg) if cfg.checkpoint.anneal_from is not None else None),
         train_data=data.train,
         validation=data.validation,
-        documents=agree(lambda: _document_rule(cfg.data)),
+        documents=documents,
         metrics=RouterHealth(built.metrics) if built.metrics else None,
         flops_per_token=training_flops_per_token(cfg.model, cfg.training.seq_length),
     )
@@ -168,11 +169,16 @@ def _make_run_directory(cfg: PretrainConfig, ctx: RunContext) -> None:
         ) from error
 
 
-def _document_rule(data: DataConfig) -> DocumentRule | None:
+def document_rule(data: DataConfig, vocab_size: int) -> DocumentRule | None:
     """What `--reset-position-ids` and `--reset-attention-mask` ask for; None if neither is set."""
-    if not (data.reset_position_ids or data.reset_attention_mask):
-        return None
     eod = data.eod_token_id
+    if not (data.reset_position_ids or data.reset_attention_mask):
+        if eod is not None:
+            raise ConfigError(
+                f"--eod-token-id {eod} changes nothing without --reset-position-ids or"
+                " --reset-attention-mask; give one of them, or drop it"
+            )
+        return None
     if eod is None:
         if data.tokenizer_model is None:
             raise ConfigError(
@@ -181,6 +187,11 @@ def _document_rule(data: DataConfig) -> DocumentRule | None:
                 " --eod-token-id"
             )
         eod = load_tokenizer(data.tokenizer_type, data.tokenizer_model).eod
+    if not 0 <= eod < vocab_size:
+        raise ConfigError(
+            f"the id that ends a document ({eod}) is no token of a vocabulary of {vocab_size}, so"
+            f" no document would end; give an --eod-token-id of 0 to {vocab_size - 1}"
+        )
     return DocumentRule(
         eod=eod,
         reset_position_ids=data.reset_position_ids,
