@@ -22,8 +22,8 @@ class MegaBlocksLayer(LayerSubject):
     """
 
     def __init__(self, problem: LayerProblem, implementation: str) -> None:
-        from megablocks.layers.arguments import Arguments
-        from megablocks.layers.dmoe import ParallelDroplessMLP
+        from megablocks.layers.arguments import Arguments  # type: ignore[import-not-found]
+        from megablocks.layers.dmoe import ParallelDroplessMLP  # type: ignore[import-not-found]
 
         super().__init__(problem)
         model = problem.shape.model
@@ -91,7 +91,7 @@ class ScatterMoELayer(LayerSubject):
     """
 
     def __init__(self, problem: LayerProblem) -> None:
-        from scattermoe.mlp import GLUMLP
+        from scattermoe.mlp import GLUMLP  # type: ignore[import-not-found]
 
         super().__init__(problem)
         model = problem.shape.model
@@ -132,7 +132,9 @@ class ScatterMoAttention(LayerSubject):
     """
 
     def __init__(self, problem: LayerProblem) -> None:
-        from scattermoe.parallel_experts import ParallelExperts
+        from scattermoe.parallel_experts import (  # type: ignore[import-not-found]
+            ParallelExperts,
+        )
 
         super().__init__(problem)
         self.hidden = batch_first(self.hidden).requires_grad_()

@@ -175,7 +175,10 @@ class MoALayer(LayerSubject):
         self._router = GivenRouting(*problem.dense_gates())
         self._layer = MoASelfAttention(
             config,
-            MoASubmodules(router=lambda **_: self._router, core_attention=SDPACoreAttention),
+            MoASubmodules(
+                router=lambda **_: self._router,  # type: ignore[arg-type]
+                core_attention=SDPACoreAttention,
+            ),
             layer_number=1,
             pg_collection=groups,
             num_experts=model.attention_experts or 0,

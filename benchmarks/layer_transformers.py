@@ -120,9 +120,10 @@ class JetMoeLayer(LayerSubject):
         routing = problem.routing
         with problem.device:
             self._layer = JetMoeMoE(hf_config(problem.shape, problem.dtype)).to(problem.dtype)
-        self._layer.router = SortedRouting(
+        self._router = SortedRouting(
             routing.experts, routing.gates, problem.shape.model.num_experts or 0
         )
+        self._layer.router = self._router  # type: ignore[assignment]
         weight1, weight2 = problem.expert_weights()
         with torch.no_grad():
             self._layer.input_linear.weight.copy_(weight1)
@@ -141,7 +142,7 @@ class JetMoeLayer(LayerSubject):
     def gradients(self) -> Mapping[str, Tensor]:
         """See `LayerSubject`."""
         return {
-            "gates": grad_of(self._layer.router.gates),
+            "gates": grad_of(self._router.gates),
             "weight1": grad_of(self._layer.input_linear.weight),
             "weight2": grad_of(self._layer.output_linear.weight),
         }
@@ -169,9 +170,10 @@ class JetMoeAttentionLayer(LayerSubject):
             self._layer = JetMoeAttention(config, layer_idx=0).to(problem.dtype)
             positions = torch.arange(shape.seq_length)[None]
             self._angles = JetMoeRotaryEmbedding(config)(self.hidden, positions)
-        self._layer.experts.router = SortedRouting(
+        self._router = SortedRouting(
             self._rows(routing.experts), self._rows(routing.gates), shape.model.num_experts or 0
         )
+        self._layer.experts.router = self._router  # type: ignore[assignment]
         weights = problem.attention_weights()
         with torch.no_grad():
             self._layer.experts.input_linear.weight.copy_(weights["q"])
@@ -199,7 +201,7 @@ class JetMoeAttentionLayer(LayerSubject):
         """See `LayerSubject`."""
         experts = self._layer.experts
         sizes = (self.problem.shape.micro_batch_size, self.problem.shape.seq_length)
-        by_sample = grad_of(experts.router.gates).unflatten(0, sizes)
+        by_sample = grad_of(self._router.gates).unflatten(0, sizes)
         key, value = grad_of(self._layer.kv_proj.weight).chunk(2)
         return {
             "hidden": grad_of(self.hidden).transpose(0, 1),

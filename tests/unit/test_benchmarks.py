@@ -1,0 +1,293 @@
+"""The benchmarks' arithmetic against simpler truths, and both of them at a toy size."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import moe_layer, train_step
+from benchmarks.ceilings import build_ceilings
+from benchmarks.digests import digest, largest_difference
+from benchmarks.memory import PeakMemory
+from benchmarks.report import Work, results, table
+from benchmarks.session import DifferentMathsError, Measured, Plan, Session
+from benchmarks.shapes import SHAPES, experts_flops, make_routing, moa_flops, resize
+from benchmarks.step_peers import make_batch
+from benchmarks.timing import interleave, paired_ratio, summarize
+from benchmarks.workers import Entry, Worker
+from moe_ext.counting import training_flops_per_token
+
+CPU = torch.device("cpu")
+
+
+def test_summary_is_the_middle_and_the_ends() -> None:
+    odd, even = summarize([3.0, 1.0, 2.0]), summarize([4.0, 1.0, 2.0, 3.0])
+    assert (odd.median, odd.low, odd.high) == (2.0, 1.0, 3.0)
+    assert even.median == 2.5
+    with pytest.raises(ValueError, match=re.escape("use at least 1 round")):
+        summarize([])
+
+
+def test_ratio_of_pairs_does_not_see_a_load_that_both_meet() -> None:
+    load = [1.0, 7.0, 3.0]
+    found = paired_ratio([2.0 * x for x in load], [1.0 * x for x in load])
+    assert (found.median, found.low, found.high) == (2.0, 2.0, 2.0)
+    with pytest.raises(ValueError, match=re.escape("2 measurements against 1")):
+        paired_ratio([1.0, 2.0], [1.0])
+
+
+def test_every_round_visits_all_and_begins_elsewhere() -> None:
+    visits = list(interleave(["a", "b", "c"], 4))
+    rounds = [[name for number, name in visits if number == each] for each in range(4)]
+    assert [sorted(names) for names in rounds] == [["a", "b", "c"]] * 4
+    assert [names[0] for names in rounds] == ["a", "b", "c", "a"]
+
+
+def test_digest_of_a_tensor_is_that_of_its_parts() -> None:
+    rows = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
+    parts = [("w", 0, rows[:4]), ("w", 4, rows[4:])]
+    norm, *products = digest(parts)["w"]
+    assert norm == pytest.approx(rows.norm().item(), rel=1e-6)
+    of_parts = [digest([part])["w"][1:] for part in parts]
+    assert products == pytest.approx([sum(pair) for pair in zip(*of_parts, strict=True)])
+
+
+def test_digests_tell_how_far_gradients_are_apart() -> None:
+    generator = torch.Generator().manual_seed(4)
+    expected = torch.randn(1000, generator=generator)
+    for share in (1e-3, 1e-1):
+        changed = expected + share * torch.randn(1000, generator=generator)
+        found, name = largest_difference(digest([("w", 0, changed)]), digest([("w", 0, expected)]))
+        # A product with a random vector is off by a normal number of that deviation.
+        assert share / 10 < found < share * 4
+        assert name == "w"
+    assert largest_difference(digest([("w", 0, expected)]), digest([("w", 0, expected)]))[0] == 0
+
+
+def test_a_wrong_sign_or_order_or_nan_is_far_away() -> None:
+    rows = torch.randn(64, 3, generator=torch.Generator().manual_seed(5))
+    expected = digest([("w", 0, rows)])
+    for wrong in (-rows, rows.flip(0), rows * 2):
+        assert largest_difference(digest([("w", 0, wrong)]), expected)[0] > 0.1
+    broken = rows.clone()
+    broken[0, 0] = math.nan
+    assert largest_difference(digest([("w", 0, broken)]), expected)[0] == math.inf
+    with pytest.raises(ValueError, match=re.escape("different tensors were given: v, w")):
+        largest_difference(digest([("v", 0, rows)]), expected)
+
+
+@pytest.mark.parametrize(("num_experts", "topk"), [(64, 8), (8, 2), (16, 4), (4, 1)])
+@pytest.mark.parametrize("kind", ["learned", "balanced", "skewed"])
+def test_a_token_has_k_experts_and_as_many_gates(kind: str, num_experts: int, topk: int) -> None:
+    made = make_routing(
+        kind, num_tokens=128, num_experts=num_experts, topk=topk, rule="topk_softmax"
+    )
+    assert made.experts.shape == made.gates.shape == (128, topk)
+    assert all(len(set(row)) == topk for row in made.experts.tolist())
+    assert 0 <= made.experts.min() and made.experts.max() < num_experts
+    torch.testing.assert_close(made.gates.sum(dim=1), torch.ones(128))
+
+
+def counts(kind: str, num_experts: int, topk: int) -> list[int]:
+    made = make_routing(
+        kind, num_tokens=256, num_experts=num_experts, topk=topk, rule="softmax_topk"
+    )
+    return sorted(made.experts.flatten().bincount(minlength=num_experts).tolist(), reverse=True)
+
+
+def test_balanced_routing_gives_each_expert_the_same() -> None:
+    assert counts("balanced", 64, 8) == [32] * 64
+
+
+def test_skewed_routing_sends_half_to_a_sixteenth_of_the_experts() -> None:
+    assert counts("skewed", 64, 8)[:4] == [256] * 4  # 4 of 64: half of 256 * 8
+    assert counts("skewed", 64, 8)[4] <= 18  # the others share alike
+    assert counts("skewed", 8, 2)[0] == 256
+
+
+def test_learned_routing_has_the_figures_of_the_released_model() -> None:
+    """OLMoE-1B-7B: entropy 3.45 to 3.99 nats, top-8 mass 0.30 to 0.55, balance 1.14 on C4."""
+    made = make_routing("learned", num_tokens=8192, num_experts=64, topk=8, rule="softmax_topk")
+    found = made.describe()
+    assert 3.45 <= found["mean_entropy"] <= 3.99
+    assert 0.30 <= found["mean_selected_mass"] <= 0.55
+    assert found["load_balancing_loss"] == pytest.approx(1.14, abs=0.05)
+    assert found["mean_selected_mass"] == pytest.approx(made.gates.sum(dim=1).mean().item())
+
+
+@pytest.mark.parametrize("name", ["olmoe", "jetmoe", "small"])
+def test_layers_flops_are_the_models(name: str) -> None:
+    """One layer more costs its experts, its attention, router and norms."""
+    shape = SHAPES[name]
+    model, sizes = shape.model, {"seq_length": None, "micro_batch_size": None}
+    one, two = (resize(shape, num_layers=n, **sizes).model for n in (1, 2))
+    each = [training_flops_per_token(m, shape.seq_length) for m in (one, two)]
+    layer = (each[1] - each[0]) * shape.num_tokens
+    h, router = model.hidden_size, (model.num_experts or 0) * model.hidden_size
+    small = 2 * h + router
+    if model.attention_experts is not None:
+        attention = moa_flops(shape)
+        small += router + 2 * h  # the attention's router, two output biases
+    else:
+        per_token = 6 * (4 * h * h + 2 * h) + 12 * h * shape.seq_length
+        attention = float(per_token * shape.num_tokens)
+    assert layer == experts_flops(shape) + attention + 6 * small * shape.num_tokens
+
+
+def test_peak_memory_is_what_was_held_at_most() -> None:
+    meter = PeakMemory(CPU)
+    meter.restart()
+    before = meter.peak_bytes()
+    held = torch.ones(16 * 2**20)  # 64 MiB
+    del held
+    grown = meter.peak_bytes() - before
+    assert 0.9 * 2**26 < grown < 1.5 * 2**26
+    meter.restart()
+    assert meter.peak_bytes() < before + 0.5 * 2**26
+
+
+def fake_session(**samples: list[float]) -> Session:
+    entries = {name: Entry(build_ceilings, ()) for name in samples}
+    session = Session(
+        Plan(entries=entries, device=CPU, dtype=torch.float32, rounds=2, warmup=0, gemm_size=8)
+    )
+    for name, seconds in samples.items():
+        session.found[name] = Measured(
+            samples=[{"seconds": each} for each in seconds], peak_bytes=1000 * len(name)
+        )
+    session.ceilings = [
+        {"flops_per_second": rate, "copy_bytes_per_second": 1e9} for rate in (1e12, 2e12)
+    ]
+    return session
+
+
+def test_report_takes_ratios_round_by_round() -> None:
+    session = fake_session(native=[1.0, 2.0], slow=[3.0, 8.0], quick=[2.0, 3.0])
+    session.found["absent"] = Measured(missing="some_package")
+    found = results(session, Work(num_tokens=100, flops=5e11))
+    native = found["implementations"]["native"]
+    assert native["share_of_gemm_ceiling"] == {"median": 0.3125, "low": 0.125, "high": 0.5}
+    assert native["tokens_per_second"]["high"] == 100
+    slow = found["implementations"]["slow"]
+    assert slow["time_over_native"] == {"median": 3.5, "low": 3.0, "high": 4.0}
+    best = found["native_against_best_peer"]
+    assert best["fastest_peer"] == "quick"
+    assert best["speedup"] == {"median": 1.75, "low": 1.5, "high": 2.0}
+    assert (best["leanest_peer"], best["memory_ratio"]) == ("slow", 1.5)
+    printed = table(found)
+    assert "| absent | not installed: some_package |" in printed
+    assert "native is 1.75 (1.50 to 2.00) times as fast as quick" in printed
+
+
+def test_other_maths_is_not_timed() -> None:
+    session = fake_session(native=[], peer=[])
+    rows = torch.ones(4, 4)
+    digests = {"native": digest([("w", 0, rows)]), "peer": digest([("w", 0, rows)])}
+    session.found["native"].loss = session.found["peer"].loss = 2.0
+    session._compare_pair("native", "peer", digests)
+    assert session.found["native"].gradient_difference == 0
+    digests["native"] = digest([("w", 0, 1.01 * rows)])
+    with pytest.raises(DifferentMathsError, match=re.escape("the gradient of w of native differs")):
+        session._compare_pair("native", "peer", digests)
+    session.found["native"].loss = 2.001
+    with pytest.raises(DifferentMathsError, match=re.escape("the loss of native is 2.001, that")):
+        session._compare_pair("native", "peer", digests)
+    session.found["native"].loss = math.nan
+    with pytest.raises(DifferentMathsError, match=re.escape("the loss of native is nan")):
+        session._compare_pair("native", "peer", digests)
+
+
+def test_worker_hands_its_failure_to_the_parent_and_lives_on() -> None:
+    worker = Worker(Entry(build_ceilings, (torch.float32, 16)), device=CPU, num_threads=1)
+    try:
+        with pytest.raises(RuntimeError, match=re.escape("unknown command 'dance'")):
+            worker.ask("dance")
+        assert worker.ask("sample")["flops_per_second"] > 0
+    finally:
+        worker.close()
+
+
+def test_fresh_session_keeps_no_process() -> None:
+    entries = {"native": Entry(build_ceilings, (torch.float32, 16))}
+    plan = Plan(
+        entries=entries, device=CPU, dtype=torch.float32, rounds=1, warmup=1, gemm_size=16,
+        is_fresh=True,
+    )  # fmt: skip
+    session = Session(plan)
+    session.run()
+    assert list(session._standing) == ["ceilings"]
+    (sample,), peak = session.found["native"].samples, session.found["native"].peak_bytes
+    assert sample["seconds"] > 0
+    assert peak is not None and peak > 2 * 2**28  # it holds what it copies and the copy
+
+
+def test_tokens_follow_zipfs_law() -> None:
+    shape = resize(SHAPES["small"], num_layers=None, seq_length=4096, micro_batch_size=8)
+    batch = make_batch(shape, 0, CPU)
+    share = (batch.tokens == 0).double().mean().item()
+    vocabulary = shape.model.vocab_size
+    # The integral of 1 / x from 1 to 2 over that from 1 to v + 1; 32,768 draws.
+    assert share == pytest.approx(math.log(2) / math.log(vocabulary + 1), rel=0.1)
+    assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
+    assert not torch.equal(batch.tokens, make_batch(shape, 1, CPU).tokens)
+
+
+def run(main: Any, path: Path, *flags: str) -> dict[str, Any]:
+    common = ["--rounds", "2", "--warmup", "1", "--threads", "1", "--gemm-size", "32"]
+    assert main([*common, "--json", str(path), *flags]) == 0
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return found
+
+
+def check_rows(found: dict[str, Any], *names: str) -> None:
+    """Rows are there, and their ratios are those of their own samples."""
+    rows = found["implementations"]
+    for name in names:
+        row = rows[name]
+        assert row["status"] == "measured"
+        assert row["gradient_difference"] < 2e-3
+        assert row["peak_bytes"] > 0
+        ratios = [a / b for a, b in zip(row["seconds"], rows["native"]["seconds"], strict=True)]
+        assert row["time_over_native"]["median"] == pytest.approx(sum(ratios) / 2)
+        assert row["tokens_per_second"]["high"] == pytest.approx(32 / min(row["seconds"]))
+
+
+def test_layer_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("native", "transformers-eager")
+    flags = ("--shape", "jetmoe_toy", "--routing", "skewed")
+    found = run(moe_layer.main, tmp_path / "a.json", *flags, "--only", *names, "scattermoe")
+    check_rows(found, *names)
+    assert found["implementations"]["scattermoe"] == {"status": "not installed: scattermoe"}
+    assert found["routing"]["max_load_ratio"] == 4.0  # half of the assignments on 1 of 8
+    assert "| native |" in capsys.readouterr().out
+
+
+def test_attention_benchmark_runs(tmp_path: Path) -> None:
+    names = ("native", "transformers-sdpa")
+    flags = ("--shape", "jetmoe_toy", "--block", "attention", "--only", *names)
+    check_rows(run(moe_layer.main, tmp_path / "a.json", *flags), *names)
+
+
+def test_step_benchmark_runs_and_both_learn_alike(tmp_path: Path) -> None:
+    names = ("native", "transformers-grouped_mm")
+    flags = ("--shape", "olmoe_toy", "--only", *names)
+    found = run(train_step.main, tmp_path / "a.json", *flags)
+    check_rows(found, *names)
+    # The second and third step: the first warmed up.
+    first, second = (found["losses"][name] for name in names)
+    assert first == pytest.approx(second, abs=1e-4)
+    assert first[0] != first[1]
+
+
+def test_unknown_implementation_and_wrong_block_are_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match=re.escape("unknown implementation natve; use native,")):
+        train_step.main(["--shape", "olmoe_toy", "--only", "natve"])
+    with pytest.raises(SystemExit):
+        moe_layer.main(["--shape", "olmoe_toy", "--block", "attention"])
+    assert "olmoe_toy has no attention experts; use jetmoe" in capsys.readouterr().err
