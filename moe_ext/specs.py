@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from moe_ext.attention import MoASubmodules, SDPACoreAttention, get_attention
 from moe_ext.config import MoEModelConfig
-from moe_ext.experts import ExpertMLP
+from moe_ext.experts import ExpertMLP, get_expert_backend
 from moe_ext.experts.layer import OutputBiasMoELayer
 from moe_ext.functional import layer_coefficients
 from moe_ext.metrics import MOA, MOE, RouterMetrics
@@ -50,7 +50,11 @@ def block_spec(
         metrics: where the routers of each kind record.
         pg_collection: this rank's process groups.
         virtual_stage: which of the rank's model chunks, None without interleaving.
+
+    Raises:
+        ValueError: a block is named that nobody registered.
     """
+    get_expert_backend(model.expert_backend)  # now: megatron-core adds to errors of later
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron.trainer.config import TrainingConfig
+from megatron.trainer.errors import ConfigError
 from megatron.trainer.launch import initialize, shut_down
 from moe_ext.config import MoEModelConfig
 from moe_ext.model import LanguageModel
@@ -33,6 +34,16 @@ def make_model() -> Iterator[ModelMaker]:
 
     yield build
     shut_down()
+
+
+def test_a_backend_that_nobody_registered_is_named_without_a_trail() -> None:
+    ctx = initialize(recipe.PretrainConfig())
+    try:
+        with pytest.raises(ConfigError, match=r"did you mean 'grouped'\?$"):
+            model = MoEModelConfig(expert_backend="groupd")
+            recipe.build_chunks(recipe.PretrainConfig(model=model), ctx, seed=None)
+    finally:
+        shut_down()
 
 
 def tokens_and_labels() -> tuple[torch.Tensor, torch.Tensor]:

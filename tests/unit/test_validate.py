@@ -300,7 +300,7 @@ CHECKPOINT_RULES: list[tuple[int, dict[str, Any], str]] = [
 ]
 
 LEAST = {
-    **dict.fromkeys((TP, PP, VP, EP, ETP), 1),
+    **dict.fromkeys((TP, PP, VP, EP, ETP, "context_parallel_size"), 1),
     **dict.fromkeys(("distributed_timeout_minutes", "threads_per_rank"), 1),
     **dict.fromkeys(("micro_batch_size", "global_batch_size", "seq_length", "train_iters"), 1),
     **dict.fromkeys(("recompute_num_layers", "eval_iters", "keep_last", "log_interval"), 1),
@@ -309,7 +309,7 @@ LEAST = {
 MODEL_SIZES = (
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
     *("ffn_hidden_size", "num_experts", "moe_router_topk", "moe_ffn_hidden_size", "vocab_size"),
-    "make_vocab_size_divisible_by",
+    *("make_vocab_size_divisible_by", "moa_num_experts", "moa_router_topk"),
 )
 
 
