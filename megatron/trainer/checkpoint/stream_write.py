@@ -99,6 +99,10 @@ class CheckpointStream:
         # A view is serialized with all of the memory it is a view of.
         is_view = block.untyped_storage().nbytes() != block.nbytes or not block.is_contiguous()
         whole = block.clone(memory_format=torch.contiguous_format) if is_view else block
+        crc32 = torch.serialization.get_crc32_options()
+        # The manifest has a SHA-256; torch's own sum, which it never compares, costs as much again
+        # as all the rest of its work.
+        torch.serialization.set_crc32_options(False)
         try:
             torch.save(whole, self._file)
         except RuntimeError as error:
@@ -106,6 +110,8 @@ class CheckpointStream:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise
+        finally:
+            torch.serialization.set_crc32_options(crc32)
         length = self._file.tell() - begin
         at = torch.Size(offset)
         index = MetadataIndex(key, at, index=len(self._chunks[key]))
