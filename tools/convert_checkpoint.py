@@ -354,9 +354,21 @@ def _report(
 
 
 def _write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Put the report in its place, in one step.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     scratch = path.with_name(f"{path.name}.tmp")
-    write_durably(scratch, json.dumps(report, indent=2) + "\n")
-    scratch.replace(path)
+    try:
+        write_durably(scratch, json.dumps(report, indent=2) + "\n")
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path.parent} is complete, but its report {path.name} cannot be written:"
+            f" {error.strerror}; make room, remove the directory and convert again if you need it"
+        ) from error
 
 
 def _interrupt(*_: object) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def read_companions(directory: Path) -> Companions:
     files = {}
     for name in (*_JSON_FILES, _SENTENCEPIECE, _TEMPLATE):
         path = directory / name
-        if not path.exists():
+        if not os.path.lexists(path):
             continue
         _check_own(path)
         with open_regular(directory, name) as file:
@@ -167,7 +168,7 @@ def hf_files(
 
 def _trained_with(cfg: recipe.PretrainConfig, checkpoint: Path) -> Companions:
     """The tokenizer that a run of our own carried along, under the names transformers looks for."""
-    if cfg.data.tokenizer_model is None:
+    if cfg.data.tokenizer_model is None or cfg.data.mock_data:  # mock data carries none along
         return Companions(files={}, tokenizer_type=None)
     kind = cfg.data.tokenizer_type
     with open_regular(checkpoint, Path(cfg.data.tokenizer_model).name) as file:
@@ -187,7 +188,7 @@ def _check_own(path: Path) -> None:
 
     These files are copied and given back on export: a link must not smuggle in another one.
     """
-    target, home = path.resolve(), path.parent.resolve()
+    target, home = Path(os.path.realpath(path)), path.parent.resolve()
     if home not in target.parents and home.parent.parent / "blobs" not in target.parents:
         raise CheckpointError(
             f"{path} is a link to {target}, outside of the checkpoint; put the file itself there"

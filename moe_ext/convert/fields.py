@@ -1,5 +1,6 @@
 """Read config.json strictly: every field is understood, known not to matter, or refused."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,7 +97,7 @@ class Fields:
         return value
 
     def number(self, name: str, default: float) -> float:
-        """A number of at least 0.
+        """A finite number of at least 0.
 
         Raises:
             ValueError: it is something else.
@@ -104,8 +105,9 @@ class Fields:
         value = self.take(name)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise ValueError(f"{name} is {value!r}; it must be a number of at least 0")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= sys.float_info.max:
+            raise ValueError(f"{name} is {value!r}; it must be a finite number of at least 0")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:

@@ -1,6 +1,7 @@
 """config.json and MoEModelConfig: the papers' files, transformers' own reading, refusals."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -237,7 +238,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("jetmoe", {"num_layers": 24}, "num_layers is 24, but transformers does not know that name"),
     ("olmoe", {"num_experts": "64"}, "num_experts is '64'; it must be a whole number of at least"),
     ("olmoe", {"num_experts": True}, "num_experts is True; it must be a whole number of at least"),
-    ("olmoe", {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; it must be a number of at least"),
+    ("olmoe", {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; it must be a finite number of"),
+    ("olmoe", {"rms_norm_eps": math.inf}, "rms_norm_eps is inf; it must be a finite number of"),
+    ("olmoe", {"rope_theta": 10**400}, "rope_theta is 1000"),
     ("olmoe", {"norm_topk_prob": 1}, "norm_topk_prob is 1; it must be true or false"),
     ("olmoe", {"num_experts_per_tok": 65}, "moe_router_topk (65) must be at most num_experts (64)"),
     (

@@ -158,6 +158,24 @@ def test_link_out_of_the_directory_is_not_carried_along(
     assert_refused(run_import(tmp_path), message, tmp_path, capsys)
 
 
+@pytest.mark.parametrize(
+    ("name", "target", "message"),
+    [
+        ("model.safetensors", "gone", "cannot open {}: No such file or directory; the directory"),
+        ("tokenizer.json", "gone", "cannot open {}: No such file or directory; the directory"),
+        ("config.json", ".", "{} is not a regular file; put the file itself there"),
+    ],
+)
+@pytest.mark.usefixtures("source")
+def test_link_to_no_file_is_not_passed_over(
+    name: str, target: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = tmp_path / "hf" / name
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+    assert_refused(run_import(tmp_path), re.escape(message.format(link)), tmp_path, capsys)
+
+
 @pytest.mark.usefixtures("source")
 def test_several_processes_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -210,6 +228,16 @@ def test_disk_that_fills_up_on_export_leaves_nothing(
     assert run_export(tmp_path) == 2
     assert re.search(FULL, capsys.readouterr().err)
     assert sorted(os.listdir(tmp_path)) == ["hf", "run"]
+
+
+@pytest.mark.usefixtures("source")
+def test_disk_without_room_for_the_report_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert_checkpoint, "write_durably", no_room)
+    assert run_import(tmp_path) == 2
+    message = f"{tmp_path}/run is complete, but its report conversion_report.json cannot be written"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("source")
@@ -278,7 +306,9 @@ def test_damaged_checkpoint_is_not_exported(
     [
         (["--iteration", "7"], "has no checkpoint of iteration 7; it has 0"),
         (["--max-shard-size", "many"], "'many' is no size of a file"),
+        (["--max-shard-size", "9" * 400], "is no size of a file"),
         (["--like", "{tmp_path}"], "cannot open {tmp_path}/config.json"),
+        (["--like", "{tmp_path}/no"], "{tmp_path}/no is not a directory; give one that holds"),
     ],
 )
 @pytest.mark.usefixtures("source")

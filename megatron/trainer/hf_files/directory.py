@@ -142,13 +142,18 @@ def open_regular(directory: Path, name: str) -> Iterator[Any]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
+        if not directory.is_dir():
+            raise CheckpointError(
+                f"{directory} is not a directory; give one that holds {name}"
+            ) from error
         there = ", ".join(sorted(entry.name for entry in directory.iterdir())[:20])
         raise CheckpointError(
             f"cannot open {path}: {error.strerror}; the directory holds {there or 'nothing'}"
         ) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path} is not a regular file; put the file itself there")
     with open(descriptor, "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CheckpointError(f"{path} is not a regular file; put the file itself there")
         yield file
 
 
@@ -175,7 +180,8 @@ def read_into(tensor: torch.Tensor, descriptor: int, begin: int, name: str) -> N
 
 def _weight_files(path: Path) -> dict[str, set[str] | None]:
     """The safetensors files, and for each what an index says it holds (None: there is no index)."""
-    is_single, is_sharded = (path / SINGLE_NAME).exists(), (path / INDEX_NAME).exists()
+    # A link that leads nowhere counts as there, so that opening it says so.
+    is_single, is_sharded = (os.path.lexists(path / name) for name in (SINGLE_NAME, INDEX_NAME))
     if is_single and is_sharded:
         raise CheckpointError(
             f"{path} holds both {SINGLE_NAME} and {INDEX_NAME}; which of them are the weights is"
@@ -218,7 +224,7 @@ def _read_index(path: Path) -> dict[str, set[str]]:
                 " plain name of a .safetensors file in the same directory"
             )
         files.setdefault(name, set()).add(tensor)
-    missing = [name for name in sorted(files) if not (path / name).exists()]
+    missing = [name for name in sorted(files) if not os.path.lexists(path / name)]
     if missing:
         raise CheckpointError(
             f"{path / INDEX_NAME} names {_listed(missing)}, which the directory does not hold;"

@@ -14,6 +14,7 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_ENDLESS = 2**63
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +71,10 @@ def parse_size(text: str) -> int:
         ConfigError: it means none.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]I?B)?", text.strip().upper())
-    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    if size < 1:
+    size = float(match[1]) * _UNITS[match[2] or ""] if match else 0.0
+    if not 1 <= size < _ENDLESS:
         raise ConfigError(
             f"{text!r} is no size of a file; give a number of bytes above 0, with KB, MB, GB"
             " (powers of 1000), KiB, MiB or GiB (of 1024); 5GB, for example"
         )
-    return size
+    return int(size)
