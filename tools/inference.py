@@ -200,10 +200,11 @@ def find_tokenizer(data: DataConfig, found: FoundCheckpoint, args: argparse.Name
     kind = args.tokenizer_type or data.tokenizer_type
     if args.tokenizer_model is not None:
         return load_tokenizer(kind, args.tokenizer_model)
-    if data.tokenizer_model is None:
+    if data.tokenizer_model is None or data.mock_data:
+        why = "its data were --mock-data" if data.mock_data else "its run had no --tokenizer-model"
         raise ConfigError(
-            f"{found.path} brings no tokenizer, because its run had no --tokenizer-model; text"
-            " needs one; name the tokenizer that made the training data with --tokenizer-model"
+            f"{found.path} brings no tokenizer, because {why}; text needs"
+            " one; name the tokenizer that made the training data with --tokenizer-model"
         )
     return load_tokenizer(kind, str(found.path / Path(data.tokenizer_model).name))
 

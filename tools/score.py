@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -284,11 +285,16 @@ def collect(found: dict[int, T]) -> dict[int, T]:
 
 
 def check_logits(args: argparse.Namespace, survey: Survey, vocab_size: int) -> None:
-    """Refuse logits that would be too many.
+    """Refuse logits that would be too many, or go where the lines go.
 
     Raises:
-        ConfigError: they are.
+        ConfigError: they are, or do.
     """
+    if args.logits is not None and os.path.realpath(args.logits) == os.path.realpath(args.output):
+        raise ConfigError(
+            f"--output and --logits are both {args.logits}; each needs a file of its own; name"
+            " another one"
+        )
     size = survey.num_lines * (survey.longest - 1) * vocab_size * 4
     if args.logits is not None and size > LOGITS_LIMIT_BYTES:
         raise ConfigError(

@@ -200,6 +200,16 @@ def test_run_without_a_tokenizer_needs_one_named(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match=re.escape(message)):
         inference.find_tokenizer(DataConfig(), found, arguments_of())
+    # A run with mock data carries none along, even when its config names one.
+    mock = DataConfig(mock_data=True, tokenizer_model="tokenizer.json")
+    with pytest.raises(ConfigError, match="brings no tokenizer, because its data were --mock-data"):
+        inference.find_tokenizer(mock, found, arguments_of())
+
+
+def test_lines_and_logits_need_files_of_their_own(tmp_path: Path) -> None:
+    args = argparse.Namespace(output=f"{tmp_path}/a", logits=f"{tmp_path}/./a")
+    with pytest.raises(ConfigError, match="--output and --logits are both"):
+        score.check_logits(args, score.Survey(num_lines=1, longest=2), 3)
 
 
 def test_tokenizer_of_the_checkpoint_yields_to_a_named_one(run: Path, tmp_path: Path) -> None:

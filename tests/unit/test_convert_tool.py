@@ -8,14 +8,17 @@ from typing import Any
 
 import convert_checkpoint
 import pytest
+import recipe
 import torch
+from convert_files import hf_files
 from convert_models import hf_weights, make_hf
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from megatron.trainer.checkpoint import CheckpointReader, find_checkpoint
-from moe_ext.convert import Layout
+from megatron.trainer.config import DataConfig
+from moe_ext.convert import FAMILIES, Layout
 
 CASES: list[tuple[str, Layout, dict[str, Any]]] = [
     ("olmoe", "per-expert", {}),
@@ -182,6 +185,21 @@ def test_like_gives_tokenizer_and_ids_to_a_checkpoint_that_lost_them(tmp_path: P
     assert convert(*exporting, "--like", source) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 77
     assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_run_on_mock_data_is_exported_without_the_tokenizer_that_its_config_names(
+    tmp_path: Path,
+) -> None:
+    """Training on from an import: the config names a tokenizer, and mock data keep none."""
+    source, _ = make_hf(tmp_path / "hf", "olmoe", "per-expert")
+    config = json.loads((source / "config.json").read_text())
+    cfg = recipe.PretrainConfig(
+        model=FAMILIES["olmoe"].model_config(config),
+        data=DataConfig(mock_data=True, tokenizer_model="run/tokenizer.json"),
+    )
+    files = hf_files(FAMILIES["olmoe"], cfg, tmp_path, like=None, dtype="float32")
+    assert files.keys() == {"config.json"}
+    assert json.loads(files["config.json"])["eos_token_id"] is None
 
 
 def test_hub_snapshot_of_links_is_imported(tmp_path: Path) -> None:

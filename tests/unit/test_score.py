@@ -202,6 +202,15 @@ def test_file_is_there_when_it_is_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_lone_surrogate_in_a_kept_key_is_written_back(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    record = {"note": "\ud800", "tokens": [1, 2]}
+    with WholeFile(str(path)) as output:
+        output.write_record(record)
+        output.finish()
+    assert json.loads(path.read_bytes()) == record
+
+
 def test_file_that_was_not_finished_leaves_no_trace(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text("old")

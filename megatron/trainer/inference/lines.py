@@ -130,7 +130,11 @@ class WholeFile:
     def write_record(self, record: dict[str, Any]) -> None:
         """Append an object as a line."""
         try:
-            self.file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
+            text = json.dumps(record, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:  # a lone surrogate in a key that is only kept: as an escape
+            text = json.dumps(record).encode("ascii")
+        try:
+            self.file.write(text + b"\n")
         except OSError as error:
             raise self._failure(error) from error
 
