@@ -24,8 +24,10 @@ import torch
 from convert_checks import (
     DTYPES,
     check_new_run,
+    check_outside,
     check_tensors,
     choose_weights,
+    holds,
     room_for,
     total_bytes,
 )
@@ -153,6 +155,8 @@ class Conversion:
     """The native side."""
     hf: Path
     """The Hugging Face side."""
+    is_exact: bool
+    """Both sides hold the same numbers; False where one is a rounding of the other."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -190,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if not args.verify:
         return 0
-    verification = verify(done.native, done.hf)
+    verification = verify(done.native, done.hf, same_weights=done.is_exact)
     _write_report(done.report_path, {**report, "verification": verification})
     return 0 if verification["passed"] else 1
 
@@ -219,6 +223,7 @@ def run_import(args: argparse.Namespace) -> Conversion:
             source=str(source.path),
         )
         total = sum(entry.num_bytes for entry in source.tensors.values())
+        is_exact = all(holds(dtype, entry.dtype) for entry in source.tensors.values())
         with (
             room_for(save, native, dtype),
             DigestThread() as thread,
@@ -233,7 +238,13 @@ def run_import(args: argparse.Namespace) -> Conversion:
     report = _report("import", family, form, dtype, num_tensors=len(shapes), num_bytes=total)
     report |= {"sha256": sha256} if sha256 else {}
     found = FoundCheckpoint(path=layout.final_path(save, 0), iteration=0)
-    return Conversion(report=report, report_path=save / REPORT_NAME, native=found, hf=Path(args.hf))
+    return Conversion(
+        report=report,
+        report_path=save / REPORT_NAME,
+        native=found,
+        hf=Path(args.hf),
+        is_exact=is_exact,
+    )
 
 
 def run_export(args: argparse.Namespace) -> Conversion:
@@ -246,6 +257,7 @@ def run_export(args: argparse.Namespace) -> Conversion:
     check_new(out)
     max_bytes = parse_size(args.max_shard_size)
     found = find_checkpoint(Path(args.load), iteration=args.iteration, compare_contents=False)
+    check_outside(out, found.path)
     cfg = load_config(
         recipe.PretrainConfig,
         ["--config", str(found.path / CONFIG_NAME)],
@@ -293,7 +305,14 @@ def run_export(args: argparse.Namespace) -> Conversion:
     report = _report("export", family, form, dtype, num_tensors=len(shapes), num_bytes=total)
     report |= {"iteration": found.iteration, "weights": taken}
     report |= {"sha256": sha256} if sha256 else {}
-    return Conversion(report=report, report_path=out / REPORT_NAME, native=found, hf=out)
+    stored = torch.bfloat16 if cfg.training.bf16 else torch.float32
+    return Conversion(
+        report=report,
+        report_path=out / REPORT_NAME,
+        native=found,
+        hf=out,
+        is_exact=holds(dtype, stored) and all(key == kept for key, kept in keys.items()),
+    )
 
 
 def _read_architecture(source: HFDirectory, divisor: int) -> tuple[Family, MoEModelConfig]:

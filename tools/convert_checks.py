@@ -49,6 +49,12 @@ def check_tensors(
         )
         if names
     ]
+    if extra == ["lm_head.weight"] and len(problems) == 1:
+        raise CheckpointError(
+            f"{source.path} holds lm_head.weight, but its config.json says tie_word_embeddings"
+            " true, which makes the output layer the embedding; remove the tensor if it is a copy, or set"
+            " tie_word_embeddings to false if it is not"
+        )
     if problems:
         raise CheckpointError(
             f"{source.path} does not hold the weights that its config.json describes:"
@@ -115,6 +121,25 @@ def choose_weights(
             )
         return masters, dtype, "fp32 master weights of a bf16 run"
     return {key: key for key in shapes}, dtype, f"{stored} weights"
+
+
+def holds(dtype: torch.dtype, source: torch.dtype) -> bool:
+    """Whether every number of type `source` is one of type `dtype` too."""
+    wide, narrow = torch.finfo(dtype), torch.finfo(source)
+    return wide.eps <= narrow.eps and wide.max >= narrow.max
+
+
+def check_outside(out: Path, checkpoint: Path) -> None:
+    """Refuse to write into a checkpoint: what lies there must be what its manifest lists.
+
+    Raises:
+        CheckpointError: `out` is in the checkpoint.
+    """
+    if checkpoint.resolve() in (out.resolve(), *out.resolve().parents):
+        raise CheckpointError(
+            f"{out} lies in the checkpoint {checkpoint}, into which nothing may be written; give"
+            " --hf a directory outside it"
+        )
 
 
 def check_new_run(save: Path) -> None:

@@ -32,6 +32,7 @@ logger = logging.getLogger("generate")
 
 WRITTEN = ("completion", "completion_tokens", "finish_reason")
 """The keys that `--output` adds to each object."""
+_LARGEST_SEED = 1 << 62
 _IDLE = Prompt(ids=[0], choose=greedy_token, max_new_tokens=0)
 
 
@@ -230,6 +231,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1; use 64, for example"
         )
+    if not 0 <= args.seed <= _LARGEST_SEED:
+        raise ConfigError(
+            f"--seed is {args.seed}; it must be 0 to 2^62, with room for a number a prompt; use a"
+            " smaller one"
+        )
 
 
 def read_tasks(args: argparse.Namespace, tokenizer: Tokenizer, *, seq_length: int) -> list[Task]:
@@ -283,6 +289,13 @@ def encode_prompt(
 ) -> list[int]:
     """Tokens of `--prompt` number `number`, counted from 1; see `read_tasks`."""
     text = args.prompt[number - 1]
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"--prompt number {number} ({text!r}) is not UTF-8 at character {error.start}; a"
+            " prompt must be; encode it so"
+        ) from error
     ids = tokenizer.encode(text)
     if not ids:
         raise ConfigError(

@@ -60,6 +60,7 @@ def verify(
     batch_size: int = 2,
     length: int = 64,
     seed: int = 1,
+    same_weights: bool | None = None,
 ) -> dict[str, Any]:
     """Run both models on the same random tokens and compare their logits.
 
@@ -71,12 +72,14 @@ def verify(
     Args:
         found: the native checkpoint.
         hf: directory with config.json and safetensors files.
-        precision: to compute in; None is float32, or bfloat16 where the two sides hold their
-            weights in different precisions or memory is short.
+        precision: to compute in; None is float32, or bfloat16 where one side's weights are a
+            rounding of the other's or memory is short.
         device: where to compute.
         batch_size: sequences.
         length: tokens of each, at most what either model allows.
         seed: draws the tokens.
+        same_weights: whether both sides hold the same numbers, in whatever precision; None means
+            that they do where their precisions are the same.
 
     Returns:
         What was compared, how and with what outcome, as JSON can hold it; `passed` is the verdict.
@@ -93,7 +96,9 @@ def verify(
         description="",
     )
     hf_config = _read_config(hf)
-    precision, reason = (precision, "asked for") if precision else _choose(saved, hf_config, device)
+    precision, reason = (
+        (precision, "asked for") if precision else _choose(saved, hf_config, device, same_weights)
+    )
     limit = min(saved.training.seq_length, hf_config.get("max_position_embeddings") or length)
     length = min(length, limit)
     generator = torch.Generator().manual_seed(seed)
@@ -213,12 +218,15 @@ def _criterion(
 
 
 def _choose(
-    saved: recipe.PretrainConfig, hf_config: dict[str, Any], device: str
+    saved: recipe.PretrainConfig,
+    hf_config: dict[str, Any],
+    device: str,
+    same_weights: bool | None,
 ) -> tuple[Precision, str]:
     """The precision to compute in, and why."""
     native_dtype = "bfloat16" if saved.training.bf16 else "float32"
     hf_dtype = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or native_dtype)
-    if hf_dtype != native_dtype:
+    if not (hf_dtype == native_dtype if same_weights is None else same_weights):
         return "bfloat16", f"native weights are {native_dtype}, Hugging Face's {hf_dtype}"
     needed = 5 * count_parameters(saved.model).total  # 4 bytes a weight, and room to work
     if device != "cpu" and torch.cuda.is_available():

@@ -156,6 +156,12 @@ class Fields:
             ValueError: the frequencies are scaled, or the spellings disagree.
         """
         theta: float | None = None
+        old, new = self._config.get("rope_scaling"), self._config.get("rope_parameters")
+        if old is not None and new is not None and old != new:
+            raise ValueError(
+                f"rope_parameters is {new!r} and rope_scaling is {old!r}; they are two spellings of"
+                " one setting and must be the same; remove one"
+            )
         for name in ("rope_parameters", "rope_scaling"):
             given = self.take(name)
             if given is None:
@@ -193,8 +199,16 @@ class Fields:
         """Refuse what nobody asked about.
 
         Raises:
-            ValueError: fields are left that are not known to be harmless.
+            ValueError: fields are left that are not known to be harmless, or a special token is
+                no id.
         """
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            given = self._config.get(name, [])
+            ids = given if isinstance(given, list) else [given]
+            if not all(type(each) is int for each in ids):
+                raise ValueError(
+                    f"{name} is {given!r}; it must be null, a number or a list of them"
+                )
         left = sorted(self._config.keys() - self._seen - _HARMLESS)
         if left:
             raise ValueError(

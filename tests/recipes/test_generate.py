@@ -166,6 +166,16 @@ def test_sampled_text_follows_the_seed(run: Path, capsys: pytest.CaptureFixture[
             " ranks, or change these sizes",
         ),
         (
+            ["--prompt", "one\udcff"],
+            "ConfigError: --prompt number 1 ('one\\udcff') is not UTF-8 at character 3; a prompt"
+            " must be; encode it so",
+        ),
+        (
+            ["--prompt", "one", "--seed", "-1"],
+            "ConfigError: --seed is -1; it must be 0 to 2^62, with room for a number a prompt; use"
+            " a smaller one",
+        ),
+        (
             ["--prompt", "one", "--top-p", "2"],
             "ConfigError: --top-p is 2.0; it must be above 0 and at most 1; use 0.95, for example,"
             " or 1 to draw from all tokens",
