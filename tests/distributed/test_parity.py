@@ -64,7 +64,14 @@ FOUR_RANKS: dict[str, dict[str, object]] = {
     },
 }
 ONE_RANK = {"recompute_full": {"recompute-granularity": "full"}, "loop": {"expert-backend": "loop"}}
-DENSE = {"num-experts": "None", "ffn-hidden-size": 40, "attention": "standard"}
+# An epsilon above the rounding of gradients: with 1e-8, one weight whose gradient is next to
+# nothing moves by anything up to a learning rate, and takes later gradient norms along.
+DENSE = {
+    "num-experts": "None",
+    "ffn-hidden-size": 40,
+    "attention": "standard",
+    "adam-eps": 1e-6,
+}
 
 JETMOE_LAYOUTS: dict[int, dict[str, dict[str, object]]] = {
     1: {

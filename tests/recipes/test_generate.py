@@ -24,19 +24,13 @@ from megatron.trainer.data.tokenizer import load_tokenizer
 from megatron.trainer.data.writer import TokenFileWriter
 from megatron.trainer.errors import ConfigError, DataError
 
-# Of torch while it reads a checkpoint, and of megatron-core about its own embedding and loss.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Please use DTensor:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning"),
-]
+# Of torch while it reads a checkpoint.
+pytestmark = pytest.mark.filterwarnings("ignore:Please use DTensor:FutureWarning")
 
 VOCAB = 400
 SENTENCE = "one two three four five six seven eight nine ten\n"
-LAYOUT = {
-    "tensor-model-parallel-size": 2,
-    "expert-model-parallel-size": 2,
-    "expert-tensor-parallel-size": 1,
-}
+BOTH = ("tensor-model-parallel-size", "expert-model-parallel-size")
+LAYOUT = {**dict.fromkeys(BOTH, 2), "expert-tensor-parallel-size": 1}
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,15 @@
 """Smaller things that a conversion refuses, and when its two sides hold the same numbers."""
 
 import json
+import os
 import re
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import convert_checkpoint
+import convert_weights
 import hf_verify
 import pytest
 import torch
@@ -98,3 +102,32 @@ def test_odd_fields_are_refused(fields: dict[str, Any], message: str) -> None:
     config = {**OLMOE, **fields}
     with pytest.raises(ValueError, match=re.escape(message)):
         family_of(config).model_config(config)
+
+
+@pytest.mark.parametrize("request_to_end", [signal.SIGINT, signal.SIGTERM])
+def test_request_to_end_leaves_nothing(
+    request_to_end: signal.Signals,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, _ = make_hf(tmp_path / "hf", "olmoe", "per-expert")
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert convert("import", "--hf", source, "--save", run) == 0
+    # A shell that started the tests in the background has left interrupts ignored.
+    interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(
+        convert_weights, "check_finite", lambda *_: os.kill(os.getpid(), request_to_end)
+    )
+    try:
+        assert convert("export", "--load", run, "--hf", out) == 130
+        shutil.rmtree(run)
+        capsys.readouterr()
+        assert convert("import", "--hf", source, "--save", run) == 130
+    finally:
+        signal.signal(signal.SIGINT, interrupts)
+    said = capsys.readouterr().err
+    assert said.endswith("interrupted; what was unfinished has been removed\n")
+    assert os.listdir(tmp_path) == ["hf"]
+    assert signal.getsignal(signal.SIGTERM) is before
