@@ -17,6 +17,7 @@ from benchmarks.native import start
 from benchmarks.shapes import Shape
 from moe_ext.attention import MoASelfAttention, MoASubmodules, SDPACoreAttention
 from moe_ext.experts import ExpertMLP
+from moe_ext.experts.layer import ExpertsLayer
 from moe_ext.rotary import PositionRotaryEmbedding
 from moe_ext.transformer import transformer_config
 
@@ -45,8 +46,8 @@ class GivenRouting(nn.Module):
         return self.probs, self.routing_map
 
 
-class ExpertsLayer(LayerSubject):
-    """A MoELayer of megatron-core with the routing given.
+class ExpertsSubject(LayerSubject):
+    """A layer of experts with the routing given: the project's or megatron-core's.
 
     Args:
         problem: inputs and weights.
@@ -66,7 +67,8 @@ class ExpertsLayer(LayerSubject):
         self._kind = kind
         self._router = GivenRouting(*problem.dense_gates())
         spec = MoESubmodules(experts=_experts_spec(kind), router=lambda **_: self._router)
-        self._layer = MoELayer(config=config, submodules=spec, pg_collection=groups)
+        layer = ExpertsLayer if kind.startswith("native:") else MoELayer
+        self._layer = layer(config=config, submodules=spec, pg_collection=groups)
         self._layer.to(problem.device)
         weight1, weight2 = problem.expert_weights()
         with torch.no_grad():
@@ -117,9 +119,9 @@ class ExpertsLayer(LayerSubject):
 def build_experts(
     device: torch.device, shape: Shape, routing: str, dtype: torch.dtype, kind: str
 ) -> LayerSubject:
-    """For a worker; see `ExpertsLayer`."""
+    """For a worker; see `ExpertsSubject`."""
     config, groups = _configure(device, shape, dtype)
-    return ExpertsLayer(LayerProblem(shape, routing, device, dtype), kind, config, groups)
+    return ExpertsSubject(LayerProblem(shape, routing, device, dtype), kind, config, groups)
 
 
 def _configure(

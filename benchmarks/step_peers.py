@@ -197,7 +197,9 @@ class NativeStep(StepSubject):
         chunk.zero_grad_buffer()
         # What the schedule does before its backward passes; its shape must be the schedule's.
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=self.device))
-        losses = chunk(batch.tokens, batch.position_ids, None, labels=batch.labels)
+        losses = chunk(
+            batch.tokens, batch.position_ids, None, labels=batch.labels, loss_mask=batch.loss_mask
+        )
         loss = losses.float().mean()
         loss.backward()
         return float(loss.detach())

@@ -4,8 +4,13 @@ import math
 from typing import Any
 
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor, nn
 
+from moe_ext.head import VocabularyPart, linear_cross_entropy
 from moe_ext.rotary import PositionRotaryEmbedding
 
 
@@ -48,7 +53,8 @@ class LanguageModel(GPTModel):
                 rows are alike.
             attention_mask: [b, 1, s, s of the whole sequence] bool, True where a query must not
                 look; None means causal.
-            kwargs: GPTModel's, such as `labels` [b, s].
+            kwargs: GPTModel's, such as `labels` [b, s], and with them `loss_mask` [b, s]: what the
+                losses will be multiplied with, up to one factor for all, which saves a product.
 
         Returns:
             On the last stage losses [b, s] if there are labels, else logits [b, s, v of this
@@ -61,13 +67,55 @@ class LanguageModel(GPTModel):
             self.rotary_pos_emb.positions = None
         return output
 
+    def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """Losses [b, s] where there are labels to compare with; else what GPTModel makes."""
+        labels: Tensor | None = kwargs["labels"]
+        if labels is None or not self.post_process:
+            output: Tensor = super()._postprocess(hidden_states=hidden_states, **kwargs)
+            return output
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden_states, group=group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden_states, group=group)
+        mask: Tensor | None = kwargs["loss_mask"]
+        losses = linear_cross_entropy(
+            hidden.flatten(0, 1),  # [t, h], token by token of the sequence
+            self._output_weight(),
+            labels.T.flatten(),
+            None if mask is None else mask.T.flatten(),
+            part=self._vocabulary_part(),
+        )
+        return losses.view(labels.T.shape).T.contiguous()  # [b, s]
+
+    def _output_weight(self) -> Tensor:
+        """[v of this rank, h]."""
+        weight: Tensor
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+            # The embedding adds a gradient too, so this one must come by autograd: a view has no
+            # buffer to be added to.
+            return weight.view_as(weight)
+        weight = self.output_layer.weight
+        return weight
+
+    def _vocabulary_part(self) -> VocabularyPart:
+        group = self.pg_collection.tp
+        rows = self.vocab_size // group.size()
+        first = rows * group.rank()
+        return VocabularyPart(
+            first=first, number=min(max(self.num_token_ids - first, 0), rows), group=group
+        )
+
     def _silence_padding(
         self, _layer: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor | None]
     ) -> None:
         """Set the logits of padding rows to -inf: [s, b, v] of all or of this rank's rows."""
         logits, _ = output
         rows = logits.shape[-1]
-        first = 0 if rows == self.vocab_size else rows * self.pg_collection.tp.rank()
-        real = min(max(self.num_token_ids - first, 0), rows)
+        if rows == self.vocab_size:
+            real = self.num_token_ids
+        else:
+            real = self._vocabulary_part().number
         if real < rows:
             logits[..., real:].fill_(-math.inf)

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -27,8 +26,9 @@ from megatron.core.transformer.transformer_layer import (
 from moe_ext.attention import MoASubmodules, SDPACoreAttention, get_attention
 from moe_ext.config import MoEModelConfig
 from moe_ext.experts import ExpertMLP, get_expert_backend
-from moe_ext.experts.layer import OutputBiasMoELayer
+from moe_ext.experts.layer import ExpertsLayer
 from moe_ext.functional import layer_coefficients
+from moe_ext.linear import ColumnParallelLinear, RowParallelLinear
 from moe_ext.metrics import MOA, MOE, RouterMetrics
 from moe_ext.norm import RMSNorm
 from moe_ext.routers import MoERouter, get_router
@@ -145,11 +145,9 @@ def _feed_forward_spec(
     router = _router(model, metrics[MOE], num_experts=model.num_experts, topk=model.moe_router_topk)
     experts = ModuleSpec(module=ExpertMLP, params={"backend": model.expert_backend})
     submodules = MoESubmodules(experts=experts, router=router)
-    if not model.moe_output_bias:
-        return ModuleSpec(module=MoELayer, submodules=submodules)
     return _OwnSpec(
-        module=OutputBiasMoELayer,
-        params={"pg_collection": pg_collection},
+        module=ExpertsLayer,
+        params={"pg_collection": pg_collection, "has_output_bias": model.moe_output_bias},
         submodules=submodules,
     )
 

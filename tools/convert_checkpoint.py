@@ -37,9 +37,9 @@ from convert_weights import (
     TensorDigests,
     export_weights,
     import_weights,
-    keep_freed_memory,
 )
 
+from megatron.trainer.allocator import keep_freed_memory
 from megatron.trainer.checkpoint import (
     CheckpointReader,
     FoundCheckpoint,

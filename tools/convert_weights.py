@@ -1,6 +1,5 @@
 """Moves weights between a Hugging Face directory and a native checkpoint, a piece at a time."""
 
-import ctypes
 import logging
 import math
 import sys
@@ -20,8 +19,6 @@ from moe_ext.convert import Piece
 
 logger = logging.getLogger("convert")
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Of malloc.h."""
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -217,16 +214,3 @@ def check_finite(tensor: torch.Tensor, name: str) -> None:
         f" infinite, or too large for {tensor.dtype}); a model with such weights computes nothing;"
         " take a checkpoint from before they broke, or --dtype fp32 where they only are too large"
     )
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what is freed for the next allocation.
-
-    It would give every block of some megabytes back to the system and ask for fresh pages for the
-    next one, which costs more than the copying into them. Where the library has no such setting,
-    nothing is changed but the speed.
-    """
-    library = ctypes.CDLL(None)
-    if sys.platform == "linux" and hasattr(library, "mallopt"):
-        for setting in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-            library.mallopt(setting, 1 << 30)

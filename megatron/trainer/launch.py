@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron.trainer.allocator import keep_freed_memory
 from megatron.trainer.config import ParallelConfig, RunConfig
 from megatron.trainer.errors import ConfigError, UserError
 from megatron.trainer.layout import Layout, resolve_layout
@@ -77,6 +78,7 @@ def connect(parallel: ParallelConfig) -> tuple[torch.device, int]:
     if device.type == "cpu":
         from megatron.trainer.host import redirect_cuda
 
+        keep_freed_memory()
         redirect_cuda()
     else:
         torch.cuda.set_device(device)

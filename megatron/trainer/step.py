@@ -46,7 +46,13 @@ def language_model_step(
         that turns it into (mean loss, {"loss_sum", "tokens"}).
     """
     batch = next(batches)
-    output = model(batch.tokens, batch.position_ids, batch.attention_mask(), labels=batch.labels)
+    output = model(
+        batch.tokens,
+        batch.position_ids,
+        batch.attention_mask(),
+        labels=batch.labels,
+        loss_mask=batch.loss_mask,
+    )
 
     def loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         mask = batch.loss_mask

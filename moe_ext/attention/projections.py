@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from moe_ext.experts.backends import get_expert_projection
 from moe_ext.parameters import new_parameter
+from moe_ext.products import linear
 
 # Where the heads are in each weight of one layer.
 _HEAD_AXES = {"weight": 0, "weight_q": 1, "weight_o": 2}
@@ -83,7 +83,7 @@ class KeyValueProjection(_HeadParallel):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value [s, b, ng, hn] of this rank's heads from [s, b, h]."""
-        both = F.linear(hidden, self.weight)  # [s, b, 2 ng hn]
+        both = linear(hidden, self.weight)  # [s, b, 2 ng hn]
         key, value = both.unflatten(2, (self.num_groups, -1)).chunk(2, dim=-1)
         return key, value
 

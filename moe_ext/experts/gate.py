@@ -1,4 +1,4 @@
-"""The element-wise middle of a SwiGLU expert, over the tokens of all experts at once."""
+"""The element-wise middle of a SwiGLU expert."""
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,11 @@ def gated_forward(projected: Tensor, probs: Tensor) -> Tensor:
         [t, f] of projected's dtype.
     """
     gate, up = projected.chunk(2, dim=-1)  # [t, f] each
-    return (F.silu(gate).mul_(up) * probs.unsqueeze(-1)).to(projected.dtype)
+    product = F.silu(gate).mul_(up)
+    column = probs.unsqueeze(-1)  # [t, 1]
+    if torch.result_type(product, column) == product.dtype:
+        return product.mul_(column)
+    return (product * column).to(projected.dtype)
 
 
 def gated_backward(grad: Tensor, projected: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,15 +39,15 @@ def gated_backward(grad: Tensor, projected: Tensor, probs: Tensor) -> tuple[Tens
     silu = gate * sigmoid
     product = silu * up
     column = probs.unsqueeze(-1)  # [t, 1]
-    output = (product * column).to(projected.dtype)
     grad_probs = (grad.to(torch.promote_types(grad.dtype, probs.dtype)) * product).sum(dim=-1)
     grad_product = (grad * column).to(projected.dtype)
     grad_projected = torch.empty_like(projected)
     grad_gate, grad_up = grad_projected.chunk(2, dim=-1)
     torch.mul(grad_product, silu, out=grad_up)
     # d silu / d gate = sigmoid + silu (1 - sigmoid)
-    slope = sigmoid.add_(silu - silu * sigmoid)
+    slope = torch.addcmul(silu, silu, sigmoid, value=-1.0).add_(sigmoid)
     torch.mul(grad_product.mul_(up), slope, out=grad_gate)
+    output = (product * column).to(projected.dtype)
     return grad_projected, grad_probs.to(probs.dtype), output
 
 

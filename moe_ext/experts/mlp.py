@@ -15,7 +15,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from moe_ext.experts.backends import get_expert_backend
+from moe_ext.experts.backends import look_up_backend
+from moe_ext.experts.slots import ExpertOrder
 from moe_ext.parameters import new_parameter
 
 # The f dimension of weight1 [el, 2, f, h] and of weight2 [el, h, f].
@@ -55,7 +56,7 @@ class ExpertMLP(MegatronModule):
         self.ep_group = pg_collection.ep
         self.tp_group = pg_collection.expt_tp
         self.dp_group = pg_collection.expt_dp
-        self.compute = get_expert_backend(backend)
+        self.backend = look_up_backend(backend)
         ffn = _local_ffn_size(config, self.tp_group.size())
         width = config.hidden_size
         self.weight1 = new_parameter(num_local_experts, 2, ffn, width, config=config)
@@ -84,7 +85,7 @@ class ExpertMLP(MegatronModule):
             [t, h] of the hidden states' dtype, a partial sum under expert tensor parallelism; and
             None, for there is no bias.
         """
-        output = self.compute(
+        output = self.backend.experts(
             permuted_local_hidden_states,
             self.weight1,
             self.weight2,
@@ -92,6 +93,19 @@ class ExpertMLP(MegatronModule):
             permuted_probs,
         )
         return output, None
+
+    def compute_routed(self, tokens: Tensor, order: ExpertOrder, gates: Tensor) -> Tensor:
+        """Send tokens to their experts and add up the results; all experts are on this rank.
+
+        Args:
+            tokens: [t, h].
+            order: of the rows that the experts get.
+            gates: [t, k] router weights.
+
+        Returns:
+            [t, h].
+        """
+        return self.backend.routed(tokens, self.weight1, self.weight2, order, gates)
 
     def sharded_state_dict(
         self,

@@ -14,7 +14,7 @@ from moe_ext.attention.cache import KeyValueCache, use_cache
 from moe_ext.builder import BuiltModel, build_model
 from moe_ext.config import MoEModelConfig
 from moe_ext.experts import EXPERT_BACKENDS, register_expert_backend
-from moe_ext.experts.layer import OutputBiasMoELayer
+from moe_ext.experts.layer import ExpertsLayer
 from moe_ext.experts.loop import loop_experts
 from moe_ext.presets import PRESETS
 from moe_ext.transformer import transformer_config
@@ -89,7 +89,7 @@ def test_the_feed_forward_bias_is_added_once_and_no_gate_multiplies_it(
 ) -> None:
     # Gates that do not sum to 1 would show in the bias.
     layer = build(single_rank, router="softmax_topk").chunks[0].decoder.layers[0].mlp
-    assert isinstance(layer, OutputBiasMoELayer)
+    assert isinstance(layer, ExpertsLayer) and layer.output_bias is not None
     hidden = torch.randn(SEQUENCE, BATCH, 32, generator=torch.Generator().manual_seed(0))
     without, _ = layer(hidden)
     with torch.no_grad():

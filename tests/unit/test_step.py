@@ -236,7 +236,7 @@ def test_loss_that_is_not_finite_names_its_samples_and_changes_no_weight(
 
 def test_gradient_that_is_not_finite_ends_the_run_with_its_samples(make_state: StateMaker) -> None:
     state = make_state()
-    model_of(state).output_layer.weight.register_hook(lambda grad: grad * math.inf)
+    model_of(state).decoder.final_layernorm.weight.register_hook(lambda grad: grad * math.inf)
     with pytest.raises(
         TrainingError,
         match=r"^gradient norm is (nan|inf) at iteration 1 \(loss 4\.\d+, global samples 0 to 7\)",

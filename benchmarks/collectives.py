@@ -1,0 +1,133 @@
+"""Writes down the collectives that a process takes part in, and how many bytes each handles.
+
+Every function of torch.distributed ends in a method of ProcessGroup; those methods are wrapped, so
+it does not matter under which name a library has imported which function.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+class Call(NamedTuple):
+    """One collective, or one message."""
+
+    kind: str
+    """As `moe_ext.traffic` names it; ProcessGroup's own name for what is not known there."""
+    group: str
+    """Name of the group, or its own description if nobody named it."""
+    payload_bytes: int
+    """What `moe_ext.traffic.Collective.payload_bytes` means, of this call on this rank."""
+
+
+def _bytes(tensors: Any) -> int:
+    """Of a tensor, or of everything in nested lists of tensors."""
+    if isinstance(tensors, Tensor):
+        return tensors.numel() * tensors.element_size()
+    return sum(_bytes(each) for each in tensors)
+
+
+def _argument(position: int) -> Callable[..., int]:
+    return lambda *arguments, **_named: _bytes(arguments[position])
+
+
+_METHODS: Mapping[str, tuple[str, Callable[..., int]]] = {
+    # torch 2.13 has new names for what older ones call _allgather_base and so on.
+    "allreduce": ("all_reduce", _argument(0)),
+    "allreduce_coalesced": ("all_reduce", _argument(0)),
+    "allgather": ("all_gather", _argument(0)),
+    "_allgather_base": ("all_gather", _argument(0)),
+    "allgather_into_tensor_coalesced": ("all_gather", _argument(0)),
+    "all_gather_single": ("all_gather", _argument(0)),
+    "all_gather_single_coalesced": ("all_gather", _argument(0)),
+    "reduce_scatter": ("reduce_scatter", _argument(1)),
+    "_reduce_scatter_base": ("reduce_scatter", _argument(1)),
+    "reduce_scatter_tensor_coalesced": ("reduce_scatter", _argument(1)),
+    "reduce_scatter_single": ("reduce_scatter", _argument(1)),
+    "reduce_scatter_single_coalesced": ("reduce_scatter", _argument(1)),
+    "alltoall": ("all_to_all", _argument(1)),
+    "alltoall_base": ("all_to_all", _argument(1)),
+    "all_to_all_single": ("all_to_all", _argument(1)),
+    "send": ("send", _argument(0)),
+    "recv": ("receive", _argument(0)),
+    "recv_anysource": ("receive", _argument(0)),
+    "broadcast": ("broadcast", _argument(0)),
+    "reduce": ("reduce", _argument(0)),
+    "gather": ("gather", _argument(1)),
+    "scatter": ("scatter", _argument(0)),
+    "barrier": ("barrier", lambda *_arguments, **_named: 0),
+}
+
+
+@contextmanager
+def recording(groups: Mapping[str, ProcessGroup | None]) -> Iterator[Counter[Call]]:
+    """Count this process's collectives while the context lasts.
+
+    Groups of one rank are left out: nothing moves there. A message that megatron-core sends over
+    the world to keep two directions apart counts as one of the pipeline, as which it is meant.
+
+    Args:
+        groups: by name; the first name of a group counts. None is a group this rank is not in.
+
+    Yields:
+        How often each call was made; filled in as they come.
+    """
+    names: dict[str, str] = {}
+    for name, group in groups.items():
+        if group is not None:
+            names.setdefault(group.group_name, name)
+    calls: Counter[Call] = Counter()
+    # As the class holds them: what getattr makes of them would no longer bind to an instance.
+    originals = {name: vars(ProcessGroup)[name] for name in _METHODS if name in vars(ProcessGroup)}
+
+    def wrapped(method: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        kind, count = _METHODS[method]
+
+        def call(group: ProcessGroup, *arguments: Any, **named: Any) -> Any:
+            if group.size() > 1:
+                name = names.get(group.group_name, group.group_desc)
+                if kind in ("send", "receive") and name == "world":
+                    name = "pp"
+                calls[Call(kind, name, count(*arguments, **named))] += 1
+            return original(group, *arguments, **named)
+
+        return call
+
+    try:
+        for method, original in originals.items():
+            setattr(ProcessGroup, method, wrapped(method, original))
+        yield calls
+    finally:
+        for method, original in originals.items():
+            setattr(ProcessGroup, method, original)
+
+
+def named_groups(collection: Any) -> dict[str, ProcessGroup | None]:
+    """A run's groups by the names of `moe_ext.traffic`.
+
+    Args:
+        collection: megatron-core's ProcessGroupCollection.
+    """
+    fields = {
+        "tp": "tp",
+        "etp": "expt_tp",
+        "ep": "ep",
+        "tp_ep": "tp_ep",
+        "pp": "pp",
+        "cp": "cp",
+        "tp_cp": "tp_cp",
+        "dp": "dp",
+        "dp_cp": "dp_cp",
+        "expt_dp": "expt_dp",
+        "embd": "embd",
+        "mp": "mp",
+        "tp_ep_pp": "tp_ep_pp",
+        "dist_opt": "intra_dist_opt",
+    }
+    found = {name: getattr(collection, field) for name, field in fields.items()}
+    return {"world": torch.distributed.group.WORLD, **found}

@@ -1,0 +1,198 @@
+"""What a training step costs over tokens, experts, layers and processes; and on paper, over GPUs.
+
+    python -m benchmarks.scaling --sweep tokens --json tokens.json --plot-dir plots
+    python -m benchmarks.scaling --sweep experts --json experts.json --plot-dir plots
+    python -m benchmarks.scaling --sweep layers --json layers.json --plot-dir plots
+    python -m benchmarks.scaling --sweep processes --json processes.json --plot-dir plots
+    python -m benchmarks.scaling --sweep model --gpu-tflops 400 --intra-gbps 450 --inter-gbps 50
+
+Experts get finer at the same k * f and e * f: parameters and active FLOPs stay the same. Processes
+have one thread each; the others use torch's threads. docs/scaling.md says what the model assumes.
+The imports stand in functions because every worker process imports this file, and few need all.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import describe_machine, write_json
+from benchmarks.shapes import SHAPES
+
+_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sweep as `argv` says; returns the exit status."""
+    args = parse_args(argv)
+    found = SWEEPS[args.sweep](args)
+    if args.json is not None:
+        write_json(found, Path(args.json))
+    return 0
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="scaling", description="Cost of a training step over one size, measured or modelled."
+    )
+    parser.add_argument("--sweep", choices=sorted(SWEEPS), required=True, help="what to vary")
+    parser.add_argument("--json", metavar="FILE", help="write all samples there")
+    parser.add_argument("--plot-dir", metavar="DIR", help="draw scaling_SWEEP.png there")
+    measured = parser.add_argument_group("measured sweeps")
+    measured.add_argument(
+        "--values", type=int, nargs="+", metavar="N",
+        help="tokens, experts, layers, processes, or GPUs, instead of the sweep's own",
+    )  # fmt: skip
+    shapes = [name for name, shape in SHAPES.items() if shape.model.attention_experts is None]
+    measured.add_argument(
+        "--shape", choices=sorted(shapes), help="vary this one instead of a small block of OLMoE's"
+    )
+    measured.add_argument("--rounds", type=int, default=5, metavar="N", help="(%(default)s)")
+    measured.add_argument("--warmup", type=int, default=2, metavar="N", help="(%(default)s)")
+    measured.add_argument("--threads", type=int, metavar="N", help="threads of a point's process")
+    measured.add_argument("--gemm-size", type=int, default=2048, metavar="N", help="(%(default)s)")
+    measured.add_argument("--no-peer", action="store_true", help="time ours alone")
+    measured.add_argument(
+        "--layouts", nargs="+", choices=("DP", "EP", "TP", "PP"), default=["DP", "EP", "TP", "PP"],
+        help="of the processes sweep",
+    )  # fmt: skip
+    measured.add_argument(
+        "--steps", type=int, default=3, metavar="N",
+        help="timed steps of a visit in the processes sweep (%(default)s)",
+    )  # fmt: skip
+    _add_model_flags(parser.add_argument_group("model"))
+    return parser.parse_args(argv)
+
+
+def _add_model_flags(model: argparse._ArgumentGroup) -> None:
+    from moe_ext.presets import PRESETS
+
+    model.add_argument(
+        "--preset", choices=sorted(PRESETS), default="olmoe_1b_7b", help="(%(default)s)"
+    )
+    for flag, default, meaning in (
+        ("--gpu-tflops", 400.0, "TFLOP/s that a GPU reaches"),
+        ("--intra-gbps", 450.0, "GB/s (bytes), one way, out of a GPU within its node"),
+        ("--inter-gbps", 50.0, "GB/s (bytes), one way, out of a GPU to other nodes"),
+        ("--latency-us", 20.0, "microseconds of any call"),
+        ("--imbalance", 1.0, "assignments of the busiest expert parallel rank over the mean's"),
+    ):
+        model.add_argument(
+            flag, type=float, default=default, metavar="X", help=f"{meaning} (%(default)s)"
+        )
+    model.add_argument("--ep", type=int, nargs="+", default=[8, 64], metavar="N", help="EP")
+    for flag, default, meaning in (
+        ("--tp", 1, "TP"), ("--pp", 1, "PP"), ("--cp", 1, "CP"),
+        ("--gpus-per-node", 8, "GPUs of a node"), ("--micro-batch-size", 4, "sequences"),
+    ):  # fmt: skip
+        model.add_argument(
+            flag, type=int, default=default, metavar="N", help=f"{meaning} (%(default)s)"
+        )
+
+
+def sweep_points(args: argparse.Namespace) -> Mapping[str, Any]:
+    """Tokens, experts or layers."""
+    from benchmarks import scaling_points
+
+    shapes = scaling_points.points(
+        args.sweep,
+        scaling_points.base_shape(args.shape),
+        args.values or scaling_points.DEFAULT_VALUES[args.sweep],
+    )
+    found = {
+        "sweep": args.sweep,
+        "arguments": vars(args),
+        "machine": describe_machine(),
+        **scaling_points.measure(
+            shapes,
+            scaling_points.Measurement(
+                rounds=args.rounds,
+                warmup=args.warmup,
+                num_threads=args.threads,
+                gemm_size=args.gemm_size,
+                with_peer=not args.no_peer,
+            ),
+        ),
+    }
+    print(scaling_points.table(args.sweep, found))
+    if args.plot_dir is not None:
+        from benchmarks.scaling_plots import plot_points
+
+        plot_points(args.sweep, found, _plot(args))
+    return found
+
+
+def sweep_processes(args: argparse.Namespace) -> Mapping[str, Any]:
+    """One and more processes."""
+    from benchmarks import scaling_processes
+
+    found = {
+        "sweep": args.sweep,
+        "arguments": vars(args),
+        **scaling_processes.measure(
+            SHAPES[args.shape] if args.shape else scaling_processes.PROCESS_BLOCK,
+            args.values or (1, 2, 4),
+            args.layouts,
+            rounds=args.rounds,
+            steps=args.steps,
+        ),
+    }
+    print(scaling_processes.table(found))
+    if args.plot_dir is not None:
+        from benchmarks.scaling_plots import plot_processes
+
+        plot_processes(found, _plot(args))
+    return found
+
+
+def sweep_model(args: argparse.Namespace) -> Mapping[str, Any]:
+    """GPUs, on paper."""
+    from benchmarks import scaling_model
+    from moe_ext.cluster import Cluster
+    from moe_ext.config import MoEModelConfig
+    from moe_ext.presets import PRESETS
+
+    run = scaling_model.Run(
+        model=MoEModelConfig(**PRESETS[args.preset]),
+        gpus=args.values or _GPUS,
+        expert=args.ep,
+        tensor=args.tp,
+        pipeline=args.pp,
+        context=args.cp,
+        micro_batch_size=args.micro_batch_size,
+        imbalance=args.imbalance,
+        cluster=Cluster(
+            flops_per_second=1e12 * args.gpu_tflops,
+            intra_bytes_per_second=1e9 * args.intra_gbps,
+            inter_bytes_per_second=1e9 * args.inter_gbps,
+            gpus_per_node=args.gpus_per_node,
+            latency_s=1e-6 * args.latency_us,
+        ),
+    )
+    rows = scaling_model.rows(run)
+    print(f"{scaling_model.table(rows)}\n\n{args.preset}: {scaling_model.assumptions(run)}")
+    if args.plot_dir is not None:
+        from benchmarks.scaling_plots import plot_model
+
+        plot_model(rows, f"{args.preset}: {scaling_model.assumptions(run)}", _plot(args))
+    return {"sweep": args.sweep, "arguments": vars(args), "rows": rows}
+
+
+def _plot(args: argparse.Namespace) -> Path:
+    return Path(args.plot_dir) / f"scaling_{args.sweep}.png"
+
+
+SWEEPS: Mapping[str, Callable[[argparse.Namespace], Mapping[str, Any]]] = {
+    "tokens": sweep_points,
+    "experts": sweep_points,
+    "layers": sweep_points,
+    "processes": sweep_processes,
+    "model": sweep_model,
+}
+"""By the name that --sweep takes."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

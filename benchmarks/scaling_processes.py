@@ -1,0 +1,278 @@
+"""Training steps of 1, 2 and 4 processes under each kind of parallelism, on this machine."""
+
+import dataclasses
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import describe_machine
+from benchmarks.scaling_points import BLOCK, spread
+from benchmarks.session import DifferentMathsError
+from benchmarks.shapes import Shape
+from benchmarks.timing import interleave, paired_ratio, summarize
+from moe_ext.config import MoEModelConfig
+
+REPO = Path(__file__).resolve().parents[1]
+_RANK = Path(__file__).with_name("scaling_rank.py")
+_LOSS_LIMIT = 1e-4
+_PATIENCE_S = 1.0
+
+PROCESS_BLOCK = dataclasses.replace(
+    BLOCK,
+    # Sizes that four stages and four expert parallel ranks divide.
+    model=dataclasses.replace(
+        BLOCK.model,
+        num_layers=4,
+        hidden_size=256,
+        num_attention_heads=4,
+        num_experts=16,
+        moe_router_topk=4,
+        moe_ffn_hidden_size=128,
+    ),
+)
+"""What the processes sweep trains; a step takes its sequences, one a micro-batch."""
+
+KINDS: Mapping[str, Sequence[str]] = {
+    "DP": (),
+    "EP": ("expert-model-parallel-size",),
+    "TP": ("tensor-model-parallel-size",),
+    "PP": ("pipeline-model-parallel-size",),
+}
+"""Flags that get the number of processes. EP's ranks are data parallel too; TP keeps experts whole
+(ETP 1)."""
+
+
+class World:
+    """Ranks started by torchrun, that wait until they are asked.
+
+    Args:
+        num_ranks: how many.
+        directory: for the socket and what the ranks say.
+    """
+
+    def __init__(self, num_ranks: int, directory: Path) -> None:
+        address, self._said = directory / f"{num_ranks}.socket", directory / f"{num_ranks}.err"
+        self._num_ranks = num_ranks
+        self._connections: list[Connection] = []
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(address))
+        self._listener.listen(num_ranks)
+        self._listener.settimeout(_PATIENCE_S)
+        with self._said.open("w", encoding="utf-8") as said:
+            self._process = subprocess.Popen(
+                [
+                    *("env", f"PYTHONPATH={REPO / 'tools'}:{REPO}", "OMP_NUM_THREADS=1"),
+                    *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                    *("--nproc-per-node", str(num_ranks), str(_RANK), str(address)),
+                ],
+                stdout=said,
+                stderr=said,
+            )
+
+    def connect(self) -> None:
+        """Wait until every rank has come up.
+
+        Raises:
+            RuntimeError: they ended instead.
+        """
+        with self._listener:
+            accepted = [self._accept() for _ in range(self._num_ranks)]
+        by_rank = {self._receive(connection): connection for connection in accepted}
+        self._connections = [by_rank[rank] for rank in range(self._num_ranks)]
+
+    def ask(self, flags: Sequence[str], steps: int) -> list[dict[str, Any]]:
+        """Have every rank do `scaling_rank.visit`.
+
+        Raises:
+            RuntimeError: a rank failed; the message is its traceback.
+        """
+        for connection in self._connections:
+            connection.send((list(flags), steps))
+        answers = [self._receive(connection) for connection in self._connections]
+        for outcome, value in answers:
+            if outcome == "failed":
+                raise RuntimeError(f"a rank failed:\n{value}")
+        return [value for _, value in answers]
+
+    def close(self) -> None:
+        """Hang up; the ranks end by themselves."""
+        self._listener.close()
+        for connection in self._connections:
+            connection.close()
+        try:
+            self._process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()  # torchrun ends its ranks
+            self._process.wait()
+
+    def _accept(self) -> Connection:
+        while True:
+            try:
+                accepted, _ = self._listener.accept()
+            except TimeoutError:
+                self._check()
+                continue
+            accepted.setblocking(True)
+            return Connection(accepted.detach())
+
+    def _receive(self, connection: Connection) -> Any:
+        try:
+            while not connection.poll(_PATIENCE_S):
+                self._check()
+            return connection.recv()
+        except (EOFError, ConnectionError) as error:
+            raise RuntimeError(f"a rank ended:\n{self._last_words()}") from error
+
+    def _check(self) -> None:
+        status = self._process.poll()
+        if status is not None:
+            raise RuntimeError(f"torchrun ended with status {status}:\n{self._last_words()}")
+
+    def _last_words(self) -> str:
+        return self._said.read_text(encoding="utf-8")[-4000:]
+
+
+@contextmanager
+def worlds(numbers: Sequence[int]) -> Iterator[dict[int, World]]:
+    """One world for each number of processes."""
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scaling-")))
+        found: dict[int, World] = {}
+        for number in numbers:
+            found[number] = World(number, directory)
+            stack.callback(found[number].close)
+        for world in found.values():
+            world.connect()
+        yield found
+
+
+def measure(
+    shape: Shape, numbers: Sequence[int], kinds: Sequence[str], *, rounds: int, steps: int
+) -> dict[str, Any]:
+    """Time each kind of parallelism over each number of processes, all in every round.
+
+    Args:
+        shape: its sequences are the global batch.
+        numbers: of processes; 1 is added.
+        kinds: of KINDS.
+        rounds: how often each layout is visited.
+        steps: timed steps of a visit, of which the median counts.
+
+    Raises:
+        DifferentMathsError: a layout's first loss is not the single process's.
+    """
+    numbers = sorted({1, *numbers})
+    layouts = {"1": (1, "")} | {
+        f"{kind}{number}": (number, kind) for number in numbers if number > 1 for kind in kinds
+    }
+    visits: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in layouts}
+    with worlds(numbers) as ranks:
+        for _, name in interleave(list(layouts), rounds):
+            number, kind = layouts[name]
+            visits[name].append(ranks[number].ask(layout_flags(shape, number, kind), steps))
+    _compare_losses(visits)
+    seconds = {
+        name: [statistics.median(each[0]["seconds"]) for each in rounds_]
+        for name, rounds_ in visits.items()
+    }
+    model = shape.model
+    return {
+        "machine": describe_machine(),
+        "title": (
+            f"{shape.num_tokens:,} tokens a step in all, {model.num_layers} layers, h"
+            f" {model.hidden_size}, {model.num_experts} experts of {model.moe_ffn_hidden_size},"
+            f" top-{model.moe_router_topk}; fp32, gloo; bars from the lowest to the highest round"
+        ),
+        "processes": numbers,
+        "layouts": {
+            name: {
+                "processes": layouts[name][0],
+                "kind": layouts[name][1],
+                "seconds": series,
+                "tokens_per_second": dataclasses.asdict(
+                    summarize([shape.num_tokens / each for each in series])
+                ),
+                "speedup": dataclasses.asdict(paired_ratio(seconds["1"], series)),
+                **_totals(visits[name][0]),
+            }
+            for name, series in seconds.items()
+        },
+    }
+
+
+def _totals(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Over all ranks: what they exchanged in the recorded step, and what the model says."""
+    keys = ("calls", "modelled_calls", "bytes", "modelled_bytes", "wire_bytes")
+    return {key: sum(rank[key] for rank in ranks) for key in keys}
+
+
+def _compare_losses(visits: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> None:
+    expected = visits["1"][0][0]["loss"]
+    for name, rounds in visits.items():
+        for ranks in rounds:
+            if not abs(ranks[0]["loss"] - expected) <= _LOSS_LIMIT:
+                raise DifferentMathsError(
+                    f"the first loss under {name} is {ranks[0]['loss']:.6g}, that of a single"
+                    f" process {expected:.6g}; they do not train the same"
+                )
+
+
+def layout_flags(shape: Shape, number: int, kind: str) -> list[str]:
+    """A recipe's flags for the shape under a layout."""
+    flags = [
+        *model_flags(shape.model),
+        *("--mock-data", "--device", "cpu", "--threads-per-rank", "1"),
+        *("--seq-length", str(shape.seq_length), "--micro-batch-size", "1"),
+        *("--global-batch-size", str(shape.micro_batch_size), "--train-iters", "1000"),
+        *("--expert-tensor-parallel-size", "1"),
+    ]
+    for name in KINDS.get(kind, ()):
+        flags += [f"--{name}", str(number)]
+    return flags
+
+
+def model_flags(model: MoEModelConfig) -> list[str]:
+    """Flags for every field that is not at its default."""
+    flags = []
+    for field in dataclasses.fields(model):
+        value, name = getattr(model, field.name), field.name.replace("_", "-")
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", str(value)]
+    return flags
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Markdown: a row a layout."""
+    lines = [
+        "| layout | tokens/s | speedup | collectives: recorded / modelled |"
+        " MB handed to them: recorded / modelled | MB sent by all |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in found["layouts"].items():
+        lines.append(
+            f"| {name if row['kind'] else 'one process'} |"
+            f" {spread(row['tokens_per_second'], '.0f')} | {spread(row['speedup'], '.2f')} |"
+            f" {row['calls']:,} / {row['modelled_calls']:,} | {row['bytes'] / 1e6:.3f} /"
+            f" {row['modelled_bytes'] / 1e6:.3f} | {row['wire_bytes'] / 1e6:.3f} |"
+        )
+    machine = found["machine"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{machine['date']}, {machine['processor']}, {machine['cpu_count']} cores, torch"
+            f" {machine['torch']}; one thread a process. Collectives and bytes: one step, sum over"
+            " all processes.",
+        ]
+    )

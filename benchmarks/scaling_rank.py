@@ -1,0 +1,96 @@
+"""A rank of the processes sweep: trains a few steps under whatever layout it is told.
+
+    torchrun ... benchmarks/scaling_rank.py SOCKET
+
+Connects to SOCKET, says which rank it is, and answers each request until the other side hangs up.
+While another world is visited it waits and computes nothing.
+"""
+
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Client
+from typing import Any
+
+import recipe
+import torch
+
+from benchmarks.collectives import named_groups, recording
+from megatron.trainer.launch import RunContext, environment_rank, initialize, shut_down
+from megatron.trainer.layout import num_microbatches
+from megatron.trainer.step import language_model_step, train_step
+from moe_ext.traffic import Batch, step_collectives
+
+
+def main() -> None:
+    """Serve."""
+    connection = Client(sys.argv[1], family="AF_UNIX")
+    connection.send(environment_rank())
+    while True:
+        try:
+            flags, steps = connection.recv()
+        except EOFError:
+            break
+        try:
+            connection.send(("done", visit(flags, steps)))
+        except Exception:
+            # Not swallowed: the other side raises it again.
+            connection.send(("failed", traceback.format_exc()))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def visit(flags: Sequence[str], steps: int) -> dict[str, Any]:
+    """Build the model anew, take one recorded step, then `steps` timed ones.
+
+    Returns:
+        loss of the recorded step; seconds of each timed step; calls and payload bytes of the
+        collectives, recorded and as the paper model has them; wire_bytes of the latter.
+    """
+    cfg = recipe.parse(list(flags), prog="scaling", description="")
+    ctx = initialize(cfg)
+    state = recipe.build_state(cfg, ctx)
+    with recording(named_groups(ctx.groups)) as calls:
+        loss = train_step(state, language_model_step).lm_loss
+    seconds = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        train_step(state, language_model_step)
+        seconds.append(time.perf_counter() - started)
+    modelled = on_paper(cfg, ctx)
+    shut_down(keep_world=True)
+    return {
+        "loss": loss,
+        "seconds": seconds,
+        "calls": sum(calls.values()),
+        "bytes": sum(call.payload_bytes * number for call, number in calls.items()),
+        **modelled,
+    }
+
+
+def on_paper(cfg: recipe.PretrainConfig, ctx: RunContext) -> dict[str, float]:
+    """What `moe_ext.traffic` says this rank exchanges in a step."""
+    training = cfg.training
+    found = step_collectives(
+        cfg.model,
+        ctx.layout,
+        Batch(
+            seq_length=training.seq_length,
+            micro_batch_size=training.micro_batch_size,
+            num_microbatches=num_microbatches(training, ctx.layout),
+            bf16=training.bf16,
+            use_distributed_optimizer=cfg.parallel.use_distributed_optimizer,
+            device_type="cpu",
+        ),
+        stage=ctx.groups.pp.rank(),
+    )
+    return {
+        "modelled_calls": sum(each.count for each in found),
+        "modelled_bytes": sum(each.count * each.payload_bytes for each in found),
+        "wire_bytes": sum(each.step_bytes for each in found),
+    }
+
+
+if __name__ == "__main__":
+    main()

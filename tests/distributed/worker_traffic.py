@@ -1,0 +1,57 @@
+"""Takes one recorded training step of each case, in the ranks that torchrun started.
+
+Usage: torchrun ... worker_traffic.py CASES.json OUT
+
+CASES.json: [{"name": ..., "flags": [...]}]. For each case OUT/NAME.rankR.json gets every rank's
+collectives: [kind, group, payload bytes, calls]. The step ends with a record of the routers.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import recipe
+import torch
+from torch import Tensor
+
+from benchmarks.collectives import named_groups, recording
+from megatron.trainer.launch import environment_rank, initialize, shut_down
+from megatron.trainer.log import configure_logging
+from megatron.trainer.step import language_model_step, train_step
+from moe_ext.routers import MoERouter, register_router
+
+
+class RoundRobinRouter(MoERouter):
+    """Token i goes to the k experts from i * k on, so that all get the same number of tokens."""
+
+    def select(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        num_tokens, num_experts = logits.shape
+        slots = torch.arange(num_tokens * self.topk).view(num_tokens, self.topk)  # [t, k]
+        routing_map = torch.zeros_like(logits).bool().scatter(1, slots % num_experts, True)
+        scores = logits.float().softmax(dim=-1)  # [t, e]
+        return scores * routing_map, routing_map, scores
+
+
+def run_case(flags: list[str], out: Path, name: str) -> None:
+    cfg = recipe.parse(flags, prog="worker", description="")
+    ctx = initialize(cfg)
+    state = recipe.build_state(cfg, ctx)
+    with recording(named_groups(ctx.groups)) as calls:
+        train_step(state, language_model_step)
+        if state.metrics is not None:
+            state.metrics.reduce()
+    rows = [[*call, number] for call, number in sorted(calls.items())]
+    (out / f"{name}.rank{ctx.rank}.json").write_text(json.dumps(rows))
+    shut_down(keep_world=True)
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    configure_logging(environment_rank())
+    register_router("round_robin", RoundRobinRouter)
+    for case in cases:
+        run_case(case["flags"], out, case["name"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The scaling benchmark at toy sizes, and its arithmetic against simpler truths."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import recipe
+from torch.distributed import ProcessGroup
+
+from benchmarks import scaling
+from benchmarks.collectives import recording
+from benchmarks.scaling_plots import plot_processes
+from benchmarks.scaling_points import BLOCK, points
+from benchmarks.scaling_processes import PROCESS_BLOCK, _compare_losses, layout_flags
+from benchmarks.session import DifferentMathsError
+from moe_ext.counting import count_parameters, training_flops_per_token
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def test_finer_experts_cost_the_same_but_for_their_router() -> None:
+    shapes = points("experts", BLOCK, (8, 64, 256))
+    assert [shape.model.moe_router_topk for shape in shapes.values()] == [1, 8, 32]
+    assert [shape.model.moe_ffn_hidden_size for shape in shapes.values()] == [1536, 192, 48]
+    for value, shape in shapes.items():
+        router = 2 * 384 * (value - 64)
+        assert count_parameters(shape.model).total - router == count_parameters(BLOCK.model).total
+        flops = training_flops_per_token(shape.model, 256) - 6 * router
+        assert flops == training_flops_per_token(BLOCK.model, 256)
+    with pytest.raises(SystemExit, match=re.escape("12 experts cannot be made of 64 with top-8")):
+        points("experts", BLOCK, (12,))
+
+
+def test_tokens_are_whole_sequences() -> None:
+    (shape,) = points("tokens", BLOCK, (1024,)).values()
+    assert (shape.num_tokens, shape.seq_length) == (1024, BLOCK.seq_length)
+    with pytest.raises(SystemExit, match=re.escape("use multiples of 256")):
+        points("tokens", BLOCK, (300,))
+
+
+def test_ranks_are_told_the_shape_and_the_layout() -> None:
+    cfg = recipe.parse(layout_flags(PROCESS_BLOCK, 4, "PP"), prog="test", description="")
+    assert cfg.model == PROCESS_BLOCK.model
+    assert cfg.parallel.pipeline_model_parallel_size == 4
+    assert cfg.training.global_batch_size == PROCESS_BLOCK.micro_batch_size
+    assert cfg.training.seq_length == PROCESS_BLOCK.seq_length
+
+
+def test_layouts_that_train_something_else_are_not_compared() -> None:
+    same: list[list[dict[str, Any]]] = [[{"loss": 2.0}]]
+    _compare_losses({"1": same, "EP2": same})
+    with pytest.raises(DifferentMathsError, match=re.escape("the first loss under EP2 is 2.1")):
+        _compare_losses({"1": same, "EP2": [[{"loss": 2.1}]]})
+
+
+def test_recording_leaves_torch_as_it_was() -> None:
+    before = {name: vars(ProcessGroup)[name] for name in ("allreduce", "barrier", "send")}
+    with recording({}) as calls:
+        assert vars(ProcessGroup)["allreduce"] is not before["allreduce"]
+    assert {name: vars(ProcessGroup)[name] for name in before} == before
+    assert not calls
+
+
+def run(tmp_path: Path, *flags: str) -> dict[str, Any]:
+    file = tmp_path / "found.json"
+    common = ["--json", str(file), "--plot-dir", str(tmp_path), "--rounds", "2"]
+    assert scaling.main([*common, *flags]) == 0
+    found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    png = (tmp_path / f"scaling_{found['sweep']}.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    return found
+
+
+def test_table_of_the_document_is_what_the_command_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run(tmp_path, "--sweep", "model")
+    document = (REPO / "docs" / "scaling.md").read_text("utf-8")
+    assert capsys.readouterr().out in document
+    by_gpus = {(row["gpus"], row["layout"]["expert"]): row for row in found["rows"]}
+    assert min(by_gpus) == (8, 8) and max(by_gpus) == (1024, 64)
+    for row in by_gpus.values():
+        assert sum(row["seconds"].values()) == pytest.approx(row["step_seconds"])
+        assert row["tokens"] * row["gpus"] == 1024 * 4096
+    faster = run(tmp_path, "--sweep", "model", "--gpu-tflops", "800", "--values", "8", "--ep", "8")
+    compute = faster["rows"][0]["seconds"]["compute"]
+    assert compute == pytest.approx(by_gpus[8, 8]["seconds"]["compute"] / 2)
+
+
+def test_points_are_measured_beside_the_peer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy = ("--shape", "olmoe_toy", "--values", "16", "--warmup", "1", "--threads", "1")
+    found = run(tmp_path, "--sweep", "tokens", *toy, "--gemm-size", "32")
+    (point,) = found["points"]
+    native, peer = (
+        point["implementations"][name]["seconds"] for name in ("native", "transformers-grouped_mm")
+    )
+    assert len(native) == len(peer) == 2
+    ratios = [a / b for a, b in zip(peer, native, strict=True)]
+    assert point["peer_time_over_native"]["median"] == pytest.approx(sum(ratios) / 2)
+    printed = capsys.readouterr().out
+    assert "| tokens | native: ms | GB | transformers-grouped_mm: ms | GB |" in printed
+
+
+def test_crowded_processes_are_marked(tmp_path: Path) -> None:
+    summary = {"median": 1.0, "low": 0.9, "high": 1.2}
+    row = {"speedup": summary, "tokens_per_second": summary, "wire_bytes": 1e6}
+    found = {
+        "title": "a title", "processes": [1, 2, 4], "machine": {"cpu_count": 2},
+        "layouts": {
+            "1": {**row, "processes": 1, "kind": ""},
+            "DP2": {**row, "processes": 2, "kind": "DP"},
+            "DP4": {**row, "processes": 4, "kind": "DP"},
+        },
+    }  # fmt: skip
+    plot_processes(found, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
