@@ -82,8 +82,9 @@ class MoEModelConfig:
     """Router z-loss coefficient as the paper states it (beta)."""
     moe_loss_convention: Convention = "olmoe"
     """What those two coefficients multiply; the run prints what each layer gets."""
-    expert_backend: str = "grouped"
-    """Expert compute, a name in moe_ext.experts.EXPERT_BACKENDS."""
+    expert_backend: str = "auto"
+    """Expert compute: a name in moe_ext.experts.EXPERT_BACKENDS, or auto, which takes the fastest
+    one that can be used and says which and why."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
     """megatron-core's token dispatcher."""
 
@@ -98,6 +99,21 @@ class MoEModelConfig:
     def attention_topk(self) -> int:
         """Experts per token of a moa attention."""
         return self.moe_router_topk if self.moa_router_topk is None else self.moa_router_topk
+
+    def expert_widths(self, *, tensor: int, expert_tensor: int) -> tuple[int, ...]:
+        """How many numbers the rows have that a rank's experts multiply; none without experts.
+
+        Args:
+            tensor: ranks per attention matrix, at least 1.
+            expert_tensor: ranks per expert, at least 1.
+        """
+        widths = []
+        if self.num_experts is not None:
+            widths.append(self.moe_ffn_hidden_size // expert_tensor)
+        if self.attention_experts is not None:
+            groups = self.num_query_groups or self.num_attention_heads
+            widths.append(groups * (self.kv_channels or 0) // tensor)
+        return (self.hidden_size, *widths) if widths else ()
 
     @property
     def padded_vocab_size(self) -> int:

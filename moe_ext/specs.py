@@ -1,5 +1,6 @@
 """Config -> layer spec: the one file where our blocks plug into megatron-core."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from megatron.core.transformer.transformer_layer import (
 
 from moe_ext.attention import MoASubmodules, SDPACoreAttention, get_attention
 from moe_ext.config import MoEModelConfig
-from moe_ext.experts import ExpertMLP, get_expert_backend
+from moe_ext.experts import ExpertMLP, choose_backend
+from moe_ext.experts.choose import use_of
 from moe_ext.experts.layer import ExpertsLayer
 from moe_ext.functional import layer_coefficients
 from moe_ext.linear import ColumnParallelLinear, RowParallelLinear
@@ -54,7 +56,15 @@ def block_spec(
     Raises:
         ValueError: a block is named that nobody registered.
     """
-    get_expert_backend(model.expert_backend)  # now: megatron-core adds to errors of later
+    # Now, because megatron-core adds to errors of later; and for every layer alike.
+    widths = model.expert_widths(
+        tensor=config.tensor_model_parallel_size,
+        expert_tensor=config.expert_tensor_parallel_size or 1,
+    )
+    use = use_of(config, *widths)
+    model = dataclasses.replace(
+        model, expert_backend=choose_backend(model.expert_backend, use).name
+    )
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

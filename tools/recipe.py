@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from planning import anneal_schedule, build_schedule, data_lines
 
 from megatron.trainer.config import DataConfig, RunConfig
@@ -37,10 +38,12 @@ from megatron.trainer.optim import describe_groups
 from megatron.trainer.plots import RunPlots, plot_expert_load
 from megatron.trainer.setup import prepare_training, wrap_model
 from megatron.trainer.state import TrainState
+from megatron.trainer.validate import MOE_ACT
 from moe_ext.builder import BuiltModel, build_model
 from moe_ext.compat import check_versions
 from moe_ext.config import MoEModelConfig
 from moe_ext.counting import count_parameters, training_flops_per_token
+from moe_ext.experts import EXPERT_BACKENDS, Use, choose_backend, look_up_backend
 from moe_ext.functional import layer_coefficients
 from moe_ext.metrics import MOA, MOE, RouterMetrics, RouterReport
 from moe_ext.presets import PRESETS
@@ -74,12 +77,6 @@ def build_chunks(cfg: PretrainConfig, ctx: RunContext, *, seed: int | None) -> B
     """This rank's part of the model, on its device, with initial weights if there is a seed."""
     check_versions()
     layout, training = ctx.layout, cfg.training
-    recompute: dict[str, Any] = {"recompute_granularity": training.recompute_granularity}
-    if training.recompute_granularity == "full":
-        recompute["recompute_method"] = training.recompute_method
-        recompute["recompute_num_layers"] = training.recompute_num_layers
-    elif training.recompute_granularity == "selective":
-        recompute["recompute_modules"] = list(training.recompute_modules)
     try:
         config = transformer_config(
             cfg.model,
@@ -97,7 +94,7 @@ def build_chunks(cfg: PretrainConfig, ctx: RunContext, *, seed: int | None) -> B
             # only the overlapped exchange keeps them apart (it uses a group for each direction).
             overlap_p2p_comm=layout.virtual_stages > 1,
             batch_p2p_comm=layout.virtual_stages == 1,
-            **recompute,
+            **_recompute_settings(cfg, ctx),
         )
         return build_model(
             cfg.model,
@@ -110,6 +107,35 @@ def build_chunks(cfg: PretrainConfig, ctx: RunContext, *, seed: int | None) -> B
         raise ConfigError(str(error)) from error
     except (AssertionError, ImportError) as error:
         raise ConfigError(f"megatron-core refuses this configuration: {error}") from error
+
+
+def _recompute_settings(cfg: PretrainConfig, ctx: RunContext) -> dict[str, Any]:
+    """What megatron-core is told about recomputation.
+
+    The activation of the experts (`moe_act`) is the backends' own affair.
+
+    Raises:
+        ValueError: the backend keeps the activation that is to be computed again.
+    """
+    training = cfg.training
+    if training.recompute_granularity == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": training.recompute_method,
+            "recompute_num_layers": training.recompute_num_layers,
+        }
+    if training.recompute_granularity is None:
+        return {}
+    modules = [name for name in training.recompute_modules if name != MOE_ACT]
+    if len(modules) < len(training.recompute_modules) and cfg.model.num_experts is not None:
+        name = choose_backend(cfg.model.expert_backend, _backend_use(cfg, ctx)).name
+        if look_up_backend(name).keeps_activation:
+            able = [key for key, each in EXPERT_BACKENDS.items() if not each.keeps_activation]
+            raise ValueError(
+                f"recompute_modules names {MOE_ACT}, but expert_backend '{name}' keeps its"
+                f" activation; use expert_backend {' or '.join(able)}, or drop {MOE_ACT}"
+            )
+    return {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
 
 
 def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
@@ -295,6 +321,17 @@ def build_hooks(cfg: PretrainConfig, state: TrainState) -> list[Hook]:
     return hooks
 
 
+def _backend_use(cfg: PretrainConfig, ctx: RunContext) -> Use:
+    """What this run needs an expert backend for."""
+    return Use(
+        device_type=ctx.device.type,
+        dtype=torch.bfloat16 if cfg.training.bf16 else torch.float32,
+        widths=cfg.model.expert_widths(
+            tensor=ctx.layout.tensor, expert_tensor=ctx.layout.expert_tensor
+        ),
+    )
+
+
 def describe_run(cfg: PretrainConfig, ctx: RunContext) -> list[str]:
     """The head of the log: what is trained, how it is laid out, what the losses mean."""
     model, layout = cfg.model, ctx.layout
@@ -310,17 +347,20 @@ def describe_run(cfg: PretrainConfig, ctx: RunContext) -> list[str]:
         lines.append(
             "sequence parallelism is on: megatron-core's experts need it under tensor parallelism"
         )
+    if model.num_experts is not None or model.attention_experts is not None:
+        choice = choose_backend(model.expert_backend, _backend_use(cfg, ctx))
+        lines.append(f"expert backend: {choice.name}, {choice.reason}")
     if model.num_experts is not None:
         lines += [
             f"experts: {model.num_experts} per layer, {model.moe_router_topk} per token, router"
-            f" {model.router}, backend {model.expert_backend}, dispatcher"
+            f" {model.router}, dispatcher"
             f" {model.moe_token_dispatcher_type}",
             *_describe_losses(model, topk=model.moe_router_topk),
         ]
     if model.attention_experts is not None:
         lines += [
             f"attention experts: {model.attention_experts} per layer, {model.attention_topk} per"
-            f" token, router {model.router}, backend {model.expert_backend}; logged as moa_...",
+            f" token, router {model.router}; logged as moa_...",
             *_describe_losses(model, topk=model.attention_topk, routers="attention "),
         ]
     return lines

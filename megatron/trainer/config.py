@@ -37,7 +37,8 @@ class ParallelConfig:
     distributed_timeout_minutes: int = 10
     """Minutes a collective may wait for a lost rank before the job ends."""
     threads_per_rank: int | None = None
-    """CPU threads a rank computes with; None means OMP_NUM_THREADS, or cores / local ranks."""
+    """CPU threads a rank computes with; None means OMP_NUM_THREADS if the user has set it, or the
+    cores this job may use / local ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,8 @@ class TrainingConfig:
     recompute_num_layers: int = 1
     """uniform: layers per recomputed unit; block: layers per pipeline stage to recompute."""
     recompute_modules: tuple[str, ...] = ("moe",)
-    """What selective recompute drops: any of core_attn, moe."""
+    """What selective recompute drops: any of core_attn, moe, moe_act (which the project's own
+    expert backends never keep)."""
 
 
 @dataclass(frozen=True, kw_only=True)

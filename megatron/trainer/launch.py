@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -191,10 +192,32 @@ def _resolve_device(parallel: ParallelConfig) -> torch.device:
 def _resolve_threads(parallel: ParallelConfig) -> int:
     if parallel.threads_per_rank is not None:
         return parallel.threads_per_rank
-    if "OMP_NUM_THREADS" in os.environ:
+    if "OMP_NUM_THREADS" in os.environ and not _is_omp_of_torchrun():
         return _omp_threads(os.environ["OMP_NUM_THREADS"])
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, (os.cpu_count() or 1) // local_ranks)
+    return max(1, _num_cores() // local_ranks)
+
+
+def _num_cores() -> int:
+    """Cores this process may run on: fewer than the machine's in a job step or a container."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _is_omp_of_torchrun() -> bool:
+    """Whether it was torchrun, not the user, that set OMP_NUM_THREADS to 1.
+
+    It does so for several ranks on a node where nobody has set it, which would leave all cores but
+    one a rank idle. The environment that torchrun itself was started with tells.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["OMP_NUM_THREADS"] != "1":
+        return False
+    try:
+        started_with = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:
+        return False
+    return not any(entry.startswith(b"OMP_NUM_THREADS=") for entry in started_with.split(b"\0"))
 
 
 def _omp_threads(value: str) -> int:

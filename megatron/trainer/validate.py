@@ -22,7 +22,10 @@ from megatron.trainer.layout import (
 )
 from megatron.trainer.lengths import branch_problems, length_problems, schedule_problems
 
-RECOMPUTE_MODULES = ("core_attn", "moe")
+MOE_ACT = "moe_act"
+"""The gated activation between an expert's two products."""
+
+RECOMPUTE_MODULES = ("core_attn", "moe", MOE_ACT)
 """What selective recompute can drop, in megatron-core's names.
 
 Its `layernorm` needs Transformer Engine: version 0.16 names a class of it unconditionally.

@@ -3,10 +3,24 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moe_ext import registry
-from moe_ext.experts.grouped import grouped_experts, grouped_projection, grouped_routed
+from moe_ext.experts.adapters import (
+    megablocks_experts,
+    megablocks_problem,
+    megablocks_projection,
+    te_experts,
+    te_problem,
+    te_projection,
+)
+from moe_ext.experts.grouped import (
+    grouped_experts,
+    grouped_problem,
+    grouped_projection,
+    grouped_routed,
+)
 from moe_ext.experts.loop import loop_experts, loop_projection
 from moe_ext.experts.slots import (
     ExpertOrder,
@@ -34,6 +48,22 @@ RoutedProjectionFunction = Callable[[Tensor, Tensor, ExpertOrder], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Use:
+    """What a backend is wanted for."""
+
+    device_type: str
+    """"cpu" or "cuda"."""
+    dtype: torch.dtype
+    """Of rows and weights."""
+    widths: tuple[int, ...]
+    """Of the rows that are multiplied, on this rank."""
+
+
+def no_problem(_use: Use) -> None:
+    """Of a backend that can be used for anything."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExpertBackend:
     """One way to compute experts.
 
@@ -50,6 +80,11 @@ class ExpertBackend:
     """`spread` in one."""
     fused_collect: RoutedProjectionFunction | None = None
     """`collect` in one."""
+    problem: Callable[[Use], str | None] = no_problem
+    """Why it cannot be used for something and what to do instead, as the end of a sentence that
+    begins with its name; None if it can."""
+    keeps_activation: bool = True
+    """Whether the gated activation [rows, f] is kept for the backward pass."""
 
     def routed(
         self, tokens: Tensor, weight1: Tensor, weight2: Tensor, order: ExpertOrder, gates: Tensor
@@ -117,11 +152,19 @@ class ExpertBackend:
 
 EXPERT_BACKENDS: dict[str, ExpertBackend] = {
     "grouped": ExpertBackend(
-        experts=grouped_experts, projection=grouped_projection, fused_experts=grouped_routed
+        experts=grouped_experts,
+        projection=grouped_projection,
+        fused_experts=grouped_routed,
+        problem=grouped_problem,
+        keeps_activation=False,
     ),
     "loop": ExpertBackend(experts=loop_experts, projection=loop_projection),
+    "megablocks": ExpertBackend(
+        experts=megablocks_experts, projection=megablocks_projection, problem=megablocks_problem
+    ),
+    "te": ExpertBackend(experts=te_experts, projection=te_projection, problem=te_problem),
 }
-"""What `MoEModelConfig.expert_backend` can name."""
+"""What `MoEModelConfig.expert_backend` can name, besides "auto"."""
 
 
 def look_up_backend(name: str) -> ExpertBackend:

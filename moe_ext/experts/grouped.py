@@ -4,6 +4,8 @@ On CUDA in bf16 the products are torch's grouped GEMM, whose group sizes stay on
 every other case the experts take turns (`moe_ext/experts/blockwise.py`).
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,8 +14,23 @@ from moe_ext.experts.blockwise import blockwise_experts, blockwise_projection, b
 from moe_ext.experts.gate import GatedActivation
 from moe_ext.experts.slots import ExpertOrder, collect_tokens, sort_rows, spread_tokens
 
+if TYPE_CHECKING:
+    from moe_ext.experts.backends import Use
+
 # torch's grouped GEMM wants rows of whole 16-byte blocks: 8 elements of bf16.
 _ROW_ELEMENTS = 8
+
+
+def grouped_problem(use: "Use") -> str | None:
+    """Why the grouped GEMM cannot be used, or None."""
+    odd = [width for width in use.widths if width % _ROW_ELEMENTS]
+    if use.device_type != "cuda" or use.dtype != torch.bfloat16 or not odd:
+        return None
+    return (
+        f"needs rows of a multiple of {_ROW_ELEMENTS} numbers on a GPU, but this rank's experts"
+        f" have some of {odd[0]}; change hidden_size or moe_ffn_hidden_size, or use 'triton' or"
+        " 'loop'"
+    )
 
 
 def grouped_experts(

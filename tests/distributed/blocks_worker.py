@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -30,6 +30,7 @@ from torch import Tensor
 from megatron.trainer.host import redirect_cuda
 from moe_ext.attention import QKNormSelfAttention, SDPACoreAttention
 from moe_ext.experts import ExpertMLP
+from moe_ext.experts.layer import ExpertsLayer
 from moe_ext.metrics import RouterMetrics
 from moe_ext.routers import SoftmaxTopKRouter
 
@@ -154,7 +155,7 @@ def moe_layer(inputs: dict[str, Tensor], rank: int, world_size: int) -> dict[str
 
 def build_moe_layer(
     config: TransformerConfig, groups: ProcessGroupCollection, inputs: dict[str, Tensor]
-) -> MoELayer:
+) -> ExpertsLayer:
     gate = partial(
         SoftmaxTopKRouter,
         aux_loss_coeff=0.0,
@@ -163,9 +164,7 @@ def build_moe_layer(
         metrics=RouterMetrics(1, 4),
     )
     experts = ModuleSpec(module=ExpertMLP, params={"backend": "grouped"})
-    layer = MoELayer(
-        config, MoESubmodules(experts=experts, router=gate), layer_number=1, pg_collection=groups
-    )
+    layer = ExpertsLayer(config, MoESubmodules(experts=experts, router=gate), pg_collection=groups)
     layer.set_layer_number(1)
     layer.router.weight.data.copy_(inputs["gate"])
     for name, shard in layer.experts.sharded_state_dict("").items():
@@ -174,7 +173,7 @@ def build_moe_layer(
 
 
 def expert_gradients(
-    layer: MoELayer,
+    layer: ExpertsLayer,
     config: TransformerConfig,
     groups: ProcessGroupCollection,
     inputs: dict[str, Tensor],

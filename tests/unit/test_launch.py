@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -89,11 +91,37 @@ def test_threads_are_set_from_flag_environment_or_cores(
     expected: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert start(threads_per_rank=threads_per_rank).num_threads == expected
     assert torch.get_num_threads() == expected
+
+
+@pytest.mark.parametrize(
+    ("user_sets", "expected"),
+    [({}, 4), ({"OMP_NUM_THREADS": "1"}, 1), ({"OMP_NUM_THREADS": "3"}, 3)],
+)
+def test_torchruns_own_single_thread_is_not_taken_for_the_users(
+    user_sets: dict[str, str], expected: int
+) -> None:
+    # torchrun in small: a process that, like it, sets the variable only where it is missing.
+    rank = (
+        "import os; os.sched_getaffinity = lambda _pid: set(range(8));"
+        "from megatron.trainer.config import ParallelConfig;"
+        "from megatron.trainer.launch import _resolve_threads;"
+        "print('threads', _resolve_threads(ParallelConfig()))"
+    )
+    agent = (
+        "import os, subprocess, sys; os.environ.setdefault('OMP_NUM_THREADS', '1');"
+        "os.environ.update(TORCHELASTIC_RUN_ID='x', LOCAL_WORLD_SIZE='2');"
+        f"subprocess.run([sys.executable, '-W', 'ignore', '-c', {rank!r}], check=True)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | user_sets
+    printed = subprocess.run(
+        [sys.executable, "-c", agent], env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    assert printed.split()[-2:] == ["threads", str(expected)]
 
 
 def test_cuda_without_a_gpu_is_refused_before_any_group_starts(

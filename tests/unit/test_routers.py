@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moe_ext.experts import ExpertMLP
+from moe_ext.experts.layer import ExpertsLayer
 from moe_ext.metrics import RouterMetrics
 from moe_ext.routers import (
     ROUTERS,
@@ -236,16 +237,18 @@ def test_a_registered_router_is_found_never_replaced_and_must_be_a_router(
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
-def test_megatron_cores_moe_layer_equals_a_sum_over_experts(
+@pytest.mark.parametrize("layer_class", [MoELayer, ExpertsLayer])
+def test_a_layer_of_experts_equals_a_sum_over_experts(
     single_rank: ProcessGroupCollection,
     make_config: ConfigMaker,
     build: RouterMaker,
     dispatcher: str,
     backend: str,
+    layer_class: type[MoELayer],
 ) -> None:
     config = make_config(moe_token_dispatcher_type=dispatcher, init_method_std=0.5)
     metrics = RouterMetrics(2, EXPERTS)
-    layer = MoELayer(
+    layer = layer_class(
         config,
         MoESubmodules(
             experts=ModuleSpec(module=ExpertMLP, params={"backend": backend}),

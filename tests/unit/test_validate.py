@@ -197,18 +197,18 @@ RECOMPUTE_RULES: list[tuple[int, dict[str, Any], str]] = [
         1,
         {"recompute_modules": ("moe", "core_atn")},
         "recompute_modules has an unknown name ('core_atn'); did you mean 'core_attn'? use any of"
-        " core_attn, moe",
+        " core_attn, moe, moe_act",
     ),
     (
         1,
         {"recompute_modules": ("zzz",)},
-        "recompute_modules has an unknown name ('zzz'); use any of core_attn, moe",
+        "recompute_modules has an unknown name ('zzz'); use any of core_attn, moe, moe_act",
     ),
     (
         1,
         {"recompute_granularity": "selective", "recompute_modules": ()},
         "recompute_modules (none) must name something when recompute_granularity is selective; use"
-        " any of core_attn, moe",
+        " any of core_attn, moe, moe_act",
     ),
 ]
 

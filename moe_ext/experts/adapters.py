@@ -1,0 +1,87 @@
+"""Experts on other projects' grouped products, for who has them installed: MegaBlocks and TE.
+
+Both want the tokens per expert on the host, so a step waits for the device once a layer. They are
+imported when they are used.
+"""
+
+import functools
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moe_ext.experts.gate import GatedActivation
+
+if TYPE_CHECKING:
+    from moe_ext.experts.backends import Use
+
+_EXTRA = "pip install 'megatron-moe[gpu]'"
+
+
+def megablocks_problem(use: "Use") -> str | None:
+    """Why MegaBlocks cannot be used, or None."""
+    if use.device_type != "cuda" or use.dtype != torch.bfloat16:
+        return f"computes in bf16 on a GPU, not in {use.dtype} on {use.device_type}; use 'grouped'"
+    missing = [name for name in ("megablocks", "grouped_gemm") if not _is_installed(name)]
+    if missing:
+        return f"needs {' and '.join(missing)}: {_EXTRA}, or use 'grouped'"
+    return None
+
+
+def te_problem(use: "Use") -> str | None:
+    """Why Transformer Engine cannot be used, or None."""
+    if use.device_type != "cuda":
+        return f"computes on a GPU, not on {use.device_type}; use 'grouped'"
+    if not _is_installed("transformer_engine"):
+        return f"needs transformer_engine: {_EXTRA}, or use 'grouped'"
+    return None
+
+
+def megablocks_experts(
+    hidden: Tensor, weight1: Tensor, weight2: Tensor, tokens_per_expert: Tensor, probs: Tensor
+) -> Tensor:
+    """SwiGLU experts on the grouped GEMM that MegaBlocks uses; the contract is `loop_experts`'s."""
+    projected = megablocks_projection(hidden, weight1.flatten(1, 2), tokens_per_expert)  # [t, 2f]
+    product: Tensor = GatedActivation.apply(projected, probs)  # [t, f]
+    return megablocks_projection(product, weight2, tokens_per_expert)  # [t, h]
+
+
+def megablocks_projection(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """Each expert's rows by its matrix; the contract is `loop_projection`'s."""
+    from megablocks import grouped_gemm_util  # type: ignore[import-not-found]
+
+    sizes = tokens_per_expert.to("cpu", torch.int64)
+    output: Tensor = grouped_gemm_util.ops.gmm(rows, weight, sizes, trans_b=True)
+    return output
+
+
+def te_experts(
+    hidden: Tensor, weight1: Tensor, weight2: Tensor, tokens_per_expert: Tensor, probs: Tensor
+) -> Tensor:
+    """SwiGLU experts on TE's grouped linear layers; the contract is `loop_experts`'s."""
+    projected = te_projection(hidden, weight1.flatten(1, 2), tokens_per_expert)  # [t, 2f]
+    product: Tensor = GatedActivation.apply(projected, probs)  # [t, f]
+    return te_projection(product, weight2, tokens_per_expert)  # [t, h]
+
+
+def te_projection(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """Each expert's rows by its matrix; the contract is `loop_projection`'s."""
+    layer = _te_layer(weight.shape, weight.dtype)
+    names = {f"weight{number}": matrix for number, matrix in enumerate(weight.unbind(0))}
+    sizes: list[int] = tokens_per_expert.tolist()
+    output: Tensor = torch.func.functional_call(layer, names, (rows, sizes))
+    return output
+
+
+@functools.cache
+def _te_layer(shape: torch.Size, dtype: torch.dtype) -> Any:
+    """TE's layer of [el, m, n] matrices; its own are never used, so they take no memory."""
+    import transformer_engine.pytorch as te  # type: ignore[import-not-found]
+
+    number, outputs, inputs = shape
+    return te.GroupedLinear(number, inputs, outputs, bias=False, params_dtype=dtype, device="meta")
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

@@ -1,0 +1,55 @@
+"""Which backend `auto` takes, and what backends refuse."""
+
+import dataclasses
+import importlib.util
+
+import pytest
+import torch
+
+from moe_ext.experts import EXPERT_BACKENDS, Use, choose_backend
+
+ON_CPU = Use(device_type="cpu", dtype=torch.float32, widths=(32, 16))
+ON_GPU = Use(device_type="cuda", dtype=torch.bfloat16, widths=(32, 16))
+
+
+def test_auto_takes_the_grouped_backend_on_both_devices_and_says_why() -> None:
+    for use, reason in ((ON_CPU, "the one made for CPUs"), (ON_GPU, "no other one has been")):
+        choice = choose_backend("auto", use)
+        assert choice.name == "grouped" and choice.reason.startswith(reason)
+
+
+def test_auto_passes_by_what_cannot_take_the_sizes_and_says_so() -> None:
+    odd = dataclasses.replace(ON_GPU, widths=(32, 20))
+    choice = choose_backend("auto", odd)
+    assert choice.name != "grouped"
+    assert "'grouped' needs rows of a multiple of 8 numbers on a GPU" in choice.reason
+    assert EXPERT_BACKENDS[choice.name].problem(odd) is None
+    assert choose_backend("auto", dataclasses.replace(ON_CPU, widths=(5, 3))).name == "grouped"
+
+
+def test_a_named_backend_is_taken_or_refused_never_replaced() -> None:
+    assert choose_backend("loop", ON_GPU).name == "loop"
+    odd = dataclasses.replace(ON_GPU, widths=(20,))
+    with pytest.raises(ValueError, match=r"^expert_backend 'grouped' needs rows .* some of 20;"):
+        choose_backend("grouped", odd)
+
+
+@pytest.mark.parametrize(
+    ("name", "use", "message"),
+    [
+        ("megablocks", ON_CPU, "computes in bf16 on a GPU, not in torch.float32 on cpu"),
+        ("te", ON_CPU, "computes on a GPU, not on cpu"),
+        (
+            "megablocks",
+            ON_GPU,
+            r"needs megablocks and grouped_gemm: pip install 'megatron-moe\[gpu",
+        ),
+        ("te", ON_GPU, r"needs transformer_engine: pip install 'megatron-moe\[gpu"),
+    ],
+)
+def test_what_is_not_there_names_what_to_install(
+    name: str, use: Use, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(ValueError, match=f"^expert_backend '{name}' {message}"):
+        choose_backend(name, use)
