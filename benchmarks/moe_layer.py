@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--shape {args.shape} has no attention experts; use jetmoe")
     make = attention_entries if is_attention else expert_entries
     plan = Plan(
-        entries=chosen(make(shape, args.routing, dtype), args.only),
+        entries=chosen(make(shape, args.routing, dtype, args.device), args.only),
         device=torch.device(args.device),
         dtype=dtype,
         rounds=args.rounds,
@@ -64,19 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def expert_entries(shape: Shape, routing: str, dtype: torch.dtype) -> dict[str, Entry]:
+def expert_entries(
+    shape: Shape, routing: str, dtype: torch.dtype, device_type: str
+) -> dict[str, Entry]:
     """All implementations of the feed-forward experts; the first is the project's default."""
     from benchmarks import layer_kernels, layer_megatron, layer_transformers
-    from moe_ext.experts import EXPERT_BACKENDS
+    from benchmarks.native import usable_backends
 
     common = (shape, routing, dtype)
-    default = shape.model.expert_backend
-    found = {
-        name if name != f"{NATIVE}:{default}" else NATIVE: Entry(
-            layer_megatron.build_experts, (*common, name)
-        )
-        for name in (f"{NATIVE}:{backend}" for backend in (default, *EXPERT_BACKENDS))
-    }
+    default, *others = usable_backends(shape.model, device_type, dtype)
+    build_own = layer_megatron.build_experts
+    found = {NATIVE: Entry(build_own, (*common, f"{NATIVE}:{default}"))}
+    for name in (f"{NATIVE}:{backend}" for backend in others):
+        found[name] = Entry(build_own, (*common, name))
     is_jetmoe = layer_transformers.family_name(shape) == "jetmoe"
     for name in ("eager",) if is_jetmoe else ("eager", "grouped_mm"):
         build = layer_transformers.build_experts
@@ -95,14 +95,19 @@ def expert_entries(shape: Shape, routing: str, dtype: torch.dtype) -> dict[str, 
     return found
 
 
-def attention_entries(shape: Shape, routing: str, dtype: torch.dtype) -> dict[str, Entry]:
+def attention_entries(
+    shape: Shape, routing: str, dtype: torch.dtype, device_type: str
+) -> dict[str, Entry]:
     """All implementations of the mixture of attention heads."""
     from benchmarks import layer_kernels, layer_megatron, layer_transformers
+    from benchmarks.native import usable_backends
 
     common = (shape, routing, dtype)
-    own = (*common, f"{NATIVE}:{shape.model.expert_backend}")
+    default, *others = usable_backends(shape.model, device_type, dtype)
+    build_own = layer_megatron.build_moa
     return {
-        NATIVE: Entry(layer_megatron.build_moa, own),
+        NATIVE: Entry(build_own, (*common, f"{NATIVE}:{default}")),
+        **{f"{NATIVE}:{name}": Entry(build_own, (*common, f"{NATIVE}:{name}")) for name in others},
         "transformers-sdpa": Entry(
             layer_transformers.build_moa, common, "transformers", layer_transformers.load
         ),

@@ -13,6 +13,7 @@ from megatron.trainer.config import (
 )
 from megatron.trainer.launch import RunContext, initialize
 from moe_ext.config import MoEModelConfig
+from moe_ext.experts import AUTO, EXPERT_BACKENDS, Use, choose_backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,22 @@ class BenchmarkConfig(RunConfig):
 
     model: MoEModelConfig = field(default_factory=MoEModelConfig)
     """The architecture."""
+
+
+def usable_backends(model: MoEModelConfig, device_type: str, dtype: torch.dtype) -> list[str]:
+    """Expert backends that can compute the model here; the first is what `auto` takes.
+
+    Args:
+        model: the architecture, on one rank.
+        device_type: "cpu" or "cuda".
+        dtype: of the matrix products.
+    """
+    use = Use(
+        device_type=device_type, dtype=dtype, widths=model.expert_widths(tensor=1, expert_tensor=1)
+    )
+    first = choose_backend(AUTO, use).name
+    others = [name for name, each in EXPERT_BACKENDS.items() if each.problem(use) is None]
+    return [first, *(name for name in others if name != first)]
 
 
 def start(

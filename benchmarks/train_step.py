@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape, dtype = shape_of(args), DTYPES[args.dtype]
     session = Session(
         Plan(
-            entries=chosen(entries(shape, dtype), args.only),
+            entries=chosen(entries(shape, dtype, args.device), args.only),
             device=torch.device(args.device),
             dtype=dtype,
             rounds=args.rounds,
@@ -58,14 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def entries(shape: Shape, dtype: torch.dtype) -> dict[str, Entry]:
+def entries(shape: Shape, dtype: torch.dtype, device_type: str) -> dict[str, Entry]:
     """All implementations; the first is the project's default."""
     from benchmarks import layer_transformers, step_peers
-    from moe_ext.experts import EXPERT_BACKENDS
+    from benchmarks.native import usable_backends
 
-    default = shape.model.expert_backend
     found = {}
-    for backend in (default, *(name for name in EXPERT_BACKENDS if name != default)):
+    default, *others = usable_backends(shape.model, device_type, dtype)
+    for backend in (default, *others):
         model = dataclasses.replace(shape.model, expert_backend=backend)
         name = NATIVE if backend == default else f"{NATIVE}:{backend}"
         own = dataclasses.replace(shape, model=model)
