@@ -4,6 +4,7 @@ On a GPU what the allocator handed out at most; on a CPU growth of the resident 
 keeps the highest value of and lets a process forget.
 """
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -25,10 +26,17 @@ class PeakMemory:
         self._before = 0 if self._is_cuda else resident_bytes("VmRSS")
 
     def restart(self) -> None:
-        """Forget the peak so far; what is held now still counts."""
+        """Forget the peak so far; what is held now still counts.
+
+        What was freed and kept for later goes back to the system first, so that only what the
+        following work needs is counted, whatever the allocator's habits.
+        """
         if self._is_cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
+            library = ctypes.CDLL(None)
+            if hasattr(library, "malloc_trim"):
+                library.malloc_trim(0)
             _CLEAR.write_text(_FORGET_PEAK, encoding="ascii")
 
     def peak_bytes(self) -> int:

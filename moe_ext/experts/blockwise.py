@@ -7,8 +7,8 @@ never written to memory. What is kept for backward is `projected` [rows, 2f]; to
 and the activation is computed again, which costs less than reading either back would.
 """
 
-import itertools
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,16 +18,13 @@ from moe_ext.experts.slots import ExpertOrder, sum_slots
 from moe_ext.gradients import accumulation_buffer, mark_added
 from moe_ext.products import add_product, multiply, working_dtype
 
-Block = tuple[int, slice]
-"""An expert and its rows, of which there is at least one."""
-
 
 def blockwise_experts(
     hidden: Tensor, weight1: Tensor, weight2: Tensor, tokens_per_expert: Tensor, probs: Tensor
 ) -> Tensor:
     """SwiGLU experts over sorted rows; the contract is `grouped_experts`'s."""
-    blocks = _blocks(tokens_per_expert, hidden.shape[0])
-    output: Tensor = _Experts.apply(hidden, weight1, weight2, probs, None, blocks)
+    sizes = _sizes(tokens_per_expert, hidden.shape[0])
+    output: Tensor = _Experts.apply(hidden, weight1, weight2, probs, None, sizes)
     return output
 
 
@@ -35,15 +32,15 @@ def blockwise_routed(
     tokens: Tensor, weight1: Tensor, weight2: Tensor, order: ExpertOrder, gates: Tensor
 ) -> Tensor:
     """Gather, experts, weighted sum; the contract is `ExpertBackend.routed`'s."""
-    blocks = _blocks(order.tokens_per_expert, len(order.rows))
-    output: Tensor = _Experts.apply(tokens, weight1, weight2, gates, order, blocks)
+    sizes = _sizes(order.tokens_per_expert, len(order.rows))
+    output: Tensor = _Experts.apply(tokens, weight1, weight2, gates, order, sizes)
     return output
 
 
 def blockwise_projection(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
     """Each expert's rows by its matrix; the contract is `grouped_projection`'s."""
-    blocks = _blocks(tokens_per_expert, rows.shape[0])
-    output: Tensor = _Projection.apply(rows, weight, blocks)
+    sizes = _sizes(tokens_per_expert, rows.shape[0])
+    output: Tensor = _Projection.apply(rows, weight, sizes)
     return output
 
 
@@ -53,18 +50,19 @@ class _Rows:
     Args:
         source: [t, n] tokens, or the sorted rows themselves.
         order: how rows come from tokens; None where `source` has them sorted.
+        sizes: rows of each expert.
     """
 
-    def __init__(self, source: Tensor, order: ExpertOrder | None) -> None:
+    def __init__(self, source: Tensor, order: ExpertOrder | None, sizes: list[int]) -> None:
         self._source = source
-        self._sources = None if order is None else order.tokens
+        self._is_sorted = order is None
+        self._parts = (source if order is None else order.tokens).split(sizes)
         self.dtype = working_dtype(source)
 
-    def read(self, rows: slice) -> Tensor:
-        """[n, h] of these rows."""
-        if self._sources is None:
-            return self._source[rows].to(self.dtype)
-        return self._source.index_select(0, self._sources[rows]).to(self.dtype)
+    def read(self, expert: int) -> Tensor:
+        """[n, h] of this expert."""
+        part = self._parts[expert]
+        return (part if self._is_sorted else self._source.index_select(0, part)).to(self.dtype)
 
 
 class _Experts(torch.autograd.Function):
@@ -78,22 +76,27 @@ class _Experts(torch.autograd.Function):
         weight2: Tensor,
         gates: Tensor,
         order: ExpertOrder | None,
-        blocks: list[Block],
+        sizes: list[int],
     ) -> Tensor:
-        rows = _Rows(tokens, order)
+        rows = _Rows(tokens, order, sizes)
         probs = _sorted_gates(gates, order)  # [rows]
-        number, width = len(probs), tokens.shape[-1]
         stacked = weight1.flatten(1, 2)  # [el, 2f, h]
-        projected = tokens.new_empty(number, stacked.shape[1])
-        output = tokens.new_empty(number, width)
-        for expert, block in blocks:
-            first = _multiply_kept(
-                rows.read(block), stacked[expert].T.to(rows.dtype), projected[block]
-            )  # [n, 2f]
-            product = gated_forward(first, probs[block])  # [n, f]
-            multiply(product, weight2[expert].T.to(rows.dtype), output[block])
+        projected = tokens.new_empty(len(probs), stacked.shape[1])
+        output = tokens.new_empty(len(probs), tokens.shape[1])
+        parts = zip(
+            _matrices(stacked.mT, rows.dtype),
+            _matrices(weight2.mT, rows.dtype),
+            projected.split(sizes),
+            probs.split(sizes),
+            output.split(sizes),
+            strict=True,
+        )
+        for expert, (into, out_of, kept, prob, result) in enumerate(parts):
+            if len(prob):
+                first = _multiply_kept(rows.read(expert), into(), kept)  # [n, 2f]
+                multiply(gated_forward(first, prob), out_of(), result)
         ctx.save_for_backward(tokens, weight1, weight2, gates, projected)
-        ctx.order, ctx.blocks = order, blocks  # type: ignore[attr-defined]
+        ctx.order, ctx.sizes = order, sizes  # type: ignore[attr-defined]
         return output if order is None else sum_slots(output, order)
 
     @staticmethod
@@ -103,31 +106,42 @@ class _Experts(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         tokens, weight1, weight2, gates, projected = ctx.saved_tensors  # type: ignore[attr-defined]
         order: ExpertOrder | None = ctx.order  # type: ignore[attr-defined]
-        blocks: list[Block] = ctx.blocks  # type: ignore[attr-defined]
+        sizes: list[int] = ctx.sizes  # type: ignore[attr-defined]
         needs_tokens, needs_weight1, needs_weight2 = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
-        rows, gradients = _Rows(tokens, order), _Rows(grad.contiguous(), order)
+        rows, gradients = _Rows(tokens, order, sizes), _Rows(grad.contiguous(), order, sizes)
         probs = _sorted_gates(gates, order)  # [rows]
-        grad_probs = torch.zeros_like(probs)
-        grad_rows = tokens.new_empty(len(probs), tokens.shape[1]) if needs_tokens else None
+        grad_probs = torch.empty_like(probs)
+        grad_rows = tokens.new_empty(len(probs), tokens.shape[1] if needs_tokens else 0)
         stacked = weight1.flatten(1, 2)  # [el, 2f, h]
-        into1 = _WeightGradient(weight1, stacked.shape, blocks) if needs_weight1 else None
-        into2 = _WeightGradient(weight2, weight2.shape, blocks) if needs_weight2 else None
-        for expert, block in blocks:
-            upstream = gradients.read(block)  # [n, h]
-            grad_product = upstream @ weight2[expert].to(rows.dtype)  # [n, f]
-            grad_projected, grad_probs[block], product = gated_backward(
-                grad_product, projected[block].to(rows.dtype), probs[block]
+        into1 = _WeightGradient(weight1, stacked.shape, sizes) if needs_weight1 else None
+        into2 = _WeightGradient(weight2, weight2.shape, sizes) if needs_weight2 else None
+        parts = zip(
+            _matrices(stacked, rows.dtype),
+            _matrices(weight2, rows.dtype),
+            projected.split(sizes),
+            probs.split(sizes),
+            grad_probs.split(sizes),
+            grad_rows.split(sizes),
+            strict=True,
+        )
+        for expert, (into, out_of, kept, prob, grad_prob, grad_row) in enumerate(parts):
+            if not len(prob):
+                continue
+            upstream = gradients.read(expert)  # [n, h]
+            grad_projected, of_prob, product = gated_backward(
+                upstream @ out_of(), kept.to(rows.dtype), prob
             )
+            grad_prob.copy_(of_prob)
             if into2 is not None:
                 into2.add(expert, upstream.T, product)  # [h, f]
             if into1 is not None:
-                into1.add(expert, grad_projected.T, rows.read(block))  # [2f, h]
-            if grad_rows is not None:
-                multiply(grad_projected, stacked[expert].to(rows.dtype), grad_rows[block])
-        if grad_rows is not None and order is not None:
+                into1.add(expert, grad_projected.T, rows.read(expert))  # [2f, h]
+            if needs_tokens:
+                multiply(grad_projected, into(), grad_row)
+        if order is not None and needs_tokens:
             grad_rows = sum_slots(grad_rows, order)  # [t, h]
         return (
-            grad_rows,
+            grad_rows if needs_tokens else None,
             into1.result() if into1 is not None else None,
             into2.result() if into2 is not None else None,
             _unsorted_gates(grad_probs, gates, order),
@@ -141,14 +155,16 @@ class _Projection(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, rows: Tensor, weight: Tensor, blocks: list[Block]
+        ctx: torch.autograd.function.FunctionCtx, rows: Tensor, weight: Tensor, sizes: list[int]
     ) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        ctx.blocks = blocks  # type: ignore[attr-defined]
-        source = _Rows(rows, None)
+        ctx.sizes = sizes  # type: ignore[attr-defined]
+        source = _Rows(rows, None, sizes)
         output = rows.new_empty(rows.shape[0], weight.shape[1])  # [t, m]
-        for expert, block in blocks:
-            multiply(source.read(block), weight[expert].T.to(source.dtype), output[block])
+        parts = zip(_matrices(weight.mT, source.dtype), output.split(sizes), strict=True)
+        for expert, (matrix, result) in enumerate(parts):
+            if len(result):
+                multiply(source.read(expert), matrix(), result)
         return output
 
     @staticmethod
@@ -157,18 +173,21 @@ class _Projection(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None]:
         rows, weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        blocks: list[Block] = ctx.blocks  # type: ignore[attr-defined]
+        sizes: list[int] = ctx.sizes  # type: ignore[attr-defined]
         needs_rows, needs_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-        source, gradients = _Rows(rows, None), _Rows(grad.contiguous(), None)
-        grad_rows = torch.empty_like(rows) if needs_rows else None  # [t, n]
-        into = _WeightGradient(weight, weight.shape, blocks) if needs_weight else None
-        for expert, block in blocks:
-            upstream = gradients.read(block)  # [n, m]
+        source, gradients = _Rows(rows, None, sizes), _Rows(grad.contiguous(), None, sizes)
+        grad_rows = torch.empty_like(rows)  # [t, n]
+        into = _WeightGradient(weight, weight.shape, sizes) if needs_weight else None
+        parts = zip(_matrices(weight, source.dtype), grad_rows.split(sizes), strict=True)
+        for expert, (matrix, grad_row) in enumerate(parts):
+            if not len(grad_row):
+                continue
+            upstream = gradients.read(expert)  # [n, m]
             if into is not None:
-                into.add(expert, upstream.T, source.read(block))  # [m, n]
-            if grad_rows is not None:
-                multiply(upstream, weight[expert].to(source.dtype), grad_rows[block])
-        return grad_rows, into.result() if into is not None else None, None
+                into.add(expert, upstream.T, source.read(expert))  # [m, n]
+            if needs_rows:
+                multiply(upstream, matrix(), grad_row)
+        return grad_rows if needs_rows else None, into.result() if into is not None else None, None
 
 
 class _WeightGradient:
@@ -177,45 +196,44 @@ class _WeightGradient:
     Args:
         weight: the parameter; its gradient is added to its buffer if it has one.
         shape: [el, m, n].
-        blocks: experts that will be added; the others' gradients are zero.
+        sizes: rows of each expert; those that have none get zeros.
     """
 
-    def __init__(self, weight: Tensor, shape: torch.Size, blocks: list[Block]) -> None:
+    def __init__(self, weight: Tensor, shape: torch.Size, sizes: list[int]) -> None:
         self._weight = weight
         buffer = accumulation_buffer(weight)
         self._is_added = buffer is not None
-        self._gradient = (weight.new_empty(shape) if buffer is None else buffer).view(shape)
+        self._gradient = weight.new_empty(weight.shape) if buffer is None else buffer
+        self._parts = self._gradient.view(shape).unbind(0)
         if buffer is None:
-            for expert in {*range(shape[0])} - {expert for expert, _ in blocks}:
-                self._gradient[expert].zero_()
+            for part, size in zip(self._parts, sizes, strict=True):
+                if not size:
+                    part.zero_()
 
     def add(self, expert: int, left: Tensor, right: Tensor) -> None:
         """The product [m, n] of one expert, once for each."""
-        (add_product if self._is_added else multiply)(left, right, self._gradient[expert])
+        (add_product if self._is_added else multiply)(left, right, self._parts[expert])
 
     def result(self) -> Tensor:
         """What backward returns for the weight."""
-        return mark_added(self._weight) if self._is_added else self._gradient.view_as(self._weight)
+        return mark_added(self._weight) if self._is_added else self._gradient
 
 
-def _blocks(tokens_per_expert: Tensor, number: int) -> list[Block]:
-    """Which rows are whose, for the experts that have any.
+def _matrices(stacked: Tensor, dtype: torch.dtype) -> list[Callable[[], Tensor]]:
+    """Each expert's matrix [m, n] of [el, m, n], converted when it is asked for."""
+    return [functools.partial(matrix.to, dtype) for matrix in stacked.unbind(0)]
+
+
+def _sizes(tokens_per_expert: Tensor, number: int) -> list[int]:
+    """Rows of each expert, on the host.
 
     Raises:
         ValueError: there are more or fewer rows than the counts say.
     """
-    sizes = tokens_per_expert.tolist()
+    sizes: list[int] = tokens_per_expert.tolist()
     if sum(sizes) != number:
         raise ValueError(f"tokens_per_expert sums to {sum(sizes)}, but there are {number} tokens")
-    return list(_nonempty(sizes))
-
-
-def _nonempty(sizes: list[int]) -> Iterator[Block]:
-    for expert, (start, end) in enumerate(
-        itertools.pairwise(itertools.accumulate(sizes, initial=0))
-    ):
-        if end > start:
-            yield expert, slice(start, end)
+    return sizes
 
 
 def _multiply_kept(left: Tensor, right: Tensor, kept: Tensor) -> Tensor:
