@@ -1,9 +1,15 @@
 """What every test leaves behind is taken away here."""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton asks when it is imported: without a GPU its kernels are tested in its interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

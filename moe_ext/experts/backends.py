@@ -29,6 +29,14 @@ from moe_ext.experts.slots import (
     spread_tokens,
     unsort_rows,
 )
+from moe_ext.experts.triton_experts import (
+    triton_collect,
+    triton_experts,
+    triton_problem,
+    triton_projection,
+    triton_routed,
+    triton_spread,
+)
 
 ExpertFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(hidden [t, h], weight1 [el, 2, f, h], weight2 [el, h, f], tokens_per_expert [el], probs [t])
@@ -161,6 +169,15 @@ EXPERT_BACKENDS: dict[str, ExpertBackend] = {
     "loop": ExpertBackend(experts=loop_experts, projection=loop_projection),
     "megablocks": ExpertBackend(
         experts=megablocks_experts, projection=megablocks_projection, problem=megablocks_problem
+    ),
+    "triton": ExpertBackend(
+        experts=triton_experts,
+        projection=triton_projection,
+        fused_experts=triton_routed,
+        fused_spread=triton_spread,
+        fused_collect=triton_collect,
+        problem=triton_problem,
+        keeps_activation=False,
     ),
     "te": ExpertBackend(experts=te_experts, projection=te_projection, problem=te_problem),
 }

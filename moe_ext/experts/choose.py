@@ -12,7 +12,7 @@ AUTO = "auto"
 
 # In the order in which they are asked. Nothing was measured on a GPU yet, so what is best known
 # goes first there; the others are there by name.
-_PREFERRED = {"cpu": ("grouped", "loop"), "cuda": ("grouped", "loop")}
+_PREFERRED = {"cpu": ("grouped", "loop"), "cuda": ("grouped", "triton", "loop")}
 _REASONS = {
     "cpu": "the one made for CPUs",
     "cuda": "no other one has been measured to be faster on a GPU",

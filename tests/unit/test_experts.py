@@ -148,8 +148,8 @@ def test_counts_that_do_not_sum_to_the_tokens_are_refused() -> None:
 
 def test_an_unknown_backend_is_refused_with_the_nearest_name() -> None:
     message = (
-        "unknown expert backend 'groupd'; known: grouped, loop, megablocks, te; did you mean"
-        " 'grouped'?"
+        "unknown expert backend 'groupd'; known: grouped, loop, megablocks, te, triton; did you"
+        " mean 'grouped'?"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         get_expert_backend("groupd")

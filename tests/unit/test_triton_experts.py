@@ -5,7 +5,7 @@ after the other, a few milliseconds each, so shapes are small, and tiles smaller
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,12 @@ SMALLEST = Tile(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=2, g
 # fp32: sums of at most 80 terms of order one, 2^-24 each, in another order.
 # bf16: at most four roundings on the way to any result, each below 2^-7: the interpreter cuts off.
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 4 * 2.0**-7}
+
+
+def routed(inputs: Sequence[Tensor], order: ExpertOrder) -> Tensor:
+    """Of tokens, weight1, weight2, gates."""
+    tokens, weight1, weight2, gates = inputs
+    return triton_routed(tokens, weight1, weight2, order, gates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +227,7 @@ def test_only_the_gradients_asked_for_are_computed(
     wanted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, order, inputs = small()
-    output = triton_routed(*inputs[:3], order, inputs[3])
+    output = routed(inputs, order)
     expected = torch.autograd.grad(output.sum(), inputs)[wanted]
     for number, each in enumerate(inputs):
         each.requires_grad_(number == wanted)
@@ -234,7 +240,7 @@ def test_only_the_gradients_asked_for_are_computed(
             return function(*args, **kwargs)
 
         monkeypatch.setattr(f"moe_ext.experts.triton_autograd.{name}", noted)
-    output = triton_routed(*inputs[:3], order, inputs[3])
+    output = routed(inputs, order)
     made.clear()
     output.sum().backward()
     assert [each.grad is not None for each in inputs] == [i == wanted for i in range(4)]
@@ -246,9 +252,9 @@ def test_only_the_gradients_asked_for_are_computed(
 
 def test_without_gradients_the_result_is_the_same_and_nothing_is_kept() -> None:
     _, order, inputs = small()
-    expected = triton_routed(*inputs[:3], order, inputs[3])
+    expected = routed(inputs, order)
     with torch.no_grad():
-        assert torch.equal(triton_routed(*inputs[:3], order, inputs[3]), expected)
+        assert torch.equal(routed(inputs, order), expected)
     rows = SortedRows(
         counts=order.tokens_per_expert, number=len(order.rows), index=order.rows, topk=order.topk
     )
@@ -259,13 +265,11 @@ def test_without_gradients_the_result_is_the_same_and_nothing_is_kept() -> None:
 
 def test_operands_need_not_be_contiguous() -> None:
     case, order, inputs = small()
-    expected = results(
-        lambda *x: triton_routed(*x[:3], order, x[3]), inputs, torch.ones(case.t, case.h)
-    )
+    expected = results(lambda *x: routed(x, order), inputs, torch.ones(case.t, case.h))
     strided = [each.detach().transpose(0, 1).contiguous().transpose(0, 1) for each in inputs]
     assert not any(each.is_contiguous() for each in strided)
     strided = [each.requires_grad_() for each in strided]
-    output = triton_routed(*strided[:3], order, strided[3])
+    output = routed(strided, order)
     # The gradient of a sum is one number, with strides of zero.
     actual = [output, *torch.autograd.grad(output.sum(), strided)]
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
@@ -276,7 +280,7 @@ def test_no_tokens_launch_nothing_and_give_zero_gradients(monkeypatch: pytest.Mo
     order = case.order(generator)
     inputs = routed_inputs(case, generator, torch.float32)
     monkeypatch.setattr(triton_products, "triton_kernels", None)
-    output = triton_routed(*inputs[:3], order, inputs[3])
+    output = routed(inputs, order)
     assert output.shape == (0, case.h)
     output.sum().backward()
     for each in inputs:
@@ -304,7 +308,7 @@ def test_no_number_is_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> N
             patch.setattr(Tensor, name, lambda *_: pytest.fail("the host waits for the device"))
         with pytest.raises(pytest.fail.Exception, match="the host waits"):
             order.tokens_per_expert.tolist()
-        output = triton_routed(*inputs[:3], order, inputs[3])
+        output = routed(inputs, order)
         gradients = torch.autograd.grad(output, inputs, torch.ones_like(output))
     assert all(torch.isfinite(each).all() for each in gradients)
 
@@ -358,7 +362,7 @@ def test_without_triton_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(triton_jit, "triton", None)
     assert is_available()[0] is False
     with pytest.raises(ValueError, match=re.escape("pip install 'megatron-moe[triton]'")):
-        triton_routed(*inputs[:3], order, inputs[3])
+        routed(inputs, order)
 
 
 def test_without_gpu_and_interpreter_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,7 +391,7 @@ def test_operands_that_do_not_fit_are_refused(changes: dict[int, Tensor], messag
     for number, each in changes.items():
         inputs[number] = each.to(DEVICE)
     with pytest.raises(ValueError, match=re.escape(message)):
-        triton_routed(*inputs[:3], order, inputs[3])
+        routed(inputs, order)
 
 
 def test_a_matrix_that_does_not_fit_its_rows_is_refused() -> None:

@@ -34,7 +34,7 @@ def test_tiles_fit_the_hardware(dtype: torch.dtype, size: int, rows_per_expert: 
         # Of a Hopper multiprocessor: 64 Ki registers and 227 KiB of shared memory.
         programs = 2 if tile.max_registers == 128 else 1
         threads = 32 * tile.num_warps
-        assert tile.block_m * columns // threads <= (tile.max_registers or 255) // 2
+        assert tile.block_m * columns // threads <= (tile.max_registers or 256) // 2
         operands = (tile.block_m + columns) * tile.block_k * dtype.itemsize * tile.num_stages
         assert programs * (operands + 1024) <= 227 * 1024
     assert product.block_n <= max(16, 2 * size) and weight.block_m <= max(16, 2 * size)
