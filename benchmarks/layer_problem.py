@@ -3,7 +3,7 @@
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -97,6 +97,7 @@ class LayerSubject(ABC):
         self.problem = problem
         self.hidden = problem.hidden.clone().requires_grad_()
         self.upstream = problem.upstream
+        self.kept_bytes: int | None = None
 
     @abstractmethod
     def forward(self) -> Tensor:
@@ -118,17 +119,43 @@ class LayerSubject(ABC):
         started = time.perf_counter()
         self.forward().backward(self.upstream)
         synchronize(self.problem.device)
-        return {"seconds": time.perf_counter() - started}
+        seconds = time.perf_counter() - started
+        if self.kept_bytes is None:  # a worker made afresh for this visit has compared nothing
+            return {"seconds": seconds}
+        kept = self.kept_bytes / self.problem.shape.num_tokens
+        return {"seconds": seconds, "kept_bytes_per_token": kept}
 
     def check(self) -> tuple[float, Digests]:
         """Mean square of the output, and every gradient's digest."""
-        output = self.forward()
+        output, self.kept_bytes = kept_for_backward(self.forward, list(self.leaves()))
         output.backward(self.upstream)
         gradients = {"hidden": grad_of(self.hidden), **self.gradients()}
         return (
             output.detach().float().square().mean().item(),
             digest((name, 0, gradient) for name, gradient in gradients.items()),
         )
+
+
+def kept_for_backward(
+    forward: Callable[[], Tensor], parameters: list[Tensor]
+) -> tuple[Tensor, int]:
+    """A forward pass's output, and the bytes that autograd keeps for the backward pass.
+
+    Each piece of memory is counted once; parameters are not, nor what an implementation keeps
+    without telling autograd (the project's order of the rows, for one).
+    """
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    return output, sum(kept.values())
 
 
 def grad_of(tensor: Tensor) -> Tensor:

@@ -92,6 +92,8 @@ def _implementation(
         "compared_loss": measured.loss,
         "gradient_difference": measured.gradient_difference,
     }
+    if "kept_bytes_per_token" in measured.samples[0]:
+        found["kept_bytes_per_token"] = measured.samples[0]["kept_bytes_per_token"]
     if native is not None:
         found["time_over_native"] = dataclasses.asdict(
             paired_ratio(seconds, native.series("seconds"))
@@ -125,12 +127,12 @@ def table(found: Mapping[str, Any]) -> str:
     """Markdown: a row an implementation, medians with the lowest and highest in brackets."""
     lines = [
         "| implementation | ms | tokens/s | TFLOP/s | of the GEMM ceiling | peak memory, GB |"
-        " time / native's |",
-        "|---|---|---|---|---|---|---|",
+        " kept, KB a token | time / native's |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in found["implementations"].items():
         if row["status"] != "measured":
-            lines.append(f"| {name} | {row['status']} | | | | | |")
+            lines.append(f"| {name} | {row['status']} | | | | | | |")
             continue
         ratio = row.get("time_over_native")
         lines.append(
@@ -138,6 +140,7 @@ def table(found: Mapping[str, Any]) -> str:
             f" {row['tokens_per_second']['median']:,.0f} |"
             f" {row['model_flops_per_second']['median'] / 1e12:.3f} |"
             f" {_spread(row['share_of_gemm_ceiling'], '.0%')} | {row['peak_bytes'] / 1e9:.2f} |"
+            f" {_kilobytes(row.get('kept_bytes_per_token'))} |"
             f" {_spread(ratio, '.2f') if ratio else ''} |"
         )
     return "\n".join([*lines, "", *_remarks(found)])
@@ -164,6 +167,10 @@ def _remarks(found: Mapping[str, Any]) -> list[str]:
             )
         )
     return lines
+
+
+def _kilobytes(number: float | None) -> str:
+    return "" if number is None else f"{number / 1e3:.1f}"
 
 
 def _scaled(summary: Mapping[str, float], unit: float) -> dict[str, float]:

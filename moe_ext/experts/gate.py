@@ -35,8 +35,7 @@ def gated_backward(grad: Tensor, projected: Tensor, probs: Tensor) -> tuple[Tens
         Gradient of projected [t, 2f], gradient of probs [t], and the output [t, f].
     """
     gate, up = projected.chunk(2, dim=-1)  # [t, f] each
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
+    silu = F.silu(gate)
     product = silu * up
     column = probs.unsqueeze(-1)  # [t, 1]
     grad_probs = (grad.to(torch.promote_types(grad.dtype, probs.dtype)) * product).sum(dim=-1)
@@ -44,9 +43,7 @@ def gated_backward(grad: Tensor, projected: Tensor, probs: Tensor) -> tuple[Tens
     grad_projected = torch.empty_like(projected)
     grad_gate, grad_up = grad_projected.chunk(2, dim=-1)
     torch.mul(grad_product, silu, out=grad_up)
-    # d silu / d gate = sigmoid + silu (1 - sigmoid)
-    slope = torch.addcmul(silu, silu, sigmoid, value=-1.0).add_(sigmoid)
-    torch.mul(grad_product.mul_(up), slope, out=grad_gate)
+    torch.ops.aten.silu_backward.grad_input(grad_product.mul_(up), gate, grad_input=grad_gate)
     output = (product * column).to(projected.dtype)
     return grad_projected, grad_probs.to(probs.dtype), output
 
