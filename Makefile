@@ -6,6 +6,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
 
+# Test processes at a time.
+JOBS ?= 2
+
 BIN := .venv/bin
 STAMP := .venv/.made
 # -qq: only errors. Warnings about the machine's own index settings would bury them.
@@ -26,8 +29,9 @@ $(STAMP): pyproject.toml setup.py
 train: env
 	bash examples/quickstart/run.sh
 
+# Whole files go to processes of one thread each; a file's tests share what they start.
 test: env
-	$(BIN)/python -m pytest -q -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu" -n $(JOBS) --dist loadfile
 
 test-gpu: env
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
