@@ -83,8 +83,8 @@ class MoEModelConfig:
     moe_loss_convention: Convention = "olmoe"
     """What those two coefficients multiply; the run prints what each layer gets."""
     expert_backend: str = "auto"
-    """Expert compute: a name in moe_ext.experts.EXPERT_BACKENDS, or auto, which takes the fastest
-    one that can be used and says which and why."""
+    """Expert compute: a name in moe_ext.experts.EXPERT_BACKENDS, or auto, which takes what is best
+    known for the device, precision and sizes, and says what and why."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
     """megatron-core's token dispatcher."""
 

@@ -7,6 +7,8 @@ the ranks that share it.
 import torch
 from torch import Tensor
 
+from moe_ext.checks import check_on_device
+
 _CONVENTIONS = ("olmoe", "per_layer")
 
 
@@ -61,13 +63,22 @@ def selected_experts(probs: Tensor, routing_map: Tensor, *, topk: int) -> tuple[
 
     Args:
         probs: [t, e] weights, zero off the selection.
-        routing_map: [t, e] bool, exactly k true per row.
+        routing_map: [t, e] bool, k true per row; where there are fewer, others follow whose weight
+            is 0.
         topk: k.
 
     Returns:
         experts: [t, k] int64.
         gates: [t, k] of probs' dtype.
+
+    Raises:
+        ValueError: a row has more; see `checks.check_on_device`.
     """
+    check_on_device(
+        (routing_map.sum(dim=-1) <= topk).all(),
+        f"the router selected more than topk ({topk}) experts for a token; its `select` must select"
+        " as many as the configuration says",
+    )
     chosen_first = routing_map.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
     experts = chosen_first[:, :topk]  # [t, k]
     return experts, probs.gather(1, experts)

@@ -5,6 +5,11 @@ gradient to it when autograd has made it. Where a backward pass can add its prod
 itself, the gradient is never a tensor of its own: one write, one read and one allocation of the
 weight's size less. megatron-core has the same protocol for its own linear layers, under
 `gradient_accumulation_fusion`.
+
+What DDP is told holds for the weight until its buffer is set to zero, for all micro-batches of a
+step: every backward pass of a weight must go one way, through the buffer or by autograd. What
+autograd brings for a weight that was marked is dropped: a hook on it, or a penalty on the weight
+itself, does nothing.
 """
 
 import torch

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_ext.checks import check_on_device
 from moe_ext.gradients import accumulation_buffer, mark_added
 from moe_ext.products import add_product, working_dtype
 
@@ -34,6 +35,8 @@ class VocabularyPart:
     """Token id of the first row."""
     number: int
     """Rows that are token ids; rows from there on are padding and take no part."""
+    num_token_ids: int
+    """Token ids of the whole vocabulary."""
     group: dist.ProcessGroup
     """The ranks that have the other rows."""
 
@@ -67,17 +70,22 @@ def linear_cross_entropy(
         hidden: [t, h], the same on every rank of the group.
         weight: [v of this rank, h].
         labels: [t] int64 token ids.
-        token_weights: [t] fp32, a multiple of which the losses' gradients will be; None if that is
-            not known yet.
+        token_weights: [t] of any dtype, a multiple of which the losses' gradients will be; None if
+            that is not known yet.
         part: of the vocabulary, what this rank has.
 
     Returns:
-        [t] losses in nats, at least fp32, the same on every rank of the group.
+        [t] losses in nats, at least fp32, the same on every rank of the group; infinite for a label
+        that is no token id, unless its weight is 0.
 
     Raises:
         ValueError: in backward, the losses' gradients are no multiple of `token_weights`; on a GPU
             a device-side assertion instead, because nothing waits for the answer.
     """
+    if not torch.is_grad_enabled():
+        token_weights = None  # no gradient will be asked for, so none is computed
+    if token_weights is not None:
+        token_weights = token_weights.to(torch.promote_types(hidden.dtype, torch.float32))
     losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, token_weights, part)
     return losses
 
@@ -210,7 +218,12 @@ class _Head:
             self._add_gradients(chunk, logits.to(self._work), tokens, scale)
         elif self.grad_hidden is not None:
             self.grad_hidden[chunk] = 0.0
-        return total.log() + largest - target
+        losses: Tensor = total.log() + largest - target
+        labels = self._labels[chunk]
+        is_lost = (labels < 0) | (labels >= self._part.num_token_ids)
+        if token_weights is not None:
+            is_lost &= token_weights[chunk] != 0
+        return losses.masked_fill_(is_lost, torch.inf)
 
     def _add_gradients(self, chunk: slice, grad: Tensor, tokens: Tensor, scale: Tensor) -> None:
         """From grad [c, real rows], which lacks the factor scale [c, 1]."""
@@ -263,11 +276,9 @@ def _common_factor(grad: Tensor, token_weights: Tensor) -> Tensor:
     multiple = factor * token_weights
     # A few roundings; NaN passes, for the trainer to find in the loss.
     differs = ((grad - multiple).abs() > 8 * torch.finfo(grad.dtype).eps * multiple.abs()).any()
-    if grad.is_cuda:
-        torch._assert_async(~differs)
-    elif differs:
-        raise ValueError(
-            "the gradients of the losses are no multiple of the token weights they were announced"
-            " with; give the model the loss_mask that the losses are multiplied with, or none"
-        )
+    check_on_device(
+        ~differs,
+        "the gradients of the losses are no multiple of the token weights they were announced with;"
+        " give the model the loss_mask that the losses are multiplied with, or none",
+    )
     return factor

@@ -104,7 +104,10 @@ class LanguageModel(GPTModel):
         rows = self.vocab_size // group.size()
         first = rows * group.rank()
         return VocabularyPart(
-            first=first, number=min(max(self.num_token_ids - first, 0), rows), group=group
+            first=first,
+            number=min(max(self.num_token_ids - first, 0), rows),
+            num_token_ids=self.num_token_ids,
+            group=group,
         )
 
     def _silence_padding(

@@ -61,10 +61,11 @@ def block_spec(
         tensor=config.tensor_model_parallel_size,
         expert_tensor=config.expert_tensor_parallel_size or 1,
     )
-    use = use_of(config, *widths)
-    model = dataclasses.replace(
-        model, expert_backend=choose_backend(model.expert_backend, use).name
-    )
+    if widths:
+        use = use_of(config, *widths)
+        model = dataclasses.replace(
+            model, expert_backend=choose_backend(model.expert_backend, use).name
+        )
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

@@ -107,7 +107,7 @@ def verify(
         "comparing logits of %d x %d random tokens in %s (%s)", *tokens.shape, precision, reason
     )
     cfg = recipe.PretrainConfig(
-        model=replace(saved.model, moe_token_dispatcher_type="alltoall"),
+        model=replace(saved.model, moe_token_dispatcher_type="alltoall", expert_backend="auto"),
         parallel=ParallelConfig(device=device),
         training=TrainingConfig(
             seq_length=length, bf16=precision == "bfloat16", global_batch_size=1

@@ -220,7 +220,9 @@ def load_model(args: argparse.Namespace, opened: Opened) -> LoadedModel:
     bf16 = saved.training.bf16 if args.bf16 is None else args.bf16
     cfg = recipe.PretrainConfig(
         # The other dispatchers want batches of the same shape on all data parallel ranks.
-        model=dataclasses.replace(saved.model, moe_token_dispatcher_type="alltoall"),
+        model=dataclasses.replace(
+            saved.model, moe_token_dispatcher_type="alltoall", expert_backend="auto"
+        ),
         parallel=_parallel(args),
         training=TrainingConfig(
             seq_length=saved.training.seq_length,

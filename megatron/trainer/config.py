@@ -66,8 +66,8 @@ class TrainingConfig:
     recompute_num_layers: int = 1
     """uniform: layers per recomputed unit; block: layers per pipeline stage to recompute."""
     recompute_modules: tuple[str, ...] = ("moe",)
-    """What selective recompute drops: any of core_attn, moe, moe_act (which the project's own
-    expert backends never keep)."""
+    """What selective recompute drops: any of core_attn, moe, moe_act (which the
+    expert backends grouped and triton never keep, and others always)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -199,7 +199,7 @@ def _resolve_threads(parallel: ParallelConfig) -> int:
 
 
 def _num_cores() -> int:
-    """Cores this process may run on: fewer than the machine's in a job step or a container."""
+    """Cores this process may run on: fewer than the machine's where a job has some of them."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,6 +1,7 @@
 """Expert compute."""
 
 from moe_ext.experts.backends import (
+    AUTO,
     EXPERT_BACKENDS,
     ExpertBackend,
     ExpertFunction,
@@ -11,7 +12,7 @@ from moe_ext.experts.backends import (
     look_up_backend,
     register_expert_backend,
 )
-from moe_ext.experts.choose import AUTO, choose_backend
+from moe_ext.experts.choose import choose_backend
 from moe_ext.experts.mlp import ExpertMLP
 
 __all__ = [

@@ -22,7 +22,9 @@ _EXTRA = "pip install 'megatron-moe[gpu]'"
 def megablocks_problem(use: "Use") -> str | None:
     """Why MegaBlocks cannot be used, or None."""
     if use.device_type != "cuda" or use.dtype != torch.bfloat16:
-        return f"computes in bf16 on a GPU, not in {use.dtype} on {use.device_type}; use 'grouped'"
+        return (
+            f"computes bf16 on a GPU only; this is {use.dtype} on {use.device_type}; use 'grouped'"
+        )
     missing = [name for name in ("megablocks", "grouped_gemm") if not _is_installed(name)]
     if missing:
         return f"needs {' and '.join(missing)}: {_EXTRA}, or use 'grouped'"

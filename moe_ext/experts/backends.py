@@ -67,6 +67,10 @@ class Use:
     """Of the rows that are multiplied, on this rank."""
 
 
+AUTO = "auto"
+"""What `MoEModelConfig.expert_backend` says to leave the choice to `choose_backend`."""
+
+
 def no_problem(_use: Use) -> None:
     """Of a backend that can be used for anything."""
 
@@ -231,6 +235,8 @@ def register_expert_backend(
     Raises:
         ValueError: the name is taken, or a function cannot be called.
     """
+    if name == AUTO:
+        raise ValueError(f"'{AUTO}' leaves the choice to the run; register the backend by a name")
     if not callable(backend):
         raise ValueError(f"expert backend '{name}' is {backend!r}; give a function")
     if projection is not None and not callable(projection):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_ext.experts.gate import gated_backward, gated_forward
-from moe_ext.experts.slots import ExpertOrder, sum_slots
+from moe_ext.experts.slots import ExpertOrder, sort_gates, sum_slots, unsort_gates
 from moe_ext.gradients import accumulation_buffer, mark_added
 from moe_ext.products import add_product, multiply, working_dtype
 
@@ -79,7 +79,7 @@ class _Experts(torch.autograd.Function):
         sizes: list[int],
     ) -> Tensor:
         rows = _Rows(tokens, order, sizes)
-        probs = _sorted_gates(gates, order)  # [rows]
+        probs = sort_gates(gates, order)  # [rows]
         stacked = weight1.flatten(1, 2)  # [el, 2f, h]
         projected = tokens.new_empty(len(probs), stacked.shape[1])
         output = tokens.new_empty(len(probs), tokens.shape[1])
@@ -109,7 +109,7 @@ class _Experts(torch.autograd.Function):
         sizes: list[int] = ctx.sizes  # type: ignore[attr-defined]
         needs_tokens, needs_weight1, needs_weight2 = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
         rows, gradients = _Rows(tokens, order, sizes), _Rows(grad.contiguous(), order, sizes)
-        probs = _sorted_gates(gates, order)  # [rows]
+        probs = sort_gates(gates, order)  # [rows]
         grad_probs = torch.empty_like(probs)
         grad_rows = tokens.new_empty(len(probs), tokens.shape[1] if needs_tokens else 0)
         stacked = weight1.flatten(1, 2)  # [el, 2f, h]
@@ -144,7 +144,7 @@ class _Experts(torch.autograd.Function):
             grad_rows if needs_tokens else None,
             into1.result() if into1 is not None else None,
             into2.result() if into2 is not None else None,
-            _unsorted_gates(grad_probs, gates, order),
+            unsort_gates(grad_probs, gates, order),
             None,
             None,
         )
@@ -244,13 +244,3 @@ def _multiply_kept(left: Tensor, right: Tensor, kept: Tensor) -> Tensor:
     exact = left @ right
     kept.copy_(exact)
     return exact
-
-
-def _sorted_gates(gates: Tensor, order: ExpertOrder | None) -> Tensor:
-    """[t, k] to [t * k] sorted by expert; [t] as it is where the rows are sorted."""
-    return gates if order is None else gates.flatten().index_select(0, order.rows)
-
-
-def _unsorted_gates(rows: Tensor, like: Tensor, order: ExpertOrder | None) -> Tensor:
-    """The inverse of `_sorted_gates`."""
-    return rows if order is None else rows.index_select(0, order.places).view_as(like)

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moe_ext.experts.backends import EXPERT_BACKENDS, Use, look_up_backend
-
-AUTO = "auto"
-"""The name that leaves the choice to `choose_backend`."""
+from moe_ext import registry
+from moe_ext.experts.backends import AUTO, EXPERT_BACKENDS, ExpertBackend, Use
 
 # In the order in which they are asked. Nothing was measured on a GPU yet, so what is best known
 # goes first there; the others are there by name.
@@ -40,7 +38,10 @@ def choose_backend(name: str, use: Use) -> Choice:
         ValueError: no such backend, or it cannot do it; the message says what to do.
     """
     if name != AUTO:
-        problem = look_up_backend(name).problem(use)
+        known: dict[str, ExpertBackend | None] = {AUTO: None, **EXPERT_BACKENDS}
+        backend = registry.look_up(known, name, kind="expert backend")
+        assert backend is not None
+        problem = backend.problem(use)
         if problem is not None:
             raise ValueError(f"expert_backend '{name}' {problem}")
         return Choice(name=name, reason="named in the configuration")

@@ -81,8 +81,19 @@ def sum_slots(rows: Tensor, order: ExpertOrder) -> Tensor:
     if rows.is_cuda or len(rows) == 0:
         by_token = rows.index_select(0, order.places)  # [t * k, n]
         return by_token.unflatten(0, (-1, order.topk)).sum(dim=1)  # [t, n]
-    # On a CPU this is one pass where the two steps above take three; the sums are the same.
+    # On a CPU this is one pass where the two steps above take three. In fp32 the bits are the same;
+    # in bf16 they are as near, but rounded elsewhere.
     return F.embedding_bag(order.places.view(-1, order.topk), rows, mode="sum")
+
+
+def sort_gates(gates: Tensor, order: ExpertOrder | None) -> Tensor:
+    """[t, k] to [t * k] sorted by expert, without a gradient; as it is where rows are sorted."""
+    return gates if order is None else gates.flatten().index_select(0, order.rows)
+
+
+def unsort_gates(rows: Tensor, like: Tensor, order: ExpertOrder | None) -> Tensor:
+    """The inverse of `sort_gates`, of like's shape."""
+    return rows if order is None else rows.index_select(0, order.places).view_as(like)
 
 
 # The gradient of an indexed read adds in an order that CUDA does not fix. Each function here knows

@@ -19,7 +19,7 @@ from moe_ext.experts import (
     get_expert_projection,
     register_expert_backend,
 )
-from moe_ext.experts.grouped import grouped_gemm_experts, grouped_gemm_projection
+from moe_ext.experts.grouped_gemm import grouped_gemm_experts, grouped_gemm_projection
 
 ConfigMaker = Callable[..., TransformerConfig]
 

@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import torch
 
-from moe_ext.experts import EXPERT_BACKENDS, Use, choose_backend
+from moe_ext.experts import EXPERT_BACKENDS, Use, choose_backend, register_expert_backend
 
 ON_CPU = Use(device_type="cpu", dtype=torch.float32, widths=(32, 16))
 ON_GPU = Use(device_type="cuda", dtype=torch.bfloat16, widths=(32, 16))
@@ -34,10 +34,17 @@ def test_a_named_backend_is_taken_or_refused_never_replaced() -> None:
         choose_backend("grouped", odd)
 
 
+def test_auto_is_no_name_for_a_backend_and_is_among_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'auto' leaves the choice to the run"):
+        register_expert_backend("auto", EXPERT_BACKENDS["loop"].experts)
+    with pytest.raises(ValueError, match=r"unknown .* 'atuo'; known: auto, .* did you mean 'auto'"):
+        choose_backend("atuo", ON_CPU)
+
+
 @pytest.mark.parametrize(
     ("name", "use", "message"),
     [
-        ("megablocks", ON_CPU, "computes in bf16 on a GPU, not in torch.float32 on cpu"),
+        ("megablocks", ON_CPU, "computes bf16 on a GPU only; this is torch.float32 on cpu"),
         ("te", ON_CPU, "computes on a GPU, not on cpu"),
         (
             "megablocks",

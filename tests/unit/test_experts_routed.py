@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ext import products
-from moe_ext.experts import EXPERT_BACKENDS
+from moe_ext.experts import EXPERT_BACKENDS, ExpertFunction
+from moe_ext.experts.grouped_gemm import grouped_gemm_experts, grouped_gemm_routed
 from moe_ext.experts.slots import ExpertOrder, sort_by_expert
 from moe_ext.products import linear
 
@@ -100,6 +101,25 @@ def in_place(
     return [parameter.main_grad - 2.0 for parameter in parameters]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_grouped_gemm_of_a_gpu_equals_a_dense_sum_with_all_gradients(name: str) -> None:
+    chosen, order = order_of(name)
+    inputs = leaves((len(chosen), 16), (EXPERTS, 2, 8, 16), (EXPERTS, 16, 8), dtype=torch.bfloat16)
+    gates = torch.rand(chosen.shape, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    tokens, w1, w2 = inputs
+    everything = [*inputs, gates]
+    actual = all_of(grouped_gemm_routed(tokens, w1, w2, order, gates), everything)
+    exact = [each.detach().double().requires_grad_() for each in everything]
+    for a, b in zip(
+        actual, all_of(dense(chosen, exact[0], exact[1], exact[2], exact[3]), exact), strict=True
+    ):
+        if b.numel():
+            # A few roundings to 8 bits on the way.
+            torch.testing.assert_close(
+                a.double(), b, rtol=0, atol=0.03 * b.detach().abs().max().item()
+            )
+
+
 @pytest.mark.parametrize("backend", ["grouped", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weight_gradients_are_added_to_their_buffers(dtype: torch.dtype, backend: str) -> None:
@@ -124,6 +144,41 @@ def test_weight_gradients_are_added_to_their_buffers(dtype: torch.dtype, backend
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b.float(), rtol=tolerance, atol=tolerance)
     assert not found[0][2].any() and not found[1][2].any()  # of the expert that nobody chose
+
+
+def products_of(name: str) -> ExpertFunction:
+    """Experts over sorted rows; the grouped GEMM as it is on a GPU, which CPUs have slowly."""
+    return grouped_gemm_experts if name == "grouped_gemm" else EXPERT_BACKENDS[name].experts
+
+
+@pytest.mark.parametrize("name", ["grouped", "grouped_gemm", "triton"])
+def test_a_micro_batch_without_rows_loses_no_gradient_of_the_others(name: str) -> None:
+    if name == "triton":
+        pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    w1, w2 = leaves((2, 2, 8, 16), (2, 16, 8), dtype=torch.bfloat16)
+    (rows,) = leaves((5, 16), dtype=torch.bfloat16)
+    compute = products_of(name)
+
+    def step(*micro_batches: list[int]) -> list[Tensor]:
+        """Gradients of both weights as megatron-core collects them over a step."""
+        with_buffers([w1, w2])
+        for counts in micro_batches:
+            number = sum(counts)
+            output = compute(
+                rows[:number], w1, w2, torch.tensor(counts), torch.ones(number).requires_grad_()
+            )
+            w1.grad = w2.grad = None
+            output.backward(torch.ones_like(output))
+            for weight in (w1, w2):
+                if weight.grad is not None and not weight.grad_added_to_main_grad:  # type: ignore[attr-defined]
+                    weight.main_grad.add_(weight.grad)  # type: ignore[attr-defined]
+        return [weight.main_grad.clone() for weight in (w1, w2)]  # type: ignore[attr-defined]
+
+    expected = step([3, 2])
+    assert all((gradient != 2.0).any() for gradient in expected)
+    for micro_batches in ([[0, 0], [3, 2]], [[3, 2], [0, 0]]):
+        for a, b in zip(step(*micro_batches), expected, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])

@@ -22,7 +22,7 @@ def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def part(single_rank: ProcessGroupCollection) -> VocabularyPart:
-    return VocabularyPart(first=0, number=REAL, group=single_rank.tp)
+    return VocabularyPart(first=0, number=REAL, num_token_ids=REAL, group=single_rank.tp)
 
 
 def problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -119,6 +119,45 @@ def test_other_gradients_than_announced_are_refused(part: VocabularyPart) -> Non
     losses = linear_cross_entropy(hidden, weight.requires_grad_(), labels, mask, part=part)
     with pytest.raises(ValueError, match="no multiple of the token weights"):
         losses.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16, torch.float16])
+def test_a_mask_may_have_any_dtype(part: VocabularyPart, dtype: torch.dtype) -> None:
+    hidden, weight, labels, mask = problem(torch.float32)
+    mask = (mask > 0.3).to(dtype)
+    upstream = mask.float() * 0.3
+    actual = with_gradients(
+        lambda x, w: linear_cross_entropy(x, w, labels, mask, part=part), hidden, weight, upstream
+    )
+    expected = with_gradients(lambda x, w: plain(x, w, labels), hidden, weight, upstream)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_without_gradients_none_is_computed(
+    part: VocabularyPart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, labels, mask = problem()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("gradients were computed")
+
+    monkeypatch.setattr(head._Head, "_add_gradients", refuse)
+    weight.requires_grad_()
+    with torch.no_grad():
+        losses = linear_cross_entropy(hidden, weight, labels, mask, part=part)
+    torch.testing.assert_close(losses, plain(hidden, weight.detach(), labels))
+
+
+def test_a_label_that_is_no_token_has_an_infinite_loss_unless_it_is_not_counted(
+    part: VocabularyPart,
+) -> None:
+    hidden, weight, labels, mask = problem()
+    labels[[0, 1, 2]] = torch.tensor([-100, REAL, ROWS])  # of the three the first is not counted
+    losses = linear_cross_entropy(hidden, weight, labels, mask, part=part)
+    assert losses.isinf().tolist() == [False, True, True] + [False] * (TOKENS - 3)
+    untold = linear_cross_entropy(hidden, weight, labels, None, part=part)
+    assert untold.isinf().tolist() == [True] * 3 + [False] * (TOKENS - 3)
 
 
 def test_no_token_counted_gives_zero_gradients(part: VocabularyPart) -> None:

@@ -6,17 +6,20 @@ from torch import Tensor
 
 from moe_ext.config import MoEModelConfig
 from moe_ext.experts import EXPERT_BACKENDS
+from moe_ext.experts.grouped_gemm import grouped_gemm_routed
 from moe_ext.experts.slots import sort_by_expert
 from moe_ext.memory import expert_activation_bytes
 
 TOKENS = 24
 
 
-@pytest.mark.parametrize("backend", ["grouped", "triton"])
+@pytest.mark.parametrize("backend", ["grouped", "grouped_gemm", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backends_keep_what_the_formula_says(dtype: torch.dtype, backend: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    if backend == "grouped_gemm" and dtype != torch.bfloat16:
+        pytest.skip("the grouped GEMM multiplies bf16")
     model = MoEModelConfig(hidden_size=16, num_experts=5, moe_router_topk=2, moe_ffn_hidden_size=8)
     tokens = torch.randn(TOKENS, 16, dtype=dtype).requires_grad_()
     weight1 = torch.randn(5, 2, 8, 16, dtype=dtype).requires_grad_()
@@ -33,7 +36,10 @@ def test_backends_keep_what_the_formula_says(dtype: torch.dtype, backend: str) -
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = EXPERT_BACKENDS[backend].routed(tokens, weight1, weight2, order, gates)
+        routed = (
+            grouped_gemm_routed if backend == "grouped_gemm" else EXPERT_BACKENDS[backend].routed
+        )
+        output = routed(tokens, weight1, weight2, order, gates)
     assert output.requires_grad
     orders = (order.rows, order.places, order.tokens)
     found = sum(kept.values()) + sum(index.nbytes for index in orders)
