@@ -6,6 +6,7 @@ imported when they are used.
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,17 +41,25 @@ def te_problem(use: "Use") -> str | None:
     return None
 
 
-def megablocks_experts(
-    hidden: Tensor, weight1: Tensor, weight2: Tensor, tokens_per_expert: Tensor, probs: Tensor
-) -> Tensor:
-    """SwiGLU experts on the grouped GEMM that MegaBlocks uses; the contract is `loop_experts`'s."""
-    projected = megablocks_projection(hidden, weight1.flatten(1, 2), tokens_per_expert)  # [t, 2f]
-    product: Tensor = GatedActivation.apply(projected, probs)  # [t, f]
-    return megablocks_projection(product, weight2, tokens_per_expert)  # [t, h]
+def experts_of(project: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """SwiGLU experts over sorted rows, made of a projection; the contract is `loop_experts`'s.
+
+    Args:
+        project: with the contract of `loop_projection`.
+    """
+
+    def experts(
+        hidden: Tensor, weight1: Tensor, weight2: Tensor, tokens_per_expert: Tensor, probs: Tensor
+    ) -> Tensor:
+        projected = project(hidden, weight1.flatten(1, 2), tokens_per_expert)  # [t, 2f]
+        product: Tensor = GatedActivation.apply(projected, probs)  # [t, f]
+        return project(product, weight2, tokens_per_expert)  # [t, h]
+
+    return experts
 
 
 def megablocks_projection(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """Each expert's rows by its matrix; the contract is `loop_projection`'s."""
+    """Each expert's rows by its matrix, on the grouped GEMM that MegaBlocks uses."""
     from megablocks import grouped_gemm_util  # type: ignore[import-not-found]
 
     sizes = tokens_per_expert.to("cpu", torch.int64)
@@ -58,17 +67,8 @@ def megablocks_projection(rows: Tensor, weight: Tensor, tokens_per_expert: Tenso
     return output
 
 
-def te_experts(
-    hidden: Tensor, weight1: Tensor, weight2: Tensor, tokens_per_expert: Tensor, probs: Tensor
-) -> Tensor:
-    """SwiGLU experts on TE's grouped linear layers; the contract is `loop_experts`'s."""
-    projected = te_projection(hidden, weight1.flatten(1, 2), tokens_per_expert)  # [t, 2f]
-    product: Tensor = GatedActivation.apply(projected, probs)  # [t, f]
-    return te_projection(product, weight2, tokens_per_expert)  # [t, h]
-
-
 def te_projection(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """Each expert's rows by its matrix; the contract is `loop_projection`'s."""
+    """Each expert's rows by its matrix, on TE's grouped linear layers."""
     layer = _te_layer(weight.shape, weight.dtype)
     names = {f"weight{number}": matrix for number, matrix in enumerate(weight.unbind(0))}
     sizes: list[int] = tokens_per_expert.tolist()

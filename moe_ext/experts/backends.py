@@ -8,10 +8,9 @@ from torch import Tensor
 
 from moe_ext import registry
 from moe_ext.experts.adapters import (
-    megablocks_experts,
+    experts_of,
     megablocks_problem,
     megablocks_projection,
-    te_experts,
     te_problem,
     te_projection,
 )
@@ -172,7 +171,9 @@ EXPERT_BACKENDS: dict[str, ExpertBackend] = {
     ),
     "loop": ExpertBackend(experts=loop_experts, projection=loop_projection),
     "megablocks": ExpertBackend(
-        experts=megablocks_experts, projection=megablocks_projection, problem=megablocks_problem
+        experts=experts_of(megablocks_projection),
+        projection=megablocks_projection,
+        problem=megablocks_problem,
     ),
     "triton": ExpertBackend(
         experts=triton_experts,
@@ -183,7 +184,9 @@ EXPERT_BACKENDS: dict[str, ExpertBackend] = {
         problem=triton_problem,
         keeps_activation=False,
     ),
-    "te": ExpertBackend(experts=te_experts, projection=te_projection, problem=te_problem),
+    "te": ExpertBackend(
+        experts=experts_of(te_projection), projection=te_projection, problem=te_problem
+    ),
 }
 """What `MoEModelConfig.expert_backend` can name, besides "auto"."""
 

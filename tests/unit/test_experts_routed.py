@@ -10,7 +10,9 @@ from torch import Tensor
 
 from moe_ext import products
 from moe_ext.experts import EXPERT_BACKENDS, ExpertFunction
+from moe_ext.experts.adapters import experts_of
 from moe_ext.experts.grouped_gemm import grouped_gemm_experts, grouped_gemm_routed
+from moe_ext.experts.loop import loop_experts, loop_projection
 from moe_ext.experts.slots import ExpertOrder, sort_by_expert
 from moe_ext.products import linear
 
@@ -82,6 +84,16 @@ def test_spread_and_collect_equal_matrices_picked_row_by_row(name: str, backend:
     sums = torch.einsum("tkn,tkmn->tm", by_slot, weight[chosen])
     actual = all_of(EXPERT_BACKENDS[backend].collect(rows, weight, order), inputs)
     for a, b in zip(actual, all_of(sums, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_experts_made_of_a_projection_equal_the_loop() -> None:
+    counts = torch.tensor([2, 0, 3])
+    inputs = leaves((5, WIDTH), (3, 2, FFN, WIDTH), (3, WIDTH, FFN), (5,))
+    hidden, w1, w2, probs = inputs
+    actual = all_of(experts_of(loop_projection)(hidden, w1, w2, counts, probs), inputs)
+    expected = all_of(loop_experts(hidden, w1, w2, counts, probs), inputs)
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
