@@ -13,7 +13,8 @@ from torch import Tensor
 from moe_ext.attention.cache import KeyValueCache, use_cache
 from moe_ext.builder import BuiltModel, build_model
 from moe_ext.config import MoEModelConfig
-from moe_ext.experts import EXPERT_BACKENDS, register_expert_backend
+from moe_ext.experts import EXPERT_BACKENDS
+from moe_ext.experts.backends import ExpertBackend
 from moe_ext.experts.layer import ExpertsLayer
 from moe_ext.experts.loop import loop_experts
 from moe_ext.presets import PRESETS
@@ -176,8 +177,7 @@ def test_megatron_core_knows_every_block(
 def test_a_backend_without_projection_is_refused_for_moa_alone(
     single_rank: ProcessGroupCollection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moe_ext.experts.backends.EXPERT_BACKENDS", dict(EXPERT_BACKENDS))
-    register_expert_backend("feed_forward", loop_experts)
+    monkeypatch.setitem(EXPERT_BACKENDS, "feed_forward", ExpertBackend(experts=loop_experts))
     build(single_rank, expert_backend="feed_forward", attention="standard", moa_num_experts=None)
     message = "expert backend 'feed_forward' has no projection, which moa attention is made of"
     with pytest.raises(ValueError, match=re.escape(message)):
