@@ -173,7 +173,9 @@ class CheckpointConfig:
     save_interval: int = 0
     """Steps between checkpoints; 0 means at the end only."""
     keep_last: int | None = None
-    """Checkpoints to keep; None keeps all."""
+    """Newest checkpoints to keep; None keeps all."""
+    keep_every: int | None = None
+    """Checkpoints of these iterations (multiples) stay beside the newest keep_last."""
     finetune: bool = False
     """Take only the weights from load; iteration, optimizer, data and RNG start anew."""
     anneal_from: int | None = None
@@ -197,6 +199,39 @@ class LoggingConfig:
     """Name of the run there; None lets wandb choose."""
     progress: bool = True
     """A progress bar on rank 0 when the output is a terminal."""
+    log_straggler: bool = False
+    """Record the slowest rank of each log_interval: the one that waits least for the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReliabilityConfig:
+    """When a run ends early, and what it does about bad steps and lost ranks."""
+
+    exit_signal_handler: bool = True
+    """On SIGTERM or SIGUSR1 save at the next step's end, and stop; off means to die of them."""
+    exit_duration_in_mins: float | None = None
+    """Save and stop at the first step's end so many minutes after the start; None means never."""
+    exit_interval: int | None = None
+    """Save and stop after a step whose number is a multiple of it; None means never."""
+    requeue_exit_code: int = 0
+    """Exit status of a run that stopped early for one of these and should be started again."""
+    max_skipped: int = 0
+    """Steps in a row that may be skipped for a loss or gradient norm that is not finite, or a
+    spike; one more ends the run."""
+    spike_sigma: float | None = None
+    """A step is a spike, and skipped, when its loss or gradient norm is so many standard deviations
+    above the mean of the last spike_window steps; None means never."""
+    spike_window: int = 128
+    """Steps whose loss and gradient norm say what is usual."""
+    rewind_on_spike: bool = False
+    """Instead of ending after max_skipped, reload the newest checkpoint and leave out the samples
+    read since."""
+    max_rewinds: int = 3
+    """Rewinds to the same checkpoint; one more ends the run."""
+    preflight: bool = False
+    """Before anything else see that every rank answers, computes and can write to save."""
+    preflight_timeout: float = 60.0
+    """Seconds that a rank may take to answer there before it is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,3 +245,4 @@ class RunConfig:
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
