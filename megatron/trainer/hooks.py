@@ -71,7 +71,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     records = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            record = _parse_record(line)
+            record = parse_record(line)
             if record is None:
                 logger.warning("%s: skipped an unfinished record: %.60s", path, line)
             else:
@@ -79,10 +79,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _parse_record(line: str) -> dict[str, Any] | None:
+def parse_record(line: str) -> dict[str, Any] | None:
+    """The record in a line; None if the line is unfinished or holds something else."""
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also of numbers too long, and of too much nesting
         return None
     is_record = isinstance(record, dict) and isinstance(record.get("iteration"), int)
     return record if is_record else None

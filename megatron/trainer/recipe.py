@@ -144,7 +144,7 @@ def read_recipe(
     """The field values of a recipe and the preset it names."""
     values: dict[str, object] = {}
     preset: str | None = None
-    for key_node, value_node in _recipe_nodes(path):
+    for key_node, value_node in recipe_nodes(path):
         where = f"{path}:{key_node.start_mark.line + 1}"
         written = key_node.value if isinstance(key_node, yaml.ScalarNode) else str(key_node.tag)
         key = written.replace("-", "_")
@@ -160,7 +160,12 @@ def read_recipe(
     return values, preset
 
 
-def _recipe_nodes(path: str) -> list[tuple[yaml.Node, yaml.Node]]:
+def recipe_nodes(path: str) -> list[tuple[yaml.Node, yaml.Node]]:
+    """Keys and values of a recipe, nothing constructed from them.
+
+    Raises:
+        ConfigError: it cannot be read, or is no mapping.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
