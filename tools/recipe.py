@@ -6,7 +6,6 @@ by the same recipe.
 
 import logging
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +21,7 @@ from megatron.trainer.data.sharing import DocumentRule
 from megatron.trainer.data.tokenizer import load_tokenizer
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.hooks import (
+    METRICS_NAME,
     Console,
     Hook,
     MetricsFile,
@@ -152,7 +152,6 @@ def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
     )
     documents = agree(lambda: document_rule(cfg.data, cfg.model.vocab_size))
     agree(lambda: _check_validation(cfg, data))
-    agree(lambda: _make_run_directory(cfg, ctx))
     built = build_chunks(cfg, ctx, seed=cfg.training.seed)
     chunks = wrap_model(cfg, list(built.chunks), built.config)
     state = TrainState(
@@ -177,22 +176,6 @@ def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
     for line in describe_groups(state.optimizer, cfg.optimizer.weight_decay):
         logger.info("parameters: %s", line)
     return state
-
-
-def _make_run_directory(cfg: PretrainConfig, ctx: RunContext) -> None:
-    """Find out now, not after the first steps, that nothing can be written."""
-    if ctx.rank != 0 or cfg.checkpoint.save is None:
-        return
-    directory = Path(cfg.checkpoint.save)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as probe:
-            probe.write(b"probe")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to --save {directory}: {error.strerror}; give a directory on a disk with"
-            " room that this user may write to"
-        ) from error
 
 
 def document_rule(data: DataConfig, vocab_size: int) -> DocumentRule | None:
@@ -281,6 +264,10 @@ class ExpertLoad(Hook):
         """Drop records of steps that a resumed run will take again."""
         keep_records_until(self._file, iteration)
 
+    def on_rewind(self, iteration: int) -> None:
+        """Drop records of steps that are taken again."""
+        keep_records_until(self._file, iteration)
+
     def on_log(self, record: Record) -> None:
         """Append [layers][experts] loads of each kind of router, 1 = even share."""
         if self._health.last:
@@ -310,14 +297,14 @@ def build_hooks(cfg: PretrainConfig, state: TrainState) -> list[Hook]:
         return hooks
     directory = Path(cfg.checkpoint.save)
     (directory / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
-    hooks.append(MetricsFile(directory / "metrics.jsonl"))
+    hooks.append(MetricsFile(directory / METRICS_NAME))
     if cfg.logging.tensorboard:
         hooks.append(TensorBoard(directory / "tensorboard"))
     if cfg.logging.wandb_project is not None:
         hooks.append(WeightsAndBiases(cfg.logging, directory, flatten(cfg)))
     if isinstance(state.metrics, RouterHealth):
         hooks.append(ExpertLoad(state.metrics, directory))
-    hooks.append(RunPlots(directory / "metrics.jsonl", directory / "plots"))
+    hooks.append(RunPlots(directory / METRICS_NAME, directory / "plots"))
     return hooks
 
 

@@ -26,3 +26,7 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on: a loss that is not a number, for example."""
+
+
+class StepRefusedError(TrainingError):
+    """One more step than may be skipped was too bad to take."""

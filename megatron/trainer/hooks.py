@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 
+METRICS_NAME = "metrics.jsonl"
+
 
 class Hook:
     """Moments of a run; every method may be left as it is."""
@@ -37,6 +39,9 @@ class Hook:
     def on_evaluation(self, record: Record) -> None:
         """The validation sets were evaluated."""
 
+    def on_rewind(self, iteration: int) -> None:
+        """The run has gone back to `iteration` steps, and will take the later ones again."""
+
     def on_end(self) -> None:
         """Training is over, or failed."""
 
@@ -49,6 +54,10 @@ class MetricsFile(Hook):
 
     def on_start(self, iteration: int, train_iters: int) -> None:
         """Drop records of steps that a resumed run will take again."""
+        keep_records_until(self.path, iteration)
+
+    def on_rewind(self, iteration: int) -> None:
+        """Drop records of steps that are taken again."""
         keep_records_until(self.path, iteration)
 
     def on_log(self, record: Record) -> None:
@@ -133,6 +142,11 @@ class TensorBoard(Hook):
 
         self._writer = SummaryWriter(str(self._directory), purge_step=iteration + 1)
 
+    def on_rewind(self, iteration: int) -> None:
+        """Begin another file, which hides the steps that are taken again."""
+        self.on_end()
+        self.on_start(iteration, 0)
+
     def on_log(self, record: Record) -> None:
         """Write every number of the record."""
         for name, value in scalars(record).items():
@@ -148,7 +162,11 @@ class TensorBoard(Hook):
 
 
 class WeightsAndBiases(Hook):
-    """A wandb run; its id is kept in the run directory, so a resumed run continues it."""
+    """A wandb run; its id is kept in the run directory, so a resumed run continues it.
+
+    wandb takes no number for a step that it has passed: after a rewind it shows the old ones until
+    the run is beyond them.
+    """
 
     def __init__(self, cfg: LoggingConfig, run_directory: Path, config: Mapping[str, Any]) -> None:
         try:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron.trainer import signals
 from megatron.trainer.allocator import keep_freed_memory
 from megatron.trainer.config import ParallelConfig, RunConfig
 from megatron.trainer.errors import ConfigError, UserError
@@ -141,7 +142,7 @@ def agree(action: Callable[[], T]) -> T:
     return result[0]
 
 
-def run_main(main: Callable[[], None]) -> int:
+def run_main(main: Callable[[], int | None]) -> int:
     """Run a program; a UserError becomes one message on rank 0 and exit status 2 on every rank.
 
     A UserError is raised on all ranks alike (config errors before the process groups exist, file
@@ -149,12 +150,16 @@ def run_main(main: Callable[[], None]) -> int:
     marked as local is told by the rank that met it, and torchrun ends the others. Wrong flags end
     in a SystemExit, whose message was printed by the parser.
 
+    Args:
+        main: returns the exit status of a program that ended as it should; None is 0.
+
     Returns:
         The exit status. torchrun turns every status but 0 into 1.
     """
     try:
-        main()
+        return main() or 0
     except UserError as error:
+        signals.stop_listening()  # torchrun ends the ranks that wait below with SIGTERM
         rank = environment_rank()
         if rank == 0 or error.is_local:
             where = f" on rank {rank}" if error.is_local else ""
@@ -164,10 +169,10 @@ def run_main(main: Callable[[], None]) -> int:
             time.sleep(SPEAKING_TIME_S)
         return 2
     except SystemExit as end:
+        signals.stop_listening()
         if end.code not in (None, 0) and environment_rank() != 0:
             time.sleep(SPEAKING_TIME_S)
         raise
-    return 0
 
 
 def _resolve_device(parallel: ParallelConfig) -> torch.device:

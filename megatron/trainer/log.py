@@ -13,8 +13,9 @@ def configure_logging(rank: int) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
-    # megatron-core announces its whole config at INFO.
-    logging.getLogger("megatron.core").setLevel(logging.WARNING)
+    # megatron-core announces its whole config at INFO, matplotlib its fonts.
+    for talkative in ("megatron.core", "matplotlib"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
 
 
 class _StderrHandler(logging.StreamHandler):

@@ -2,11 +2,30 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from megatron.trainer.ending import Stop, StopRule
+from megatron.trainer.errors import StepRefusedError
 from megatron.trainer.hooks import Hook
+from megatron.trainer.journal import Journal
 from megatron.trainer.state import ForwardStep, TrainState
 from megatron.trainer.step import StepResult, evaluate, train_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upkeep:
+    """What a run needs beside steps, to live long; every part may be left out."""
+
+    save: Callable[[TrainState], None] | None = None
+    """Writes a checkpoint, a collective call; None writes none."""
+    rewind: Callable[[TrainState], bool] | None = None
+    """Goes back to a checkpoint after a step too bad to skip, a collective call; False if it may
+    not."""
+    evaluate_first: bool = False
+    """Begin with the evaluation that an earlier job was stopped in."""
+    journal: Journal | None = None
+    """Where events are told."""
 
 
 def train(
@@ -14,58 +33,150 @@ def train(
     forward_step: ForwardStep,
     *,
     hooks: Sequence[Hook],
-    save: Callable[[TrainState], None] | None,
-) -> None:
-    """Train until `train_iters` steps are done.
+    upkeep: Upkeep | None = None,
+) -> Stop | None:
+    """Train until `train_iters` steps are done, or until the run has to stop early.
 
     Args:
         state: where the run stands; changed in place.
         forward_step: megatron-core's forward step, `step.language_model_step` for pretraining.
         hooks: watchers of this rank.
-        save: writes a checkpoint, a collective call; None writes none.
+        upkeep: checkpoints and what becomes of bad steps; None does without.
+
+    Returns:
+        Why it stopped early; None if it is finished. Either way all is saved.
+
+    Raises:
+        StepRefusedError: a step was too bad, and may be neither skipped nor undone.
     """
-    cfg = state.cfg
-    train_iters = cfg.training.train_iters
-    evaluated = saved = state.iteration
-    seconds, steps = 0.0, 0
+    run = _Run(state, forward_step, hooks, upkeep or Upkeep())
     for hook in hooks:
-        hook.on_start(state.iteration, train_iters)
+        hook.on_start(state.iteration, state.cfg.training.train_iters)
     try:
-        while state.iteration < train_iters:
-            if state.metrics is not None:
-                state.metrics.reset()
-            started = time.perf_counter()
-            result = train_step(state, forward_step)
-            seconds += time.perf_counter() - started
-            steps += 1
-            for hook in hooks:
-                hook.on_step(state.iteration, result.lm_loss)
-            if _is_due(state, cfg.logging.log_interval):
-                record = _step_record(state, result, seconds_per_step=seconds / steps)
-                for hook in hooks:
-                    hook.on_log(record)
-                seconds, steps = 0.0, 0
-            if _is_due(state, cfg.evaluation.eval_interval):
-                _evaluate_all(state, forward_step, hooks)
-                evaluated = state.iteration
-            if save is not None and _is_due(state, cfg.checkpoint.save_interval):
-                save(state)
-                saved = state.iteration
-        if evaluated < state.iteration:
-            _evaluate_all(state, forward_step, hooks)
-        if save is not None and saved < state.iteration:
-            save(state)
+        return run.to_the_end()
     finally:
         for hook in hooks:
             hook.on_end()
 
 
-def _is_due(state: TrainState, interval: int) -> bool:
-    return interval > 0 and state.iteration % interval == 0
+class _Run:
+    """A call of `train`, and what it has to remember between steps."""
+
+    def __init__(
+        self, state: TrainState, forward_step: ForwardStep, hooks: Sequence[Hook], upkeep: Upkeep
+    ) -> None:
+        self.state = state
+        self.forward_step = forward_step
+        self.hooks = hooks
+        self.upkeep = upkeep
+        self.stop_rule = StopRule(state.cfg, device=state.ctx.device, iteration=state.iteration)
+        self.evaluated = -1 if upkeep.evaluate_first else state.iteration
+        self.saved = state.iteration
+        self._seconds, self._steps, self._skipped = 0.0, 0, 0
+
+    def to_the_end(self) -> Stop | None:
+        """Take steps, and between them do what is due."""
+        cfg, state = self.state.cfg, self.state
+        if self.evaluated < 0:
+            self._evaluate_all()
+        while state.iteration < cfg.training.train_iters and not self._must_stop():
+            phase = state.train_data.phase
+            try:
+                result = self._step()
+            except StepRefusedError as refused:
+                if not self._rewind(str(refused)):
+                    raise
+                continue
+            self._tell(result, phase_before=phase)
+            if self._is_due(cfg.logging.log_interval):
+                self._log(result)
+            if self._is_due(cfg.evaluation.eval_interval):
+                self._evaluate_all()
+            if self._is_due(cfg.checkpoint.save_interval):
+                self._save()
+        if self.stop_rule.stop is None and self.evaluated < state.iteration:
+            self._evaluate_all()
+        if self.saved < state.iteration:
+            self._save()
+        return self.stop_rule.stop
+
+    def _must_stop(self) -> bool:
+        return self.stop_rule.ask(self.state.iteration) is not None
+
+    def _is_due(self, interval: int) -> bool:
+        return interval > 0 and self.state.iteration % interval == 0
+
+    def _step(self) -> StepResult:
+        if self.state.metrics is not None:
+            self.state.metrics.reset()
+        started = time.perf_counter()
+        result = train_step(self.state, self.forward_step)
+        self._seconds += time.perf_counter() - started
+        self._steps += 1
+        return result
+
+    def _tell(self, result: StepResult, *, phase_before: str | None) -> None:
+        iteration, phase = self.state.iteration, self.state.train_data.phase
+        for hook in self.hooks:
+            hook.on_step(iteration, result.lm_loss)
+        if result.skipped is not None:
+            self._skipped += 1
+            self._event("skip", result.skipped)
+        if phase != phase_before and phase is not None:
+            self._event("phase", f"{phase} begins")
+
+    def _log(self, result: StepResult) -> None:
+        record = step_record(
+            self.state, result, seconds_per_step=self._seconds / self._steps, skipped=self._skipped
+        )
+        for hook in self.hooks:
+            hook.on_log(record)
+        self._seconds, self._steps, self._skipped = 0.0, 0, 0
+
+    def _evaluate_all(self) -> None:
+        """Evaluate every validation set; without a record if the run has to stop meanwhile."""
+        losses = {}
+        for name in self.state.validation:
+            loss = evaluate(self.state, self.forward_step, name, is_over=self._must_stop)
+            if loss is None:
+                return
+            losses[name] = loss
+        self.evaluated = self.state.iteration
+        if losses:
+            record = evaluation_record(self.state, losses)
+            for hook in self.hooks:
+                hook.on_evaluation(record)
+
+    def _save(self) -> None:
+        if self.upkeep.save is None:
+            return
+        started = time.perf_counter()
+        self.upkeep.save(self.state)
+        self.saved = self.state.iteration
+        if self.upkeep.journal is not None:
+            self.upkeep.journal.saved = self.saved
+        self._event("save", f"{time.perf_counter() - started:.1f} s")
+
+    def _rewind(self, why: str) -> bool:
+        """Go back to the newest checkpoint, and let records and events know."""
+        before = self.state.iteration
+        if self.upkeep.rewind is None or not self.upkeep.rewind(self.state):
+            return False
+        iteration = self.state.iteration
+        self.evaluated = self.saved = iteration
+        self._seconds, self._steps, self._skipped = 0.0, 0, 0
+        for hook in self.hooks:
+            hook.on_rewind(iteration)
+        self._event("rewind", f"from iteration {before}: {why}", rewound_from=before)
+        return True
+
+    def _event(self, name: str, detail: str, **more: Any) -> None:
+        if self.upkeep.journal is not None:
+            self.upkeep.journal.event(self.state.iteration, name, detail, **more)
 
 
-def _step_record(
-    state: TrainState, result: StepResult, *, seconds_per_step: float
+def step_record(
+    state: TrainState, result: StepResult, *, seconds_per_step: float, skipped: int
 ) -> dict[str, Any]:
     """One object of `metrics.jsonl`; docs/run_directory.md says what each number means."""
     cfg = state.cfg.training
@@ -78,17 +189,13 @@ def _step_record(
         "learning_rate": result.learning_rate,
         "tokens_per_second": tokens_per_second,
         "model_tflops": tokens_per_second * state.flops_per_token / state.ctx.world_size / 1e12,
-        "skipped": int(result.skipped),
+        "skipped": skipped,
     }
 
 
-def _evaluate_all(state: TrainState, forward_step: ForwardStep, hooks: Sequence[Hook]) -> None:
-    if not state.validation:
-        return
-    losses = {name: evaluate(state, forward_step, name) for name in state.validation}
-    record = {**_position(state), "valid_loss": losses}
-    for hook in hooks:
-        hook.on_evaluation(record)
+def evaluation_record(state: TrainState, losses: dict[str, float]) -> dict[str, Any]:
+    """The other kind of object there."""
+    return {**_position(state), "valid_loss": losses}
 
 
 def _position(state: TrainState) -> dict[str, Any]:

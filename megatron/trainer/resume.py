@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +20,10 @@ from megatron.trainer.checkpoint import (
     save_checkpoint,
 )
 from megatron.trainer.checkpoint.layout import final_iterations, stranded
+from megatron.trainer.checkpoint.ranks import on_rank0
 from megatron.trainer.config import CheckpointConfig
 from megatron.trainer.errors import CheckpointError, DataError
+from megatron.trainer.hooks import METRICS_NAME, read_records
 from megatron.trainer.launch import agree
 from megatron.trainer.load import dump_config
 from megatron.trainer.optim_state import OPTIMIZER_PREFIX
@@ -65,6 +68,7 @@ def checkpoint_writer(state: TrainState) -> Callable[[TrainState], None] | None:
             sharded_state(current),
             files={**files, RUN_NAME: run},
             keep_last=cfg.keep_last,
+            keep_every=cfg.keep_every,
         )
         logger.info("saved %s", path)
 
@@ -79,7 +83,21 @@ class Architecture(Protocol):
         ...
 
 
-def resume(state: TrainState, model_config: Architecture) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """What a run went on from."""
+
+    event: str
+    """`start`, `resume` or `branch`, as in events.jsonl."""
+    detail: str
+    """The same in words."""
+    passed_over: tuple[str, ...] = ()
+    """Newer checkpoints that were not whole, each with what is wrong."""
+    is_continued: bool = False
+    """It goes on in its own directory, from a checkpoint."""
+
+
+def resume(state: TrainState, model_config: Architecture) -> Beginning:
     """Continue from `--load`; do nothing for a fresh run.
 
     A run directory given to --load and --save alike may be empty: the first job of a chain. Any
@@ -90,28 +108,30 @@ def resume(state: TrainState, model_config: Architecture) -> None:
     Args:
         state: freshly built; changed in place.
         model_config: this run's model group, compared with the checkpoint's.
+
+    Returns:
+        What was found.
     """
     cfg = state.cfg.checkpoint
     load, is_continued = _where_from(cfg)
     is_branching = cfg.anneal_from is not None and not is_continued
     if load is None:
-        return
+        return Beginning(event="start", detail="from initial weights")
     if is_continued and not _has_checkpoints(load):
         logger.info("no checkpoint in %s yet: starting from iteration 0", load)
-        return
+        return Beginning(event="start", detail="from initial weights")
     found = find_checkpoint(load, iteration=cfg.anneal_from if is_branching else cfg.ckpt_step)
     agree(lambda: check_architecture(found, model_config.architecture()))
     run = None if cfg.finetune else agree(lambda: _saved_run(found))
+    passed_over = tuple(f"{path.name}: {problems[0]}" for path, problems in found.skipped)
     if run is None or run.get(WEIGHTS_ONLY) is True:
         _take_weights(state, found)
-        return
+        return Beginning(
+            event="start", detail=f"from the weights of {found.path}", passed_over=passed_over
+        )
     if state.anneal is not None:
         state.schedule = agree(lambda: _branch_schedule(state, run, found, is_branching))
-    request = request_state(state, run, is_branching=is_branching)
-    take_data(state, run, is_branching=is_branching)
-    # Another layout, or a branch, leaves the random states unread.
-    loaded = load_checkpoint(found.path, request, unread_prefixes=(RNG_PREFIX,))
-    apply_state(state, loaded, run)
+    _take_state(state, found, run, is_branching=is_branching)
     logger.info(
         "%s %s at iteration %d, %d samples consumed, learning rate %g",
         "branched from" if is_branching else "resumed",
@@ -125,6 +145,77 @@ def resume(state: TrainState, model_config: Architecture) -> None:
             "the run has done its --train-iters %d already; nothing is left to train",
             state.cfg.training.train_iters,
         )
+    return Beginning(
+        event="branch" if is_branching else "resume",
+        detail=f"from {found.path}",
+        passed_over=passed_over,
+        is_continued=is_continued,
+    )
+
+
+def _take_state(
+    state: TrainState, found: FoundCheckpoint, run: Mapping[str, Any], *, is_branching: bool = False
+) -> None:
+    """Take over everything that a checkpoint of a training run holds."""
+    request = request_state(state, run, is_branching=is_branching)
+    take_data(state, run, is_branching=is_branching)
+    # Another layout, or a branch, leaves the random states unread.
+    loaded = load_checkpoint(found.path, request, unread_prefixes=(RNG_PREFIX,))
+    apply_state(state, loaded, run)
+
+
+def rewind(state: TrainState) -> bool:
+    """Go back to the newest whole checkpoint in `--save`, past the samples drawn since.
+
+    They are left out: the schedule goes on from the checkpoint's step with samples that the run has
+    not seen, and no phase gets shorter. Called by every rank.
+
+    Returns:
+        False where this is not wanted, was done too often, or there is no checkpoint.
+    """
+    cfg = state.cfg
+    if not cfg.reliability.rewind_on_spike or cfg.checkpoint.save is None:
+        return False
+    root = Path(cfg.checkpoint.save)
+    if not agree(lambda: _has_checkpoints(root)):
+        return False
+    found = find_checkpoint(root)
+    run = agree(lambda: _saved_run(found))
+    if run.get(WEIGHTS_ONLY) is True or not state.guard.may_rewind(found.iteration):
+        return False
+    rewinds, drawn = dict(state.guard.rewinds), state.train_data.consumed_samples
+    _take_state(state, found, run)
+    state.guard.rewinds = rewinds
+    left_out = drawn - state.train_data.consumed_samples
+    state.train_data.leave_out(left_out)
+    logger.warning(
+        "went back to %s; %d samples read since are left out (rewind %d of --max-rewinds %d)",
+        found.path,
+        left_out,
+        rewinds[found.iteration],
+        cfg.reliability.max_rewinds,
+    )
+    return True
+
+
+def evaluation_is_pending(state: TrainState) -> bool:
+    """Whether the job before was stopped in the evaluation of this very step; a collective call."""
+    cfg = state.cfg
+    if cfg.checkpoint.save is None or not state.validation:
+        return False
+    interval, iteration = cfg.evaluation.eval_interval, state.iteration
+    is_due = (interval > 0 and iteration % interval == 0) or (iteration == cfg.training.train_iters)
+    metrics = Path(cfg.checkpoint.save) / METRICS_NAME
+    return is_due and on_rank0(
+        f"reading {metrics}",
+        lambda: (
+            not any(
+                record["iteration"] == iteration and "valid_loss" in record
+                for record in read_records(metrics)
+            )
+        ),
+        None,
+    )
 
 
 def _where_from(cfg: CheckpointConfig) -> tuple[Path | None, bool]:
@@ -254,7 +345,7 @@ def _has_checkpoints(root: Path) -> bool:
 
 
 def _refuse_to_overwrite(save: Path) -> None:
-    if _has_checkpoints(save) or (save / "metrics.jsonl").exists():
+    if _has_checkpoints(save) or (save / METRICS_NAME).exists():
         raise CheckpointError(
             f"{save} holds an earlier run; continue it with --load {save} (without --finetune), or"
             " give --save another directory"

@@ -15,9 +15,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.trainer.config import RunConfig
 from megatron.trainer.data.sharing import DocumentRule
 from megatron.trainer.data.stream import SampleStream, ValidationSet
+from megatron.trainer.errors import CheckpointError
 from megatron.trainer.launch import RunContext
 from megatron.trainer.optim_state import load_optimizer_state, optimizer_state
 from megatron.trainer.schedule import Schedule, check_schedule
+from megatron.trainer.spikes import StepGuard
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,13 @@ class TrainState:
     flops_per_token: float = 0.0
     """Model FLOPs of a token's forward and backward pass."""
     iteration: int = 0
-    """Optimizer steps done."""
+    """Optimizer steps done, skipped ones included."""
+    guard: StepGuard = field(init=False)
+    """Which steps are taken."""
+
+    def __post_init__(self) -> None:
+        """Begin without a history."""
+        self.guard = StepGuard(self.cfg.reliability)
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -116,6 +124,7 @@ def run_state(state: TrainState) -> dict[str, Any]:
         "data": state.train_data.state_dict(),
         "schedule": dict(state.schedule.state_dict()),
         "learning_rate": float(state.schedule(state.iteration)),
+        "guard": state.guard.state_dict(),
     }
 
 
@@ -163,7 +172,19 @@ def take_data(state: TrainState, run: Mapping[str, Any], *, is_branching: bool =
 
 
 def apply_state(state: TrainState, loaded: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    """Take over what was loaded into a request of `request_state`."""
+    """Take over what was loaded into a request of `request_state`.
+
+    Raises:
+        CheckpointError: what it says about earlier steps is damaged.
+    """
+    if "guard" in run:
+        try:
+            state.guard.load_state_dict(run["guard"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint's guard is {run['guard']!r:.200}; it must hold losses, grad_norms,"
+                " skipped_in_row and rewinds; load another checkpoint"
+            ) from error
     load_optimizer_state(state.optimizer, loaded["optimizer"], steps=int(run["optimizer_steps"]))
     load_model(state.modules, loaded)
     state.iteration = int(run["iteration"])

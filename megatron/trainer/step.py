@@ -1,7 +1,7 @@
 """One forward-backward-update, and one evaluation pass; no I/O."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron.trainer.data.sharing import separate_documents, share_positions
 from megatron.trainer.data.stream import Batch
-from megatron.trainer.errors import TrainingError
+from megatron.trainer.errors import StepRefusedError
 from megatron.trainer.layout import num_microbatches
 from megatron.trainer.optim import apply_schedule
 from megatron.trainer.state import ForwardStep, TrainState
@@ -24,11 +24,11 @@ class StepResult:
     lm_loss: float
     """Mean cross-entropy over the tokens of the global batch, nats."""
     grad_norm: float
-    """Global gradient norm before clipping."""
+    """Global gradient norm before clipping; NaN where it was not measured."""
     learning_rate: float
     """Learning rate of this update."""
-    skipped: bool
-    """The optimizer refused the update."""
+    skipped: str | None = None
+    """Why there was no update; None if there was one."""
 
 
 def language_model_step(
@@ -68,9 +68,12 @@ def language_model_step(
 def train_step(state: TrainState, forward_step: ForwardStep) -> StepResult:
     """Take the next global batch, update the weights, and count the iteration.
 
+    A step whose loss or gradient norm the guard refuses is skipped: it counts, but weights and
+    optimizer stay as they were.
+
     Raises:
-        TrainingError: loss or gradient norm is not finite; raised on every rank alike. The weights
-            are as before when it is the loss.
+        StepRefusedError: it is one more than may be skipped; raised on every rank alike, with
+            weights and iteration as before.
     """
     cfg = state.cfg.training
     first_sample = state.train_data.consumed_samples
@@ -85,30 +88,106 @@ def train_step(state: TrainState, forward_step: ForwardStep) -> StepResult:
     state.optimizer.zero_grad()
     parts = _forward_backward(state, forward_step, batches, forward_only=False)
     lm_loss = _mean_loss(state, parts)
-    if not math.isfinite(lm_loss):
-        raise TrainingError(_name_batch(state, parts, lm_loss, first_sample))
-
     learning_rate = state.schedule(state.iteration)
-    apply_schedule(state.optimizer, lr=learning_rate, weight_decay=state.cfg.optimizer.weight_decay)
-    updated, grad_norm, _ = state.optimizer.step()
-    if grad_norm is None or not math.isfinite(grad_norm):
-        raise TrainingError(
-            f"gradient norm is {grad_norm} at iteration {state.iteration + 1} (loss {lm_loss:g},"
-            f" global samples {first_sample} to {state.train_data.consumed_samples - 1}); nothing"
-            " was saved since. Resume from the last checkpoint with a lower --lr, or look at those"
-            " samples"
+    grad_norm = math.nan
+    problem = _agreed(state, state.guard.loss_problem(lm_loss))
+    if problem is not None:
+        where = f"{problem} at iteration {state.iteration + 1}, in global samples"
+        bad = _bad_samples(state, parts, first_sample)
+    else:
+        apply_schedule(
+            state.optimizer, lr=learning_rate, weight_decay=state.cfg.optimizer.weight_decay
         )
+        grad_norm, problem = _update(state)
+        where = f"{problem} at iteration {state.iteration + 1} (loss {lm_loss:g}), global samples"
+        bad = f"{first_sample} to {state.train_data.consumed_samples - 1}"
+    if problem is None:
+        state.guard.took(loss=lm_loss, norm=grad_norm)
+    elif not state.guard.skip():
+        raise StepRefusedError(_refusal(state, f"{where} {bad}"))
     state.iteration += 1
     return StepResult(
         lm_loss=lm_loss,
-        grad_norm=float(grad_norm),
+        grad_norm=grad_norm,
         learning_rate=learning_rate,
-        skipped=not updated,
+        skipped=None if problem is None else f"{where} {bad}",
     )
 
 
-def evaluate(state: TrainState, forward_step: ForwardStep, name: str) -> float:
-    """Mean cross-entropy of the named validation set, nats per token; a collective call."""
+def _update(state: TrainState) -> tuple[float, str | None]:
+    """Clip and update, unless the guard refuses the gradient norm.
+
+    Returns:
+        The gradient norm before clipping, and why there was no update; None if there was one.
+    """
+    measure = state.optimizer.get_grad_norm
+    found: list[tuple[float, str | None]] = []
+
+    def measure_and_judge() -> float:
+        norm = float(measure())
+        found.append((norm, _agreed(state, state.guard.norm_problem(norm))))
+        if found[0][1] is not None:
+            raise _NoUpdate
+        return norm
+
+    # megatron-core's step measures the norm between preparing the gradients and using them.
+    vars(state.optimizer)["get_grad_norm"] = measure_and_judge
+    try:
+        updated, _, _ = state.optimizer.step()
+    except _NoUpdate:
+        return found[0]
+    finally:
+        del vars(state.optimizer)["get_grad_norm"]
+    if not updated:
+        return math.nan, "the optimizer refused the update"
+    return found[0]
+
+
+class _NoUpdate(Exception):
+    """Leaves the optimizer's step before anything is changed."""
+
+
+def _agreed(state: TrainState, problem: str | None) -> str | None:
+    """This rank's problem or, where only others have one, that they do.
+
+    A number that is not finite is so on every rank. A spike is a matter of the last digit, in which
+    replicas may differ; only then is it worth asking.
+    """
+    if not state.guard.looks_for_spikes:
+        return problem
+    refused = torch.tensor(float(problem is not None), device=state.ctx.device)
+    dist.all_reduce(refused, op=dist.ReduceOp.MAX)
+    return problem or ("another rank sees a spike" if refused.item() else None)
+
+
+def _refusal(state: TrainState, what: str) -> str:
+    """Say why the run cannot go on, and what to do."""
+    skipped = state.guard.skipped_in_row - 1
+    before = f" after {skipped} skipped in a row (--max-skipped)" if skipped else ""
+    return (
+        f"{what}{before}; the weights were not updated and no checkpoint was written. Resume from"
+        " the last checkpoint with a lower --lr, or look at those samples"
+    )
+
+
+def evaluate(
+    state: TrainState,
+    forward_step: ForwardStep,
+    name: str,
+    *,
+    is_over: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """Mean cross-entropy of the named validation set, nats per token; a collective call.
+
+    Args:
+        state: where the run stands.
+        forward_step: as in training.
+        name: of the set.
+        is_over: asked before each global batch, on every rank alike; True gives the evaluation up.
+
+    Returns:
+        The mean, or None where it was given up.
+    """
     cfg = state.cfg
     batches = state.validation[name].batches(
         cfg.evaluation.eval_iters,
@@ -120,12 +199,15 @@ def evaluate(state: TrainState, forward_step: ForwardStep, name: str) -> float:
     for chunk in state.chunks:
         chunk.eval()
     parts = []
+    given_up = False
     with torch.no_grad():
         for global_batch in batches:
+            if given_up := is_over():
+                break
             parts += _forward_backward(state, forward_step, global_batch, forward_only=True)
     for chunk in state.chunks:
         chunk.train()
-    return _mean_loss(state, parts)
+    return None if given_up else _mean_loss(state, parts)
 
 
 def _forward_backward(
@@ -188,13 +270,10 @@ def _mean_loss(state: TrainState, parts: Sequence[dict[str, torch.Tensor]]) -> f
     return float(loss_sum / tokens) if tokens else math.nan
 
 
-def _name_batch(
-    state: TrainState,
-    parts: Sequence[dict[str, torch.Tensor]],
-    lm_loss: float,
-    first_sample: int,
+def _bad_samples(
+    state: TrainState, parts: Sequence[dict[str, torch.Tensor]], first_sample: int
 ) -> str:
-    """Say which samples broke the loss; a collective call."""
+    """Say which samples broke the loss: all, where none alone did; a collective call."""
     size = state.cfg.training.micro_batch_size
     mine = [
         (first_sample + (index * state.ctx.layout.data + state.ctx.data_parallel_rank) * size)
@@ -204,12 +283,10 @@ def _name_batch(
     found: list[list[int]] = [[] for _ in range(state.ctx.world_size)]
     dist.all_gather_object(found, mine)
     starts = sorted({start for each in found for start in each})
+    if not starts:
+        return f"{first_sample} to {state.train_data.consumed_samples - 1}"
     samples = ", ".join(
         str(start) if size == 1 else f"{start} to {start + size - 1}" for start in starts[:8]
     )
     more = f" and {len(starts) - 8} micro-batches more" if len(starts) > 8 else ""
-    return (
-        f"loss is {lm_loss} at iteration {state.iteration + 1}, in global samples {samples}{more};"
-        " the weights were not updated and no checkpoint was written. Resume from the last"
-        " checkpoint with a lower --lr, or look at those samples"
-    )
+    return f"{samples}{more}"

@@ -9,6 +9,7 @@ from megatron.trainer.config import (
     CheckpointConfig,
     OptimizerConfig,
     ParallelConfig,
+    ReliabilityConfig,
     RunConfig,
     TrainingConfig,
 )
@@ -98,6 +99,7 @@ def validate(cfg: RunConfig, world_size: int, *, is_training: bool = True) -> No
     found += _optimizer_problems(cfg.optimizer)
     found += schedule_problems(cfg.optimizer, cfg)
     found += _checkpoint_problems(cfg.checkpoint) + branch_problems(cfg)
+    found += _reliability_problems(cfg.reliability, cfg.checkpoint)
     if cfg.logging.wandb_project is not None and cfg.checkpoint.save is None:
         found.append(
             f"wandb_project ({cfg.logging.wandb_project!r}) needs save (None), because the run's"
@@ -139,6 +141,9 @@ def _size_problems(cfg: RunConfig) -> list[str]:
         "recompute_num_layers": training.recompute_num_layers,
         "eval_iters": cfg.evaluation.eval_iters,
         "keep_last": cfg.checkpoint.keep_last,
+        "keep_every": cfg.checkpoint.keep_every,
+        "exit_interval": cfg.reliability.exit_interval,
+        "spike_window": cfg.reliability.spike_window,
         "log_interval": cfg.logging.log_interval,
     }
     at_least_zero: dict[str, int | None] = {
@@ -146,6 +151,8 @@ def _size_problems(cfg: RunConfig) -> list[str]:
         "eval_interval": cfg.evaluation.eval_interval,
         "ckpt_step": cfg.checkpoint.ckpt_step,
         "save_interval": cfg.checkpoint.save_interval,
+        "max_skipped": cfg.reliability.max_skipped,
+        "max_rewinds": cfg.reliability.max_rewinds,
     }
     found = [
         f"seed ({training.seed}) must be at most 2^62; use a smaller one"
@@ -303,8 +310,39 @@ def _optimizer_problems(optimizer: OptimizerConfig) -> list[str]:
     return found
 
 
+def _reliability_problems(
+    reliability: ReliabilityConfig, checkpoint: CheckpointConfig
+) -> list[str]:
+    above_zero = {
+        "exit_duration_in_mins": reliability.exit_duration_in_mins,
+        "spike_sigma": reliability.spike_sigma,
+        "preflight_timeout": reliability.preflight_timeout,
+    }
+    found = [
+        f"{name} ({value:g}) must be above 0; use a positive number"
+        for name, value in above_zero.items()
+        if value is not None and value <= 0
+    ]
+    code = reliability.requeue_exit_code
+    if not 0 <= code <= 255:
+        found.append(
+            f"requeue_exit_code ({code}) must be 0 to 255, as exit statuses are; use one of these"
+        )
+    if reliability.rewind_on_spike and checkpoint.save is None:
+        found.append(
+            "rewind_on_spike (True) needs save (None), the directory with the checkpoints to go"
+            " back to; set --save DIR, or drop --rewind-on-spike"
+        )
+    return found
+
+
 def _checkpoint_problems(checkpoint: CheckpointConfig) -> list[str]:
     found = []
+    if checkpoint.keep_every is not None and checkpoint.keep_last is None:
+        found.append(
+            f"keep_every ({checkpoint.keep_every}) changes nothing without keep_last (None), which"
+            " keeps all checkpoints; set --keep-last N, or drop --keep-every"
+        )
     if checkpoint.save_interval > 0 and checkpoint.save is None:
         found.append(
             f"save_interval ({checkpoint.save_interval}) needs save (None), the directory to write"

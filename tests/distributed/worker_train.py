@@ -20,8 +20,8 @@ from megatron.trainer.errors import UserError
 from megatron.trainer.hooks import Hook, Record
 from megatron.trainer.launch import environment_rank, initialize, shut_down
 from megatron.trainer.log import configure_logging
-from megatron.trainer.loop import train
-from megatron.trainer.resume import checkpoint_writer, resume
+from megatron.trainer.loop import Upkeep, train
+from megatron.trainer.resume import checkpoint_writer, resume, rewind
 from megatron.trainer.state import TrainState
 from megatron.trainer.step import language_model_step
 
@@ -48,7 +48,7 @@ def run_case(flags: list[str], out: Path, name: str) -> None:
         state,
         language_model_step,
         hooks=[recorder, *recipe.build_hooks(cfg, state)],
-        save=checkpoint_writer(state),
+        upkeep=Upkeep(save=checkpoint_writer(state), rewind=rewind),
     )
     torch.save(final_shards(state), out / f"{name}.rank{ctx.rank}.pt")
     if ctx.rank == 0:

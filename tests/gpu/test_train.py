@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron.trainer.launch import initialize, shut_down
-from megatron.trainer.loop import train
+from megatron.trainer.loop import Upkeep, train
 from megatron.trainer.resume import checkpoint_writer, resume
 from megatron.trainer.state import TrainState, sharded_state
 from megatron.trainer.step import language_model_step
@@ -145,7 +145,7 @@ def test_checkpoint_brings_back_every_bit(is_sharded: bool, tmp_path: Path) -> N
     )
     state = build(*arguments)
     assert state.ctx.device.type == "cuda"
-    train(state, language_model_step, hooks=[], save=checkpoint_writer(state))
+    train(state, language_model_step, hooks=[], upkeep=Upkeep(save=checkpoint_writer(state)))
     saved = tensors(state)
     shut_down()
     state = build(*arguments, "--load", str(tmp_path))

@@ -140,7 +140,7 @@ def test_step_is_the_mean_loss_clipped_and_given_to_adamw(
     assert result.lm_loss == pytest.approx(lm_loss.item(), rel=1e-6)
     assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
     assert result.grad_norm > 2 * 0.05
-    assert (result.learning_rate, result.skipped, state.iteration) == (0.003, False, 1)
+    assert (result.learning_rate, result.skipped, state.iteration) == (0.003, None, 1)
     for name, expected in truth.named_parameters():
         found = dict(model_of(state).named_parameters())[name]
         # AdamW's first step is lr * sign(gradient): only gradients near 0 can differ by rounding.
@@ -239,7 +239,7 @@ def test_gradient_that_is_not_finite_ends_the_run_with_its_samples(make_state: S
     model_of(state).decoder.final_layernorm.weight.register_hook(lambda grad: grad * math.inf)
     with pytest.raises(
         TrainingError,
-        match=r"^gradient norm is (nan|inf) at iteration 1 \(loss 4\.\d+, global samples 0 to 7\)",
+        match=r"^gradient norm is (nan|inf) at iteration 1 \(loss 4\.\d+\), global samples 0 to 7; the",
     ):
         train_step(state, language_model_step)
     assert state.iteration == 0

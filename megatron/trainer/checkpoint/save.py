@@ -39,6 +39,7 @@ from megatron.trainer.manifest import (
     hash_files,
     list_files,
     sync_directory,
+    verify_manifest,
     write_durably,
     write_manifest,
 )
@@ -59,6 +60,7 @@ def save_checkpoint(
     *,
     files: Mapping[str, str | Path] | None = None,
     keep_last: int | None = None,
+    keep_every: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Save `state` as `root/iter_NNNNNNN` and let the tracker name it.
@@ -76,19 +78,24 @@ def save_checkpoint(
             Only rank 0's are used.
         keep_last: checkpoints to keep, this one included; older ones are deleted, later ones
             (of a run that was rolled back) never. None keeps all.
+        keep_every: iterations whose multiples are kept beside those; None keeps no others.
         group: all ranks; None is the default group.
 
     Returns:
         The checkpoint's directory.
 
     Raises:
-        ConfigError: `keep_last` is less than 1.
+        ConfigError: `keep_last` or `keep_every` is less than 1.
         CheckpointError: saving failed on some rank; raised on all.
     """
     if keep_last is not None and keep_last < 1:
         raise ConfigError(
             f"keep_last ({keep_last}) must be at least 1, the checkpoint just written; leave it "
             "out to keep all"
+        )
+    if keep_every is not None and keep_every < 1:
+        raise ConfigError(
+            f"keep_every ({keep_every}) must be at least 1; leave it out to keep no others"
         )
     attempt = gather(secrets.token_hex(4), group)[0]  # rank 0's, for all
     try:
@@ -106,7 +113,7 @@ def save_checkpoint(
     on_rank0(
         f"writing {layout.TRACKER_NAME}", partial(layout.write_tracker, root, iteration), group
     )
-    prune = partial(_prune, root, iteration, keep_last, attempt)
+    prune = partial(_prune, root, iteration, keep_last, keep_every, attempt)
     on_rank0("deleting old checkpoints", prune, group)
     return layout.final_path(root, iteration)
 
@@ -213,8 +220,17 @@ def _is_shard_of_another(name: str) -> bool:
     return name.endswith(".distcp") and not name.startswith("__0_")
 
 
-def _prune(root: Path, iteration: int, keep_last: int | None, attempt: str) -> None:
+def _prune(
+    root: Path, iteration: int, keep_last: int | None, keep_every: int | None, attempt: str
+) -> None:
     """Delete what was replaced and the checkpoints before the `keep_last` newest."""
+    if problems := verify_manifest(layout.final_path(root, iteration), checksums=False):
+        logger.warning(
+            "the checkpoint of iteration %d is not whole any more (%s); nothing older is deleted",
+            iteration,
+            problems[0],
+        )
+        return
     replaced = layout.replaced_path(root, iteration, attempt)
     if replaced.exists():
         logger.info("deleting the earlier checkpoint of iteration %d", iteration)
@@ -223,5 +239,6 @@ def _prune(root: Path, iteration: int, keep_last: int | None, attempt: str) -> N
         return
     upto = [found for found in layout.final_iterations(root) if found <= iteration]
     for old in upto[:-keep_last]:
-        logger.info("deleting the checkpoint of iteration %d; keep_last is %d", old, keep_last)
-        layout.discard(root, old, attempt)
+        if keep_every is None or old % keep_every:
+            logger.info("deleting the checkpoint of iteration %d; keep_last is %d", old, keep_last)
+            layout.discard(root, old, attempt)

@@ -17,6 +17,9 @@ from typing import Any
 from megatron.trainer.data.blend import Blend
 from megatron.trainer.errors import DataError
 
+LEFT_OUT = "left_out"
+"""Key of a phase's record: samples that were passed over; absent where there are none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
@@ -66,6 +69,7 @@ class Dealer:
         self.seed = seed
         self.windows = dict(windows)
         self.blends = tuple(Blend(phase.weights) for phase in phases)
+        self._left_out = [0] * len(phases)
         self._inherited: list[dict[str, Any]] = []
         self._current = 0
         self._drawn_before: Counter[str] = Counter()
@@ -98,7 +102,8 @@ class Dealer:
         Raises:
             DataError: The last phase is used up.
         """
-        if self.blends[self._current].num_drawn == self.phase.num_samples:
+        used = self.blends[self._current].num_drawn - self._left_out[self._current]
+        if used == self.phase.num_samples:
             if self._current + 1 == len(self.phases):
                 raise DataError(
                     f"all {len(self.phases)} phases are used up after {self.num_drawn} samples; the"
@@ -108,6 +113,16 @@ class Dealer:
         index, number = self.blends[self._current].draw()
         name = self.phase.sources[index]
         return name, self._drawn_before[name] + number
+
+    def leave_out(self, count: int) -> None:
+        """Pass over the next samples: they are dealt, but the phase gets no shorter by them.
+
+        Raises:
+            DataError: The last phase is used up.
+        """
+        for _ in range(count):
+            self.draw()
+            self._left_out[self._current] += 1
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Every phase, inherited ones first, and what was dealt in it, as plain JSON values."""
@@ -143,6 +158,9 @@ class Dealer:
             blend.counts[:] = record["consumed"]
         for blend in self.blends[num_begun:]:
             blend.counts[:] = 0
+        self._left_out = [0] * len(self.phases)
+        for index, record in enumerate(own[:num_begun]):
+            self._left_out[index] = record.get(LEFT_OUT, 0)
         self._enter(max(0, num_begun - 1))
         return notes
 
@@ -200,15 +218,16 @@ class Dealer:
                 "weights": blend.weights.tolist(),
                 "windows_per_epoch": [self.windows[name] for name in phase.sources],
                 "consumed": blend.counts.tolist(),
+                **({LEFT_OUT: left_out} if left_out else {}),
             }
-            for phase, blend in zip(self.phases, self.blends, strict=True)
+            for phase, blend, left_out in zip(self.phases, self.blends, self._left_out, strict=True)
         ]
         return self._inherited + own
 
     def _differences(self, index: int, record: Mapping[str, Any], *, is_last: bool) -> list[str]:
         """What of a phase that has begun is not as it was."""
         where = f"phase {index + 1} ({record['name']}) " if record["name"] is not None else ""
-        consumed = sum(record["consumed"])
+        consumed = sum(record["consumed"]) - record.get(LEFT_OUT, 0)
         if index >= len(self.phases):
             return [f"{where}has dealt {consumed} samples, this run has no such phase"]
         mine = self._records()[len(self._inherited) + index]
@@ -287,6 +306,8 @@ def _is_record(record: Any) -> bool:
         and all(count is None or type(count) is int for count in windows or ())
         and all(isinstance(name, str) for name in sources or ())
         and all(type(count) is int and count >= 0 for count in consumed or ())
+        and type(left_out := record.get(LEFT_OUT, 0)) is int
+        and 0 <= left_out <= sum(consumed or ())
         and type(record.get("seed")) is int
         and isinstance(record.get("inherited"), bool)
         and "name" in record

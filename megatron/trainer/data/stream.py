@@ -181,6 +181,14 @@ class SampleStream:
             batches.append(make_batch([self._by_name[name].window(n) for name, n in picks]))
         return batches
 
+    def leave_out(self, count: int) -> None:
+        """Pass over the next samples of the run; its phases get no shorter by them.
+
+        Raises:
+            DataError: The last phase is used up.
+        """
+        self._dealer.leave_out(count)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs, as plain JSON values, the same on every rank."""
         return {
