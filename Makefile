@@ -1,4 +1,5 @@
-# make env | train | test | test-gpu | check | format | clean. Needs python3 >= 3.10 and make.
+# make env | train | test | test-gpu | container-test | check | format | clean.
+# Needs python3 >= 3.10 and make.
 
 PYTHON ?= python3
 # The torch that is tested, and flags for pip when it installs it: an --index-url of CPU or of CUDA
@@ -14,7 +15,7 @@ STAMP := .venv/.made
 # -qq: only errors. Warnings about the machine's own index settings would bury them.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: env train test test-gpu check format clean
+.PHONY: env train test test-gpu container-test check format clean
 
 env: $(STAMP)
 
@@ -31,15 +32,21 @@ train: env
 
 # Whole files go to processes of one thread each; a file's tests share what they start.
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu" -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not container" \
+		-n $(JOBS) --dist loadfile
 
 test-gpu: env
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
+
+# Builds the image for real, as root: minutes, and gigabytes for that time.
+container-test: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m container --durations 6 tests/container
 
 check: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 format: env
 	$(BIN)/ruff format .

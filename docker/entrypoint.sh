@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Entry point of the image.
+#   NAME [ARGUMENTS]      a tool of tools/: pretrain, report, generate, ...
+#   COMMAND [ARGUMENTS]   anything else: torchrun, python, bash, ...
+#   help                  lists the tools
+# It sets no variable, leaves the directory as it is, and becomes what it starts: signals reach that,
+# and its exit status is the container's. bash, because NVIDIA's images prepare their libraries for
+# the driver in BASH_ENV.
+set -euo pipefail
+
+tools=$(cd "$(dirname "${BASH_SOURCE[0]}")/../tools" && pwd)
+
+# A file of tools/ that can be started has a main; the others are their parts.
+is_tool() { [[ $1 =~ ^[a-z_]+$ ]] && grep -qs '^def main(' "$tools/$1.py"; }
+
+list_tools() {
+    local file name
+    for file in "$tools"/*.py; do
+        name=$(basename "$file" .py)
+        if is_tool "$name"; then printf '  %s\n' "$name"; fi
+    done
+}
+
+usage() {
+    printf 'usage: [NAME | COMMAND] [ARGUMENTS]\nNAME is a tool; NAME --help explains it:\n'
+    list_tools
+    printf 'COMMAND is any other program, for example:\n'
+    printf '  torchrun --nproc-per-node 8 %s/pretrain.py ...\n' "$tools"
+}
+
+name=${1:-help}
+case $name in
+    help) usage && exit 0 ;;
+    -*)
+        {
+            printf "error: %s stands where a tool or a command must be\n" "$name"
+            usage
+        } >&2
+        exit 2
+        ;;
+esac
+if is_tool "$name"; then
+    shift
+    exec python "$tools/$name.py" "$@"
+fi
+if ! type -P -- "$name" >/dev/null; then
+    {
+        printf "error: %s is neither a tool nor a program of this image\n" "$name"
+        usage
+    } >&2
+    exit 127
+fi
+exec "$@"

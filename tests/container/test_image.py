@@ -1,0 +1,245 @@
+"""The image, built for real: what it holds, how it starts things, that it trains.
+
+`make container-test` runs these; they take minutes and are no part of `make test`.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.container.bases import NVIDIA_TORCH, SYSTEM_PACKAGES, VENV_PACKAGES
+from tests.container.buildah import Container, Finished, Store
+
+pytestmark = [pytest.mark.container, pytest.mark.timeout(1500)]
+
+PROJECT = "/opt/megatron-moe"
+ENTRY = f"{PROJECT}/docker/entrypoint.sh"
+# Seconds, and every step recorded.
+TINY = (
+    *("--preset", "olmoe_tiny", "--mock-data", "--seq-length", "32", "--micro-batch-size", "2"),
+    *("--global-batch-size", "4", "--lr", "1e-3", "--min-lr", "1e-4", "--seed", "7"),
+    *("--log-interval", "1", "--eval-iters", "1"),
+)
+TWO_RANKS = (
+    *("torchrun", "--standalone", "--nproc-per-node", "2", "tools/pretrain.py"),
+    *("--expert-model-parallel-size", "2"),
+)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def contents(folder: Path, *parts: str) -> dict[str, bytes]:
+    """Every file of `parts`, but bytecode and hidden ones."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for part in parts
+        for path in (folder / part, *(folder / part).rglob("*"))
+        if path.is_file() and path.suffix != ".pyc" and not path.name.startswith(".")
+    }
+
+
+@pytest.fixture(scope="session")
+def runs(store: Store) -> Path:
+    """A directory of this machine, mounted where runs go."""
+    made = store.work / "runs"
+    made.mkdir()
+    made.chmod(0o1777)
+    return made
+
+
+def train(container: Container, runs: Path, *words: str, user: str | None = None) -> Finished:
+    options = [f"--volume={runs}:{PROJECT}/runs", "--env=OMP_NUM_THREADS=1"]
+    return container.run(*words, options=[*options, *([f"--user={user}"] if user else [])])
+
+
+def losses(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [record["lm_loss"] for record in map(json.loads, lines) if "lm_loss" in record]
+
+
+@pytest.fixture(scope="session")
+def one_process(cpu: Container, runs: Path) -> Path:
+    """Three steps by one process of a user that the image does not know."""
+    steps = ("--train-iters", "3", "--save", "runs/one")
+    train(cpu, runs, "pretrain", *TINY, *steps, user="4321:4321")
+    return runs / "one"
+
+
+# What it is
+
+
+def test_user_is_a_number_and_not_root(cpu: Container) -> None:
+    assert cpu.config["User"] == "10001:10001"
+    assert cpu.run("bash", "-c", "id -u; id -un").stdout.split() == ["10001", "trainer"]
+
+
+def test_entry_point_is_the_projects_and_its_default_is_help(cpu: Container) -> None:
+    assert cpu.config["Entrypoint"] == [ENTRY]
+    assert cpu.config["Cmd"] == ["help"]
+
+
+def test_environment_has_three_variables(cpu: Container) -> None:
+    assert {variable.partition("=")[0] for variable in cpu.config["Env"]} == {
+        "HOME",
+        "PATH",
+        "PYTHONNOUSERSITE",
+    }
+
+
+def test_labels_say_what_was_built(cpu: Container) -> None:
+    labels = cpu.config["Labels"]
+    assert labels["org.opencontainers.image.version"] == "9.8.7"
+    assert labels["org.opencontainers.image.revision"] == "abc"
+    assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
+
+
+def test_image_holds_the_packages_tools_and_examples_of_the_checkout(
+    cpu: Container, checkout: Path
+) -> None:
+    packages = cpu.path(VENV_PACKAGES)
+    parts = ("megatron/trainer", "moe_ext")
+    assert contents(packages, *parts) == contents(checkout, *parts)
+    parts = ("tools", "examples", "docker/entrypoint.sh")
+    assert contents(cpu.path(PROJECT), *parts) == contents(checkout, *parts)
+
+
+def test_image_holds_nothing_else_of_the_checkout_and_of_the_build(cpu: Container) -> None:
+    project = cpu.path(PROJECT)
+    directories = {"data", "docker", "examples", "runs", "tools"}
+    assert names(project) == {"LICENSE", "README.md"} | directories
+    assert [path for path in project.rglob("*") if path.name.startswith(".")] == []
+    assert list(project.rglob("*.pyc")) == []
+    assert not (cpu.path("/etc/pip.conf")).exists()
+    assert names(cpu.path("/tmp")) == set()
+    assert not (cpu.path("/home/trainer/.cache")).exists()
+    assert not (cpu.path("/build")).exists()
+
+
+def test_build_is_sent_what_it_copies_and_no_more(store: Store, checkout: Path) -> None:
+    recipe = store.work / "Context"
+    recipe.write_text("FROM scratch\nCOPY . /\n")
+    store.build("context", checkout, "--file", recipe)
+    root = store.start("context").files
+    sent = {"LICENSE", "README.md", "pyproject.toml", "setup.py"}
+    assert names(root) == sent | {"docker", "examples", "megatron", "moe_ext", "tools"}
+    assert [str(path) for path in root.rglob("*") if "private" in path.name] == []
+    assert not (root / "tools/__pycache__").exists()
+    assert not (root / "examples/.key").exists()
+
+
+# How it starts things
+
+
+def test_help_lists_tools_and_not_their_parts(cpu: Container) -> None:
+    lines = cpu.run("help").stdout.splitlines()
+    assert "  pretrain" in lines
+    assert "  recipe" not in lines
+
+
+def test_tool_runs_by_name(cpu: Container) -> None:
+    assert "usage: report.py" in cpu.run("report", "--help").stdout
+
+
+def test_status_of_a_command_is_the_containers(cpu: Container) -> None:
+    assert cpu.run("bash", "-c", "exit 7", check=False).returncode == 7
+    assert cpu.run("pretrian", check=False).returncode == 127
+
+
+def test_code_cannot_be_written_and_runs_can(cpu: Container) -> None:
+    assert cpu.run("test", "-w", "tools/pretrain.py", check=False).returncode == 1
+    assert cpu.run("test", "-w", "runs").returncode == 0
+
+
+def test_packages_in_a_mounted_home_are_not_seen(cpu: Container, store: Store) -> None:
+    home = store.work / "home"
+    packages = home / ".local/lib/python3.11/site-packages"
+    packages.mkdir(parents=True)
+    (packages / "stranger.py").write_text("")
+    command = ("python", "-c", "import stranger")
+    found = cpu.run(*command, options=[f"--volume={home}:/home/trainer"], check=False)
+    assert found.returncode == 1
+    assert "No module named 'stranger'" in found.stdout
+
+
+# What it does
+
+
+def test_doctor_finds_the_machine_fit(cpu: Container) -> None:
+    assert cpu.run("doctor").returncode == 0
+
+
+def test_any_user_trains_into_a_mounted_directory(one_process: Path) -> None:
+    assert (one_process / "metrics.jsonl").stat().st_uid == 4321
+    assert (one_process / "latest_checkpointed_iteration.txt").read_text().strip() == "3"
+    assert len(losses(one_process)) == 3
+
+
+def test_two_ranks_have_the_losses_of_one(cpu: Container, runs: Path, one_process: Path) -> None:
+    train(cpu, runs, *TWO_RANKS, *TINY, "--train-iters", "3", "--save", "runs/two")
+    assert losses(runs / "two") == pytest.approx(losses(one_process), rel=1e-5)
+
+
+def test_stopping_the_container_saves_first(cpu: Container, runs: Path) -> None:
+    """An engine's stop is SIGTERM to the first process, which the entry point has become."""
+    script = """
+        "$0" pretrain "$@" & first=$!
+        until grep -qs '"iteration": 2,' runs/stopped/metrics.jsonl; do
+            kill -0 $first || exit 99
+            sleep 0.2
+        done
+        kill -TERM $first
+        wait $first
+    """
+    steps = ("--train-iters", "100000", "--save", "runs/stopped")
+    train(cpu, runs, "bash", "-c", script, ENTRY, *TINY, *steps)
+    saved = int((runs / "stopped/latest_checkpointed_iteration.txt").read_text())
+    assert 2 <= saved < 100000
+
+
+# On a base with a torch of its own
+
+
+def test_torch_of_the_base_is_kept(gpu: Container) -> None:
+    script = "import numpy, torch; print(torch.__version__, torch.__file__, numpy.__file__)"
+    torch_file = f"{SYSTEM_PACKAGES}/torch/__init__.py"
+    numpy_file = f"{SYSTEM_PACKAGES}/numpy/__init__.py"
+    said = gpu.run("python", "-c", script).stdout.split()
+    assert said == [NVIDIA_TORCH, torch_file, numpy_file]
+    packages = names(gpu.path(VENV_PACKAGES))
+    assert "megatron" in packages
+    assert not {"torch", "numpy"} & packages
+
+
+def test_what_the_base_prepares_in_bash_env_reaches_a_tool(gpu: Container) -> None:
+    script = "import os; print(os.environ['PREPARED'])"
+    assert gpu.run("python", "-c", script).stdout.strip() == "for-the-driver"
+
+
+def test_ranks_see_the_bases_torch_and_the_images_packages(
+    gpu: Container, runs: Path, one_process: Path
+) -> None:
+    train(gpu, runs, *TWO_RANKS, *TINY, "--train-iters", "3", "--save", "runs/gpu_base")
+    assert losses(runs / "gpu_base") == pytest.approx(losses(one_process), rel=1e-5)
+
+
+# Once more, by what other engines do with an image
+
+
+def test_unpacked_image_needs_no_writing_but_in_mounts(cpu: Container, runs: Path) -> None:
+    """enroot and apptainer unpack an image, keep it read-only and take the caller's user."""
+    read_only = f"mount --bind -o ro {cpu.files} {cpu.files}"
+    inside = f"chroot --userspec=4321:4321 {cpu.files} /usr/bin/env"
+    variables = " ".join(cpu.config["Env"])
+    words = ("--train-iters", "1", *TINY, "--save", "runs/unpacked")
+    script = f"""
+        {read_only} && mount --bind {runs} {cpu.files}{PROJECT}/runs
+        mount --bind /dev {cpu.files}/dev
+        mount -t tmpfs tmpfs {cpu.files}/tmp && mount -t proc proc {cpu.files}/proc
+        exec {inside} -C {PROJECT} {variables} {ENTRY} pretrain {" ".join(words)}
+    """
+    subprocess.run(["unshare", "--mount", "bash", "-ec", script], check=True)
+    assert len(losses(runs / "unpacked")) == 1
