@@ -20,7 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.trainer import signals
 from megatron.trainer.allocator import keep_freed_memory
 from megatron.trainer.config import ParallelConfig, RunConfig
-from megatron.trainer.errors import ConfigError, UserError
+from megatron.trainer.errors import ConfigError, UserError, printable
 from megatron.trainer.layout import Layout, resolve_layout
 from megatron.trainer.validate import validate
 
@@ -61,6 +61,11 @@ def environment_rank() -> int:
 def environment_world_size() -> int:
     """The number of processes torchrun started, 1 outside torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def slurm_environment() -> dict[str, str]:
+    """What SLURM says about the job that this process is in; nothing outside of one."""
+    return {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
 
 
 def connect(parallel: ParallelConfig) -> tuple[torch.device, int]:
@@ -114,6 +119,11 @@ def shut_down(*, keep_world: bool = False) -> None:
     """
     from megatron.core import parallel_state
 
+    if keep_world:
+        # megatron-core only forgets its groups, each of which has threads that never rest.
+        for group in dict.fromkeys(parallel_state._global_process_group_list or ()):
+            if group is not None:
+                dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
     if not keep_world:
         dist.destroy_process_group()
@@ -163,7 +173,7 @@ def run_main(main: Callable[[], int | None]) -> int:
         rank = environment_rank()
         if rank == 0 or error.is_local:
             where = f" on rank {rank}" if error.is_local else ""
-            sys.stderr.write(f"{type(error).__name__}{where}: {error}\n")
+            sys.stderr.write(printable(f"{type(error).__name__}{where}: {error}\n"))
             sys.stderr.flush()
         else:
             time.sleep(SPEAKING_TIME_S)

@@ -1,6 +1,7 @@
 """Starting and ending a run in a world of one; two ranks: test_host_collectives."""
 
 import dataclasses
+import gc
 import os
 import re
 import subprocess
@@ -265,3 +266,16 @@ def test_rank_and_world_size_are_torchruns(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert (launch.environment_rank(), launch.environment_world_size()) == (3, 8)
+
+
+def test_groups_that_are_left_take_their_threads_with_them() -> None:
+    """gloo's wake a hundred times a second for as long as a group stands."""
+
+    def threads_after_a_start() -> int:
+        start()
+        shut_down(keep_world=True)
+        gc.collect()
+        return len(os.listdir("/proc/self/task"))
+
+    first = threads_after_a_start()
+    assert [threads_after_a_start() for _ in range(3)] == [first] * 3
