@@ -32,7 +32,7 @@ train: env
 
 # Whole files go to processes of one thread each; a file's tests share what they start.
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not container" \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -m "not gpu and not container" \
 		-n $(JOBS) --dist loadfile
 
 test-gpu: env
@@ -47,6 +47,7 @@ check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck -x examples/*/*.sh examples/slurm/*.sbatch tests/slurm/*.sh docker/*.sh .ci/run
 
 format: env
 	$(BIN)/ruff format .
