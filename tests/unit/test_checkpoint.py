@@ -180,12 +180,36 @@ def test_keep_last_deletes_older_ones_and_never_later_ones(tmp_path: Path) -> No
     assert find_checkpoint(tmp_path).iteration == 30
 
 
-def test_keep_last_of_zero_is_refused(tmp_path: Path) -> None:
-    message = (
-        "keep_last (0) must be at least 1, the checkpoint just written; leave it out to keep all"
-    )
-    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        save(tmp_path, 10, keep_last=0)
+def test_keep_every_spares_its_multiples(tmp_path: Path) -> None:
+    for iteration in (10, 20, 30, 40, 50):
+        save(tmp_path, iteration)
+    save(tmp_path, 60, keep_last=2, keep_every=20)
+    assert layout.final_iterations(tmp_path) == [20, 40, 50, 60]
+
+
+def test_nothing_is_deleted_for_a_checkpoint_that_is_not_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The only whole one may be the one before: here a shard goes missing after the rename."""
+    save(tmp_path, 10)
+
+    def lose_a_shard(root: Path, iteration: int, attempt: str) -> None:
+        layout_publish(root, iteration, attempt)
+        next(layout.final_path(root, iteration).glob("*.distcp")).unlink()
+
+    layout_publish = layout.publish
+    monkeypatch.setattr(layout, "publish", lose_a_shard)
+    save(tmp_path, 20, keep_last=1)
+    assert layout.final_iterations(tmp_path) == [10, 20]
+    assert "the checkpoint of iteration 20 is not whole any more" in caplog.text
+    assert find_checkpoint(tmp_path).iteration == 10
+
+
+@pytest.mark.parametrize("name", ["keep_last", "keep_every"])
+def test_retention_of_zero_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name} \(0\) must be at least 1"):
+        save(tmp_path, 10, **{name: 0})
+    assert layout.final_iterations(tmp_path) == []
 
 
 def test_full_disk_leaves_the_earlier_checkpoint_and_nothing_else(
