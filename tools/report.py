@@ -12,7 +12,6 @@ import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +24,8 @@ from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.hooks import Record, read_records
 from megatron.trainer.launch import run_main
 from megatron.trainer.load import load_config
-
-
-@dataclass(frozen=True, kw_only=True)
-class Validation:
-    """What a run reached on one validation set."""
-
-    name: str
-    """The set."""
-    last: float | None
-    """Loss of the last evaluation, nats per token; None when it was not finite."""
-    best: float | None
-    """Least loss of any evaluation; None when none was finite."""
-    best_iteration: int | None
-    """When that was."""
-    entropy: float | None
-    """Unigram entropy of the whole set, nats per token; None when its tokens are gone."""
-
-    @property
-    def is_below_entropy(self) -> bool:
-        """Whether the last loss is below the entropy; False where one of them is not known."""
-        return self.last is not None and self.entropy is not None and self.last < self.entropy
+from megatron.trainer.run_files import check_run
+from megatron.trainer.run_history import Validation, validation_results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,11 +56,7 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: the directory holds no run.
     """
     directory = Path(args.run)
-    if not (directory / "config.yaml").is_file():
-        raise ConfigError(
-            f"{directory} holds no config.yaml; --run must be the --save directory of a run; check"
-            " the path"
-        )
+    check_run(directory, given_as="--run")
     cfg = load_config(
         recipe.PretrainConfig,
         ["--config", str(directory / "config.yaml")],
@@ -147,33 +123,6 @@ def source_entropy(source: Source, *, vocab_size: int) -> float:
         )
         return unigram_entropy(counts)
     raise TypeError(f"{type(source).__name__} is neither a WindowSource nor a MockSource")
-
-
-def validation_results(
-    records: Sequence[Record], entropies: Mapping[str, float]
-) -> list[Validation]:
-    """Last and best loss of every set that was ever evaluated, in order of appearance."""
-    evaluations = [record for record in records if "valid_loss" in record]
-    names = list(dict.fromkeys(name for record in evaluations for name in record["valid_loss"]))
-    results = []
-    for name in names:
-        losses = [
-            (record["iteration"], record["valid_loss"][name])
-            for record in evaluations
-            if name in record["valid_loss"]
-        ]
-        finite = [(loss, iteration) for iteration, loss in losses if loss is not None]
-        best, best_iteration = min(finite, default=(None, None))
-        results.append(
-            Validation(
-                name=name,
-                last=losses[-1][1],
-                best=best,
-                best_iteration=best_iteration,
-                entropy=entropies.get(name),
-            )
-        )
-    return results
 
 
 def judge(validation: Sequence[Validation]) -> tuple[str, bool]:
