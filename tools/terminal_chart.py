@@ -14,7 +14,7 @@ _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 _BARS, _ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 _SHADES, _ASCII_SHADES = "·░▒▓█", ".:+#@"
 _SHADE_BORDERS = (0.0, 0.5, 1.5, 3.0)
-_CLIPPED_SHARE = 0.02
+_CLIPPED_SHARE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def draw_curves(
 ) -> list[Text]:
     """A chart of exactly `rows` lines, the last one for the x axis.
 
-    The y axis is as high as all but the highest 2 % of the points need it, so that the fall at the
+    The y axis is as high as all but the highest 5 % of the points need it, so that the fall at the
     beginning of a training does not flatten the rest; what is above runs along the top.
 
     Args:

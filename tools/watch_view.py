@@ -78,10 +78,11 @@ def draw_frame(runs: Sequence[Watched], screen: Screen) -> list[Text]:
     rows_of_load = [max((len(each) for each in run.load.values()), default=0) for run in runs]
     most_load = sum(1 + rows for rows in rows_of_load if rows)
     events = _events(runs)
+    height = screen.height - len(head)
     chart, sparks_height, load, told = _share(
-        screen.height - len(head),
+        height,
         [
-            (6, 9),
+            (6, max(8, int(0.45 * height))),
             (len(sparks), len(sparks)),
             (min(most_load, 2 * len(runs)), most_load),
             (min(len(events), 2), min(len(events), 6)),
@@ -111,7 +112,7 @@ def _share(height: int, wishes: Sequence[tuple[int, int]]) -> list[int]:
 
     Parts whose least does not fit any more get none.
     """
-    given = []
+    given: list[int] = []
     for least, _ in wishes:
         given.append(least if sum(given) + least <= height else 0)
     for number, (least, most) in enumerate(wishes):

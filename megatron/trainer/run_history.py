@@ -85,8 +85,9 @@ class Columns:
 
     def append(self, numbers: Mapping[str, float]) -> None:
         """Add a record."""
-        for name in numbers.keys() - self.by_name.keys():
-            self.by_name[name] = array("d", [math.nan]) * self.length
+        for name in numbers:
+            if name not in self.by_name:
+                self.by_name[name] = array("d", [math.nan]) * self.length
         for name, column in self.by_name.items():
             column.append(numbers.get(name, math.nan))
         self.length += 1
