@@ -30,7 +30,7 @@ function paint(canvas, rows, isCount, neutral) {
   context.putImageData(image, 0, 0);
 }
 
-const cellHeight = (rows) => `${Math.max(2, Math.min(18, Math.floor(320 / rows))) * rows}px`;
+const cellHeight = (rows) => `${Math.max(2, Math.min(24, Math.floor(320 / rows))) * rows}px`;
 const transposed = (columns) => columns[0].map((_, row) => columns.map((column) => column[row]));
 
 function makeMap(parent, title, tip) {
