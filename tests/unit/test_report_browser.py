@@ -46,9 +46,9 @@ def body_text(document: str) -> str:
     return html.unescape(re.findall(r"<body>(.*)</body>", document, re.DOTALL)[0])
 
 
-def pixel_at(axis: list[tuple[str, float]], value: float) -> float:
+def pixel_at(axis: list[tuple[float, float]], value: float) -> float:
     """Where the axis has a value, from the labels of its ends."""
-    (low, low_y), (high, high_y) = ((float(text), y) for text, y in (axis[0], axis[-1]))
+    (low, low_y), (high, high_y) = axis[0], axis[-1]
     return low_y + (value - low) / (high - low) * (high_y - low_y)
 
 
@@ -76,8 +76,10 @@ def test_browser_draws_what_the_records_say(tmp_path: Path, width: int) -> None:
         key = {"training": "lm_loss", "gradient norm": "grad_norm"}[label]
         records = [step(iteration, run) for iteration in range(10, 201, 10)]
         values = [record[key] for record in records if record[key] is not None]
+        axis = [(float(text), y) for text, y in told["axis"][chart]]
+        assert axis[0][0] < axis[-1][0] and axis[0][1] > axis[-1][1]  # upwards is more
         heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.-]+)", path)]
-        expected = [pixel_at(told["axis"][chart], value) for value in values]
+        expected = [pixel_at(axis, value) for value in values]
         assert heights == pytest.approx(expected, abs=1.5)
         assert path.count("M") == (2 if label == "training" else 1)  # the gap at a lost step
     assert told["gaps"] >= 2

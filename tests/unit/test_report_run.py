@@ -181,6 +181,7 @@ def test_nothing_from_a_run_becomes_markup(tmp_path: Path) -> None:
     assert page.tags.count("script") == 2 and page.tags.count("style") == 1
     names = {name for name, _ in page.attributes}
     assert names == set("lang charset http-equiv content name id class scope open type".split())
+    assert not set(page.contents["script"][0]) & set("<>&")
     # It is all there as text.
     assert page.contents["title"] == page.contents["h1"] == [f"{EVIL.replace('/', '')}, other"]
     assert page.row("state")[0] == f"ended: {EVIL}: {EVIL}"
