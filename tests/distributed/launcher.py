@@ -1,9 +1,11 @@
 """Starts ranks on this machine and reads back what they did."""
 
+import atexit
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,69 @@ def flags(**overrides: Any) -> list[str]:
     return found
 
 
+_server: list[subprocess.Popen[str]] = []
+
+
+def ranks(
+    num_ranks: int, script: str | Path, *arguments: str, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run a script as several ranks, one thread each; what `torchrun` does, but without imports.
+
+    The ranks are processes forked from one that has imported the project (fork_server.py).
+    """
+    if not _server:
+        _server.append(_start_server())
+        atexit.register(_stop_server)
+    with tempfile.TemporaryDirectory(prefix="ranks-") as where:
+        said = {name: Path(where) / name for name in ("stdout", "stderr")}
+        request = {
+            "ranks": num_ranks,
+            "script": str(script),
+            "arguments": arguments,
+            "environment": rank_environment(),
+            "timeout": timeout,
+            **{name: str(path) for name, path in said.items()},
+        }
+        server = _server[0]
+        assert server.stdin is not None and server.stdout is not None
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        answer = json.loads(server.stdout.readline())
+        stdout, stderr = (
+            path.read_text(errors="replace") if path.exists() else "" for path in said.values()
+        )
+    command = [str(script), *arguments]
+    if answer["timed_out"]:
+        raise subprocess.TimeoutExpired(command, timeout, stdout, stderr)
+    failed = int(any(answer["codes"]))
+    return subprocess.CompletedProcess(command, failed, stdout, stderr)
+
+
+def _start_server() -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "fork_server.py")],
+        env=rank_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _stop_server() -> None:
+    server = _server.pop()
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.close()
+    server.wait()
+    server.stdout.close()
+
+
+def rank_environment() -> dict[str, str]:
+    """This process's environment, as ranks of a test get it."""
+    found = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found["PYTHONPATH"] = f"{REPO / 'tools'}:{REPO}"
+    return found
+
+
 def torchrun(
     num_ranks: int, script: str | Path, *arguments: str, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
@@ -70,9 +135,7 @@ def torchrun(
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(num_ranks), str(script), *arguments),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = f"{REPO / 'tools'}:{REPO}"
-    return run_session(command, environment, timeout=timeout)
+    return run_session(command, rank_environment(), timeout=timeout)
 
 
 def run_session(
@@ -105,7 +168,7 @@ def run_cases(
     listing = [{"name": name, "flags": case} for name, case in cases.items()]
     file = out / "cases.json"
     file.write_text(json.dumps(listing))
-    done = torchrun(num_ranks, HERE / "worker_train.py", str(file), str(out), timeout=timeout)
+    done = ranks(num_ranks, HERE / "worker_train.py", str(file), str(out), timeout=timeout)
     assert done.returncode == 0, done.stderr[-6000:]
     return {name: read_outcome(out, name) for name in cases}
 

@@ -1,5 +1,6 @@
 """Bad input to the real command on two ranks: one clear message, no hang, nothing half-written."""
 
+import json
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -7,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launcher import REPO, flags, torchrun
+from launcher import REPO, flags, ranks, torchrun
 
 from megatron.trainer.checkpoint import find_checkpoint
 from megatron.trainer.data.writer import TokenFileWriter
 from megatron.trainer.manifest import verify_manifest
 
 PRETRAIN = REPO / "tools" / "pretrain.py"
+JOURNAL = {".lock", "ended.json", "events.jsonl"}
 Done = subprocess.CompletedProcess[str]
 
 # A collective that waited for a lost rank would take ten minutes.
@@ -21,7 +23,7 @@ TIMEOUT_S = 150
 
 
 def pretrain(*arguments: str) -> Done:
-    return torchrun(2, PRETRAIN, *arguments, timeout=TIMEOUT_S)
+    return ranks(2, PRETRAIN, *arguments, timeout=TIMEOUT_S)
 
 
 def assert_refused(done: Done, message: str) -> None:
@@ -30,8 +32,8 @@ def assert_refused(done: Done, message: str) -> None:
     said = done.stdout + done.stderr
     assert said.count(message) == 1, said[-6000:]
     # torchrun prints one traceback of its own; a second would be ours.
-    assert said.count("Traceback (most recent call last)") == 1, said[-6000:]
-    assert "ChildFailedError" in said
+    of_torchrun = said.count("ChildFailedError:")
+    assert said.count("Traceback (most recent call last)") == of_torchrun, said[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +69,9 @@ def copy_tokens(tokens: Path, target: Path, *suffixes: str) -> Path:
 
 
 def test_unknown_flag_names_the_nearest(tmp_path: Path) -> None:
-    done = pretrain(*flags(save=tmp_path / "run"), "--train-iter", "3")
+    done = torchrun(2, PRETRAIN, *flags(save=tmp_path / "run"), "--train-iter", "3")
     assert_refused(done, "Unrecognized options: --train-iter")
+    assert "ChildFailedError:" in done.stderr
     assert (done.stdout + done.stderr).count("--train-iters INT") == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -127,10 +130,14 @@ def test_damaged_data_is_refused_before_training(
     damage: Callable[[Path, Path], tuple[Path, str]], tokens: Path, tmp_path: Path
 ) -> None:
     prefix, message = damage(tokens, tmp_path)
-    there = sorted(tmp_path.iterdir())
-    done = pretrain(*flags(save=tmp_path / "run", data_path=prefix, vocab_size=90))
+    there, run = sorted(tmp_path.iterdir()), tmp_path / "run"
+    done = pretrain(*flags(save=run, data_path=prefix, vocab_size=90))
     assert_refused(done, message)
-    assert sorted(tmp_path.iterdir()) == there
+    # Only the word of how it ended is left.
+    assert sorted(tmp_path.iterdir()) == [*there, run]
+    assert {path.name for path in run.iterdir()} == JOURNAL
+    ended = json.loads((run / "ended.json").read_text())
+    assert (ended["reason"], f"DataError: {ended['detail']}\n") == ("error", message)
 
 
 def load(root: Path, **overrides: Any) -> Done:
@@ -171,8 +178,8 @@ def test_checkpoint_of_another_architecture_lists_the_differences(
 
 
 def listing(root: Path) -> dict[Path, tuple[int, bytes]]:
-    """Every file below a directory with its time of change and contents."""
-    files = [path for path in root.rglob("*") if path.is_file()]
+    """Every file of a run but its journal, with its time of change and contents."""
+    files = [path for path in root.rglob("*") if path.is_file() and path.name not in JOURNAL]
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
@@ -183,9 +190,9 @@ def test_loss_that_is_not_a_number_ends_the_run_and_spares_the_checkpoints(tmp_p
     done = pretrain(*flags(save=root, no_tensorboard=True, train_iters=4, **steps))
     assert_refused(
         done,
-        "TrainingError: loss is nan at iteration 3, in global samples 16 to 17, 18 to 19, 20 to 21,"
-        " 22 to 23; the weights were not updated and no checkpoint was written. Resume from the"
-        " last checkpoint with a lower --lr, or look at those samples\n",
+        "StepRefusedError: loss is nan at iteration 3, in global samples 16 to 17, 18 to 19,"
+        " 20 to 21, 22 to 23; the weights were not updated and no checkpoint was written. Resume"
+        " from the last checkpoint with a lower --lr, or look at those samples\n",
     )
     assert sorted(path.name for path in root.glob("iter_*")) == ["iter_0000001", "iter_0000002"]
     for path in root.glob("iter_*"):

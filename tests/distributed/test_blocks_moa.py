@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launcher import torchrun
+from launcher import ranks
 from torch import Tensor
 
 WORKER = Path(__file__).with_name("blocks_moa_worker.py")
@@ -34,7 +34,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
         for name, shape in shapes.items()
     }
     torch.save(inputs, directory / "inputs.pt")
-    done = torchrun(2, WORKER, str(directory))
+    done = ranks(2, WORKER, str(directory))
     assert done.returncode == 0, done.stderr[-6000:]
     return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 

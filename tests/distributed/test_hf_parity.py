@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hf_models import random_model, random_tokens
-from launcher import HERE, torchrun
+from launcher import HERE, ranks
 from torch import Tensor
 
 # Layers in two stages, heads and experts in halves; odd otherwise. JetMoE's embeddings are tied.
@@ -56,7 +56,7 @@ def logits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tens
         ]
         file = out / f"cases{num_ranks}.json"
         file.write_text(json.dumps(cases))
-        done = torchrun(num_ranks, HERE / "hf_parity_worker.py", str(file), str(out))
+        done = ranks(num_ranks, HERE / "hf_parity_worker.py", str(file), str(out))
         assert done.returncode == 0, done.stderr[-6000:]
         for case in cases:
             found[str(case["name"])] = torch.load(out / f"{case['name']}.pt", weights_only=True)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from host_worker import SENT, SIZES, rows, weights_like
-from launcher import HERE, torchrun
+from launcher import HERE, ranks
 from torch import Tensor
 
 Answers = list[dict[str, Any]]
@@ -16,7 +16,7 @@ Answers = list[dict[str, Any]]
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     """Each rank's answers."""
     out = tmp_path_factory.mktemp("collectives")
-    done = torchrun(2, HERE / "host_worker.py", str(out), timeout=200)
+    done = ranks(2, HERE / "host_worker.py", str(out), timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 

@@ -8,7 +8,7 @@ import inference
 import pretrain
 import pytest
 import torch
-from launcher import HERE, flags, torchrun
+from launcher import HERE, flags, ranks
 from torch import Tensor, nn
 
 from megatron.trainer.launch import connect, shut_down
@@ -148,7 +148,7 @@ def run_layouts(
     file = out / "task.json"
     file.write_text(json.dumps(task))
     worker = HERE / "worker_inference.py"
-    done = torchrun(num_ranks, worker, str(file), str(out), timeout=400)
+    done = ranks(num_ranks, worker, str(file), str(out), timeout=400)
     assert done.returncode == 0, done.stderr[-6000:]
     return {name: json.loads((out / f"{name}.json").read_text()) for name in cases}
 

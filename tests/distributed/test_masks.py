@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launcher import flags, torchrun
+from launcher import flags, ranks
 
 WORKER = Path(__file__).with_name("masks_worker.py")
 # Without auxiliary losses, which are means over every token, counted in the loss or not.
@@ -21,7 +21,7 @@ Steps = list[list[float]]
 def steps_of(num_ranks: int, cases: dict[str, list[str]], out: Path) -> dict[str, Steps]:
     out.mkdir()
     (out / "cases.json").write_text(json.dumps(cases))
-    done = torchrun(num_ranks, WORKER, str(out / "cases.json"), str(out / "found.json"))
+    done = ranks(num_ranks, WORKER, str(out / "cases.json"), str(out / "found.json"))
     assert done.returncode == 0, done.stderr[-6000:]
     found: dict[str, Steps] = json.loads((out / "found.json").read_text())
     return found

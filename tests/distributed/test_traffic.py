@@ -12,7 +12,7 @@ from pathlib import Path
 import jetmoe_cases
 import pytest
 import recipe
-from launcher import HERE, flags, torchrun
+from launcher import HERE, flags, ranks
 
 from megatron.trainer.layout import num_microbatches, resolve_layout
 from moe_ext.traffic import Batch, Collective, record_collectives, step_collectives
@@ -87,7 +87,7 @@ def record(num_ranks: int, out: Path) -> dict[str, list[Calls]]:
     listing = [{"name": name, "flags": case_flags(cases[name], num_ranks)} for name in cases]
     (out / "cases.json").write_text(json.dumps(listing))
     script = HERE / "worker_traffic.py"
-    done = torchrun(num_ranks, script, str(out / "cases.json"), str(out), timeout=200)
+    done = ranks(num_ranks, script, str(out / "cases.json"), str(out), timeout=200)
     assert done.returncode == 0, done.stderr[-6000:]
     return {
         f"{num_ranks}:{name}": [

@@ -16,7 +16,7 @@ import pytest
 import score
 import torch
 import train_tokenizer
-from launcher import REPO, flags, torchrun
+from launcher import REPO, flags, ranks
 
 from megatron.trainer.checkpoint import FoundCheckpoint, find_checkpoint
 from megatron.trainer.config import DataConfig
@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for _ in range(300):
             writer.add_document([*tokenizer.encode(SENTENCE), tokenizer.eod])
         writer.finish()
-    done = torchrun(
+    done = ranks(
         2,
         REPO / "tools" / "pretrain.py",
         *flags(
@@ -384,12 +384,12 @@ def test_tools_write_the_same_under_torchrun(run: Path, tmp_path: Path) -> None:
     files = ["--load", str(run), "--input", str(source), "--output", str(output)]
     layout = ["--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2"]
     layout += ["--expert-tensor-parallel-size", "1"]
-    done = torchrun(2, REPO / "tools" / "score.py", *files, *layout)
+    done = ranks(2, REPO / "tools" / "score.py", *files, *layout)
     assert done.returncode == 0, done.stderr[-4000:]
     for record, expected in zip(read_lines(output), alone, strict=True):
         assert record["token_logprobs"] == pytest.approx(expected["token_logprobs"], abs=1e-5)
     prompts = ["--prompt", "one two", "--prompt", "four five six", "--greedy"]
-    done = torchrun(
+    done = ranks(
         2,
         REPO / "tools" / "generate.py",
         *("--load", str(run), "--max-new-tokens", "30", *prompts),

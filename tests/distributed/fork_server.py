@@ -1,0 +1,109 @@
+"""Forks ranks of a process that has imported everything, so that a launch costs no imports.
+
+Reads requests from standard input, a JSON object a line: `script` and `arguments`, `ranks`,
+`environment`, `stdout` and `stderr` (files that are appended to), `timeout`. Answers each with a
+line: `codes` of the ranks, and `timed_out`. As under torchrun, the first rank that fails ends the
+others.
+"""
+
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pretrain  # noqa: F401  what most scripts are about
+import torch.distributed.checkpoint  # noqa: F401
+
+from megatron.trainer import signals
+
+GRACE_S = 10.0
+
+
+def rank(request: dict[str, Any], number: int, port: int) -> int:
+    """What a rank does in its process; its exit status."""
+    os.environ.clear()
+    os.environ.update(
+        request["environment"],
+        RANK=str(number),
+        LOCAL_RANK=str(number),
+        WORLD_SIZE=str(request["ranks"]),
+        LOCAL_WORLD_SIZE=str(request["ranks"]),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    signals.STARTED = time.monotonic()
+    sys.path.insert(0, str(Path(request["script"]).parent))
+    sys.argv = [request["script"], *request["arguments"]]
+    try:
+        runpy.run_path(request["script"], run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            sys.stderr.write(f"{end.code}\n")
+            return 1
+        return end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def fork(request: dict[str, Any], number: int, port: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        for descriptor, name in ((1, "stdout"), (2, "stderr")):
+            file = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, descriptor)
+        status = rank(request, number, port)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def await_all(children: list[int], *, timeout: float) -> dict[str, Any]:
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + timeout
+    kill_at = deadline
+    timed_out = failed = False
+    while len(codes) < len(children):
+        for child in set(children) - set(codes):
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        if not failed and any(codes.values()):
+            failed, kill_at = True, min(deadline, time.monotonic() + GRACE_S)
+            for child in set(children) - set(codes):
+                os.kill(child, signal.SIGTERM)
+        if time.monotonic() > kill_at:
+            timed_out = kill_at == deadline
+            for child in set(children) - set(codes):
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.005)
+    return {"codes": [codes[child] for child in children], "timed_out": timed_out}
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        request = json.loads(line)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = [fork(request, number, port) for number in range(request["ranks"])]
+        answers.write(json.dumps(await_all(children, timeout=request["timeout"])) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
