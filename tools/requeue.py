@@ -152,7 +152,7 @@ def end(run: Path, job: str, status: int, limits: Limits) -> tuple[int, str]:
             return FAILED, f"stopped at {where} ({reason}); {refusal}"
         return REQUEUE, f"stopped at {where} ({reason}); to be started again"
     if ended["reason"] == "error":
-        return FAILED, f"failed at {where}: {ended.get('detail') or 'no detail'}"
+        return FAILED, f"failed: {ended.get('detail') or 'no detail'}"
     if status != 0:
         return FAILED, (
             f"the trainer ended at {where} ({reason}), but the training step with status {status};"

@@ -65,7 +65,7 @@ def test_error_is_a_failure_with_its_reason(run: Path, capsys: pytest.CaptureFix
     begin(run)
     end(run, "error", detail="the loss is nan")
     assert verdict(run, status=1) == 1
-    assert capsys.readouterr().err == "failed at iteration 7 of 100: the loss is nan\n"
+    assert capsys.readouterr().err == "failed: the loss is nan\n"
     # Not even a status of 0 makes an error a success.
     assert verdict(run) == 1
 

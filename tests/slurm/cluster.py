@@ -1,0 +1,147 @@
+"""A SLURM of two virtual nodes on this machine, and what tests ask of it."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).parent
+REPO = HERE.parents[1]
+NODES = 2
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
+
+
+def what_is_missing() -> str | None:
+    """Why there can be no cluster here; None if there can."""
+    programs = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
+    missing = [name for name in programs if shutil.which(name) is None]
+    if missing:
+        return (
+            f"{', '.join(missing)} not installed: apt-get install --no-install-recommends"
+            " slurmctld slurmd slurm-client munge"
+        )
+    if os.geteuid() != 0:
+        return "the daemons need root"
+    allowed = subprocess.run(
+        ["unshare", "--uts", "--mount", "true"], capture_output=True, check=False, timeout=10
+    )
+    return None if allowed.returncode == 0 else "unshare needs CAP_SYS_ADMIN"
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` ports in a row that nobody listens on."""
+    for first in range(21000, 29000, 10):
+        sockets = [socket.socket() for _ in range(count)]
+        try:
+            for offset, each in enumerate(sockets):
+                each.bind(("", first + offset))
+            return first
+        except OSError:
+            continue
+        finally:
+            for each in sockets:
+                each.close()
+    raise RuntimeError("no free ports")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A running one.
+
+    Args:
+        directory: where its files are.
+        work: where jobs are submitted, and leave their logs.
+    """
+
+    directory: Path
+    work: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, directory: Path, work: Path) -> "Cluster":
+        """Bring it up."""
+        work.mkdir()
+        subprocess.run(
+            [str(HERE / "slurm_up.sh"), str(directory), str(NODES), str(free_ports(NODES + 1))],
+            check=True,
+            timeout=60,
+        )
+        # Nothing of a SLURM around this test, nor of torchrun, reaches the jobs.
+        own = {
+            name: value
+            for name, value in os.environ.items()
+            if not re.match("SLURM|SBATCH|RANK$|WORLD_SIZE$|MASTER_|PYTEST", name)
+        }
+        own |= {
+            "SLURM_CONF": str(directory / "slurm.conf"),
+            "REPO": str(REPO),
+            "PYTHON": sys.executable,
+            "OMP_NUM_THREADS": "1",
+        }
+        return cls(directory=directory, work=work, environment=own)
+
+    def stop(self) -> None:
+        """Take it down."""
+        subprocess.run([str(HERE / "slurm_down.sh"), str(self.directory)], check=False, timeout=60)
+
+    def ask(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run one of SLURM's commands where jobs are submitted."""
+        return subprocess.run(
+            command,
+            cwd=self.work,
+            env={**self.environment, **variables},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
+    def submit(self, *arguments: str | Path, **variables: str) -> str:
+        """Hand over a job; returns its id."""
+        done = self.ask("sbatch", "--parsable", *map(str, arguments), **variables)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def job(self, number: str) -> dict[str, str]:
+        """What scontrol shows of it."""
+        done = self.ask("scontrol", "show", "job", "--oneliner", number)
+        assert done.returncode == 0, done.stderr
+        return dict(re.findall(r"(\w+)=(\S*)", done.stdout))
+
+    def state(self, number: str) -> str:
+        """Its state and exit status, `COMPLETED 0:0`."""
+        job = self.job(number)
+        return f"{job['JobState']} {job['ExitCode']}"
+
+    def wait(self, number: str, timeout: float = 240) -> str:
+        """Wait until it has ended; returns its last state and exit status."""
+
+        def ended() -> bool:
+            return self.job(number)["JobState"] in ENDED
+
+        wait_until(ended, timeout, f"job {number} to end", lambda: self.log(number))
+        return self.state(number)
+
+    def log(self, number: str) -> str:
+        """What its batch script printed."""
+        path = Path(self.job(number)["StdOut"])
+        return path.read_text() if path.exists() else f"{path} is not there"
+
+
+def wait_until(
+    condition: Callable[[], bool],
+    timeout: float,
+    what: str,
+    explain: Callable[[], str] = lambda: "",
+) -> None:
+    """Poll until it is so."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout:g} s for {what}\n{explain()}"
+        time.sleep(0.2)

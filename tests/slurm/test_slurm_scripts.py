@@ -1,0 +1,90 @@
+"""The batch scripts as text, and the parts of them that need no SLURM."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+EXAMPLES = REPO / "examples" / "slurm"
+SCRIPTS = sorted(EXAMPLES.glob("*.sbatch"))
+
+
+def late_directives(text: str) -> list[str]:
+    """#SBATCH lines that sbatch ignores, because a command comes before them."""
+    lines = text.splitlines()
+    is_command = [bool(line.strip()) and not line.lstrip().startswith("#") for line in lines]
+    first = is_command.index(True) if True in is_command else len(lines)
+    return [line for line in lines[first:] if line.startswith("#SBATCH")]
+
+
+def unsafe_directives(text: str) -> list[str]:
+    """Logs in directories that may not be there: the job would fail without a word."""
+    return re.findall(r"^#SBATCH.*--(?:output|error)=\S*/.*", text, flags=re.MULTILINE)
+
+
+def test_the_four_scripts_are_there() -> None:
+    assert [path.stem for path in SCRIPTS] == [
+        "anneal_chain",
+        "array_ablation",
+        "convert_and_evaluate",
+        "pretrain",
+    ]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_script_has_its_directives_first_and_its_log_where_it_can_be(path: Path) -> None:
+    text = path.read_text("utf-8")
+    assert text.startswith("#!/usr/bin/env bash\n")
+    assert late_directives(text) == []
+    assert unsafe_directives(text) == []
+    assert len(re.findall(r"^#SBATCH --", text, flags=re.MULTILINE)) >= 5
+    # Its own path is that of a copy in SLURM's spool directory.
+    assert "BASH_SOURCE" not in text and "$0" not in text
+    assert "\nset -euo pipefail\n" in text
+
+
+def test_late_or_unsafe_directive_is_found() -> None:
+    text = "#!/bin/bash\n#SBATCH --nodes=1\n\n# so\nset -e\n#SBATCH --time=1\n"
+    assert late_directives(text) == ["#SBATCH --time=1"]
+    assert unsafe_directives("#SBATCH -J a --output=logs/%j.out\n") != []
+
+
+def container_options(tmp_path: Path, *directories: str, **variables: str) -> list[str]:
+    """Options that a step gets."""
+    script = 'source "$REPO/examples/slurm/common.sh"; choose_python "$@"; echo "$PYTHON"'
+    script += '; [[ ${#container[@]} == 0 ]] || printf "%s\\n" "${container[@]}"'
+    done = subprocess.run(
+        ["bash", "-euc", script, "bash", *directories],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "REPO": str(REPO), **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    )
+    return done.stdout.splitlines()
+
+
+def test_container_sees_what_the_job_needs(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    options = container_options(
+        tmp_path,
+        str(tmp_path / "runs"),
+        "/scratch/run",
+        CONTAINER_IMAGE="/images/moe.sqsh",
+        CONTAINER_MOUNTS="/data:/data:ro,/etc/a:/b",
+    )
+    # One option of all mounts: pyxis takes the last of several.
+    mounts = f"{tmp_path}:{tmp_path},{REPO}:{REPO},/scratch/run:/scratch/run"
+    assert options == [
+        "python3",
+        "--container-image=/images/moe.sqsh",
+        f"--container-mounts={mounts},/data:/data:ro,/etc/a:/b",
+        f"--container-workdir={tmp_path}",
+    ]
+
+
+def test_without_an_image_there_is_no_container(tmp_path: Path) -> None:
+    assert container_options(tmp_path, "/scratch/run", PYTHON="/opt/python") == ["/opt/python"]
