@@ -25,6 +25,7 @@ from convert_checks import (
     DTYPES,
     check_new_run,
     check_outside,
+    check_size,
     check_tensors,
     choose_weights,
     holds,
@@ -32,12 +33,7 @@ from convert_checks import (
     total_bytes,
 )
 from convert_files import hf_files, native_files, read_companions
-from convert_weights import (
-    Progress,
-    TensorDigests,
-    export_weights,
-    import_weights,
-)
+from convert_weights import Progress, TensorDigests, export_weights, import_weights
 
 from megatron.trainer.allocator import keep_freed_memory
 from megatron.trainer.checkpoint import (
@@ -209,6 +205,8 @@ def run_import(args: argparse.Namespace) -> Conversion:
     check_new_run(save)
     with HFDirectory(Path(args.hf)) as source:
         family, model = _read_architecture(source, args.make_vocab_size_divisible_by)
+        total = sum(entry.num_bytes for entry in source.tensors.values())
+        check_size(model, total, config=source.path / "config.json")
         form = family.layout_of(source.tensors)
         shapes = family.hf_tensors(model, form)
         dtype = check_tensors(source, shapes, args.dtype)
@@ -222,7 +220,6 @@ def run_import(args: argparse.Namespace) -> Conversion:
             is_bf16=dtype is torch.bfloat16,
             source=str(source.path),
         )
-        total = sum(entry.num_bytes for entry in source.tensors.values())
         is_exact = all(holds(dtype, entry.dtype) for entry in source.tensors.values())
         with (
             room_for(save, native, dtype),
@@ -265,6 +262,7 @@ def run_export(args: argparse.Namespace) -> Conversion:
         description="",
     )
     with CheckpointReader(found.path) as reader:
+        check_size(cfg.model, reader.num_bytes, config=found.path / CONFIG_NAME)
         family, form, pieces = _cut(cfg.model, args.layout, found)
         keys, dtype, taken = choose_weights(reader, pieces, args.dtype)
         logger.info("%s: taking the %s", found.path, taken)

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ from megatron.trainer.checkpoint import CheckpointReader, layout
 from megatron.trainer.errors import CheckpointError
 from megatron.trainer.hf_files import HFDirectory
 from megatron.trainer.optim_state import MASTER_PREFIX
+from moe_ext.config import MoEModelConfig
 from moe_ext.convert import Piece
+from moe_ext.counting import count_parameters
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Values of --dtype."""
@@ -22,6 +25,27 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _ROOM = 1.01
 """Bytes on disk per byte of weights, with headers and metadata: at least this much is wanted."""
 _SHOWN = 5
+
+
+def check_size(model: MoEModelConfig, num_bytes: int, *, config: Path) -> None:
+    """Refuse a config of a model that the weight files cannot hold, before its tensors are listed.
+
+    Args:
+        model: what the config describes.
+        num_bytes: of the weights in the files.
+        config: its file, for the message.
+
+    Raises:
+        CheckpointError: there is less than one byte for every two parameters, of at least two
+            bytes each.
+    """
+    total = count_parameters(replace(model, make_vocab_size_divisible_by=1)).total
+    if total > 2 * num_bytes:
+        raise CheckpointError(
+            f"{config} describes a model of {total:,} parameters, but the weights beside it"
+            f" have {num_bytes:,} bytes; they do not belong together, or one is damaged; get the"
+            " directory again"
+        )
 
 
 def check_tensors(

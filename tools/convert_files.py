@@ -13,7 +13,7 @@ import recipe
 from megatron.trainer.config import DataConfig, TrainingConfig
 from megatron.trainer.data.tokenizer import END_OF_DOCUMENT, TOKENIZERS, load_tokenizer
 from megatron.trainer.errors import CheckpointError, DataError
-from megatron.trainer.hf_files.directory import CONFIG_NAME, open_regular, read_json
+from megatron.trainer.hf_files.directory import CONFIG_NAME, read_entry, read_json
 from megatron.trainer.load import dump_config
 from megatron.trainer.resume import CONFIG_NAME as RUN_CONFIG_NAME
 from megatron.trainer.resume import RUN_NAME, WEIGHTS_ONLY
@@ -35,7 +35,6 @@ _JSON_FILES = (
 _SENTENCEPIECE = "tokenizer.model"
 _TEMPLATE = "chat_template.jinja"
 _TOKENIZER_FILES = {"HFTokenizer": "tokenizer.json", "SentencePieceTokenizer": _SENTENCEPIECE}
-_MAX_BYTES = 200_000_000
 _MAX_SEQ_LENGTH = 4096
 
 
@@ -61,8 +60,7 @@ def read_companions(directory: Path) -> Companions:
         if not os.path.lexists(path):
             continue
         _check_own(path)
-        with open_regular(directory, name) as file:
-            files[name] = bytes(file.read(_MAX_BYTES))
+        files[name] = read_entry(directory, name)
     for name in _JSON_FILES:
         if name in files:
             read_json(directory, name)
@@ -171,8 +169,9 @@ def _trained_with(cfg: recipe.PretrainConfig, checkpoint: Path) -> Companions:
     if cfg.data.tokenizer_model is None or cfg.data.mock_data:  # mock data carries none along
         return Companions(files={}, tokenizer_type=None)
     kind = cfg.data.tokenizer_type
-    with open_regular(checkpoint, Path(cfg.data.tokenizer_model).name) as file:
-        files = {_TOKENIZER_FILES[kind]: bytes(file.read(_MAX_BYTES))}
+    carried = Path(cfg.data.tokenizer_model).name
+    _check_own(checkpoint / carried)
+    files = {_TOKENIZER_FILES[kind]: read_entry(checkpoint, carried)}
     if kind == "HFTokenizer":
         told = {
             "tokenizer_class": "PreTrainedTokenizerFast",

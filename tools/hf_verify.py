@@ -5,9 +5,9 @@ time. Used by convert_checkpoint.py.
 """
 
 import gc
-import json
 import logging
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,14 +16,17 @@ import psutil
 import recipe
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor, nn
 
 from megatron.trainer.checkpoint import FoundCheckpoint
 from megatron.trainer.config import ParallelConfig, TrainingConfig
 from megatron.trainer.errors import CheckpointError, ConfigError
+from megatron.trainer.hf_files.directory import read_json
 from megatron.trainer.launch import initialize, shut_down
 from megatron.trainer.load import load_config
 from megatron.trainer.resume import CONFIG_NAME, load_weights
+from moe_ext.convert import family_of
 from moe_ext.counting import count_parameters
 
 logger = logging.getLogger("verify")
@@ -31,6 +34,11 @@ logger = logging.getLogger("verify")
 FP32_TOLERANCE = 2.0e-5
 """Largest difference of two logits in fp32, for logits of standard deviation up to 1; in proportion
 above. Two orders of summation differ by a tenth of it."""
+
+OLDEST_TRANSFORMERS = Version("5.3")
+"""The first release in which a config.json cannot name code to run."""
+
+_ADAPTER_NAME = "adapter_config.json"
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -154,7 +162,7 @@ def import_transformers() -> Any:
     """The package.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: it is not installed, or too old.
     """
     try:
         import transformers
@@ -163,6 +171,12 @@ def import_transformers() -> Any:
             f"verifying needs transformers, which cannot be imported ({error}); install it with:"
             " pip install 'megatron-moe[hf]'"
         ) from error
+    if Version(transformers.__version__) < OLDEST_TRANSFORMERS:
+        raise ConfigError(
+            f"verifying needs transformers {OLDEST_TRANSFORMERS} or newer, this is"
+            f" {transformers.__version__}, which a config.json can make to run code"
+            " (CVE-2026-4372); install a newer one with: pip install 'megatron-moe[hf]'"
+        )
     return transformers
 
 
@@ -241,20 +255,23 @@ def _choose(
 
 
 def _read_config(hf: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face directory.
+    """config.json of a Hugging Face directory, every field of which is known to be harmless.
+
+    transformers acts on fields, and on files beside, that the converter has no use for.
 
     Raises:
-        CheckpointError: it is missing or no JSON object.
+        CheckpointError: it is missing, no JSON object, or has other fields.
     """
-    path = hf / "config.json"
+    config = read_json(hf, "config.json")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        family_of(config).model_config(config)
+    except ValueError as error:
+        raise CheckpointError(f"{hf / 'config.json'}: {error}") from error
+    if os.path.lexists(hf / _ADAPTER_NAME):
         raise CheckpointError(
-            f"cannot read {path}: {error}; name a directory that transformers can load"
-        ) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds {type(config).__name__}, not an object of settings")
+            f"{hf} holds {_ADAPTER_NAME}, which lets transformers load other files than these;"
+            " remove it"
+        )
     return config
 
 
@@ -307,7 +324,11 @@ def _load_reference(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(hf, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(
+            hf, local_files_only=True, trust_remote_code=False
+        )
+        # Not what the file asks for: a name there may stand for code on the Hub.
+        config._attn_implementation = None
         # The loop over experts: the plain one of several ways, and it takes every width.
         config._experts_implementation = "eager"
         model, info = transformers.AutoModelForCausalLM.from_pretrained(

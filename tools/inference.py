@@ -11,6 +11,7 @@ from pathlib import Path
 
 import recipe
 import torch
+from convert_checks import check_size
 
 from megatron.trainer.checkpoint import FoundCheckpoint, find_checkpoint
 from megatron.trainer.config import DataConfig, ParallelConfig, TrainingConfig
@@ -159,11 +160,13 @@ def open_checkpoint(args: argparse.Namespace, *, prog: str) -> Opened:
     """Find the checkpoint and read its config; a collective call.
 
     Raises:
-        CheckpointError: there is no whole one.
+        CheckpointError: there is no whole one, or its config is of a larger model.
     """
     found = find_checkpoint(Path(args.load), iteration=args.ckpt_step)
     config = ["--config", str(found.path / CONFIG_NAME)]
     saved = agree(lambda: load_config(recipe.PretrainConfig, config, prog=prog, description=""))
+    shards = [shard.stat().st_size for shard in found.path.glob("*.distcp")]
+    agree(lambda: check_size(saved.model, sum(shards), config=found.path / CONFIG_NAME))
     return Opened(found=found, saved=saved)
 
 

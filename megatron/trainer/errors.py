@@ -1,5 +1,17 @@
 """Errors whose message is all that the user needs to see."""
 
+import re
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text with control characters spelled out, except ends of lines and tabs.
+
+    Names out of files stand in messages; a terminal would act on the characters in them.
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
 
 class UserError(Exception):
     """Something the user gave us is wrong; the message says what, both values, rule and remedy.

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import uuid
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any
 
 from megatron.trainer.config import LoggingConfig
 from megatron.trainer.errors import ConfigError
+from megatron.trainer.small_files import read_small
 
 logger = logging.getLogger(__name__)
 
@@ -176,14 +178,12 @@ class WeightsAndBiases(Hook):
                 f"wandb_project is {cfg.wandb_project!r}, but wandb is not installed; install the"
                 " extra: pip install -e '.[wandb]', or leave --wandb-project away"
             ) from error
-        id_file = run_directory / "wandb_run_id"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+        run_id = _kept_id(run_directory / "wandb_run_id")
         try:
             self._run = wandb.init(
                 project=cfg.wandb_project,
                 name=cfg.wandb_name,
-                id=id_file.read_text(encoding="utf-8").strip(),
+                id=run_id,
                 resume="allow",
                 dir=str(run_directory),
                 config=dict(config),
@@ -203,6 +203,26 @@ class WeightsAndBiases(Hook):
     def on_end(self) -> None:
         """Close the run."""
         self._run.finish()
+
+
+def _kept_id(path: Path) -> str:
+    """The wandb id that is kept in a file, made when there is none.
+
+    Raises:
+        ConfigError: it is none; wandb makes names of files and addresses of it.
+    """
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+    try:
+        text = read_small(path, most_bytes=200).decode("ascii", errors="replace").strip()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; remove it") from error
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text):
+        raise ConfigError(
+            f"{path} holds {text!r}; an id is made of letters, digits, _ and -; remove the file to"
+            " begin another wandb run"
+        )
+    return text
 
 
 class Console(Hook):

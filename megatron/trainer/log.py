@@ -3,12 +3,14 @@
 import logging
 import sys
 
+from megatron.trainer.errors import printable
+
 
 def configure_logging(rank: int) -> None:
     """Log to standard error: everything from rank 0, warnings from other ranks with the rank."""
     handler = _StderrHandler()
     prefix = "" if rank == 0 else f"[rank {rank}] "
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -16,6 +18,14 @@ def configure_logging(rank: int) -> None:
     # megatron-core announces its whole config at INFO, matplotlib its fonts.
     for talkative in ("megatron.core", "matplotlib"):
         logging.getLogger(talkative).setLevel(logging.WARNING)
+
+
+class _Formatter(logging.Formatter):
+    """Keeps what stands in names and texts of others from the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, with control characters spelled out."""
+        return printable(super().format(record))
 
 
 class _StderrHandler(logging.StreamHandler):

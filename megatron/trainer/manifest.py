@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron.trainer.errors import CheckpointError
-from megatron.trainer.safe_load import is_plain_name
+from megatron.trainer.small_files import is_plain_name, read_small
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 
 _BLOCK_BYTES = 1 << 20
+_MOST_BYTES = 1 << 26
+"""Of a manifest: room for half a million files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,18 +112,19 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_small(path, most_bytes=_MOST_BYTES))
     except FileNotFoundError as error:
         raise CheckpointError(f"{MANIFEST_NAME} is missing: saving never finished") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{MANIFEST_NAME} cannot be read: {error}") from error
+        told = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{MANIFEST_NAME} cannot be read: {told}") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{MANIFEST_NAME} has format version {version}, this program reads {FORMAT_VERSION}"
         )
     iteration, files = content.get("iteration"), content.get("files")
-    if not isinstance(iteration, int) or not isinstance(files, dict):
+    if type(iteration) is not int or not isinstance(files, dict):
         raise CheckpointError(f"{MANIFEST_NAME} lacks `iteration` or `files`")
     return Manifest(
         iteration=iteration, files={name: _record(name, entry) for name, entry in files.items()}
@@ -183,7 +186,7 @@ def _record(name: str, entry: Any) -> FileRecord:
     """One entry of `files`, checked."""
     size = entry.get("bytes") if isinstance(entry, dict) else None
     digest = entry.get("sha256") if isinstance(entry, dict) else None
-    if not is_plain_name(name) or not isinstance(size, int) or not isinstance(digest, str):
+    if not is_plain_name(name) or type(size) is not int or not isinstance(digest, str):
         raise CheckpointError(f"{MANIFEST_NAME} has a bad entry for {name!r}")
     return FileRecord(size_bytes=size, sha256=digest)
 

@@ -6,7 +6,8 @@ groups' fields are unique, so that recipe keys and flags are flat. Fields are `b
 or `tuple[R, ...]` of a record R, a frozen dataclass of such fields, which no flag can give.
 
 A recipe is parsed to nodes of text and never constructed into objects: a scalar is read as the
-type of its field, so `lr: 4e-4` is a number and `wandb_name: 2024-09-03` a string.
+type of its field, so `lr: 4e-4` is a number and `wandb_name: 2024-09-03` a string. Aliases are
+refused, because a short text of them can stand for more than any memory holds.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from typing import Any, Literal
 import yaml
 
 from megatron.trainer.errors import ConfigError
+from megatron.trainer.small_files import read_at_most
 
 SOURCE_NAMES = ("config", "preset", "print_config")
 """Flags of `load.load_config` itself, which no field may be named."""
@@ -29,6 +31,7 @@ _TRUE, _FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
 _NULL = ("null", "Null", "NULL", "~", "", "None")
 _SPECIAL_FLOATS = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
 _UNICODE_BREAKS = frozenset("\r\x85\u2028\u2029\ufeff")
+_MOST_BYTES = 1 << 22
 _IMPLICIT_TAGS = (
     "str",
     "int",
@@ -160,6 +163,32 @@ def read_recipe(
     return values, preset
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Reads YAML of plain values in which nothing stands for something else."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Parse one value; raises ComposerError for an alias."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"recipes take no aliases: write *{event.anchor} out", event.start_mark
+            )
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
+
+
+def plain_values(text: str) -> object:
+    """YAML text as dicts, lists, strings, numbers and the like; for recipes of any version.
+
+    Raises:
+        ValueError: it is not YAML, or has tags of other things, aliases, or too much nesting.
+    """
+    try:
+        return _PlainLoader(text).get_single_data()
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
 def recipe_nodes(path: str) -> list[tuple[yaml.Node, yaml.Node]]:
     """Keys and values of a recipe, nothing constructed from them.
 
@@ -167,7 +196,8 @@ def recipe_nodes(path: str) -> list[tuple[yaml.Node, yaml.Node]]:
         ConfigError: it cannot be read, or is no mapping.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as file:
+            text = read_at_most(file, _MOST_BYTES).decode("utf-8")
     except OSError as error:
         raise ConfigError(
             f"cannot read the recipe {path!r}: {error.strerror}; --config takes a YAML file"
@@ -175,7 +205,7 @@ def recipe_nodes(path: str) -> list[tuple[yaml.Node, yaml.Node]]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"the recipe {path!r} is not UTF-8 text: {error}") from error
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = _PlainLoader(text).get_single_node()
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"the recipe {path!r} is not valid YAML: {error}") from error
     if root is None or (_is_plain(root) and root.value == ""):

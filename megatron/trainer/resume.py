@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
 
 from megatron.trainer.checkpoint import (
     FoundCheckpoint,
@@ -27,6 +26,7 @@ from megatron.trainer.hooks import METRICS_NAME, read_records
 from megatron.trainer.launch import agree
 from megatron.trainer.load import dump_config
 from megatron.trainer.optim_state import OPTIMIZER_PREFIX
+from megatron.trainer.recipe import plain_values
 from megatron.trainer.schedule import Schedule, branch_rate, rate_of_branch
 from megatron.trainer.state import (
     RNG_PREFIX,
@@ -44,6 +44,15 @@ logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
 RUN_NAME = "run.json"
+_RUN_TYPES = {
+    "data": dict,
+    "iteration": int,
+    "layout": dict,
+    "optimizer_steps": int,
+    "schedule": dict,
+}
+"""What run.json must hold, and as what."""
+_LARGEST_COUNT = 1 << 62
 WEIGHTS_ONLY = "weights_only"
 """Key of run.json: true where a checkpoint holds weights and nothing else of a run."""
 
@@ -291,8 +300,8 @@ def load_weights(modules: list[torch.nn.Module], found: FoundCheckpoint) -> None
 def saved_config(found: FoundCheckpoint) -> dict[str, Any]:
     """The flat config that wrote the checkpoint."""
     try:
-        config = yaml.safe_load(read_text(found.path, CONFIG_NAME))
-    except yaml.YAMLError as error:
+        config = plain_values(read_text(found.path, CONFIG_NAME))
+    except ValueError as error:
         raise CheckpointError(
             f"{found.path / CONFIG_NAME} cannot be read as plain YAML: {error}; restore it from the"
             " run directory"
@@ -315,20 +324,25 @@ def check_architecture(found: FoundCheckpoint, wanted: Mapping[str, Any]) -> Non
 
 def _saved_run(found: FoundCheckpoint) -> dict[str, Any]:
     """What `run_state` said when the checkpoint was written."""
+    where = found.path / RUN_NAME
     try:
         run = json.loads(read_text(found.path, RUN_NAME))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{found.path / RUN_NAME} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not JSON: {error}") from error
     if isinstance(run, dict) and run.get(WEIGHTS_ONLY) is True:
         return dict(run)
-    wanted = ("data", "iteration", "layout", "optimizer_steps", "schedule")
-    missing = [key for key in wanted if not isinstance(run, dict) or key not in run]
+    remedy = "take only the weights with --finetune, or load another checkpoint with --ckpt-step"
+    missing = [key for key in _RUN_TYPES if not isinstance(run, dict) or key not in run]
     if missing:
         raise CheckpointError(
-            f"{found.path / RUN_NAME} lacks {', '.join(missing)}; it must hold"
-            f" {', '.join(wanted)}; take only the weights with --finetune, or load another"
-            " checkpoint with --ckpt-step"
+            f"{where} lacks {', '.join(missing)}; it must hold {', '.join(_RUN_TYPES)}; {remedy}"
         )
+    for key, kind in _RUN_TYPES.items():
+        if type(run[key]) is not kind or (kind is int and not 0 <= run[key] < _LARGEST_COUNT):
+            raise CheckpointError(
+                f"{where} has {key} {run[key]!r:.80}; it must be"
+                f" {'a number of steps' if kind is int else 'an object'}; {remedy}"
+            )
     return dict(run)
 
 

@@ -2,28 +2,34 @@
 
 A pickle is a program. torch 2.6 to 2.13 and megatron-core 0.16 and 0.17 still run three kinds of it
 when a distributed checkpoint is loaded: the `.metadata` file, every object stored inside a
-`.distcp` file, and, when TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set, `common.pt`. `install_guards`
-replaces those readers by ones that know what a checkpoint may hold and refuse the rest.
+`.distcp` file, and, when TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set, `common.pt`. The tensors inside a
+`.distcp` file are read with `weights_only`, which megatron-core weakens: when imported it declares
+NumPy's arrays safe, and an array of objects follows addresses that stand in the file.
+`install_guards` replaces all of these readers by ones that know what a checkpoint may hold and
+refuse the rest.
 
-`load_trusted_types` is the one call of `torch.load` for anything else this project reads.
+`load_trusted_types` is the one call of `torch.load` for anything that this project reads.
 """
 
 import io
+import os
 import pickle
 import re
 import types
 import zipfile
-from pathlib import Path, PurePath
+from collections.abc import Callable
+from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem
 
 from megatron.trainer.errors import CheckpointError
+from megatron.trainer.metadata_check import metadata_problems
 
 _REMEDY = (
     "a checkpoint needs no such thing, so this one was made to run code on the machine that loads "
@@ -72,14 +78,77 @@ _ALLOWED_GLOBALS = frozenset(
 )
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Builds what the metadata of a distributed checkpoint holds, and nothing else."""
+_ALLOWED_OPCODES = (
+    *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE"),
+    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"),
+    *("SHORT_BINBYTES", "BINBYTES", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+    *("EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS"),
+    *("MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+    *("GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD"),
+)
+
+
+def _code_of(name: str) -> int:
+    code: bytes = getattr(pickle, name)
+    return code[0]
+
+
+class _Opcodes(dict[int, Callable[..., None]]):
+    """What to do for each opcode of a pickle."""
+
+    def __missing__(self, opcode: int) -> Callable[..., None]:
+        raise pickle.UnpicklingError(f"it has the opcode {opcode:#x}, which no checkpoint needs")
+
+
+class _MetadataUnpickler(pickle._Unpickler):
+    """Builds what the metadata of a distributed checkpoint holds, and nothing else.
+
+    The one written in Python: it needs half as long again for real metadata, and the one written in
+    C allocates as much memory as a few bytes tell it to. Keys of dicts are checked before they are
+    hashed, which for tuples in tuples could take for ever.
+    """
+
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+    dispatch = _Opcodes(
+        {code: pickle._Unpickler.dispatch[code] for code in map(_code_of, _ALLOWED_OPCODES)}
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         """Look up a global; raises CheckpointError for any that is not on the list."""
         if (module, name) not in _ALLOWED_GLOBALS:
             raise CheckpointError(f"it asks for `{module}.{name}`; {_REMEDY}")
         return super().find_class(module, name)
+
+    def load_setitems(self) -> None:
+        """Put keys and values into a dict."""
+        self._fill(self.pop_mark())
+
+    def load_setitem(self) -> None:
+        """Put one key and its value into a dict."""
+        value, key = self.stack.pop(), self.stack.pop()
+        self._fill([key, value])
+
+    def _fill(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        for key in items[::2]:
+            if not _is_plain_key(key):
+                raise pickle.UnpicklingError(f"it has a {type(key).__name__} as a key")
+        if not isinstance(target, dict):
+            raise pickle.UnpicklingError(f"it puts keys into a {type(target).__name__}")
+        target.update(zip(items[::2], items[1::2], strict=True))
+
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.SETITEM[0]] = load_setitem
+
+
+def _is_plain_key(key: Any) -> bool:
+    """Whether this can be hashed at once: a text, a number, a tuple of such."""
+    if isinstance(key, MetadataIndex):
+        return isinstance(key.fqn, str) and _is_plain_key(key.offset)
+    if isinstance(key, tuple):
+        return all(isinstance(item, str | int | None) for item in key)
+    return isinstance(key, str | int | None)
 
 
 class _GuardedPickle(types.ModuleType):
@@ -96,6 +165,20 @@ class _GuardedPickle(types.ModuleType):
         return load_metadata(file)
 
 
+class _GuardedTorch(types.ModuleType):
+    """The torch module as `torch.distributed.checkpoint.filesystem` sees it: `load` is guarded."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def load(file: IO[bytes], *, map_location: str, weights_only: bool) -> Any:
+        """Read a tensor; see `load_trusted_types`. Torch's reader gives all of these arguments."""
+        del map_location, weights_only  # "cpu", True
+        shard = getattr(getattr(file, "base_stream", file), "name", "a shard")
+        return load_trusted_types(file, name=f"a tensor in {shard}")
+
+
 def load_metadata(file: IO[bytes]) -> Metadata:
     """Read the `.metadata` of a distributed checkpoint without executing it.
 
@@ -103,8 +186,8 @@ def load_metadata(file: IO[bytes]) -> Metadata:
         file: the open file; its `name`, where it has one, appears in errors.
 
     Raises:
-        CheckpointError: it asks for a global that metadata has no use for, is no metadata, or
-            points outside its directory.
+        CheckpointError: it asks for a global that metadata has no use for, is no metadata, points
+            outside its directory, or contradicts itself.
     """
     name = getattr(file, "name", ".metadata")
     try:
@@ -116,41 +199,92 @@ def load_metadata(file: IO[bytes]) -> Metadata:
             f"cannot read {name}: {_first_line(error)}; the file is damaged, take another "
             "checkpoint"
         ) from error
-    # Not isinstance: megatron-core 0.15 wrote a class of its own here.
-    if not isinstance(getattr(metadata, "state_dict_metadata", None), dict):
+    try:
+        problem = next(metadata_problems(metadata), None)
+    except AttributeError as error:
+        problem = f"it holds a record without all of its fields ({_first_line(error)})"
+    if problem is not None:
         raise CheckpointError(
-            f"refused to load {name}: it holds a {type(metadata).__name__}, not the metadata of a "
-            "distributed checkpoint"
+            f"refused to load {name}: {problem}; the file is damaged or made up, take another"
+            " checkpoint"
         )
-    _check_paths(metadata, name)
     return metadata
 
 
 def load_trusted_types(file: str | Path | IO[bytes], *, name: str) -> Any:
-    """`torch.load` to the CPU, for tensors, containers, numbers, strings and NumPy arrays only.
+    """`torch.load` to the CPU, for tensors, containers, numbers and strings only.
 
     `weights_only=True` is passed explicitly: torch then disregards the environment variable
-    TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, which silently replaces the default.
+    TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, which silently replaces the default. What other packages have
+    declared safe, for this process, is forgotten.
 
     Args:
-        file: path or open file.
+        file: path or open file, which may be read from any position.
         name: how errors call it.
 
     Raises:
         FileNotFoundError: `file` does not exist.
-        CheckpointError: it asks for any other global, or is damaged.
+        CheckpointError: it asks for any other global, is not as torch.save writes files, or is
+            damaged.
     """
+    torch.serialization.clear_safe_globals()
     try:
+        _require_plain_archive(file)
         return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"refused to load {name}: {refusal(error)}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # torch raises nearly anything of a damaged file
         raise CheckpointError(
             f"cannot read {name}: {_first_line(error)}; the file is damaged, take another "
             "checkpoint"
         ) from error
+
+
+def _require_plain_archive(file: str | Path | IO[bytes]) -> None:
+    """Refuse what torch.save does not write: older formats, and entries that unpack to more.
+
+    Raises:
+        zipfile.BadZipFile: it is one of these.
+    """
+    start = None if isinstance(file, str | Path) else file.tell()
+    with zipfile.ZipFile(file if isinstance(file, str | Path) else _Rewindable(file)) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                raise zipfile.BadZipFile(f"{entry.filename[:80]!r} in it is compressed")
+    if start is not None:
+        file.seek(start)  # type: ignore[union-attr]  # not a path
+
+
+class _Rewindable(io.RawIOBase):
+    """A file for zipfile, which seeks from its end; torch's view of a part of a file cannot."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        file.seek(0, os.SEEK_END)
+        self._size = file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        bases = {os.SEEK_SET: 0, os.SEEK_CUR: self._file.tell(), os.SEEK_END: self._size}
+        target = bases[whence] + offset
+        if not 0 <= target <= self._size:
+            raise OSError(f"byte {target} of {self._size} is asked for")
+        self._file.seek(target)
+        return target
+
+    def read(self, size: int = -1, /) -> bytes:
+        room = self._size - self._file.tell()
+        return self._file.read(room if size < 0 else min(size, room))
 
 
 def refusal(error: pickle.UnpicklingError) -> str:
@@ -177,6 +311,9 @@ def install_guards() -> None:
     # calls pickle.load on `.metadata`.
     if not isinstance(filesystem.pickle, _GuardedPickle):
         filesystem.pickle = _GuardedPickle("pickle")
+    # FileSystemReader.read_data reads every tensor with what is declared safe at that moment.
+    if not isinstance(filesystem.torch, _GuardedTorch):
+        filesystem.torch = _GuardedTorch("torch")
     # DefaultLoadPlanner.load_bytes, inherited by MCoreLoadPlanner, reads every ShardedObject with
     # weights_only=False.
     DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[method-assign]
@@ -214,23 +351,6 @@ def _load_sharded_objects(_self: object, _state: object, checkpoint_dir: str | P
         f"{checkpoint_dir} keeps its objects in files of their own, as formats before torch_dist "
         "did; only torch_dist checkpoints can be loaded"
     )
-
-
-def _check_paths(metadata: Metadata, name: str) -> None:
-    """Refuse shard files that are not plain names in the checkpoint's own directory."""
-    stored = metadata.storage_data
-    for info in stored.values() if isinstance(stored, dict) else ():
-        shard = getattr(info, "relative_path", None)
-        if not isinstance(shard, str) or not is_plain_name(shard):
-            raise CheckpointError(
-                f"refused to load {name}: it points to the file {shard!r}; a checkpoint's files "
-                "lie in its own directory"
-            )
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether `name` names an entry of a directory and cannot lead out of it."""
-    return name not in {"", ".", ".."} and PurePath(name).name == name and "\0" not in name
 
 
 def _first_line(error: BaseException) -> str:

@@ -54,9 +54,11 @@ def check_schedule(
     early = ""
     if set(changed) <= _EXTENSIBLE and wanted.get("lr_decay_style") == "WSD":
         begins = [
-            curve["lr_decay_iters"] - curve["lr_wsd_decay_iters"] for curve in (saved, wanted)
+            curve["lr_decay_iters"] - curve["lr_wsd_decay_iters"]
+            for curve in (saved, wanted)
+            if all(type(curve.get(key)) is int for key in _EXTENSIBLE)
         ]
-        if iteration <= min(begins):
+        if len(begins) == 2 and iteration <= min(begins):
             logger.info(
                 "the decay begins at step %d instead of %d, which is still to come: %s",
                 begins[1],
@@ -64,11 +66,12 @@ def check_schedule(
                 told,
             )
             return
-        early = (
-            f" (the decay would begin at step {begins[1]}, the checkpoint's at {begins[0]}, and"
-            f" {iteration} steps are done: it can be moved only before it begins, to a step still"
-            " to come)"
-        )
+        if len(begins) == 2:
+            early = (
+                f" (the decay would begin at step {begins[1]}, the checkpoint's at {begins[0]}, and"
+                f" {iteration} steps are done: it can be moved only before it begins, to a step"
+                " still to come)"
+            )
     raise CheckpointError(
         f"the checkpoint follows another learning-rate schedule: {told}{early}. Give this run the"
         " checkpoint's values (--lr-decay-iters is --train-iters where it is not given), follow"

@@ -84,7 +84,8 @@ def hostile_object(path: Path, canary: Path) -> str:
 def hostile_tensor(path: Path, canary: Path) -> str:
     """In place of a weight, in a shard."""
     append_to_shard(path, TENSOR_KEY, torch_bytes(Payload(canary)))
-    return f"CheckpointError: loading {path} failed on rank 0: it asks for `posix.system`; {REMEDY}"
+    name = f"a tensor in {path / '__0_0.distcp'}"
+    return f"CheckpointError: refused to load {name}: it asks for `posix.system`; {REMEDY}"
 
 
 def append_to_shard(path: Path, key: str, content: bytes) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron.trainer.checkpoint import (
     CheckpointReader,
@@ -318,8 +319,9 @@ def test_block_that_is_there_in_part_is_refused(tmp_path: Path) -> None:
     path = stream(tmp_path, blocks(tensors()))
     with (path / ".metadata").open("rb") as file:
         metadata = load_metadata(file)
-    lost = next(index for index in metadata.storage_data if index.fqn == "layers.w")
-    del metadata.storage_data[lost]
+    first, second, _third = metadata.state_dict_metadata["layers.w"].chunks  # type: ignore[union-attr]
+    del metadata.storage_data[MetadataIndex("layers.w", second.offsets)]
+    second.offsets = first.offsets  # the same place twice, and another not at all
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     with (
         CheckpointReader(path) as reader,

@@ -109,7 +109,7 @@ def test_a_missing_tensor_is_no_random_one(
 def test_a_directory_without_config_is_refused(
     imported: tuple[FoundCheckpoint, Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match=re.escape(f"cannot read {tmp_path}/config.json")):
+    with pytest.raises(CheckpointError, match=re.escape(f"cannot open {tmp_path}/config.json")):
         verify(imported[0], tmp_path)
 
 

@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 from megatron.trainer.manifest import sync_directory, write_durably
+from megatron.trainer.small_files import read_small
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 
@@ -117,12 +118,11 @@ def read_tracker(root: Path) -> int | str:
     """The iteration that the tracker names, or what is wrong with the tracker."""
     path = root / TRACKER_NAME
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            text = file.read(64).strip()
+        text = read_small(path, most_bytes=64).decode("utf-8", errors="replace").strip()
     except FileNotFoundError:
         return f"{TRACKER_NAME} is missing"
     except OSError as error:
-        return f"{TRACKER_NAME} cannot be read: {error}"
+        return f"{TRACKER_NAME} cannot be read: {error.strerror}"
     if not re.fullmatch(r"[0-9]{1,18}", text):
         return f"{TRACKER_NAME} holds {text!r}, not an iteration"
     return int(text)

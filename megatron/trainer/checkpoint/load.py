@@ -1,5 +1,6 @@
 """Reading a checkpoint into a sharded state, of the layout it was saved from or another."""
 
+import json
 import warnings
 from collections.abc import Collection, Iterable
 from functools import partial
@@ -20,9 +21,13 @@ from megatron.core.dist_checkpointing.validation import (
 from megatron.trainer.checkpoint.ranks import on_rank0, rank_of, together
 from megatron.trainer.errors import CheckpointError
 from megatron.trainer.manifest import verify_manifest
-from megatron.trainer.safe_load import install_guards, is_plain_name
+from megatron.trainer.safe_load import install_guards
+from megatron.trainer.small_files import is_plain_name, read_small
 
 _SHOWN_KEYS = 10
+_MOST_TEXT_BYTES = 1 << 26
+_FORMAT_NAME = "metadata.json"
+_FORMAT = {"sharded_backend": "torch_dist", "common_backend": "torch"}
 
 
 def load_checkpoint(
@@ -71,13 +76,15 @@ def read_text(path: Path, name: str) -> str:
     if not is_plain_name(name):
         raise CheckpointError(f"{name!r} is not the plain name of a file in {path}")
     try:
-        return (path / name).read_text(encoding="utf-8")
+        return read_small(path / name, most_bytes=_MOST_TEXT_BYTES).decode("utf-8")
     except FileNotFoundError as error:
         there = ", ".join(sorted(entry.name for entry in path.iterdir())) if path.is_dir() else ""
         raise CheckpointError(
             f"{path} holds no {name}" + (f"; it holds {there}" if there else "")
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path / name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"cannot read {path / name}: {error}") from error
 
 
@@ -95,6 +102,27 @@ def _check_whole(path: Path, rank: int) -> None:
     if problems:
         raise CheckpointError(
             f"{path} is damaged: {_listed(problems)}; take another checkpoint with --ckpt-step"
+        )
+    _check_format(path)
+
+
+def _check_format(path: Path) -> None:
+    """Refuse other formats than the one that the guards are made for.
+
+    Raises:
+        CheckpointError: `metadata.json` names another, or none.
+    """
+    try:
+        told = json.loads(read_text(path, _FORMAT_NAME))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path / _FORMAT_NAME} is not JSON: {error}; take another checkpoint"
+        ) from error
+    found = {key: told.get(key, "torch") for key in _FORMAT} if isinstance(told, dict) else told
+    if found != _FORMAT:
+        raise CheckpointError(
+            f"{path / _FORMAT_NAME} says that the format is {str(found)[:200]}; only"
+            f" {_FORMAT['sharded_backend']} checkpoints can be loaded; take another"
         )
 
 

@@ -43,7 +43,8 @@ from megatron.trainer.manifest import (
     write_durably,
     write_manifest,
 )
-from megatron.trainer.safe_load import is_plain_name, load_trusted_types, what_it_holds
+from megatron.trainer.safe_load import load_trusted_types, what_it_holds
+from megatron.trainer.small_files import is_plain_name
 
 ShardedStateDict = dict[str, Any]
 """megatron-core's: nested dicts and lists with ShardedTensor, ShardedObject or plain leaves."""
@@ -72,8 +73,8 @@ def save_checkpoint(
         root: the run directory; must be on a file system that all ranks share.
         iteration: optimizer steps done.
         state: this rank's sharded state dict; its factories are expanded in place. Plain leaves are
-            taken from rank 0. They and the data of ShardedObjects must be tensors, NumPy arrays,
-            numbers, strings or containers of these, or they could not be loaded back.
+            taken from rank 0. They and the data of ShardedObjects must be tensors, numbers,
+            strings or containers of these, or they could not be loaded back.
         files: small files to keep beside the state, by name: text, or the path of a file to copy.
             Only rank 0's are used.
         keep_last: checkpoints to keep, this one included; older ones are deleted, later ones
@@ -202,8 +203,8 @@ def _check_loadable(source: Path | io.BytesIO, name: str) -> None:
         cause = error.__cause__
         why = what_it_holds(cause) if isinstance(cause, pickle.UnpicklingError) else str(error)
         raise CheckpointError(
-            f"{name} could not be loaded back: {why}; save tensors, NumPy arrays, numbers, "
-            "strings, and lists, tuples or dicts of them"
+            f"{name} could not be loaded back: {why}; save tensors, numbers, strings, and "
+            "lists, tuples or dicts of them"
         ) from error
 
 

@@ -91,7 +91,13 @@ class CheckpointReader:
         for index, info in (metadata.storage_data or {}).items():
             if index.fqn in self._chunks and index.offset is not None:
                 box = (tuple(index.offset), sizes[index.fqn, tuple(index.offset)])
-                self._chunks[index.fqn][box] = _place(info, path)
+                self._chunks[index.fqn][box] = Place(info.relative_path, info.offset, info.length)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all shard files together."""
+        names = {place.file for chunks in self._chunks.values() for place in chunks.values()}
+        return sum(os.fstat(self.open(name)).st_size for name in names)
 
     def __enter__(self) -> "CheckpointReader":
         return self
@@ -254,22 +260,6 @@ class _Window(io.RawIOBase):
         count = os.preadv(self._descriptor, [view[:room]], self._place.begin + self._position)
         self._position += count
         return count
-
-
-def _place(info: Any, path: Path) -> Place:
-    """Where an entry of the metadata is.
-
-    Raises:
-        CheckpointError: it is encoded in a way that this program does not read.
-    """
-    if getattr(info, "transform_descriptors", None):
-        raise CheckpointError(
-            f"{path} stores its tensors {info.transform_descriptors[0]!r}-encoded; only plain ones"
-            " can be read; save it again without such an extension"
-        )
-    if type(info.offset) is not int or type(info.length) is not int or info.offset < 0:
-        raise CheckpointError(f"the .metadata of {path} is damaged; take another checkpoint")
-    return Place(info.relative_path, info.offset, info.length)
 
 
 def _check_chunk(chunk: Any, key: str, stored: StoredTensor, box: Box) -> None:

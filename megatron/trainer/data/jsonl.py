@@ -7,12 +7,15 @@ from typing import Any
 
 from megatron.trainer.errors import DataError
 
+_MOST_LINE_BYTES = 1 << 28
+
 
 def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
     """Yield each line of a file with its number, counted from 1.
 
     Raises:
-        DataError: The file is missing or not a file.
+        DataError: The file is missing or not a file, or a line is longer than memory should have to
+            hold.
     """
     if not Path(path).is_file():
         raise DataError(
@@ -20,7 +23,16 @@ def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
             " the path"
         )
     with open(path, "rb") as file:
-        yield from enumerate(file, start=1)
+        number = 1
+        while line := file.readline(_MOST_LINE_BYTES + 1):
+            if len(line) > _MOST_LINE_BYTES:
+                raise DataError(
+                    f"{path}, line {number}: has more than {_MOST_LINE_BYTES:,} bytes; each line"
+                    " must be one JSON object of at most that size; split the document, or write"
+                    " one object a line"
+                )
+            yield number, line
+            number += 1
 
 
 def parse_text(line: bytes, *, key: str, path: str, number: int) -> str:

@@ -20,6 +20,8 @@ from megatron.trainer.errors import DataError
 LEFT_OUT = "left_out"
 """Key of a phase's record: samples that were passed over; absent where there are none."""
 
+_LARGEST_COUNT = 1 << 62
+
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
@@ -305,11 +307,11 @@ def _is_record(record: Any) -> bool:
         and all(type(weight) is float for weight in weights or ())
         and all(count is None or type(count) is int for count in windows or ())
         and all(isinstance(name, str) for name in sources or ())
-        and all(type(count) is int and count >= 0 for count in consumed or ())
+        and all(type(count) is int and 0 <= count < _LARGEST_COUNT for count in consumed or ())
         and type(left_out := record.get(LEFT_OUT, 0)) is int
         and 0 <= left_out <= sum(consumed or ())
         and type(record.get("seed")) is int
         and isinstance(record.get("inherited"), bool)
-        and "name" in record
-        and "num_samples" in record
+        and isinstance(record.get("name", 0), str | None)
+        and type(record.get("num_samples", "")) in (int, type(None))
     )

@@ -1,5 +1,7 @@
 """Tokenizers behind one interface, read from files that hold data, not code."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -7,9 +9,14 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as TokenizersTokenizer
 
 from megatron.trainer.errors import ConfigError, DataError
+from megatron.trainer.small_files import read_small
 
 END_OF_DOCUMENT = "<|endoftext|>"
 """The piece that separates documents, in our own tokenizers and in OLMoE's."""
+
+_MOST_BYTES = 1 << 28
+_LARGEST_ID = (1 << 31) - 1
+"""Of a token in a token file."""
 
 
 class Tokenizer(Protocol):
@@ -42,10 +49,9 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: str) -> None:
         self._processor = SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(_read(path))
-        except RuntimeError as error:
-            raise _unreadable(path, "a SentencePiece model", error) from error
+        data = _read(path)
+        with _reading(path, "a SentencePiece model"):
+            self._processor.LoadFromSerializedProto(data)
         piece_id = self._processor.PieceToId(END_OF_DOCUMENT)
         eod = piece_id if self._processor.IsControl(piece_id) else self._processor.eos_id()
         if eod < 0:
@@ -67,6 +73,9 @@ class SentencePieceTokenizer:
         return text
 
 
+_JSON_KIND = "a tokenizers JSON file"
+
+
 class HFTokenizer:
     """A tokenizer.json of the `tokenizers` library; documents end with `<|endoftext|>`.
 
@@ -79,10 +88,9 @@ class HFTokenizer:
 
     def __init__(self, path: str) -> None:
         data = _read(path)
-        try:
+        self._path = path
+        with _reading(path, _JSON_KIND):
             self._tokenizer = TokenizersTokenizer.from_buffer(data)
-        except Exception as error:  # the library raises Exception itself
-            raise _unreadable(path, "a tokenizers JSON file", error) from error
         eod = self._tokenizer.token_to_id(END_OF_DOCUMENT)
         if eod is None:
             raise DataError(
@@ -93,16 +101,24 @@ class HFTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.eod: int = eod
-        self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
+        largest = max(self._tokenizer.get_vocab().values())
+        if largest > _LARGEST_ID:
+            raise DataError(
+                f"{path} has the id {largest}; ids must be at most {_LARGEST_ID}, as token files"
+                " store them; restore the file"
+            )
+        self.vocab_size: int = largest + 1
 
     def encode(self, text: str) -> list[int]:
         """Return text's ids; text that spells a special piece is ordinary text."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _reading(self._path, _JSON_KIND):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids."""
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        with _reading(self._path, _JSON_KIND):
+            text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
 
@@ -144,12 +160,28 @@ def _read(path: str) -> bytes:
             f"tokenizer {path} does not exist or is not a file; --tokenizer-model must name the"
             " .model or .json file; check the path"
         )
-    return Path(path).read_bytes()
+    try:
+        return read_small(Path(path), most_bytes=_MOST_BYTES)
+    except OSError as error:
+        raise DataError(
+            f"tokenizer {path} cannot be read: {error.strerror}; --tokenizer-model must name the"
+            " .model or .json file; check the path"
+        ) from error
 
 
-def _unreadable(path: str, kind: str, error: Exception) -> DataError:
-    """Return the error for a tokenizer file of another kind, or damaged."""
-    return DataError(
-        f"tokenizer {path} is not {kind} ({error}); --tokenizer-type and --tokenizer-model must"
-        f" agree ({', '.join(TOKENIZERS)}); choose the other type or restore the file"
-    )
+@contextmanager
+def _reading(path: str, kind: str) -> Iterator[None]:
+    """Turn what the libraries say of a damaged file, or of one of another kind, into a DataError.
+
+    They raise Exception itself, and the one that is written in Rust, where it gives up, a
+    PanicException of its own that is no Exception.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(
+            f"tokenizer {path} is not {kind} ({error}); --tokenizer-type and --tokenizer-model must"
+            f" agree ({', '.join(TOKENIZERS)}); choose the other type or restore the file"
+        ) from error

@@ -6,9 +6,9 @@ followed.
 """
 
 import contextlib
+import errno
 import json
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,13 @@ import torch
 from megatron.trainer.errors import CheckpointError
 from megatron.trainer.hf_files.header import TensorEntry, read_header
 from megatron.trainer.hf_files.plan import INDEX_NAME, SINGLE_NAME
-from megatron.trainer.safe_load import is_plain_name
+from megatron.trainer.small_files import is_plain_name, open_regular, read_at_most
 
 CONFIG_NAME = "config.json"
 
-_MAX_JSON_BYTES = 200_000_000
+MOST_BYTES = 1 << 27
+"""Of any file but the weights: an index of a million tensors has about this size."""
+
 _SHOWN = 5
 
 
@@ -95,7 +97,7 @@ class HFDirectory:
 
     def _add(self, name: str, wanted: set[str] | None, stack: contextlib.ExitStack) -> None:
         """Open one safetensors file; `wanted` are the tensors that an index says it holds."""
-        file = stack.enter_context(open_regular(self.path, name))
+        file = stack.enter_context(open_entry(self.path, name))
         entries = read_header(file, str(self.path / name))
         if wanted is not None and wanted != entries.keys():
             missing, extra = sorted(wanted - entries.keys()), sorted(entries.keys() - wanted)
@@ -117,8 +119,7 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
         CheckpointError: it is missing, too large, or something else.
     """
     try:
-        with open_regular(directory, name) as file:
-            content = json.loads(file.read(_MAX_JSON_BYTES))
+        content = json.loads(read_entry(directory, name))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{directory / name} is not JSON: {error}; download it again"
@@ -131,8 +132,23 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
     return content
 
 
+def read_entry(directory: Path, name: str) -> bytes:
+    """Contents of a file of the directory.
+
+    Raises:
+        CheckpointError: it is missing, no regular file, or larger than `MOST_BYTES`.
+    """
+    with open_entry(directory, name) as file:
+        try:
+            return read_at_most(file, MOST_BYTES)
+        except OSError as error:
+            raise CheckpointError(
+                f"{directory / name} cannot be read: {error.strerror}; download it again"
+            ) from error
+
+
 @contextlib.contextmanager
-def open_regular(directory: Path, name: str) -> Iterator[Any]:
+def open_entry(directory: Path, name: str) -> Iterator[Any]:
     """Open a regular file of the directory, or a link to one, without waiting for a writer.
 
     Raises:
@@ -140,8 +156,12 @@ def open_regular(directory: Path, name: str) -> Iterator[Any]:
     """
     path = directory / name
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = open_regular(path)
     except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise CheckpointError(
+                f"{path} is not a regular file; put the file itself there"
+            ) from error
         if not directory.is_dir():
             raise CheckpointError(
                 f"{directory} is not a directory; give one that holds {name}"
@@ -150,9 +170,6 @@ def open_regular(directory: Path, name: str) -> Iterator[Any]:
         raise CheckpointError(
             f"cannot open {path}: {error.strerror}; the directory holds {there or 'nothing'}"
         ) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointError(f"{path} is not a regular file; put the file itself there")
     with open(descriptor, "rb", buffering=0) as file:
         yield file
 
