@@ -1,0 +1,116 @@
+"""Four ranks on two nodes, by name, before a run: all well, or one of them with a fault."""
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launcher import HERE, torchrun
+from worker_preflight import TIMEOUT_S
+
+from megatron.trainer.preflight import _speed_warnings
+from megatron.trainer.probes import RankFacts
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
+    """Where the cases lie, what was said, and how long the last took to be reported."""
+    out = tmp_path_factory.mktemp("preflight")
+    done = torchrun(4, HERE / "worker_preflight.py", str(out), timeout=120)
+    ended = time.time()
+    began = [float(found) for found in re.findall(r"hang begins ([\d.]+)", done.stdout)]
+    assert len(began) == 4, done.stderr[-5000:]
+    return out, done.stderr, ended - max(began)
+
+
+def said(out: Path, name: str) -> Any:
+    """What each rank got; the same for all."""
+    each = [json.loads((out / f"{name}.rank{rank}.json").read_text()) for rank in range(4)]
+    assert each == [each[0]] * 4
+    return each[0]
+
+
+def test_healthy_ranks_are_told_with_times_of_every_kind_of_group(launched: Any) -> None:
+    out, _, _ = launched
+    lines = said(out, "healthy")
+    assert re.fullmatch(
+        r"pre-flight: 4 ranks on 2 nodes answer: python [\d.]+, torch [\d.+a-z]+,"
+        r" megatron-core [\d.]+, numpy [\d.]+",
+        lines[0],
+    )
+    assert re.search(r"products are right; [\d,]+ to [\d,]+ GFLOP/s", lines[1])
+    kinds = re.findall(r"([a-z ]+) \((\d)\) [\d.]+ and [\d.]+ ms", lines[2].partition("MiB:")[2])
+    # TP 2, EP 2, and by default ETP 2: one copy of the experts.
+    assert [(kind.strip(), int(size)) for kind, size in kinds] == [
+        ("world", 4),
+        ("tp", 2),
+        ("dp", 2),
+        ("ep", 2),
+        ("etp", 2),
+    ]
+    for host, line in zip(("n0", "n1"), lines[3:], strict=True):
+        place = re.escape(str(out))
+        assert re.fullmatch(
+            rf"pre-flight: {host} writes [\d,]+ MB/s to {place}, [\d,.]+ GiB free", line
+        )
+    assert not list(out.glob(".preflight*"))
+    assert not (out / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "warning"),
+    [
+        ("versions", r"ranks differ in torch: 2\.10\.0 on n0; 2\.13\.\S+ on n0, n1"),
+        ("clock", r"the clock of n1 is (89|90)\.\d s ahead of the others'"),
+    ],
+)
+def test_ranks_that_differ_are_told_apart(name: str, warning: str, launched: Any) -> None:
+    lines = said(launched[0], name)
+    assert re.search(f"pre-flight: warning: {warning}", "\n".join(lines)), lines
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("product", r"rank 2 on n1 \(cpu\) multiplies two matrices and gets a wrong product"),
+        ("sum", r"rank 0 on n0 \(cpu\) gets wrong sums from the all-reduce of world, tp"),
+        ("unwritable", r"cannot write to /proc for --save /proc/run on n0: "),
+        ("other_disk", r"--save \S+disk1/run is another directory on n1 than on n0"),
+    ],
+)
+def test_fault_is_told_alike_on_every_rank(name: str, message: str, launched: Any) -> None:
+    error = said(launched[0], name)["error"]
+    assert re.search(message, error), error
+
+
+def test_slow_gpu_is_warned_of_and_a_slow_processor_is_not() -> None:
+    def facts(device: str) -> list[RankFacts]:
+        return [
+            RankFacts(rank=rank, host=f"n{rank}", pid=1, device=device, versions={})
+            for rank in range(3)
+        ]
+
+    found = _speed_warnings(facts("cuda:0 (H100)"), [40e12, 50e12, 30e12])
+    assert found == [
+        "rank 2 on n2 (cuda:0 (H100)) multiplies at 30,000 GFLOP/s, the others at 40,000; all will"
+        " wait for it"
+    ]
+    assert _speed_warnings(facts("cpu"), [40e9, 50e9, 3e9]) == []
+
+
+def test_disk_of_one_node_is_measured_once(launched: Any) -> None:
+    lines = said(launched[0], "versions")
+    assert sum("MB/s" in line for line in lines) == 2
+
+
+def test_rank_that_hangs_is_named_in_time_with_its_host(launched: Any) -> None:
+    _, stderr, seconds = launched
+    assert "watchdog: no rank has got any further for" in stderr, stderr[-5000:]
+    assert "rank 3 on n1 hangs" in stderr
+    assert "stage 'all-reduce, world'" in stderr
+    assert "in sleep_in_data" in stderr
+    assert stderr.count("ends the job") == stderr.count("watchdog: rank 0 ends") == 1
+    assert re.search(r"exitcode\s*: 2 ", stderr), stderr[-3000:]
+    assert seconds < TIMEOUT_S + 4.0

@@ -1,0 +1,133 @@
+"""A rank that hangs among real processes is named in time, and the job ends; steps are left alone.
+
+Every launch begins with steps of all lengths, of which a report would fail the test.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from launcher import HERE, REPO
+from worker_watchdog import TIMEOUT_S
+
+WORKER = HERE / "worker_watchdog.py"
+SLACK_S = 4.0
+"""For a crowded machine, beside the tenth of the time-out that the watchdog itself may take."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job that has ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+    report_s: float
+    """From the fault to the first message of a watchdog."""
+    survivors: list[int]
+    """Processes of ranks that are still there."""
+
+
+def environment(*, has_fresh_store: bool = False) -> dict[str, str]:
+    # torchrun would hand the store of one attempt to the next, with the addresses of dead ranks.
+    fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if has_fresh_store else {}
+    return {**os.environ, **fresh, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+
+
+def run_job(fault: str, victim: int, out: Path, *, restarts: int = 0) -> Ended:
+    """Start three ranks under torchrun."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"),
+        *("--max-restarts", str(restarts), "--shutdown-timeout", "1", "--monitor-interval", "0.1"),
+        *(str(WORKER), fault, str(victim), str(out)),
+    ]
+    with subprocess.Popen(
+        command,
+        env=environment(has_fresh_store=restarts > 0),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as job:
+        assert job.stderr is not None and job.stdout is not None
+        said, spoke_at = [], 0.0
+        for line in job.stderr:
+            said.append(line)
+            if line.startswith("watchdog:") and not spoke_at:
+                spoke_at = time.time()
+        stdout = job.stdout.read()
+        status = job.wait(60)
+    began = float((out / "fault").read_text())
+    pids = [int(file.read_text()) for file in out.glob("rank*.pid")]
+    survivors = [pid for pid in pids if psutil.pid_exists(pid)]
+    return Ended(status, stdout, "".join(said), spoke_at - began, survivors)
+
+
+@pytest.mark.timeout(120)
+def test_frozen_rank_is_named_in_time_and_the_job_ends(tmp_path: Path) -> None:
+    """Rank 0, so that another has to speak."""
+    done = run_job("stop", 0, tmp_path)
+    host, pid = socket.gethostname(), (tmp_path / "rank0.pid").read_text()
+    assert f"{TIMEOUT_S:g} s: rank 0 on {host} hangs" in done.stderr, done.stderr[-4000:]
+    heard = r"last heard of in stage '(data|train)' of iteration [56]"
+    assert re.search(rf"rank 0 on {host}, pid {pid}, {heard}: silent", done.stderr), done.stderr
+    assert "ranks 1-2, stage 'train' of iteration 6: waiting at" in done.stderr
+    assert "worker_watchdog.py" in done.stderr
+    assert done.stderr.count("ends the job") == done.stderr.count("watchdog: rank 1 ends") == 1
+    assert TIMEOUT_S <= done.report_s < 1.1 * TIMEOUT_S + SLACK_S
+    assert done.status == 1
+    assert done.survivors == []
+
+
+@pytest.mark.timeout(120)
+def test_sleeping_rank_is_named_with_its_line_and_torchrun_starts_again(tmp_path: Path) -> None:
+    done = run_job("sleep", 2, tmp_path, restarts=1)
+    assert f"rank 2 on {socket.gethostname()} hangs" in done.stderr, done.stderr[-4000:]
+    assert "'data' of iteration 6: stands still and waits for no other rank" in done.stderr
+    line = next(
+        number
+        for number, text in enumerate(WORKER.read_text().splitlines(), start=1)
+        if "time.sleep(600)" in text
+    )
+    assert f"at tests/distributed/worker_watchdog.py:{line} in read_data" in done.stderr
+    assert done.stderr.count("ends the job") == 1
+    assert TIMEOUT_S <= done.report_s < 1.1 * TIMEOUT_S + SLACK_S
+    assert done.status == 0
+    assert done.stdout.count("finished") == 3
+    assert done.survivors == []
+
+
+@pytest.mark.timeout(120)
+def test_rank_that_serves_the_store_is_named_by_its_silence(tmp_path: Path) -> None:
+    """Without torchrun rank 0 serves the store, so nobody can compare notes when it is frozen."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in (0, 1):
+        names = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, str(WORKER), "stop", "0", str(tmp_path)],
+                env={**environment(), **names, "MASTER_PORT": str(port)},
+                text=True,
+                stderr=subprocess.PIPE,
+            )
+        )
+    try:
+        _, said = ranks[1].communicate(timeout=60)
+    finally:
+        for each in ranks:
+            each.kill()
+            each.communicate()
+    assert "watchdog: rank 1 on" in said, said[-4000:]
+    assert "the job's store has not answered" in said
+    assert ranks[1].returncode == 1
+    assert ranks[0].returncode == -signal.SIGKILL

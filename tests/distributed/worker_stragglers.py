@@ -1,0 +1,70 @@
+"""Takes clocked training steps in the ranks that torchrun started, of which one is slow.
+
+Usage: torchrun ... worker_stragglers.py CASES.json OUT
+
+CASES.json: [{"name": ..., "flags": [...]}]. Both ranks sleep in every forward pass, rank 1 longer.
+OUT/NAME.json gets what the clock says, and how long each rank slept and computed.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import recipe
+import torch
+import torch.distributed as dist
+
+from megatron.trainer.launch import environment_rank, initialize, shut_down
+from megatron.trainer.log import configure_logging
+from megatron.trainer.step import language_model_step, train_step
+from megatron.trainer.stragglers import BusyClock
+
+SLEEP_S = (0.1, 0.3)
+
+
+def run_case(flags: list[str], out: Path, name: str) -> None:
+    cfg = recipe.parse(flags, prog="worker", description="")
+    ctx = initialize(cfg)
+    state = recipe.build_state(cfg, ctx)
+    slept: list[float] = []
+
+    def forward_step(*arguments: Any) -> Any:
+        started = time.perf_counter()
+        time.sleep(SLEEP_S[ctx.rank])
+        slept.append(time.perf_counter() - started)
+        return language_model_step(*arguments)
+
+    train_step(state, language_model_step)  # the first one is slower
+    clock = BusyClock(ctx.device)
+    nothing = clock.reduce()
+    computed_s = 0.0
+    for _ in range(2):
+        before = time.thread_time()
+        with clock:
+            train_step(state, forward_step)
+        computed_s += time.thread_time() - before
+    truth: list[Any] = [None] * ctx.world_size
+    dist.all_gather_object(truth, (computed_s + sum(slept)) / 2)
+    found = clock.reduce()
+    methods = vars(dist.ProcessGroup)["allreduce"]
+    if ctx.rank == 0:
+        case = {"found": found, "truth": truth, "nothing": nothing, "again": clock.reduce()}
+        (out / f"{name}.json").write_text(json.dumps(case))
+    else:
+        clock.reduce()
+    assert "straggler" not in repr(methods), "the methods of torch are as they were"
+    shut_down(keep_world=True)
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    configure_logging(environment_rank())
+    torch.set_num_threads(1)
+    for case in cases:
+        run_case(case["flags"], out, case["name"])
+
+
+if __name__ == "__main__":
+    main()

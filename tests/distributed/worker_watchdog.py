@@ -1,0 +1,69 @@
+"""Ranks that step together under a watchdog, without a model, until a fault befalls one of them.
+
+Usage: torchrun ... worker_watchdog.py FAULT RANK OUT
+
+First comes what must not be taken for a hang: steps shorter than the time-out, then one twice as
+long, of products and collectives without a mark. FAULT then befalls rank RANK in step 6: `stop`
+freezes its process, `sleep` lets it sleep while it reads data, once; `none` never happens. Writes
+OUT/rankR.pid and, when the fault begins, OUT/fault with the time.
+"""
+
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron.trainer.watchdog import Watchdog
+
+TIMEOUT_S = 3.0
+STEPS = 8
+
+
+def read_data(fault: str, out: Path) -> None:
+    """Where one rank is hit."""
+    if (out / "fault").exists():
+        return
+    (out / "fault").write_text(str(time.time()))
+    if fault == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(600)
+
+
+def long_step() -> None:
+    end, counted = time.monotonic() + 2 * TIMEOUT_S, torch.zeros(1)
+    matrix = torch.ones(200, 200)
+    while not counted.item():
+        for _ in range(20):
+            torch.mm(matrix, matrix)
+        counted.fill_(time.monotonic() > end)
+        dist.all_reduce(counted, op=dist.ReduceOp.MAX)
+
+
+def main() -> None:
+    fault, victim, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
+    (out / f"rank{rank}.pid").write_text(str(os.getpid()))
+    watchdog = Watchdog(rank=rank, world_size=dist.get_world_size(), timeout_s=TIMEOUT_S)
+    watchdog.start()
+    for iteration in range(1, STEPS + 1):
+        watchdog.mark("data", iteration)
+        if fault != "none" and iteration == 6 and rank == victim:
+            read_data(fault, out)
+        watchdog.mark("train", iteration)
+        if iteration == 3:
+            long_step()
+        time.sleep(0.1)
+        dist.all_reduce(torch.ones(1))
+    watchdog.stop()
+    dist.destroy_process_group()
+    print("finished", flush=True)
+
+
+if __name__ == "__main__":
+    main()
