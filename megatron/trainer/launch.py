@@ -6,6 +6,7 @@ Everything else receives a `RunContext`.
 import datetime
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -249,6 +250,7 @@ def _omp_threads(value: str) -> int:
 def _start_process_group(device: torch.device, timeout_minutes: int) -> None:
     if dist.is_initialized():
         return
+    _keep_gloo_at_home()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "gloo" if device.type == "cpu" else "nccl"
     if "RANK" in os.environ:
@@ -257,6 +259,17 @@ def _start_process_group(device: torch.device, timeout_minutes: int) -> None:
         dist.init_process_group(
             backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1
         )
+
+
+def _keep_gloo_at_home() -> None:
+    """Let gloo listen on the loopback interface where all ranks are on this machine.
+
+    It would listen on the address that the host's name stands for, and believe whoever connects.
+    GLOO_SOCKET_IFNAME names another interface.
+    """
+    names = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
+    if names and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == environment_world_size():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names.pop())
 
 
 def _start_model_parallel(
