@@ -12,6 +12,7 @@ import yaml
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.hooks import Record, parse_record
 from megatron.trainer.recipe import recipe_nodes
+from megatron.trainer.small_files import open_regular, read_small
 
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
@@ -22,7 +23,7 @@ LOAD_TITLES = {"load": "expert load", "moa_load": "attention expert load"}
 """What a record of `expert_load.jsonl` can hold, by name."""
 
 _BLOCK_BYTES = 1 << 16
-_REMEMBERED_BYTES = 200
+_REMEMBERED_BYTES = 4096
 _TOO_LARGE = 1 << 53
 
 
@@ -59,7 +60,8 @@ def _as_text(node: yaml.Node) -> str:
     """A scalar as it is written, anything else as YAML in one line."""
     if isinstance(node, yaml.ScalarNode):
         return str(node.value)
-    node.flow_style = True
+    if isinstance(node, yaml.CollectionNode):
+        node.flow_style = True
     return str(yaml.serialize(node, Dumper=yaml.SafeDumper, width=1 << 30)).strip()
 
 
@@ -84,12 +86,10 @@ class Ended:
 def read_ended(directory: Path) -> Ended | None:
     """How the last run in a directory ended; None while it goes on, or if it was killed."""
     try:
-        text = (directory / ENDED_NAME).read_text(encoding="utf-8", errors="replace")
+        told = json.loads(read_small(directory / ENDED_NAME, most_bytes=_BLOCK_BYTES))
     except FileNotFoundError:
         return None
-    try:
-        told = json.loads(text)
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         told = None
     if not isinstance(told, dict) or not isinstance(told.get("reason"), str):
         detail = f"{ENDED_NAME} cannot be read"
@@ -127,7 +127,6 @@ class RecordTail:
         """Lines since the start that are no records."""
         self._position = 0
         self._last_read = b""
-        self._inode: int | None = None
 
     def read_new(self) -> tuple[bool, Iterator[Record]]:
         """Records of the lines that were finished since the last call.
@@ -137,26 +136,23 @@ class RecordTail:
             with, and the records.
         """
         try:
-            file = self.path.open("rb")
+            file = open(open_regular(self.path), "rb")
         except FileNotFoundError:
-            was_there = self._inode is not None
-            self._start_over(None)
-            return was_there, iter(())
+            starts_over = self._position > 0
+            self._start_over()
+            return starts_over, iter(())
         starts_over = not self._continues(file)
         if starts_over:
-            self._start_over(os.fstat(file.fileno()).st_ino)
+            self._start_over()
         file.seek(self._position)
         return starts_over, self._read(file)
 
     def _continues(self, file: BinaryIO) -> bool:
-        """Whether the file still holds what was read: a cut file may have grown again."""
-        if os.fstat(file.fileno()).st_ino != self._inode:
-            return False
+        """Whether the file still holds what was read: one that was cut may have grown again."""
         file.seek(self._position - len(self._last_read))
         return file.read(len(self._last_read)) == self._last_read
 
-    def _start_over(self, inode: int | None) -> None:
-        self._inode = inode
+    def _start_over(self) -> None:
         self._position = 0
         self._last_read = b""
         self.unreadable = 0
@@ -178,7 +174,7 @@ class RecordTail:
 def last_record(path: Path) -> dict[str, Any] | None:
     """The last whole record of a file of any length; None without one."""
     try:
-        file = path.open("rb")
+        file = open(open_regular(path), "rb")
     except FileNotFoundError:
         return None
     with file:
@@ -204,7 +200,7 @@ def sample_records(path: Path, count: int) -> tuple[list[dict[str, Any]], int]:
         At most `count` (2 or more) records, and how many lines the file has.
     """
     try:
-        file = path.open("rb")
+        file = open(open_regular(path), "rb")
     except FileNotFoundError:
         return [], 0
     with file:

@@ -4,10 +4,15 @@ const charts = [...document.querySelectorAll("svg.chart")];
 const input = (name) => document.querySelector(`input[name="${name}"]`);
 const countPaths = () => document.querySelectorAll("path.curve[data-run]").length;
 
-function pointAt(target, across, down) {
+function point(name, target, across, down) {
   const box = target.getBoundingClientRect();
   const at = { clientX: box.left + across * box.width, clientY: box.top + down * box.height };
-  target.dispatchEvent(new PointerEvent("pointermove", { ...at, bubbles: true }));
+  const mouse = { pointerType: "mouse", button: 0, bubbles: true };
+  target.dispatchEvent(new PointerEvent(name, { ...at, ...mouse }));
+}
+
+function pointAt(target, across, down) {
+  point("pointermove", target, across, down);
   return [...document.querySelectorAll("#tip div")].map((row) => row.textContent);
 }
 
@@ -49,5 +54,16 @@ document.querySelectorAll('input[name="x"]')[1].click();
 input("log-x").click();
 input("log-y").click();
 told.paths.push(countPaths());
+input("log-x").click();
+
+// Drag over the right half, then point at its left end; no pointer is there to be captured.
+Element.prototype.setPointerCapture = () => {};
+const first = () => document.querySelector("svg.chart");
+const middle = (52 + (first().viewBox.baseVal.width - 10)) / 2 / first().viewBox.baseVal.width;
+point("pointerdown", first(), middle, 0.5);
+point("pointerup", first(), 0.999, 0.5);
+told.zoomed = pointAt(first(), 52 / first().viewBox.baseVal.width, 0.5);
+document.querySelector("#controls button").click();
+told.whole = pointAt(first(), 52 / first().viewBox.baseVal.width, 0.5);
 told.errors_later = window.told;
 document.body.replaceChildren(JSON.stringify(told));

@@ -65,6 +65,9 @@ def test_browser_draws_what_the_records_say(tmp_path: Path, width: int) -> None:
     assert told["fits"]
     assert told["paths"][1] < told["paths"][0] and told["paths"][2] == told["paths"][1]
 
+    assert told["zoomed"][0] == "100 iterations, 6,400 tokens"
+    assert told["whole"][0] == "10 iterations, 640 tokens"
+
     # The last record of both runs, where the pointer is.
     assert told["end"][0] == "200 iterations, 12,800 tokens"
     for seed, name in enumerate("ab"):

@@ -233,7 +233,7 @@ function drawChart(figure, chart, data, state, tools) {
   svg.classList.add("chart");
   figure.querySelector("figcaption").after(svg);
   const across = xDomain(curves, data, state);
-  const down = yDomain(curves, across, state.isLogY, chart.cuts);
+  const down = yDomain(curves, across, state.isLogY, chart.cuts && !state.zoom);
   const note = figure.querySelector(".note");
   note.textContent = "";
   if (!down) {
