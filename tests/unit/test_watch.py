@@ -320,7 +320,9 @@ def test_frames_follow_the_run_and_end_with_it(tmp_path: Path) -> None:
         assert process.stdout is not None
         shown = ""
         while "iteration 300 of 400" not in shown:  # to be started again: it goes on
-            shown += process.stdout.readline()
+            line = process.stdout.readline()
+            assert line, shown
+            shown += line
         end_run(run)
         shown += process.communicate(timeout=60)[0]
     assert process.returncode == 0
