@@ -1,7 +1,9 @@
 """Pretrain a mixture-of-experts language model; start it with torchrun, or alone on one device."""
 
+import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron.trainer import signals
 
@@ -23,8 +25,12 @@ from megatron.trainer.launch import (
 )
 from megatron.trainer.log import configure_logging
 from megatron.trainer.loop import Upkeep, train
+from megatron.trainer.preflight import preflight
 from megatron.trainer.resume import checkpoint_writer, evaluation_is_pending, resume, rewind
 from megatron.trainer.step import language_model_step
+from megatron.trainer.watchdog import Watchdog, start_watchdog, timeout_before
+
+logger = logging.getLogger("pretrain")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,19 +53,29 @@ def pretrain(cfg: recipe.PretrainConfig) -> int:
 
 def _pretrain(cfg: recipe.PretrainConfig) -> int:
     ctx = initialize(cfg)
+    if cfg.reliability.preflight:
+        save = None if cfg.checkpoint.save is None else Path(cfg.checkpoint.save)
+        for line in preflight(ctx, timeout_s=cfg.reliability.preflight_timeout, save=save):
+            logger.info(line)
+    watchdog = start_watchdog(ctx, timeout_before(cfg.parallel.distributed_timeout_minutes))
     journal = agree(
         lambda: open_journal(
             cfg.checkpoint.save, rank=ctx.rank, train_iters=cfg.training.train_iters
         )
     )
-    with journal.recording_errors():
-        stop = _train(cfg, ctx, journal)
-        journal.end(stop)
+    try:
+        with journal.recording_errors():
+            stop = _train(cfg, ctx, journal, watchdog)
+            journal.end(stop)
+    finally:
+        watchdog.stop()
     shut_down()
     return cfg.reliability.requeue_exit_code if stop is not None and stop.requeue else 0
 
 
-def _train(cfg: recipe.PretrainConfig, ctx: RunContext, journal: Journal) -> Stop | None:
+def _train(
+    cfg: recipe.PretrainConfig, ctx: RunContext, journal: Journal, watchdog: Watchdog
+) -> Stop | None:
     state = recipe.build_state(cfg, ctx)
     beginning = resume(state, cfg.model)
     for passed_over in beginning.passed_over:
@@ -73,6 +89,7 @@ def _train(cfg: recipe.PretrainConfig, ctx: RunContext, journal: Journal) -> Sto
         rewind=rewind,
         evaluate_first=beginning.is_continued and evaluation_is_pending(state),
         journal=journal,
+        watchdog=watchdog,
     )
     return train(state, language_model_step, hooks=hooks, upkeep=upkeep)
 

@@ -25,6 +25,9 @@ Record = Mapping[str, Any]
 
 METRICS_NAME = "metrics.jsonl"
 
+_NOTABLE_RATIO = 1.1
+"""A rank this much busier than the median is told of on the console."""
+
 
 class Hook:
     """Moments of a run; every method may be left as it is."""
@@ -284,6 +287,9 @@ class Console(Hook):
         if "load_balancing_loss" in record:
             parts.insert(2, f"balance {record['load_balancing_loss']:.3f}")
             parts.insert(3, f"z {record['z_loss']:.2f}")
+        ratio = record.get("straggler_ratio", 1.0)
+        if ratio >= _NOTABLE_RATIO:
+            parts.append(f"slowest rank {record['straggler_rank']} ({ratio:.2f} x median)")
         logger.info(" | ".join(parts))
 
     def on_evaluation(self, record: Record) -> None:

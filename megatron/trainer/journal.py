@@ -17,11 +17,10 @@ from typing import Any, TextIO
 from megatron.trainer.ending import Stop
 from megatron.trainer.errors import ConfigError, UserError
 from megatron.trainer.hooks import append_record
+from megatron.trainer.run_files import ENDED_NAME, EVENTS_NAME
 
 logger = logging.getLogger(__name__)
 
-EVENTS_NAME = "events.jsonl"
-ENDED_NAME = "ended.json"
 LOCK_NAME = ".lock"
 
 LOCK_PATIENCE_S = 10.0

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from megatron.trainer.hooks import Hook
 from megatron.trainer.journal import Journal
 from megatron.trainer.state import ForwardStep, TrainState
 from megatron.trainer.step import StepResult, evaluate, train_step
+from megatron.trainer.stragglers import BusyClock
+from megatron.trainer.watchdog import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,8 @@ class Upkeep:
     """Begin with the evaluation that an earlier job was stopped in."""
     journal: Journal | None = None
     """Where events are told."""
+    watchdog: Watchdog | None = None
+    """Is told of every step, evaluated batch and save."""
 
 
 def train(
@@ -73,6 +78,8 @@ class _Run:
         self.evaluated = -1 if upkeep.evaluate_first else state.iteration
         self.saved = state.iteration
         self._seconds, self._steps, self._skipped = 0.0, 0, 0
+        is_timed = state.cfg.logging.log_straggler
+        self._clock = BusyClock(state.ctx.device) if is_timed else None
 
     def to_the_end(self) -> Stop | None:
         """Take steps, and between them do what is due."""
@@ -106,11 +113,17 @@ class _Run:
     def _is_due(self, interval: int) -> bool:
         return interval > 0 and self.state.iteration % interval == 0
 
+    def _mark(self, stage: str) -> None:
+        if self.upkeep.watchdog is not None:
+            self.upkeep.watchdog.mark(stage, self.state.iteration + 1)
+
     def _step(self) -> StepResult:
+        self._mark("step")
         if self.state.metrics is not None:
             self.state.metrics.reset()
         started = time.perf_counter()
-        result = train_step(self.state, self.forward_step)
+        with self._clock or nullcontext():
+            result = train_step(self.state, self.forward_step)
         self._seconds += time.perf_counter() - started
         self._steps += 1
         return result
@@ -129,6 +142,8 @@ class _Run:
         record = step_record(
             self.state, result, seconds_per_step=self._seconds / self._steps, skipped=self._skipped
         )
+        if self._clock is not None:
+            record |= self._clock.reduce()
         for hook in self.hooks:
             hook.on_log(record)
         self._seconds, self._steps, self._skipped = 0.0, 0, 0
@@ -137,7 +152,7 @@ class _Run:
         """Evaluate every validation set; without a record if the run has to stop meanwhile."""
         losses = {}
         for name in self.state.validation:
-            loss = evaluate(self.state, self.forward_step, name, is_over=self._must_stop)
+            loss = evaluate(self.state, self.forward_step, name, is_over=self._evaluation_is_over)
             if loss is None:
                 return
             losses[name] = loss
@@ -147,9 +162,14 @@ class _Run:
             for hook in self.hooks:
                 hook.on_evaluation(record)
 
+    def _evaluation_is_over(self) -> bool:
+        self._mark("evaluation")
+        return self._must_stop()
+
     def _save(self) -> None:
         if self.upkeep.save is None:
             return
+        self._mark("save")
         started = time.perf_counter()
         self.upkeep.save(self.state)
         self.saved = self.state.iteration

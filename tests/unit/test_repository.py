@@ -157,8 +157,9 @@ def written_records() -> list[Record]:
         iteration=1,
     )
     result = StepResult(lm_loss=2.0, grad_norm=1.0, learning_rate=0.1)
+    straggler = {"straggler_rank": 0, "straggler_ratio": 1.0}
     return [
-        loop.step_record(state, result, seconds_per_step=1.0, skipped=0),
+        loop.step_record(state, result, seconds_per_step=1.0, skipped=0) | straggler,
         loop.evaluation_record(state, {"code": 2.0}),
     ]
 
