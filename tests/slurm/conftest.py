@@ -1,4 +1,4 @@
-"""Starts SLURM for the tests in this directory; they are in one file, so that one is enough."""
+"""Starts SLURM for the tests in this directory; one for each test process."""
 
 from collections.abc import Iterator
 

@@ -1,6 +1,6 @@
 """Every example script as a job of a real SLURM, on two virtual nodes of this machine.
 
-One file, so that one cluster is started. What one test trains is what the next one compares with.
+What one test trains is what the next one compares with, so they run in order, in one process.
 """
 
 import json
