@@ -1,0 +1,206 @@
+"""No file of the repository executes what it reads, held by ast; each exception is listed with why.
+
+Names are followed through `import ... as` and `from ... import`, and a forbidden name need not be
+called to be found. The rule is applied to snippets that break it as well, so that one which went
+blind is noticed.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+AREAS = ("megatron", "moe_ext", "tools", "examples", "benchmarks", "tests", "docker")
+
+BUILTINS = {"eval", "exec", "compile", "__import__"}
+FORBIDDEN = {
+    # Text as a program, or as a command line.
+    *BUILTINS,
+    *("runpy.run_path", "code.interact", "os.system", "os.popen"),
+    *("subprocess.getoutput", "subprocess.getstatusoutput", "asyncio.create_subprocess_shell"),
+    # Unpickling executes.
+    *("pickle.load", "pickle.loads", "pickle.Unpickler", "pickle._Unpickler"),
+    *("_pickle.load", "_pickle.loads", "_pickle.Unpickler", "shelve.open", "pandas.read_pickle"),
+    *("dill.load", "dill.loads", "cloudpickle.load", "cloudpickle.loads", "joblib.load"),
+    *("marshal.load", "marshal.loads"),
+    *("torch.jit.load", "torch.hub.load", "torch.package.PackageImporter"),
+    # YAML with tags that make objects.
+    *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.unsafe_load_all"),
+    *("yaml.full_load", "yaml.full_load_all", "yaml.Loader", "yaml.UnsafeLoader"),
+    *("yaml.FullLoader", "yaml.CLoader", "yaml.CUnsafeLoader", "yaml.CFullLoader"),
+    # Templates are programs too; nothing here renders any.
+    *("jinja2.Environment", "jinja2.Template", "jinja2.sandbox", "apply_chat_template"),
+    # Names of files chosen by others, and by chance.
+    *("extractall", "tempfile.mktemp"),
+    # Files that nobody but the user may read, whatever the umask says.
+    *("tempfile.mkstemp", "tempfile.NamedTemporaryFile"),
+}
+KEYWORDS = {
+    "shell": False,
+    "allow_pickle": False,
+    "weights_only": True,
+    "trust_remote_code": False,
+}
+"""Keywords, and dict keys, that may have one value alone, written out."""
+MUST_SAY = {"torch.load": "weights_only", "numpy.load": "allow_pickle"}
+
+ALLOWED: dict[str, dict[str, str]] = {
+    "megatron/trainer/safe_load.py": {"pickle._Unpickler": "the guard; it builds what is listed"},
+    # Tests that show that a payload is live, or that read back what they wrote themselves.
+    "tests/distributed/test_hostile_checkpoint.py": {
+        "allow_pickle not False": "payloads in an index cache",
+        "os.system": "what the payload calls",
+        "pickle.loads": "metadata of a run of its own, and payloads",
+        "weights_only not True": "payloads",
+        "yaml.unsafe_load": "a payload",
+    },
+    "tests/unit/test_checkpoint_stream.py": {"os.system": "what the payload calls"},
+    "tests/unit/test_data_build.py": {"allow_pickle not False": "a payload is written"},
+    "tests/unit/test_safe_load.py": {
+        "os.system": "what the payload calls",
+        "pickle.load": "a payload",
+        "weights_only not True": "payloads",
+    },
+    "tests/unit/test_security_hf.py": {
+        "jinja2.Environment": "a payload, and a trap",
+        "trust_remote_code not False": "what a hostile file says",
+    },
+    "tests/unit/test_security_text.py": {"yaml.unsafe_load": "a payload"},
+    "tests/distributed/fork_server.py": {"runpy.run_path": "a test's own worker"},
+    "tests/unit/test_watchdog.py": {
+        "compile": "a function of the test's own in another file",
+        "exec": "the same",
+    },
+}
+
+
+def dotted(node: ast.expr, known: dict[str, str]) -> str:
+    """`a.b.c` with the first name as it was imported, "" for anything else."""
+    if isinstance(node, ast.Attribute):
+        owner = dotted(node.value, known)
+        return f"{owner}.{node.attr}" if owner else f".{node.attr}"
+    return known.get(node.id, node.id) if isinstance(node, ast.Name) else ""
+
+
+def imported_names(tree: ast.AST) -> dict[str, str]:
+    """What names stand for after the imports of a file, wherever they are."""
+    known: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            known |= {each.asname: each.name for each in node.names if each.asname}
+        elif isinstance(node, ast.ImportFrom):
+            known |= {each.asname or each.name: f"{node.module}.{each.name}" for each in node.names}
+    return known
+
+
+def use(name: str, line: int) -> Iterator[tuple[int, str]]:
+    """The entry of FORBIDDEN that a dotted name is or, if it is no builtin, ends in."""
+    last = name.rpartition(".")[2]
+    for found in {name, last} & FORBIDDEN:
+        if found == name or found not in BUILTINS:
+            yield line, found
+
+
+def problems(text: str) -> Iterator[tuple[int, str]]:
+    """Line and name of everything that is not allowed."""
+    tree = ast.parse(text)
+    known = imported_names(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for each in node.names:
+                yield from use(f"{node.module}.{each.name}", node.lineno)
+        elif isinstance(node, ast.Attribute | ast.Name):
+            yield from use(dotted(node, known), node.lineno)
+        elif isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant) and key.value in KEYWORDS:
+                    yield from other_value(str(key.value), value)
+        elif isinstance(node, ast.Call):
+            yield from call_problems(node, dotted(node.func, known))
+
+
+def call_problems(call: ast.Call, name: str) -> Iterator[tuple[int, str]]:
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    for keyword in KEYWORDS.keys() & given.keys():
+        yield from other_value(keyword, given[keyword])
+    needed = MUST_SAY.get(name)
+    if needed is not None and needed not in given:
+        yield call.lineno, f"{name} without {needed}"
+
+
+def other_value(name: str, value: ast.expr) -> Iterator[tuple[int, str]]:
+    if not isinstance(value, ast.Constant) or value.value is not KEYWORDS[name]:
+        yield value.lineno, f"{name} not {KEYWORDS[name]}"
+
+
+def files() -> list[Path]:
+    found = [path for area in AREAS for path in (REPO / area).rglob("*.py")]
+    return sorted([*found, REPO / "setup.py"])
+
+
+def test_nothing_executes_what_it_reads_but_what_is_listed() -> None:
+    paths = files()
+    assert len(paths) > 150
+    unknown, used = [], set()
+    for path in paths:
+        where = str(path.relative_to(REPO))
+        allowed = ALLOWED.get(where, {})
+        for line, name in problems(path.read_text("utf-8")):
+            used.add((where, name))
+            if name not in allowed:
+                unknown.append(f"{where}:{line}: {name}")
+    assert not unknown, "\n".join(unknown)
+    listed = {(where, name) for where, names in ALLOWED.items() for name in names}
+    assert listed == used, "exceptions that nothing needs any more"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("import pickle\npickle.load(file)", "pickle.load"),
+        ("import pickle as p\nread = p.loads", "pickle.loads"),
+        ("from pickle import load as read", "pickle.load"),
+        ("import pickle\nclass A(pickle.Unpickler): ...", "pickle.Unpickler"),
+        ("import numpy as np\nnp.load(path)", "numpy.load without allow_pickle"),
+        ("import numpy as np\nnp.load(path, allow_pickle=True)", "allow_pickle not False"),
+        ("read(path, allow_pickle=flag)", "allow_pickle not False"),
+        ("import torch\ntorch.load(path)", "torch.load without weights_only"),
+        ("from torch import load\nload(path)", "torch.load without weights_only"),
+        ("torch.load(path, weights_only=False)", "weights_only not True"),
+        ("import yaml\nyaml.load(text, Loader=any)", "yaml.load"),
+        ("from yaml import UnsafeLoader", "yaml.UnsafeLoader"),
+        ("eval(text)", "eval"),
+        ("run = exec", "exec"),
+        ("compile(text, '', 'exec')", "compile"),
+        ("import subprocess\nsubprocess.run(command, shell=True)", "shell not False"),
+        ("from os import system", "os.system"),
+        ("import os\nos.popen(command)", "os.popen"),
+        ("from_pretrained(name, trust_remote_code=True)", "trust_remote_code not False"),
+        ("options = {'trust_remote_code': trusted}", "trust_remote_code not False"),
+        ("import jinja2\njinja2.Environment()", "jinja2.Environment"),
+        ("tokenizer.apply_chat_template(turns)", "apply_chat_template"),
+        ("archive.extractall()", "extractall"),
+    ],
+)
+def test_the_rule_finds_what_breaks_it(text: str, name: str) -> None:
+    assert name in [found for _, found in problems(text)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle\npickle.dump(value, file)",
+        "import torch\ntorch.load(path, weights_only=True)",
+        "import numpy as np\nnp.load(path, allow_pickle=False)",
+        "model.eval()",
+        "import re\nre.compile(text)",
+        "import yaml\nyaml.safe_load(text)",
+        "import subprocess\nsubprocess.run(['true'], shell=False)",
+        "options = {'trust_remote_code': False}",
+        "text = 'pickle.load'",
+    ],
+)
+def test_the_rule_lets_the_harmless_pass(text: str) -> None:
+    assert list(problems(text)) == []
