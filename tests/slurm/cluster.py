@@ -20,7 +20,8 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 def what_is_missing() -> str | None:
     """Why there can be no cluster here; None if there can."""
     programs = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
-    missing = [name for name in programs if shutil.which(name) is None]
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    missing = [name for name in programs if shutil.which(name, path=path) is None]
     if missing:
         return (
             f"{', '.join(missing)} not installed: apt-get install --no-install-recommends"

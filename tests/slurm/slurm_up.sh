@@ -7,6 +7,7 @@
 #   export SLURM_CONF=DIR/slurm.conf; sinfo
 # Needs root with CAP_SYS_ADMIN, and slurmctld, slurmd, slurm-client and munge.
 set -euo pipefail
+PATH=$PATH:/usr/sbin:/sbin
 
 dir=$1 nodes=$2 port=$3
 last=$((nodes - 1))
