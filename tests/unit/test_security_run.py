@@ -21,6 +21,7 @@ import pytest
 import recipe
 import torch
 import torch.distributed as dist
+from doctor_facts import slurm_section
 from launcher import flags
 
 from megatron.trainer import launch
@@ -155,6 +156,13 @@ def test_the_config_that_wandb_gets_has_settings_alone(run: Run) -> None:
     (_, started) = run.wandb[0]
     assert started["config"].keys() == flatten(recipe.PretrainConfig()).keys()
     assert started["config"]["wandb_project"] == KNOWN
+
+
+def test_the_doctors_page_shows_no_key_of_slurm() -> None:
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JWT": KNOWN}
+    page = repr(slurm_section(variables, num_hosts=1))
+    assert "7" in page
+    assert KNOWN not in page
 
 
 def test_files_are_made_with_the_users_umask(run: Run) -> None:

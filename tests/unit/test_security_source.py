@@ -6,10 +6,12 @@ blind is noticed.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 REPO = Path(__file__).resolve().parents[2]
 AREAS = ("megatron", "moe_ext", "tools", "examples", "benchmarks", "tests", "docker")
@@ -133,6 +135,24 @@ def call_problems(call: ast.Call, name: str) -> Iterator[tuple[int, str]]:
 def other_value(name: str, value: ast.expr) -> Iterator[tuple[int, str]]:
     if not isinstance(value, ast.Constant) or value.value is not KEYWORDS[name]:
         yield value.lineno, f"{name} not {KEYWORDS[name]}"
+
+
+VULNERABLE = {
+    "megatron-core": "0.15.2",
+    "sentencepiece": "0.2.1",
+    "torch": "2.9.1",
+    "transformers": "5.2.0",
+}
+"""The newest release of each package that has a known hole which a newer one closes."""
+
+
+def test_the_floors_of_dependencies_are_above_their_known_holes() -> None:
+    text = (REPO / "pyproject.toml").read_text("utf-8")
+    listed = [Requirement(each) for each in re.findall(r'"([a-z][\w-]+>=[^"]+)"', text)]
+    found = {each.name: each.specifier for each in listed if each.name in VULNERABLE}
+    assert found.keys() == VULNERABLE.keys()
+    for name, version in VULNERABLE.items():
+        assert not found[name].contains(version), name
 
 
 def files() -> list[Path]:
