@@ -106,6 +106,8 @@ class Watchdog:
             # A connection of its own: the training thread may be waiting on the other.
             store: Any = self._store or dist.distributed_c10d._get_default_store()
             self._store = dist.PrefixStore(self._name, store.clone())
+            # torchrun may hand on the store of an attempt that ended so.
+            self._store.delete_key(_SPOKEN)
             self._threads.append(
                 threading.Thread(target=self._watch_store, name="watchdog-store", daemon=True)
             )

@@ -36,22 +36,20 @@ class Ended:
     """Processes of ranks that are still there."""
 
 
-def environment(*, has_fresh_store: bool = False) -> dict[str, str]:
-    # torchrun would hand the store of one attempt to the next, with the addresses of dead ranks.
-    fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if has_fresh_store else {}
-    return {**os.environ, **fresh, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
 
 
 def run_job(fault: str, victim: int, out: Path, *, restarts: int = 0) -> Ended:
     """Start three ranks under torchrun."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"),
-        *("--max-restarts", str(restarts), "--shutdown-timeout", "1", "--monitor-interval", "0.1"),
+        *("--max-restarts", str(restarts), "--monitor-interval", "0.1"),
         *(str(WORKER), fault, str(victim), str(out)),
     ]
     with subprocess.Popen(
         command,
-        env=environment(has_fresh_store=restarts > 0),
+        env=environment(),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -62,6 +60,9 @@ def run_job(fault: str, victim: int, out: Path, *, restarts: int = 0) -> Ended:
             said.append(line)
             if line.startswith("watchdog:") and not spoke_at:
                 spoke_at = time.time()
+            if "ends the job" in line and fault == "stop":
+                # Let the frozen rank hear torchrun's SIGTERM, or torchrun kills it in 30 s.
+                os.kill(int((out / f"rank{victim}.pid").read_text()), signal.SIGCONT)
         stdout = job.stdout.read()
         status = job.wait(60)
     began = float((out / "fault").read_text())

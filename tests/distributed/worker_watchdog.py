@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron.trainer.meeting import meet
 from megatron.trainer.watchdog import Watchdog
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 2.0
 STEPS = 8
 
 
@@ -46,10 +47,11 @@ def long_step() -> None:
 
 def main() -> None:
     fault, victim, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank = dist.get_rank()
+    timeout = timedelta(seconds=60)
+    store, rank, world_size = meet(timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     (out / f"rank{rank}.pid").write_text(str(os.getpid()))
-    watchdog = Watchdog(rank=rank, world_size=dist.get_world_size(), timeout_s=TIMEOUT_S)
+    watchdog = Watchdog(rank=rank, world_size=world_size, timeout_s=TIMEOUT_S)
     watchdog.start()
     for iteration in range(1, STEPS + 1):
         watchdog.mark("data", iteration)

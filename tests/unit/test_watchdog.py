@@ -309,6 +309,7 @@ def test_two_ranks_end_with_one_message(
 ) -> None:
     """Rank 1 sleeps while rank 0 waits for it."""
     store = dist.HashStore()
+    store.set("watchdog/0/spoken", "1")  # in an attempt before
     finish = threading.Event()
     watchdogs = [
         Watchdog(rank=rank, world_size=2, timeout_s=0.6, status=7, store=store) for rank in (0, 1)
