@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron.trainer.interception import replaced
+
 
 class Call(NamedTuple):
     """One collective, or one message."""
@@ -82,8 +84,6 @@ def recording(groups: Mapping[str, ProcessGroup | None]) -> Iterator[Counter[Cal
         if group is not None:
             names.setdefault(group.group_name, name)
     calls: Counter[Call] = Counter()
-    # As the class holds them: what getattr makes of them would no longer bind to an instance.
-    originals = {name: vars(ProcessGroup)[name] for name in _METHODS if name in vars(ProcessGroup)}
 
     def wrapped(method: str, original: Callable[..., Any]) -> Callable[..., Any]:
         kind, count = _METHODS[method]
@@ -98,13 +98,8 @@ def recording(groups: Mapping[str, ProcessGroup | None]) -> Iterator[Counter[Cal
 
         return call
 
-    try:
-        for method, original in originals.items():
-            setattr(ProcessGroup, method, wrapped(method, original))
+    with replaced(ProcessGroup, _METHODS, wrapped):
         yield calls
-    finally:
-        for method, original in originals.items():
-            setattr(ProcessGroup, method, original)
 
 
 def named_groups(collection: Any) -> dict[str, ProcessGroup | None]:

@@ -19,6 +19,8 @@ import torch
 
 _TORCH = str(Path(torch.__file__).parent)
 _STANDARD = sysconfig.get_path("stdlib")
+_CLOCK = str(Path(__file__).with_name("stragglers.py"))
+"""Where collectives are called from while the clock of --log-straggler measures them."""
 MOVING_SHARE = 0.01
 """Of the time between two looks: a thread that computed for less than that stands still."""
 _SHOWN_FRAMES = 3
@@ -159,10 +161,10 @@ def waits_in_collective(frame: FrameType | None) -> bool:
     """
     for each in _outwards(frame):
         file = each.f_code.co_filename
+        if file.startswith((f"{_TORCH}/distributed", _CLOCK)):
+            return True
         if not file.startswith(_TORCH):
             break
-        if file.startswith(f"{_TORCH}/distributed"):
-            return True
     # What a collective returns is of a C type, so waiting for it has no frame of its own.
     return frame is not None and _called_method(frame) == "wait"
 
@@ -184,7 +186,7 @@ def describe_frames(frame: FrameType | None) -> tuple[str, ...]:
     for each in _outwards(frame):
         file = each.f_code.co_filename
         is_pythons = file.startswith((_STANDARD, "<")) and "-packages" not in file
-        if not file.startswith(_TORCH) and not is_pythons:
+        if not file.startswith((_TORCH, _CLOCK)) and not is_pythons:
             short = "/".join(Path(file).parts[-3:])
             found.append(f"{short}:{each.f_lineno} in {each.f_code.co_name}")
         if len(found) == _SHOWN_FRAMES:
@@ -287,7 +289,7 @@ def _culprit_lines(
             how = "stands still and waits for no other rank"
         else:
             how = "is at work while others wait for it"
-        if most > beat.marks:
+        if most > beat.marks and rank not in lost:
             how += f"; {most - beat.marks} mark(s) behind the first"
         lines.append(f"{where} {how}")
         lines += [] if rank in lost else [f"    at {each}" for each in beat.where]

@@ -263,7 +263,7 @@ def describe(findings: Findings) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in ranks[0].versions.items())
     slowest = ranks[flops.index(min(flops))]
     lines = [
-        f"{len(ranks)} ranks on {len(hosts)} nodes answer: {versions}",
+        f"{len(ranks)} rank(s) on {len(hosts)} node(s) answer: {versions}",
         f"products are right; {min(flops) / 1e9:,.0f} to {max(flops) / 1e9:,.0f} GFLOP/s in fp32,"
         f" slowest rank {slowest.rank} on {slowest.host}",
         "all-reduce of one number and of 4 MiB: "

@@ -36,7 +36,7 @@ def test_healthy_ranks_are_told_with_times_of_every_kind_of_group(launched: Any)
     out, _, _ = launched
     lines = said(out, "healthy")
     assert re.fullmatch(
-        r"pre-flight: 4 ranks on 2 nodes answer: python [\d.]+, torch [\d.+a-z]+,"
+        r"pre-flight: 4 rank\(s\) on 2 node\(s\) answer: python [\d.]+, torch [\d.+a-z]+,"
         r" megatron-core [\d.]+, numpy [\d.]+",
         lines[0],
     )

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.trainer import stragglers
 from megatron.trainer import watchdog as watchdog_module
 from megatron.trainer.hangs import (
     Beat,
@@ -156,6 +157,7 @@ TORCH = Path(torch.__file__).parent
     [
         ([TORCH / "distributed/c10d.py"], True),
         ([TORCH / "utils/wrapper.py", TORCH / "distributed/c10d.py"], True),
+        ([Path(stragglers.__file__), "/project/step.py"], True),
         ([TORCH / "nn/functional.py"], False),
         (["/project/data.py"], False),
         (["/project/data.py", TORCH / "distributed/c10d.py"], False),
