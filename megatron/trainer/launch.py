@@ -20,10 +20,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron.trainer import signals
 from megatron.trainer.allocator import keep_freed_memory
-from megatron.trainer.attempts import fresh_store
 from megatron.trainer.config import ParallelConfig, RunConfig
 from megatron.trainer.errors import ConfigError, UserError, printable
 from megatron.trainer.layout import Layout, resolve_layout
+from megatron.trainer.meeting import meet
 from megatron.trainer.validate import validate
 
 logger = logging.getLogger(__name__)
@@ -254,12 +254,10 @@ def _start_process_group(device: torch.device, timeout_minutes: int) -> None:
     _keep_gloo_at_home()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "gloo" if device.type == "cpu" else "nccl"
-    rank, world_size = environment_rank(), environment_world_size()
-    store: dist.Store = dist.HashStore()
     if "RANK" in os.environ:
-        store = next(dist.rendezvous("env://", timeout=timeout))[0]
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
-            store = fresh_store(store, rank=rank, world_size=world_size, timeout=timeout)
+        store, rank, world_size = meet(timeout)
+    else:
+        store, rank, world_size = dist.HashStore(), 0, 1
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
 
 
