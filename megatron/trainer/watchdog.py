@@ -91,6 +91,7 @@ class Watchdog:
         self._name = f"watchdog/{next(_numbers)}"
         self._mark = ("start", 0, 0, time.monotonic())  # stage, iteration, marks, when
         self._is_waiting = False
+        self._woke_at = 0.0
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
         self._beats = 0
@@ -139,7 +140,9 @@ class Watchdog:
     def _watch(self) -> None:
         """Beat and look, until the rank leaves; then say that it has."""
         try:
+            before = time.monotonic()
             while not self._over.wait(self._interval_s):
+                before = self._note_sleep(before)
                 self._beat()
                 self._look()
             self._beat()
@@ -147,6 +150,20 @@ class Watchdog:
             # The process that serves the store has gone, and the job with it. If it has not, and
             # this rank gets no further, `_watch_store` says so.
             logger.debug("the watchdog lost the store: %s", error)
+
+    def _note_sleep(self, before: float) -> float:
+        """Now; and if a thread that wakes often has not for long, the whole process was stopped.
+
+        So it is when a scheduler suspends the job: what was not done meanwhile is no hang.
+        """
+        now = time.monotonic()
+        if now - before > self._timeout_s / 2:
+            self._woke_at = now
+        return now
+
+    def _stuck_s(self) -> float:
+        """Seconds since the last mark, or since the process went on after it was stopped."""
+        return time.monotonic() - max(self._mark[3], self._woke_at)
 
     def _beat(self) -> None:
         beat = self._own_beat()
@@ -156,10 +173,10 @@ class Watchdog:
         self._seen[self._rank] = (beat.to_json().encode(), time.monotonic())
 
     def _own_beat(self) -> Beat:
-        stage, iteration, marks, marked_at = self._mark
+        stage, iteration, marks, _ = self._mark
         self._beats += 1
         still_s, is_gpu_busy = self._thread.look()
-        mark_age_s = time.monotonic() - marked_at
+        mark_age_s = self._stuck_s()
         is_in_collective, where = False, tuple[str, ...]()
         if mark_age_s > self._timeout_s / 4:
             is_in_collective, where = self._thread.stack()
@@ -179,9 +196,8 @@ class Watchdog:
 
     def _look(self) -> None:
         """Look at the others if this rank has long stood still, and end it with all of them."""
-        age_s = time.monotonic() - self._mark[3]
         share = 0.5 if self._rank < _FIRST_OBSERVERS else 1.0
-        if age_s < share * self._timeout_s:
+        if self._stuck_s() < share * self._timeout_s:
             self._looking_since = None
             return
         if self._store is not None and self._store.check([_SPOKEN]):
@@ -214,10 +230,11 @@ class Watchdog:
     def _watch_store(self) -> None:
         """Speak when this rank is stuck and the store is too: then nobody can compare notes."""
         thread = TrainingThread(self._trainer, self._device)
+        now = time.monotonic()
         while not self._over.wait(self._interval_s):
-            now = time.monotonic()
-            lost_s = now - self._reached_store_at
-            stuck_s = min(thread.look()[0], now - self._mark[3])
+            now = self._note_sleep(now)
+            lost_s = now - max(self._reached_store_at, self._woke_at)
+            stuck_s = min(thread.look()[0], self._stuck_s())
             # One after the other: with the first that ends, torchrun ends all.
             patience_s = self._timeout_s + min(self._rank, _FIRST_OBSERVERS) * self._interval_s
             if stuck_s > patience_s and lost_s > self._timeout_s / 2:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launcher import HERE, torchrun
+from launcher import HERE, REPO, flags, torchrun
 from worker_preflight import TIMEOUT_S
 
 from megatron.trainer.preflight import _speed_warnings
@@ -114,3 +114,19 @@ def test_rank_that_hangs_is_named_in_time_with_its_host(launched: Any) -> None:
     assert stderr.count("ends the job") == stderr.count("watchdog: rank 0 ends") == 1
     assert re.search(r"exitcode\s*: 2 ", stderr), stderr[-3000:]
     assert seconds < TIMEOUT_S + 4.0
+
+
+def test_doctor_of_a_job_prints_one_page_with_every_kind_of_group(tmp_path: Path) -> None:
+    layout = flags(tensor_model_parallel_size=2, save=tmp_path / "run", expert_backend="te")
+    done = torchrun(2, REPO / "tools/doctor.py", "--device", "cpu", "--json", *layout, timeout=120)
+    page = json.loads(done.stdout)  # one, or this would fail
+    rows = {row["name"]: row for row in page["sections"]["ranks"]}
+    assert rows["answer"]["value"] == "2 ranks on 1 node"
+    assert {name for name in rows if name.startswith("all-reduce")} == {
+        "all-reduce, world",
+        "all-reduce, tp",
+        "all-reduce, etp",
+    }
+    assert all(row["state"] == "ok" for row in rows.values())
+    assert len(page["problems"]) == page["status"] == done.returncode == 1
+    assert "expert_backend 'te' computes on a GPU" in page["problems"][0]

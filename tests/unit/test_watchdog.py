@@ -295,6 +295,22 @@ def test_rank_that_gets_on_is_left_alone(progress: str, ended: list[int]) -> Non
     assert ended == []
 
 
+def test_process_that_was_suspended_is_not_taken_for_hung(
+    ended: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clocks have run on meanwhile; as a job that a scheduler suspends, or Ctrl-Z."""
+    clock, passed_s = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + passed_s[0])
+    watchdog = alone(1.0)
+    watchdog.mark("train", 1)
+    resumed = threading.Timer(0.3, lambda: passed_s.__setitem__(0, 1000.0))
+    resumed.start()
+    time.sleep(0.8)  # of these, 0.5 s afterwards
+    watchdog.stop()
+    assert passed_s == [1000.0]
+    assert ended == []
+
+
 def test_nothing_is_left_running_after_stop(ended: list[int]) -> None:
     before = threading.active_count()
     watchdog = alone(0.2)
