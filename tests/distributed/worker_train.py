@@ -18,7 +18,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron.trainer.errors import UserError
 from megatron.trainer.hooks import Hook, Record
-from megatron.trainer.launch import environment_rank, initialize, shut_down
+from megatron.trainer.journal import open_journal
+from megatron.trainer.launch import agree, environment_rank, initialize, shut_down
 from megatron.trainer.log import configure_logging
 from megatron.trainer.loop import Upkeep, train
 from megatron.trainer.resume import checkpoint_writer, resume, rewind
@@ -41,15 +42,21 @@ class Recorder(Hook):
 def run_case(flags: list[str], out: Path, name: str) -> None:
     cfg = recipe.parse(flags, prog="worker", description="")
     ctx = initialize(cfg)
-    state = recipe.build_state(cfg, ctx)
-    resume(state, cfg.model)
-    recorder = Recorder()
-    train(
-        state,
-        language_model_step,
-        hooks=[recorder, *recipe.build_hooks(cfg, state)],
-        upkeep=Upkeep(save=checkpoint_writer(state), rewind=rewind),
+    journal = agree(
+        lambda: open_journal(
+            cfg.checkpoint.save, rank=ctx.rank, train_iters=cfg.training.train_iters
+        )
     )
+    recorder = Recorder()
+    with journal.recording_errors():
+        state = recipe.build_state(cfg, ctx)
+        resume(state, cfg.model)
+        train(
+            state,
+            language_model_step,
+            hooks=[recorder, *recipe.build_hooks(cfg, state)],
+            upkeep=Upkeep(save=checkpoint_writer(state), rewind=rewind, journal=journal),
+        )
     torch.save(final_shards(state), out / f"{name}.rank{ctx.rank}.pt")
     if ctx.rank == 0:
         (out / f"{name}.json").write_text(json.dumps(recorder.records))
