@@ -285,7 +285,7 @@ def _culprit_lines(
             how = "silent: its process is stopped or frozen, or its node is gone"
         elif beat.is_waiting:
             how = "waits for others, but in another place"
-        elif beat.still_s >= timeout_s:
+        elif beat.still_s >= timeout_s / 2:  # its last look may be a little old
             how = "stands still and waits for no other rank"
         else:
             how = "is at work while others wait for it"

@@ -67,6 +67,9 @@ WORKS = {"is_waiting": False, "still_s": 0.1}
             [seen(), UNHEARD], 0, (1,), r"rank 1 \(beside n0\) hangs", id="never heard of"
         ),
         pytest.param([seen(), seen(**SLEEPS)], 0, (1,), "stands still", id="sleeps"),
+        pytest.param(
+            [seen(), seen(is_waiting=False, still_s=9.8)], 0, (1,), "stands still", id="slept later"
+        ),
         pytest.param([seen(), seen(**WORKS)], 0, (1,), "is at work while", id="loops"),
         pytest.param(
             [seen(), seen(marks=18), seen()],
