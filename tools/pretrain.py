@@ -58,12 +58,12 @@ def _pretrain(cfg: recipe.PretrainConfig) -> int:
         for line in preflight(ctx, timeout_s=cfg.reliability.preflight_timeout, save=save):
             logger.info(line)
     watchdog = start_watchdog(ctx, timeout_before(cfg.parallel.distributed_timeout_minutes))
-    journal = agree(
-        lambda: open_journal(
-            cfg.checkpoint.save, rank=ctx.rank, train_iters=cfg.training.train_iters
-        )
-    )
     try:
+        journal = agree(
+            lambda: open_journal(
+                cfg.checkpoint.save, rank=ctx.rank, train_iters=cfg.training.train_iters
+            )
+        )
         with journal.recording_errors():
             stop = _train(cfg, ctx, journal, watchdog)
             journal.end(stop)
