@@ -67,12 +67,12 @@ def ended(run: Path) -> dict[str, Any]:
     return found
 
 
-KILLS = [
+KILLS: list[dict[str, Any]] = [
     *({"stage": "step", "iteration": done} for done in (0, 2, 4, 7, 8)),
     *({"stage": "evaluation", "iteration": done} for done in (8, 8)),
     *({"stage": "save", "iteration": done} for done in (9, 12)),
 ]
-NOTICES = [
+NOTICES: list[dict[str, Any]] = [
     {"stage": "data", "signal": "SIGUSR1", "rank": 1, "ends_at": 0},
     {"stage": "step", "iteration": 1, "signal": "SIGTERM", "rank": 0, "ends_at": 2},
     {"stage": "evaluation", "iteration": 4, "signal": "SIGUSR1", "rank": 1, "ends_at": 4},

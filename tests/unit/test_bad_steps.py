@@ -18,7 +18,7 @@ from megatron.trainer.data.stream import Batch
 from megatron.trainer.errors import StepRefusedError
 from megatron.trainer.hooks import Hook, Record, read_records
 from megatron.trainer.journal import open_journal
-from megatron.trainer.launch import initialize, shut_down
+from megatron.trainer.launch import RunContext, initialize, shut_down
 from megatron.trainer.loop import Upkeep, train
 from megatron.trainer.resume import checkpoint_writer, resume, rewind
 from megatron.trainer.state import TrainState
@@ -38,7 +38,7 @@ def make_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[StateMaker]:
     """Builds the tiny model's state from flags; the last two live side by side."""
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
     threads = torch.get_num_threads()
-    started = []
+    started: list[RunContext] = []
 
     def make(**overrides: Any) -> TrainState:
         cfg = recipe.parse(flags(device="cpu", **overrides), prog="test", description="")
