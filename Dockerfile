@@ -78,9 +78,10 @@ WORKDIR /opt/megatron-moe
 USER ${USER_ID}:${GROUP_ID}
 
 # An image in which these fail is not built.
-RUN --mount=type=tmpfs,target=/tmp \
-    HOME=/tmp python -c "import megatron.core, megatron.trainer.loop, moe_ext.builder" \
-    && HOME=/tmp python tools/doctor.py
+RUN mkdir /tmp/check && export HOME=/tmp/check TMPDIR=/tmp/check \
+    && python -c "import megatron.core, megatron.trainer.loop, moe_ext.builder" \
+    && python tools/doctor.py \
+    && rm -r /tmp/check
 
 ARG VERSION=0.1.0
 ARG REVISION=unknown

@@ -15,6 +15,7 @@ NVIDIA_TORCH = "2.13.0a0+0123456789.nv26.07"
 SYSTEM_PACKAGES = "/usr/local/lib/python3.11/dist-packages"
 VENV_PACKAGES = "/opt/venv/lib/python3.11/site-packages"
 _SUITE = "bookworm"
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NEEDED = "python3,python3-venv,python3-pip,ca-certificates"
 
 
@@ -24,7 +25,7 @@ def make_cpu_base(store: Store) -> None:
     command("debootstrap", "--variant=minbase", f"--include={_NEEDED}", _SUITE, debian)
     base = store.start("scratch")
     store("copy", "-q", base.name, debian, "/")
-    store("config", "--cmd", "python3", base.name)
+    store("config", "--cmd", "python3", f"--env=PATH={_PATH}", base.name)
     store.commit(base, CPU_BASE)
     shutil.rmtree(debian)
 

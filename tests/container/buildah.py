@@ -132,7 +132,7 @@ class Container:
         self, *words: str, options: Sequence[str] = (), check: bool = True, entry: bool = True
     ) -> Finished:
         """Give `words` to the entry point; `options` are those of buildah run."""
+        # Engines write the container's name to its /etc/hosts; buildah does not.
+        how = ("--isolation", "chroot", "--hostname", "localhost", *options)
         first = self.config["Entrypoint"] if entry else []
-        return self.store(
-            "run", "--isolation", "chroot", *options, self.name, "--", *first, *words, check=check
-        )
+        return self.store("run", *how, self.name, "--", *first, *words, check=check)
