@@ -43,14 +43,17 @@ class StopRule:
         self.stop: Stop | None = None
         """What was decided when last asked."""
 
-    def ask(self, iteration: int) -> Stop | None:
+    def ask(self, iteration: int, *, is_evaluating: bool = False) -> Stop | None:
         """Say whether to stop; once it is so, it stays so. A collective call.
 
         Args:
             iteration: steps done.
+            is_evaluating: an evaluation is going on, which no interval cuts short.
         """
         if self.stop is None:
-            self.stop = self._agreed() or self._at_interval(iteration)
+            self.stop = self._agreed()
+        if self.stop is None and not is_evaluating:
+            self.stop = self._at_interval(iteration)
         return self.stop
 
     def _agreed(self) -> Stop | None:

@@ -42,7 +42,7 @@ class Journal:
         self._train_iters = train_iters
         self._lock = _take_lock(directory) if directory is not None else None
         self.iteration = 0
-        """Steps done, as of the last word."""
+        """Steps done; the loop counts it on."""
         self.saved: int | None = None
         """Steps that the newest checkpoint holds, of those that this process knows."""
         if directory is not None:

@@ -104,7 +104,9 @@ def test_duration_counts_from_the_start_of_the_process(
 def test_interval_stops_at_its_multiples_but_not_where_the_run_began_or_ends(world: None) -> None:
     made = rule(exit_interval=5, iteration=10, train_iters=15)
     assert [made.ask(iteration) for iteration in (10, 11, 12, 13, 14, 15)] == [None] * 6
-    stop = rule(exit_interval=5, iteration=10).ask(15)
+    made = rule(exit_interval=5, iteration=10)
+    assert made.ask(15, is_evaluating=True) is None
+    stop = made.ask(15)
     assert stop == Stop(reason="interval", detail="--exit-interval 5")
     assert not stop.requeue
 
