@@ -22,9 +22,9 @@ class Upkeep:
 
     save: Callable[[TrainState], None] | None = None
     """Writes a checkpoint, a collective call; None writes none."""
-    rewind: Callable[[TrainState], bool] | None = None
-    """Goes back to a checkpoint after a step too bad to skip, a collective call; False if it may
-    not."""
+    rewind: Callable[[TrainState, int], bool] | None = None
+    """Goes back to a checkpoint after a step too bad to skip, given the iteration of this run's
+    newest, a collective call; False if it may not."""
     evaluate_first: bool = False
     """Begin with the evaluation that an earlier job was stopped in."""
     journal: Journal | None = None
@@ -130,6 +130,8 @@ class _Run:
 
     def _tell(self, result: StepResult, *, phase_before: str | None) -> None:
         iteration, phase = self.state.iteration, self.state.train_data.phase
+        if self.upkeep.journal is not None:
+            self.upkeep.journal.iteration = iteration
         for hook in self.hooks:
             hook.on_step(iteration, result.lm_loss)
         if result.skipped is not None:
@@ -164,7 +166,7 @@ class _Run:
 
     def _evaluation_is_over(self) -> bool:
         self._mark("evaluation")
-        return self._must_stop()
+        return self.stop_rule.ask(self.state.iteration, is_evaluating=True) is not None
 
     def _save(self) -> None:
         if self.upkeep.save is None:
@@ -180,7 +182,7 @@ class _Run:
     def _rewind(self, why: str) -> bool:
         """Go back to the newest checkpoint, and let records and events know."""
         before = self.state.iteration
-        if self.upkeep.rewind is None or not self.upkeep.rewind(self.state):
+        if self.upkeep.rewind is None or not self.upkeep.rewind(self.state, self.saved):
             return False
         iteration = self.state.iteration
         self.evaluated = self.saved = iteration

@@ -27,6 +27,7 @@ from megatron.trainer.launch import agree
 from megatron.trainer.load import dump_config
 from megatron.trainer.optim_state import OPTIMIZER_PREFIX
 from megatron.trainer.recipe import plain_values
+from megatron.trainer.run_files import EVENTS_NAME
 from megatron.trainer.schedule import Schedule, branch_rate, rate_of_branch
 from megatron.trainer.state import (
     RNG_PREFIX,
@@ -173,11 +174,16 @@ def _take_state(
     apply_state(state, loaded, run)
 
 
-def rewind(state: TrainState) -> bool:
+def rewind(state: TrainState, newest: int) -> bool:
     """Go back to the newest whole checkpoint in `--save`, past the samples drawn since.
 
     They are left out: the schedule goes on from the checkpoint's step with samples that the run has
     not seen, and no phase gets shorter. Called by every rank.
+
+    Args:
+        state: changed in place.
+        newest: iteration of the newest checkpoint that this job wrote or began from; later ones are
+            of a run that was rolled back.
 
     Returns:
         False where this is not wanted, was done too often, or there is no checkpoint.
@@ -186,21 +192,22 @@ def rewind(state: TrainState) -> bool:
     if not cfg.reliability.rewind_on_spike or cfg.checkpoint.save is None:
         return False
     root = Path(cfg.checkpoint.save)
-    if not agree(lambda: _has_checkpoints(root)):
+    if not agree(lambda: _has_checkpoints(root, upto=newest)):
         return False
-    found = find_checkpoint(root)
+    found = find_checkpoint(root, upto=newest)
     run = agree(lambda: _saved_run(found))
     if run.get(WEIGHTS_ONLY) is True or not state.guard.may_rewind(found.iteration):
         return False
-    rewinds, drawn = dict(state.guard.rewinds), state.train_data.consumed_samples
+    rewinds, drawn = dict(state.guard.rewinds), state.train_data.consumed_per_source()
     _take_state(state, found, run)
     state.guard.rewinds = rewinds
-    left_out = drawn - state.train_data.consumed_samples
+    kept = state.train_data.consumed_per_source()
+    left_out = {name: count - kept.get(name, 0) for name, count in drawn.items()}
     state.train_data.leave_out(left_out)
     logger.warning(
         "went back to %s; %d samples read since are left out (rewind %d of --max-rewinds %d)",
         found.path,
-        left_out,
+        sum(left_out.values()),
         rewinds[found.iteration],
         cfg.reliability.max_rewinds,
     )
@@ -241,7 +248,7 @@ def _where_from(cfg: CheckpointConfig) -> tuple[Path | None, bool]:
             return save, True
         agree(lambda: _check_branch_start(cfg, is_continued))
     if save is not None and (cfg.finetune or not is_continued):
-        agree(lambda: _refuse_to_overwrite(save))
+        agree(lambda: _refuse_to_overwrite(save, is_from_elsewhere=load is not None))
     return load, is_continued
 
 
@@ -354,12 +361,20 @@ def _require_tokenizer(tokenizer: Path) -> None:
         )
 
 
-def _has_checkpoints(root: Path) -> bool:
-    return root.is_dir() and bool(final_iterations(root) or stranded(root))
+def _has_checkpoints(root: Path, *, upto: int | None = None) -> bool:
+    there = [*final_iterations(root), *stranded(root)] if root.is_dir() else []
+    return any(upto is None or iteration <= upto for iteration in there)
 
 
-def _refuse_to_overwrite(save: Path) -> None:
-    if _has_checkpoints(save) or (save / METRICS_NAME).exists():
+def _refuse_to_overwrite(save: Path, *, is_from_elsewhere: bool) -> None:
+    """Keep a run out of another's directory.
+
+    A job that began from another run's checkpoint and died before it had saved leaves records of
+    nothing. It has to begin again, and the command that does so is the same.
+    """
+    events = read_records(save / EVENTS_NAME) if is_from_elsewhere else []
+    is_stillborn = bool(events) and all(event.get("event") != "save" for event in events)
+    if _has_checkpoints(save) or ((save / METRICS_NAME).exists() and not is_stillborn):
         raise CheckpointError(
             f"{save} holds an earlier run; continue it with --load {save} (without --finetune), or"
             " give --save another directory"

@@ -1,5 +1,6 @@
 """Stopping changes nothing: bitwise in the same layout, to rounding in any other."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -175,6 +176,23 @@ def test_a_first_save_that_died_does_not_block_the_chain(root: Path) -> None:
     found = run_cases(1, {"chain": chain}, root / "chain")["chain"]
     assert found.error is None, found.error
     assert found.series("iteration")[:3] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("event", ["start", "save"])
+def test_a_job_that_died_before_it_saved_begins_again_from_the_other_run(
+    event: str, root: Path, outcomes: dict[str, Outcome]
+) -> None:
+    directory = root / f"stillborn_{event}"
+    directory.mkdir()
+    (directory / "metrics.jsonl").write_text('{"iteration": 4, "lm_loss": 9.0}\n')
+    (directory / "events.jsonl").write_text(json.dumps({"iteration": 3, "event": event}) + "\n")
+    again = flags(**PLAN, save=directory, load=root / "single", ckpt_step=3)
+    found = run_cases(1, {"again": again}, root / "again")["again"]
+    if event == "save":
+        assert f"{directory} holds an earlier run" in str(found.error)
+        return
+    assert found.error is None, found.error
+    assert last_three(found, "lm_loss") == last_three(outcomes["whole"], "lm_loss")
 
 
 @pytest.mark.parametrize("modules", ["core_attn", "moe", "core_attn moe"])

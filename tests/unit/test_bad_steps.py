@@ -124,7 +124,7 @@ def test_skipped_step_counts_but_changes_nothing(
     truth = make_state(**flags_)
     for step in range(5):
         if step == 2:
-            truth.train_data.leave_out(BATCH)
+            truth.train_data.leave_out({"mock": BATCH})
             truth.iteration += 1
         else:
             train_step(truth, language_model_step)
@@ -213,7 +213,7 @@ def test_rewind_is_the_run_from_the_checkpoint_without_those_samples(
     truth = make_state(**settings, save=tmp_path / "other", load=directory, ckpt_step=6)
     resume(truth, recipe_model(truth))
     assert (truth.iteration, truth.guard.skipped_in_row) == (6, 1)
-    truth.train_data.leave_out(BATCH)
+    truth.train_data.leave_out({"mock": BATCH})
     expected = run(truth, tmp_path / "other", range(0))
 
     assert losses(taken)[6:] == losses(expected) and len(expected) == 2
@@ -226,7 +226,7 @@ def test_rewind_is_the_run_from_the_checkpoint_without_those_samples(
     assert (event["iteration"], event["rewound_from"]) == (6, 6)
     saved = json.loads((directory / "iter_0000008" / "run.json").read_text())
     assert saved["guard"]["rewinds"] == [[6, 1]]
-    assert saved["data"]["phases"][0]["left_out"] == BATCH
+    assert saved["data"]["phases"][0]["left_out"] == [BATCH]
     assert saved["data"]["consumed_samples"] == 9 * BATCH
 
 
@@ -269,3 +269,27 @@ def test_rewind_without_a_checkpoint_ends_the_run(make_state: StateMaker, tmp_pa
     state = make_state(train_iters=8, rewind_on_spike=True, save=tmp_path / "run")
     with pytest.raises(StepRefusedError, match=r"^loss is inf at iteration 2"):
         run(state, tmp_path / "run", range(8, 16))
+
+
+def test_rewind_passes_by_the_checkpoints_of_a_run_that_was_rolled_back(
+    make_state: StateMaker, tmp_path: Path
+) -> None:
+    settings = {
+        "train_iters": 8,
+        "save_interval": 2,
+        "rewind_on_spike": True,
+        "save": tmp_path / "run",
+    }
+    run(make_state(**settings), tmp_path / "run", range(0))
+    state = make_state(**settings, load=tmp_path / "run", ckpt_step=4)
+    resume(state, recipe_model(state))
+    # The tracker names iteration 8 as yet.
+    taken = run(state, tmp_path / "run", range(32, 40))
+    assert [record["iteration"] for record in taken] == [5, 6, 7, 8]
+    assert taken[-1]["consumed_samples"] == 9 * BATCH
+    events = read_records(tmp_path / "run" / "events.jsonl")[4:]
+    assert [(event["event"], event["iteration"]) for event in events] == [
+        ("rewind", 4),
+        ("save", 6),
+        ("save", 8),
+    ]

@@ -67,6 +67,24 @@ def test_find_takes_what_the_tracker_names_not_the_newest(tmp_path: Path) -> Non
     assert (found.path, found.iteration, found.skipped) == (tmp_path / "iter_0000010", 10, ())
 
 
+def test_damage_after_a_roll_back_does_not_lead_into_what_was_given_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for iteration in (10, 20, 30):
+        save(tmp_path, iteration)
+    (tmp_path / TRACKER).write_text("20")
+    flip_bit(tmp_path / "iter_0000020" / SHARD)
+    assert find_checkpoint(tmp_path).iteration == 10
+    # Nor does a bound, whatever the tracker names.
+    (tmp_path / TRACKER).write_text("30")
+    with caplog.at_level(logging.WARNING):
+        assert find_checkpoint(tmp_path, upto=29).iteration == 10
+    assert told(caplog)[-3] == (
+        f"{TRACKER} names iteration 30, which is later than 29; taking the newest whole checkpoint,"
+        " iteration 10"
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

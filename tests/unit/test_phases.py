@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.trainer.data.phases import Dealer, Phase
+from megatron.trainer.data.phases import Dealer, Phase, read_records
 from megatron.trainer.data.source import WindowSource
 from megatron.trainer.data.stream import Batch, SampleStream
 from megatron.trainer.errors import DataError
@@ -328,3 +328,51 @@ def test_state_whose_phases_begin_out_of_order_is_refused() -> None:
 def test_phases_that_cannot_be_dealt_are_refused(phases: list[Phase]) -> None:
     with pytest.raises(ValueError, match="phase"):
         Dealer(phases, seed=1, windows=WINDOWS)
+
+
+def test_what_was_read_on_both_sides_of_a_border_can_be_left_out() -> None:
+    """web and code are in both phases, math in the second alone; the numbers of samples tell."""
+
+    def dealer(state: list[dict[str, Any]] | None = None) -> Dealer:
+        made = Dealer((STABLE, DECAY), seed=3, windows=WINDOWS)
+        if state is not None:
+            total = sum(sum(record["consumed"]) for record in state)
+            made.load_state_dict(read_records({"phases": state, "consumed_samples": total}))
+        return made
+
+    first = dealer()
+    for _ in range(32):
+        first.draw()
+    saved, kept = json.loads(json.dumps(first.state_dict())), first.drawn_per_source()
+    read = [first.draw() for _ in range(32)]
+    assert {name for name, _ in read[:16]} == {"web", "code"} and ("math", 0) in read
+
+    again = dealer(saved)
+    read_to = first.drawn_per_source()
+    again.leave_out({name: count - kept.get(name, 0) for name, count in read_to.items()})
+    assert again.drawn_per_source() == read_to
+    dealt = [again.draw() for _ in range(8)]
+    # Saved and resumed, too, before the second phase begins.
+    resumed = dealer(json.loads(json.dumps(again.state_dict())))
+    rest = [resumed.draw() for _ in range(48)]
+    assert [again.draw() for _ in range(48)] == rest
+    # Every source goes on right behind what was read.
+    for name, count in read_to.items():
+        numbers = [number for other, number in dealt + rest if other == name]
+        assert numbers == list(range(count, count + len(numbers)))
+    # Both phases have their length, and their shares.
+    assert resumed.phase.name == "decay"
+    for phase, samples in zip(resumed.state_dict(), (48, 40), strict=True):
+        fresh = np.subtract(phase["consumed"], phase["left_out"])
+        assert fresh.sum() == samples
+        assert np.abs(fresh - samples * np.array(phase["weights"])).max() < 1
+    with pytest.raises(DataError, match="phases are used up"):
+        resumed.draw()
+
+
+@pytest.mark.parametrize("left_out", [8, [8], [-1, 0], [0, 99], [True, 0], "12"])
+def test_state_that_leaves_out_what_cannot_be_is_refused(left_out: Any) -> None:
+    state = after(4)
+    state["phases"][0]["left_out"] = left_out
+    with pytest.raises(DataError, match="the checkpoint's data state has phases"):
+        stream().load_state_dict(state)

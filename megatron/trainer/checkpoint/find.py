@@ -42,6 +42,7 @@ def find_checkpoint(
     root: Path,
     *,
     iteration: int | None = None,
+    upto: int | None = None,
     compare_contents: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> FoundCheckpoint:
@@ -54,13 +55,14 @@ def find_checkpoint(
     Args:
         root: a run directory.
         iteration: take exactly this one instead, or fail.
+        upto: take none of a later iteration.
         compare_contents: read every byte now; otherwise only names and sizes are compared.
         group: all ranks; None is the default group, or this process alone if there is none.
 
     Raises:
         CheckpointError: no whole checkpoint there, or not the one asked for.
     """
-    plan = on_rank0("looking for checkpoints", partial(_survey, root, iteration), group)
+    plan = on_rank0("looking for checkpoints", partial(_survey, root, iteration, upto), group)
     skipped: list[tuple[Path, tuple[str, ...]]] = []
     for number, path in plan.candidates:
         problems = _examine(path, number, group, compare_contents=compare_contents)
@@ -82,7 +84,7 @@ def find_checkpoint(
     )
 
 
-def _survey(root: Path, iteration: int | None) -> _Plan:
+def _survey(root: Path, iteration: int | None, upto: int | None) -> _Plan:
     """List the candidates on rank 0, best first.
 
     Raises:
@@ -95,6 +97,8 @@ def _survey(root: Path, iteration: int | None) -> _Plan:
         )
     paths = {number: layout.final_path(root, number) for number in layout.final_iterations(root)}
     paths.update(layout.stranded(root))
+    if upto is not None:
+        paths = {number: path for number, path in paths.items() if number <= upto}
     newest_first = sorted(paths.items(), reverse=True)
     if not paths:
         raise CheckpointError(_nothing_there(root))
@@ -111,12 +115,12 @@ def _survey(root: Path, iteration: int | None) -> _Plan:
     if isinstance(tracked, str):
         return _Plan(candidates=tuple(newest_first), tracked=None, tracker_problem=tracked)
     if tracked not in paths:
-        problem = f"{layout.TRACKER_NAME} names iteration {tracked}, which is not there"
+        what = "not there" if upto is None or tracked <= upto else f"later than {upto}"
+        problem = f"{layout.TRACKER_NAME} names iteration {tracked}, which is {what}"
         return _Plan(candidates=tuple(newest_first), tracked=tracked, tracker_problem=problem)
-    others = [entry for entry in newest_first if entry[0] != tracked]
-    return _Plan(
-        candidates=((tracked, paths[tracked]), *others), tracked=tracked, tracker_problem=None
-    )
+    # Later ones are of a run that was rolled back.
+    best_first = sorted(newest_first, key=lambda entry: entry[0] > tracked)
+    return _Plan(candidates=tuple(best_first), tracked=tracked, tracker_problem=None)
 
 
 def _nothing_there(root: Path) -> str:

@@ -18,7 +18,8 @@ from megatron.trainer.data.blend import Blend
 from megatron.trainer.errors import DataError
 
 LEFT_OUT = "left_out"
-"""Key of a phase's record: samples that were passed over; absent where there are none."""
+"""Key of a phase's record: the samples of each source that were passed over, and are counted as
+consumed; absent where there are none."""
 
 _LARGEST_COUNT = 1 << 62
 
@@ -71,7 +72,7 @@ class Dealer:
         self.seed = seed
         self.windows = dict(windows)
         self.blends = tuple(Blend(phase.weights) for phase in phases)
-        self._left_out = [0] * len(phases)
+        self._left_out: list[Counter[str]] = [Counter() for _ in phases]
         self._inherited: list[dict[str, Any]] = []
         self._current = 0
         self._drawn_before: Counter[str] = Counter()
@@ -83,12 +84,11 @@ class Dealer:
 
     @property
     def num_drawn(self) -> int:
-        """Samples dealt so far, inherited ones included."""
-        inherited = sum(sum(record["consumed"]) for record in self._inherited)
-        return inherited + sum(blend.num_drawn for blend in self.blends)
+        """Samples dealt or passed over so far, inherited ones included."""
+        return sum(sum(record["consumed"]) for record in self._records())
 
     def drawn_per_source(self) -> dict[str, int]:
-        """Samples dealt so far by source, inherited ones included, in order of appearance."""
+        """The same by source, in order of appearance."""
         counts: dict[str, int] = {}
         for record in self._records():
             for name, count in zip(record["sources"], record["consumed"], strict=True):
@@ -104,8 +104,7 @@ class Dealer:
         Raises:
             DataError: The last phase is used up.
         """
-        used = self.blends[self._current].num_drawn - self._left_out[self._current]
-        if used == self.phase.num_samples:
+        if self.blends[self._current].num_drawn == self.phase.num_samples:
             if self._current + 1 == len(self.phases):
                 raise DataError(
                     f"all {len(self.phases)} phases are used up after {self.num_drawn} samples; the"
@@ -114,17 +113,19 @@ class Dealer:
             self._enter(self._current + 1)
         index, number = self.blends[self._current].draw()
         name = self.phase.sources[index]
-        return name, self._drawn_before[name] + number
+        passed_over = self._left_out[self._current][name]
+        return name, self._drawn_before[name] + passed_over + number
 
-    def leave_out(self, count: int) -> None:
-        """Pass over the next samples: they are dealt, but the phase gets no shorter by them.
+    def leave_out(self, counts: Mapping[str, int]) -> None:
+        """Pass over the next samples of each source, in the next phase that draws from it.
 
-        Raises:
-            DataError: The last phase is used up.
+        Phases get no shorter by them, nor do their mixtures change.
         """
-        for _ in range(count):
-            self.draw()
-            self._left_out[self._current] += 1
+        for name, count in counts.items():
+            for index in range(self._current, len(self.phases)):
+                if name in self.phases[index].sources:
+                    self._left_out[index][name] += count
+                    break
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Every phase, inherited ones first, and what was dealt in it, as plain JSON values."""
@@ -144,7 +145,7 @@ class Dealer:
         """
         inherited = [dict(record) for record in records if record["inherited"]]
         own = [record for record in records if not record["inherited"]]
-        num_begun = sum(1 for record in own if sum(record["consumed"]))
+        num_begun = sum(1 for record in own if _num_dealt(record))
         differences = []
         for index, record in enumerate(own[:num_begun]):
             differences += self._differences(index, record, is_last=index + 1 == num_begun)
@@ -157,13 +158,18 @@ class Dealer:
         notes = self._changes_to_come(own, num_begun)
         self._inherited = inherited
         for blend, record in zip(self.blends, own[:num_begun], strict=False):
-            blend.counts[:] = record["consumed"]
+            blend.counts[:] = [
+                count - passed_over
+                for count, passed_over in zip(record["consumed"], _left_out(record), strict=True)
+            ]
         for blend in self.blends[num_begun:]:
             blend.counts[:] = 0
-        self._left_out = [0] * len(self.phases)
-        for index, record in enumerate(own[:num_begun]):
-            self._left_out[index] = record.get(LEFT_OUT, 0)
+        self._left_out = [Counter() for _ in self.phases]
+        for counts, record in zip(self._left_out, own[:num_begun], strict=False):
+            counts.update(dict(zip(record["sources"], _left_out(record), strict=True)))
         self._enter(max(0, num_begun - 1))
+        for record in own[num_begun:]:  # which may be other phases now
+            self.leave_out(dict(zip(record["sources"], _left_out(record), strict=True)))
         return notes
 
     def inherit(self, records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -210,8 +216,10 @@ class Dealer:
                 )
 
     def _records(self) -> list[dict[str, Any]]:
-        own = [
-            {
+        own = []
+        for phase, blend, counts in zip(self.phases, self.blends, self._left_out, strict=True):
+            left_out = [counts[name] for name in phase.sources]
+            record = {
                 "name": phase.name,
                 "inherited": False,
                 "seed": self.seed,
@@ -219,17 +227,15 @@ class Dealer:
                 "sources": list(phase.sources),
                 "weights": blend.weights.tolist(),
                 "windows_per_epoch": [self.windows[name] for name in phase.sources],
-                "consumed": blend.counts.tolist(),
-                **({LEFT_OUT: left_out} if left_out else {}),
+                "consumed": [a + b for a, b in zip(blend.counts.tolist(), left_out, strict=True)],
             }
-            for phase, blend, left_out in zip(self.phases, self.blends, self._left_out, strict=True)
-        ]
+            own.append({**record, LEFT_OUT: left_out} if any(left_out) else record)
         return self._inherited + own
 
     def _differences(self, index: int, record: Mapping[str, Any], *, is_last: bool) -> list[str]:
         """What of a phase that has begun is not as it was."""
         where = f"phase {index + 1} ({record['name']}) " if record["name"] is not None else ""
-        consumed = sum(record["consumed"]) - record.get(LEFT_OUT, 0)
+        consumed = _num_dealt(record)
         if index >= len(self.phases):
             return [f"{where}has dealt {consumed} samples, this run has no such phase"]
         mine = self._records()[len(self._inherited) + index]
@@ -260,6 +266,16 @@ class Dealer:
         ]
 
 
+def _left_out(record: Mapping[str, Any]) -> list[int]:
+    """Samples of each source that a phase passed over."""
+    return list(record.get(LEFT_OUT) or [0] * len(record["sources"]))
+
+
+def _num_dealt(record: Mapping[str, Any]) -> int:
+    """Samples that a phase has dealt; those passed over are none of them."""
+    return sum(record["consumed"]) - sum(_left_out(record))
+
+
 def _plan(record: Mapping[str, Any]) -> str:
     """A phase in words."""
     shares = ", ".join(
@@ -280,7 +296,7 @@ def read_records(state: Mapping[str, Any]) -> list[dict[str, Any]]:
     is_sound = isinstance(phases, list) and bool(phases) and all(map(_is_record, phases))
     if is_sound:
         records: list[dict[str, Any]] = [dict(phase) for phase in phases]  # type: ignore[union-attr]
-        own = [sum(record["consumed"]) for record in records if not record["inherited"]]
+        own = [_num_dealt(record) for record in records if not record["inherited"]]
         # No phase begins before the one before it has.
         is_sound = sum(sum(record["consumed"]) for record in records) == state.get(
             "consumed_samples"
@@ -308,10 +324,21 @@ def _is_record(record: Any) -> bool:
         and all(count is None or type(count) is int for count in windows or ())
         and all(isinstance(name, str) for name in sources or ())
         and all(type(count) is int and 0 <= count < _LARGEST_COUNT for count in consumed or ())
-        and type(left_out := record.get(LEFT_OUT, 0)) is int
-        and 0 <= left_out <= sum(consumed or ())
+        and _may_be_left_out(record.get(LEFT_OUT), consumed or ())
         and type(record.get("seed")) is int
         and isinstance(record.get("inherited"), bool)
         and isinstance(record.get("name", 0), str | None)
         and type(record.get("num_samples", "")) in (int, type(None))
+    )
+
+
+def _may_be_left_out(counts: Any, consumed: Sequence[int]) -> bool:
+    """Whether these can be of the samples that a phase has consumed."""
+    return counts is None or (
+        isinstance(counts, list)
+        and len(counts) == len(consumed)
+        and all(
+            type(count) is int and 0 <= count <= most
+            for count, most in zip(counts, consumed, strict=True)
+        )
     )

@@ -181,13 +181,9 @@ class SampleStream:
             batches.append(make_batch([self._by_name[name].window(n) for name, n in picks]))
         return batches
 
-    def leave_out(self, count: int) -> None:
-        """Pass over the next samples of the run; its phases get no shorter by them.
-
-        Raises:
-            DataError: The last phase is used up.
-        """
-        self._dealer.leave_out(count)
+    def leave_out(self, counts: Mapping[str, int]) -> None:
+        """Pass over the next samples of each source by name; phases get no shorter by them."""
+        self._dealer.leave_out(counts)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs, as plain JSON values, the same on every rank."""
