@@ -11,12 +11,13 @@ import os
 import re
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron.trainer.config import LoggingConfig
-from megatron.trainer.errors import ConfigError
+from megatron.trainer.errors import ConfigError, UserError
 from megatron.trainer.small_files import read_small
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,12 @@ METRICS_NAME = "metrics.jsonl"
 
 _NOTABLE_RATIO = 1.1
 """A rank this much busier than the median is told of on the console."""
+
+
+class RecordError(UserError):
+    """A file of records cannot be written, by the one rank that does."""
+
+    is_local = True
 
 
 class Hook:
@@ -75,8 +82,12 @@ class MetricsFile(Hook):
 
 
 def append_record(path: Path, record: Record) -> None:
-    """Append one line of JSON; NaN and infinity become null, which JSON can hold."""
-    with path.open("a", encoding="utf-8") as file:
+    """Append one line of JSON; NaN and infinity become null, which JSON can hold.
+
+    Raises:
+        RecordError: it cannot be written.
+    """
+    with _writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(_finite(record)) + "\n")
 
 
@@ -104,13 +115,31 @@ def parse_record(line: str) -> dict[str, Any] | None:
 
 
 def keep_records_until(path: Path, iteration: int) -> None:
-    """Rewrite a record file without the records after `iteration`."""
+    """Rewrite a record file without the records after `iteration`.
+
+    Raises:
+        RecordError: it cannot be written.
+    """
     if not path.exists():
         return
     records = [record for record in read_records(path) if record["iteration"] <= iteration]
+    text = "".join(json.dumps(record) + "\n" for record in records)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    os.replace(temporary, path)
+    with _writing(path):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say which file it is that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(
+            f"cannot write {path}: {error.strerror}; make room for it, or let this user write"
+            " there, and start the run again with --load: it goes on from its newest checkpoint"
+        ) from error
 
 
 def _finite(value: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from megatron.trainer.ending import Stop
 from megatron.trainer.errors import ConfigError, UserError
-from megatron.trainer.hooks import append_record
+from megatron.trainer.hooks import RecordError, append_record
 from megatron.trainer.run_files import ENDED_NAME, EVENTS_NAME
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Journal:
             )
             try:
                 self._end("error", text, requeue=False)
-            except OSError as failed:  # a full disk, which may be what ended the run
+            except (OSError, RecordError) as failed:  # a full disk may be what ended the run
                 logger.warning("could not write %s: %s", ENDED_NAME, failed)
             raise
         finally:

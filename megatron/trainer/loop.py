@@ -1,5 +1,6 @@
 """The run: steps, records, evaluations and checkpoints, in order."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -14,6 +15,8 @@ from megatron.trainer.state import ForwardStep, TrainState
 from megatron.trainer.step import StepResult, evaluate, train_step
 from megatron.trainer.stragglers import BusyClock
 from megatron.trainer.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +61,17 @@ def train(
     for hook in hooks:
         hook.on_start(state.iteration, state.cfg.training.train_iters)
     try:
-        return run.to_the_end()
-    finally:
+        stop = run.to_the_end()
+    except BaseException:
         for hook in hooks:
-            hook.on_end()
+            try:
+                hook.on_end()
+            except Exception as error:  # must not hide what ended the run
+                logger.warning("%s did not end well: %s", type(hook).__name__, error)
+        raise
+    for hook in hooks:
+        hook.on_end()
+    return stop
 
 
 class _Run:

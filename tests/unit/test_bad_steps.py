@@ -1,5 +1,6 @@
 """Steps that are skipped or undone, against the same steps put together by hand."""
 
+import errno
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from megatron.trainer.data.stream import Batch
 from megatron.trainer.errors import StepRefusedError
-from megatron.trainer.hooks import Hook, Record, read_records
+from megatron.trainer.hooks import Hook, Record, RecordError, append_record, read_records
 from megatron.trainer.journal import open_journal
 from megatron.trainer.launch import RunContext, initialize, shut_down
 from megatron.trainer.loop import Upkeep, train
@@ -77,6 +78,21 @@ class Poisoned:
             return mean, {**parts, "tokens": torch.tensor(32.0)}
 
         return output, counted
+
+
+class FullDisk(Hook):
+    """Cannot write, and cannot end either."""
+
+    def on_log(self, record: Record) -> None:
+        append_record(Path("/dev/full"), record)
+
+    def on_end(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class Ends(FullDisk):
+    def on_log(self, record: Record) -> None:
+        """Writes nothing."""
 
 
 class Records(Hook):
@@ -293,3 +309,20 @@ def test_rewind_passes_by_the_checkpoints_of_a_run_that_was_rolled_back(
         ("save", 6),
         ("save", 8),
     ]
+
+
+def test_full_disk_under_the_records_is_told_whatever_else_fails_by_it(
+    make_state: StateMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = make_state(train_iters=2, save=tmp_path)
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    journal = open_journal(str(tmp_path), rank=0, train_iters=2)
+    message = r"^cannot write /dev/full: No space left on device; make room for it, .* with --load"
+    with pytest.raises(RecordError, match=message), journal.recording_errors():
+        train(state, language_model_step, hooks=[FullDisk()], upkeep=Upkeep(journal=journal))
+    assert RecordError.is_local
+    told = [record.getMessage() for record in caplog.records if "well" in record.msg]
+    assert told == ["FullDisk did not end well: [Errno 28] No space left on device"]
+    assert json.loads((tmp_path / "ended.json").read_text())["iteration"] == 1
+    with pytest.raises(OSError, match="No space left"):
+        train(make_state(train_iters=1), language_model_step, hooks=[Ends()])
