@@ -326,3 +326,17 @@ def test_full_disk_under_the_records_is_told_whatever_else_fails_by_it(
     assert json.loads((tmp_path / "ended.json").read_text())["iteration"] == 1
     with pytest.raises(OSError, match="No space left"):
         train(make_state(train_iters=1), language_model_step, hooks=[Ends()])
+
+
+def test_interval_lets_the_evaluation_at_its_end_be_taken(make_state: StateMaker) -> None:
+    class Evaluations(Hook):
+        def __init__(self) -> None:
+            self.taken: list[int] = []
+
+        def on_evaluation(self, record: Record) -> None:
+            self.taken.append(record["iteration"])
+
+    state, watching = make_state(train_iters=6, exit_interval=2, eval_interval=2), Evaluations()
+    stop = train(state, language_model_step, hooks=[watching])
+    assert stop is not None and stop.reason == "interval"
+    assert (state.iteration, watching.taken) == (2, [2])
