@@ -40,6 +40,7 @@ from megatron.trainer.load import load_config
 from megatron.trainer.log import configure_logging
 from megatron.trainer.preflight import Findings, examine
 from megatron.trainer.probes import PreflightError
+from megatron.trainer.validate import size_problems
 from moe_ext.presets import PRESETS
 
 
@@ -84,7 +85,8 @@ def doctor(cfg: DoctorConfig) -> int:
     sections = [versions_section(), machine_section()]
     is_cuda = torch.cuda.is_available() and cfg.parallel.device != "cpu"
     device_type = "cuda" if is_cuda else "cpu"
-    if environment_rank() == 0:
+    # Both divide by sizes; where these are wrong, the ranks below say so.
+    if environment_rank() == 0 and not (size_problems(cfg) or cfg.model.problems()):
         sections.append(experts_section(cfg, device_type))
         sections.append(attention_section(cfg, device_type))
     findings, rows = look_together(cfg)

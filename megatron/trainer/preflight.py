@@ -3,6 +3,7 @@
 A rank that hangs on the way is named by a watchdog of its own, with its host and what it was doing.
 """
 
+import contextlib
 import itertools
 import json
 import secrets
@@ -194,7 +195,8 @@ def _examine_disk(
         )
     exchange("seen", True)
     if ctx.rank == 0:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it was not made, which is told above
+            probe.unlink()
     return disk, problem
 
 

@@ -193,9 +193,9 @@ def slowest_of(each: Sequence[GroupFacts]) -> GroupFacts:
 
 
 def nearest_directory(path: Path) -> Path:
-    """The directory, or the nearest one above it that exists."""
+    """The directory, or what is nearest above it: another directory, or a file in its way."""
     path = path.absolute()
-    return next(each for each in (path, *path.parents) if each.is_dir())
+    return next(each for each in (path, *path.parents) if os.path.lexists(each))
 
 
 def appears(probe: Path, *, patience_s: float) -> bool:

@@ -80,11 +80,11 @@ def validate(cfg: RunConfig, world_size: int, *, is_training: bool = True) -> No
             f"{type(cfg).__name__}.model is {model!r}, which lacks num_layers, problems() or"
             " layout_problems(); give the run config a model group with all three"
         )
-    size_problems = _size_problems(cfg)
+    found_sizes = size_problems(cfg)
     model_problems = model.problems()
-    found = _non_finite_problems(cfg) + size_problems + model_problems
+    found = _non_finite_problems(cfg) + found_sizes + model_problems
     # The rest divides by sizes, so it has to wait until they are positive.
-    if not size_problems:
+    if not found_sizes:
         found += _sequence_problems(cfg.parallel)
         found += _context_problems(cfg.parallel, cfg.training)
         found += _interleaving_problems(cfg.parallel)
@@ -123,7 +123,8 @@ def _non_finite_problems(cfg: RunConfig) -> list[str]:
     return found
 
 
-def _size_problems(cfg: RunConfig) -> list[str]:
+def size_problems(cfg: RunConfig) -> list[str]:
+    """Sizes and counts that are too small for anything, one message each."""
     parallel, training = cfg.parallel, cfg.training
     at_least_one: dict[str, int | None] = {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,

@@ -243,6 +243,20 @@ def test_layout_that_cannot_be_gets_a_page_and_status_1(tmp_path: Path) -> None:
     assert "1 thing would stop a run" in done.stdout
 
 
+@pytest.mark.parametrize("flag", ["tensor-model-parallel-size", "num-attention-heads"])
+def test_size_of_zero_gets_a_page_and_not_a_division(flag: str) -> None:
+    done = run_doctor(f"--{flag}", "0")
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert f"start: {flag.replace('-', '_')} (0) must be at least 1" in done.stdout
+
+
+def test_file_in_the_way_of_save_would_stop_a_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run_doctor("--save", str(tmp_path / "file" / "run"))
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert f"cannot write to {tmp_path / 'file'} for --save" in " ".join(done.stdout.split())
+
+
 def test_wrong_flag_is_a_matter_of_usage() -> None:
     with pytest.raises(SystemExit) as exit_:
         doctor.main(["--tensor-model-parallel-sise", "2"])
