@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ DONE, FAILED, REQUEUE = 0, 1, 75
 ENDED = "ended.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "requeue.json"
+_NUMBER = re.compile("[0-9]{1,18}")
 
 
 class BadRunError(Exception):
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             status, message = end(args.run, args.job, args.status, limits)
     except (BadRunError, OSError) as error:
         status, message = FAILED, str(error)
-    print(message, file=sys.stderr if status == FAILED else sys.stdout, flush=True)
+    print(_printable(message), file=sys.stderr if status == FAILED else sys.stdout, flush=True)
     return status
 
 
@@ -85,19 +87,30 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         moment.add_argument("--job", required=True, metavar="ID", help="the SLURM job's id")
         moment.add_argument(
             "--max-restarts",
-            type=int,
+            type=_count,
             default=100,
             metavar="N",
             help="restarts of a job, whoever asks for them (%(default)s)",
         )
         moment.add_argument(
             "--max-stalled",
-            type=int,
+            type=_count,
             default=3,
             metavar="N",
             help="restarts in a row that find no newer checkpoint (%(default)s)",
         )
     return parser.parse_args(argv)
+
+
+def _count(text: str) -> int:
+    if not _NUMBER.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0 on")
+    return int(text)
+
+
+def _printable(text: str) -> str:
+    """The text without what a terminal would obey; ends of lines stay."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def begin(run: Path, job: str, limits: Limits) -> tuple[int, str]:
@@ -110,6 +123,8 @@ def begin(run: Path, job: str, limits: Limits) -> tuple[int, str]:
         BadRunError: a file of the run is damaged.
         OSError: the run directory cannot be read or written.
     """
+    if not run.is_dir():
+        raise BadRunError(f"there is no run directory {run}; make it before the job begins")
     state = next_state(_read_state(run), job, _read_saved(run))
     refusal = _refusal(state, limits)
     if refusal is not None:
@@ -117,7 +132,7 @@ def begin(run: Path, job: str, limits: Limits) -> tuple[int, str]:
     _write_state(run, state)
     if (run / ENDED).exists():
         (run / ENDED).unlink()
-    start = "starts" if not state.restarts else f"starts for the {state.restarts + 1}. time"
+    start = "starts" if not state.restarts else f"starts, restart {state.restarts}"
     return DONE, f"job {job} {start}; newest checkpoint: {state.saved or 'none'}"
 
 
@@ -204,8 +219,8 @@ def _read_saved(run: Path) -> int:
     path = run / TRACKER
     if not path.exists():
         return 0
-    text = path.read_text(encoding="utf-8", errors="replace").strip()
-    if not text.isdigit():
+    text = _read(path).strip()
+    if not _NUMBER.fullmatch(text):
         raise BadRunError(f"{path} holds {text[:40]!r}; it must be the newest checkpoint's number")
     return int(text)
 
@@ -214,15 +229,17 @@ def _read_state(run: Path) -> State | None:
     found = _read_json(run / STATE)
     if found is None:
         return None
-    if not all(isinstance(found.get(name), kind) for name, kind in _KINDS.items()):
+    counts = [found.get(name) for name in _COUNTS]
+    are_counts = all(type(count) is int and count >= 0 for count in counts)
+    if not isinstance(found.get("job"), str) or not are_counts:
         raise BadRunError(
-            f"{run / STATE} must hold {', '.join(_KINDS)}, but holds {found}; remove it, and"
+            f"{run / STATE} must hold job, {', '.join(_COUNTS)}, but holds {found}; remove it, and"
             " restarts are counted from 0"
         )
-    return State(**{name: found[name] for name in _KINDS})
+    return State(job=found["job"], **{name: found[name] for name in _COUNTS})
 
 
-_KINDS = {"job": str, "restarts": int, "stalled": int, "saved": int}
+_COUNTS = ("restarts", "stalled", "saved")
 
 
 def _write_state(run: Path, state: State) -> None:
@@ -235,12 +252,19 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
         raise BadRunError(f"{path} is not JSON: {error}; remove it") from error
     if not isinstance(found, dict):
         raise BadRunError(f"{path} holds no object: {found}; remove it")
     return found
+
+
+def _read(path: Path) -> str:
+    """A file's text; a pipe, say, would keep the job waiting."""
+    if not path.is_file():
+        raise BadRunError(f"{path} is no ordinary file; remove it")
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def test_stopped_job_is_requeued_and_ends_as_if_never_stopped(
         assert line in shown, shown
     log = cluster.log(number)
     assert "SIGUSR1: asking every rank to save and stop" in log
-    assert f"job {number} starts for the 2. time; newest checkpoint: {where['iteration']}" in log
+    assert f"job {number} starts, restart 1; newest checkpoint: {where['iteration']}" in log
     for node in ("n0", "n1"):
         text = (run / "logs" / f"stopped-{number}-{node}.log").read_text()
         # Both starts are in it; rank 0 is on the first node.

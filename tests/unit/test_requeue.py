@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -147,7 +148,15 @@ def test_slurms_own_restarts_are_counted(run: Path) -> None:
         ("ended.json", "[]", "ended.json holds no object"),
         ("ended.json", '{"reason": "signal"}', "lacks a reason and whether to requeue"),
         ("requeue.json", '{"job": "12"}', "must hold job, restarts, stalled, saved"),
+        (
+            "requeue.json",
+            '{"job": "12", "restarts": -9, "stalled": 0, "saved": 0}',
+            "must hold job",
+        ),
+        ("ended.json", "[" * 100_000, "ended.json is not JSON"),
         ("latest_checkpointed_iteration.txt", "release", "holds 'release'"),
+        ("latest_checkpointed_iteration.txt", "²", "holds '²'"),
+        ("latest_checkpointed_iteration.txt", "9" * 5000, "must be the newest checkpoint's number"),
     ],
 )
 def test_damaged_file_is_a_failure_that_names_it(
@@ -160,11 +169,27 @@ def test_damaged_file_is_a_failure_that_names_it(
     assert message in capsys.readouterr().err
 
 
+def test_pipe_is_not_waited_for(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin(run)
+    os.mkfifo(run / "ended.json")
+    assert verdict(run) == 1
+    assert "ended.json is no ordinary file" in capsys.readouterr().err
+
+
+def test_what_a_terminal_would_obey_is_not_printed(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(run)
+    end(run, "error", detail="a\x1b[31m\nb")
+    assert verdict(run) == 1
+    assert capsys.readouterr().err == "failed: a?[31m\nb\n"
+
+
 def test_missing_run_directory_is_a_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert begin(tmp_path / "gone") == 1
-    assert "gone" in capsys.readouterr().err
+    assert "there is no run directory" in capsys.readouterr().err
 
 
 def test_wrong_usage_is_status_2(run: Path) -> None:
