@@ -75,7 +75,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     )
     what.add_argument(
         "--poll",
-        type=float,
+        type=_seconds,
         default=5.0,
         metavar="SECONDS",
         help="how often --follow looks (%(default)s)",
@@ -162,6 +162,18 @@ def describe(request: JobRequest, cfg: recipe.PretrainConfig) -> list[str]:
         " sequences a data parallel rank",
         f"length: {training.train_iters:,} steps of"
         f" {training.global_batch_size * training.seq_length:,} tokens",
+        *_core_notes(request),
+    ]
+
+
+def _core_notes(request: JobRequest) -> list[str]:
+    """A warning where SLURM's default, a core a task, would be for all ranks of a node."""
+    asked = ("--exclusive", "--cpus-per-", "-c")
+    if any(option.startswith(asked) for option in request.options):
+        return []
+    return [
+        "cores: none are asked for, and SLURM's default is one for all ranks of a node; give"
+        " --sbatch=--exclusive or --sbatch=--cpus-per-task=N, unless this cluster gives whole nodes"
     ]
 
 
@@ -196,7 +208,12 @@ def _refuse_second_job(record: Path, directory: Path) -> None:
     """
     if not record.exists():
         return
-    number = record.read_text(encoding="utf-8").strip()
+    number = record.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch("[0-9]+", number):
+        raise ConfigError(
+            f"{record} holds {number[:40]!r} and must hold the number of the job that was submitted"
+            " last; if none is under way, remove it"
+        )
     job = look_up(number)
     if job is not None and not job.has_ended:
         raise ConfigError(
@@ -255,6 +272,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.1 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not from 0.1 to 3600 seconds")
+    return value
 
 
 if __name__ == "__main__":

@@ -153,6 +153,34 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     assert sorted(path.name for path in here.iterdir()) == ["a.yaml", "bin"]
 
 
+@pytest.mark.parametrize("seconds", ["-1", "nan", "x"])
+def test_pause_that_cannot_be_is_refused_before_anything_is_submitted(
+    seconds: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        submit.main(["a.yaml", "--nodes", "2", "--save", "x", "--poll", seconds])
+    assert f"--poll: '{seconds}' is not from 0.1 to 3600 seconds" in capsys.readouterr().err
+    assert not (here / "x").exists()
+
+
+def test_damaged_number_of_a_job_is_named(
+    here: Path, fake: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "x" / "slurm").mkdir(parents=True)
+    (here / "x" / "slurm" / "job_id").write_bytes(b"\xff\xfe")
+    assert submit.main(["a.yaml", "--nodes", "2", "--save", "x"]) == 2
+    assert "job_id holds '" in capsys.readouterr().err
+
+
+def test_job_that_asks_for_no_cores_is_warned_of(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["a.yaml", "--nodes", "2", "--save", "x", "--dry-run"]
+    for option, is_warned in (("--mem=0", True), ("--exclusive", False), ("-c8", False)):
+        assert submit.main([*command, f"--sbatch={option}"]) == 0
+        assert ("cores: none are asked for" in capsys.readouterr().out) is is_warned
+
+
 def test_unknown_flag_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         submit.main(["a.yaml", "--nodes", "2", "--save", "x", "--train-itres", "3"])
