@@ -8,6 +8,7 @@ in size however long the runs are. docs/watching.md explains what is shown.
 """
 
 import argparse
+import contextlib
 import datetime
 import sys
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from report_data import LAYER_KEYS
 from report_page import make_page
 
-from megatron.trainer.errors import ConfigError, UserError
+from megatron.trainer.errors import ConfigError, UserError, printable
 from megatron.trainer.run_files import check_run, run_names
 from megatron.trainer.run_history import RunHistory
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         write_report([Path(run) for run in args.runs], Path(args.output), title=args.title)
     except (UserError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(printable(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return 2
     return 0
 
@@ -67,11 +68,13 @@ def write_report(directories: Sequence[Path], output: Path, *, title: str | None
         scratch.write_text(page, encoding="utf-8", errors="replace")
         scratch.replace(output)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
         raise ConfigError(
             f"cannot write --output {output}: {error.strerror}; give a file in a directory that is"
             " there and may be written to"
         ) from error
-    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB on {', '.join(names)}")
+    print(printable(f"{output}: {output.stat().st_size / 1e6:.1f} MB on {', '.join(names)}"))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from watch_view import Screen, Watched, draw_frame, watch_run
 
-from megatron.trainer.errors import UserError
+from megatron.trainer.errors import UserError, printable
 from megatron.trainer.run_files import check_run, run_names
 from megatron.trainer.run_history import RunHistory
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         watch(args, Console(highlight=False, soft_wrap=True))
     except (UserError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(printable(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return 2
     return 0
 
@@ -57,9 +57,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0.1 <= value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0.1 to 86400 seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not from 0.1 to 86400 seconds")
     return value
 
 

@@ -232,3 +232,6 @@ def test_wrong_paths_end_with_status_2(tmp_path: Path, capsys: pytest.CaptureFix
         f"ConfigError: cannot write --output {output}: No such file or directory; give a file in a"
         " directory that is there and may be written to\n"
     )
+    assert report_run.main([str(run), "--output", str(run)]) == 2
+    assert "Is a directory" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
