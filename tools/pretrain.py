@@ -26,7 +26,13 @@ from megatron.trainer.launch import (
 from megatron.trainer.log import configure_logging
 from megatron.trainer.loop import Upkeep, train
 from megatron.trainer.preflight import preflight
-from megatron.trainer.resume import checkpoint_writer, evaluation_is_pending, resume, rewind
+from megatron.trainer.resume import (
+    check_directories,
+    checkpoint_writer,
+    evaluation_is_pending,
+    resume,
+    rewind,
+)
 from megatron.trainer.step import language_model_step
 from megatron.trainer.watchdog import Watchdog, start_watchdog, timeout_before
 
@@ -59,6 +65,7 @@ def _pretrain(cfg: recipe.PretrainConfig) -> int:
             logger.info(line)
     watchdog = start_watchdog(ctx, timeout_before(cfg.parallel.distributed_timeout_minutes))
     try:
+        check_directories(cfg.checkpoint)
         journal = agree(
             lambda: open_journal(
                 cfg.checkpoint.save, rank=ctx.rank, train_iters=cfg.training.train_iters

@@ -235,6 +235,15 @@ def evaluation_is_pending(state: TrainState) -> bool:
     )
 
 
+def check_directories(cfg: CheckpointConfig) -> None:
+    """Refuse, before anything is written to it, a `--save` that holds another run.
+
+    Raises:
+        CheckpointError: on every rank, as `resume` would.
+    """
+    _where_from(cfg)
+
+
 def _where_from(cfg: CheckpointConfig) -> tuple[Path | None, bool]:
     """The directory to load from, and whether it is the one that is saved to.
 

@@ -177,6 +177,13 @@ def test_checkpoint_of_another_architecture_lists_the_differences(
     assert listing(root) == before
 
 
+def test_run_that_is_not_continued_keeps_its_end(run: Path) -> None:
+    before = {name: (run / name).read_bytes() for name in ("ended.json", "events.jsonl")}
+    done = pretrain(*flags(save=run, train_iters=4))
+    assert_refused(done, f"CheckpointError: {run} holds an earlier run; continue it with --load")
+    assert {name: (run / name).read_bytes() for name in before} == before
+
+
 def listing(root: Path) -> dict[Path, tuple[int, bytes]]:
     """Every file of a run but its journal, with its time of change and contents."""
     files = [path for path in root.rglob("*") if path.is_file() and path.name not in JOURNAL]
