@@ -306,10 +306,11 @@ class Console(Hook):
         if self._bar is not None:
             self._bar.update(self._task, speed=speed)
             return
+        norm = record["grad_norm"]  # NaN where a step was skipped for its loss
         parts = [
             f"iteration {record['iteration']}/{self._train_iters}",
             f"loss {record['lm_loss']:.4f}",
-            f"grad norm {record['grad_norm']:.3f}",
+            "grad norm " + (f"{norm:.3f}" if math.isfinite(norm) else "-"),
             f"lr {record['learning_rate']:.3e}",
             speed,
         ]
