@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,8 @@ def install_tools() -> None:
 def store() -> Iterator[Store]:
     """A store that goes away at the end, unless KEEP is set."""
     install_tools()
+    # A run that is told to end still cleans up.
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", 143))
     made = Store(Path(tempfile.mkdtemp(prefix="container-test.")))
     yield made
     if os.environ.get("KEEP"):

@@ -45,7 +45,7 @@ def test_versions_are_those_that_are_tested() -> None:
     tested = re.search(r"^TORCH \?= (\S+)$", (REPO / "Makefile").read_text("utf-8"), re.MULTILINE)
     compat = ast.parse((REPO / "moe_ext/compat.py").read_text("utf-8"))
     (core,) = (
-        node.value.value
+        str(node.value.value)
         for node in compat.body
         if isinstance(node, ast.Assign)
         and ast.unparse(node.targets[0]) == "TESTED"
@@ -223,12 +223,12 @@ def with_python() -> dict[str, str]:
 
 
 def start(image: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [image / "docker/entrypoint.sh", *words]
+    command = [str(image / "docker/entrypoint.sh"), *words]
     return subprocess.run(command, cwd="/", env=with_python(), capture_output=True, text=True)
 
 
 def test_tool_gets_its_arguments_directory_and_the_first_process(image: Path) -> None:
-    command = [image / "docker/entrypoint.sh", "pretrain", "--a", "b c", ""]
+    command = [str(image / "docker/entrypoint.sh"), "pretrain", "--a", "b c", ""]
     with subprocess.Popen(
         command, cwd="/", env=with_python(), stdout=subprocess.PIPE, text=True
     ) as process:
