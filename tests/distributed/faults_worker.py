@@ -17,7 +17,6 @@ that an attempt costs a second or two.
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 import pretrain
 import recipe
+from ports import free_port
 
 from megatron.trainer import journal, loop, resume
 
@@ -94,9 +94,7 @@ def second_run(attempt: dict[str, Any]) -> None:
 
 
 def fork_ranks(attempt: dict[str, Any]) -> list[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     children = []
     for rank in range(2):
         child = os.fork()

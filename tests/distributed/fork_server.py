@@ -10,7 +10,6 @@ import json
 import os
 import runpy
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -19,6 +18,7 @@ from typing import Any
 
 import pretrain  # noqa: F401  what most scripts are about
 import torch.distributed.checkpoint  # noqa: F401
+from ports import free_port
 
 from megatron.trainer import signals
 
@@ -97,9 +97,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         children = [fork(request, number, port) for number in range(request["ranks"])]
         answers.write(json.dumps(await_all(children, timeout=request["timeout"])) + "\n")
         answers.flush()

@@ -11,18 +11,16 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 
 import pretrain
+from ports import free_port
 
 
 def fork_ranks(flags: list[str], log: Path) -> list[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     children = []
     for rank in range(2):
         child = os.fork()

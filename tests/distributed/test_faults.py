@@ -138,7 +138,8 @@ def test_rank_killed_at_any_moment_costs_at_most_one_save_interval(runs: dict[st
     outcomes = runs["outcomes"]["killed"]
     for number, outcome in enumerate(outcomes[:-1]):
         codes = outcome["codes"]
-        assert codes[number % 2] == -9, (number, outcome, log_of(runs, "killed")[-3000:])
+        log = runs["where"] / f"killed.log{number + 1}"
+        assert codes[number % 2] == -9, (number, outcome, log.read_text()[-3000:])
         # The other rank ends by itself, and not well: nobody has to come and look.
         assert codes[1 - number % 2] not in (0, None), (number, outcome)
     assert outcomes[-1]["codes"] == [0, 0], log_of(runs, "killed")[-3000:]

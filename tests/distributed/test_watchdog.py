@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from launcher import HERE, REPO
+from ports import free_port
 from worker_watchdog import TIMEOUT_S
 
 WORKER = HERE / "worker_watchdog.py"
@@ -108,9 +109,7 @@ def test_sleeping_rank_is_named_with_its_line_and_torchrun_starts_again(tmp_path
 @pytest.mark.timeout(120)
 def test_rank_that_serves_the_store_is_named_by_its_silence(tmp_path: Path) -> None:
     """Without torchrun rank 0 serves the store, so nobody can compare notes when it is frozen."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = []
     for rank in (0, 1):
         names = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
