@@ -225,8 +225,8 @@ def router(rank: StepRank, *, experts: int, topk: int) -> Iterator[Item]:
 
 
 def _selection(rank: StepRank, *, experts: int) -> Item:
-    """A token's experts and their probabilities as lists: of all experts, sorted by choice."""
-    return Item("router", rank.own_tokens * experts * (_INT64 + _FP32))
+    """A token's experts and probabilities as lists, of all sorted by choice; experts' counts."""
+    return Item("router", experts * (rank.own_tokens * (_INT64 + _FP32) + _INT64))
 
 
 def experts_layer(rank: StepRank, *, experts: int) -> Iterator[Item]:

@@ -62,7 +62,7 @@ def layer_workspace(rank: StepRank) -> float:
     hidden = rank.own_tokens * rank.model.hidden_size * rank.width
     middle = _attention(rank)
     if rank.model.num_experts is not None:
-        middle = max(middle, _experts(rank))
+        middle = max(middle, expert_workspace(rank))
     else:
         middle = max(middle, _dense(rank))
     return 2 * hidden + middle
@@ -83,8 +83,8 @@ def _dense(rank: StepRank) -> float:
     return float(rank.tokens * 2 * ffn * rank.width)
 
 
-def _experts(rank: StepRank) -> float:
-    """Of the backends that take all experts at once (GPU), or one after the other (CPU)."""
+def expert_workspace(rank: StepRank) -> float:
+    """Backward of a layer's experts: all at once (GPU), or one after the other (CPU)."""
     model, width = rank.model, rank.width
     ffn = model.moe_ffn_hidden_size // rank.layout.expert_tensor
     local = (model.num_experts or 0) // rank.layout.expert

@@ -29,8 +29,8 @@ from megatron.trainer.validate import validate
 from moe_ext.counting import count_parameters
 from moe_ext.presets import PRESETS
 
-_LARGEST_FACTOR = 16
-"""How many times the GPUs are asked for before giving up."""
+_MORE_GPUS = (2, 4, 8)
+"""How many times the GPUs are tried where nothing fits."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +65,7 @@ def plan(cfg: PlanConfig) -> None:
         raise ConfigError(_no_layout(found, num_gpus))
     print("\n".join([*_head(cfg, num_gpus), "", *_count(found, limit), ""]))
     best = best_of_each(found.plans)
-    print("\n".join(table(best[: cfg.planning.rows], limit)))
+    print("\n".join(table(best[: cfg.planning.rows], limit)), flush=True)
     fitting = [each for each in best if each.fits(limit)]
     if not fitting:
         raise ConfigError(_nothing_fits(cfg, found.plans[0], num_gpus))
@@ -154,16 +154,18 @@ def _recomputation(training: TrainingConfig) -> str:
 
 def _count(found: Found, limit: float) -> Iterator[str]:
     number = sum(each.fits(limit) for each in found.plans)
+    legal = found.num_tried - found.refusals.total()
     yield (
-        f"{len(found.plans):,} plans ({found.num_tried - found.refusals.total():,} legal layouts of"
-        f" {found.num_tried:,}), {number:,} fit; GB a GPU, GB sent a GPU and step, seconds a step"
+        f"{legal:,} legal layouts of {found.num_tried:,} tried; {len(found.plans):,} plans,"
+        f" {number:,} fit"
     )
+    yield "GB on the GPU that needs most; GB that it sends in a step; seconds of a step"
 
 
 def table(plans: Sequence[Plan], limit: float) -> Iterator[str]:
     """A line a plan, at most 100 characters."""
     yield (
-        "  #   TP PPxV  CP  EP ETP    DP  mb   opt weights  grads  optim  activ   work   peak"
+        "  #   TP PPxV  CP  EP ETP   DP   mb   opt weights  grads  optim  activ   work   peak"
         "     sent   step"
     )
     for number, each in enumerate(plans, start=1):
@@ -182,7 +184,7 @@ def table(plans: Sequence[Plan], limit: float) -> Iterator[str]:
         mark = " " if each.fits(limit) else "!"
         yield (
             f"{number:3} {layout.tensor:4} {stages:>4} {layout.context:3} {layout.expert:3}"
-            f" {layout.expert_tensor:3} {layout.data:5} {each.step.num_microbatches:3}"
+            f" {layout.expert_tensor:3} {layout.data:4} {each.step.num_microbatches:4}"
             f" {'dist' if each.parallel.use_distributed_optimizer else 'full':>5}  {memory}{mark}"
             f" {each.bytes / GB:7.1f} {each.seconds:6.2f}"
         )
@@ -217,46 +219,51 @@ def _no_layout(found: Found, num_gpus: int) -> str:
 def _nothing_fits(cfg: PlanConfig, nearest: Plan, num_gpus: int) -> str:
     """The nearest plan, and what would make one fit."""
     limit = memory_limit(cfg.planning)
-    over = nearest.footprint.peak - limit
+    peak = nearest.footprint.peak
     lines = [
         f"no layout of {num_gpus} GPUs fits into {limit / GB:.1f} GB; the nearest, row 1, needs"
-        f" {nearest.footprint.peak / GB:.1f} GB ({over / GB:.1f} more)"
+        f" {peak / GB:.1f} GB ({(peak - limit) / GB:.1f} more); tried besides:"
     ]
-    helped = []
-    for words, changed, number in _remedies(cfg, num_gpus):
-        best = next(iter(search(changed, number).plans), None)
-        if best is not None and best.fits(limit):
-            helped.append(f"- {words}: fits, {best.footprint.peak / GB:.1f} GB")
-        elif best is not None:
-            lines.append(f"- {words}: {best.footprint.peak / GB:.1f} GB, still too much")
-    return "\n".join([*lines, *(helped or ["nothing that was tried would fit"])])
+    helped: set[str] = set()
+    for flags, changed, number in _remedies(cfg, num_gpus):
+        kind = flags.replace(f"--gpus {number}", "--gpus")
+        best = None if kind in helped else next(iter(search(changed, number).plans), None)
+        if best is None:
+            continue
+        does_fit = best.fits(limit)
+        helped |= {kind} if does_fit else set()
+        verdict = "fits" if does_fit else "still too much"
+        lines.append(f"- {flags}: {best.footprint.peak / GB:.1f} GB, {verdict}")
+    if not helped:
+        lines.append("none of it is enough; use GPUs with more memory, or a smaller model")
+    return "\n".join(lines)
 
 
 def _remedies(cfg: PlanConfig, num_gpus: int) -> Iterator[tuple[str, PlanConfig, int]]:
-    """Changes to try, the cheapest first: what to do, the settings, the GPUs."""
+    """What to try: the flags, the settings that they make, the GPUs."""
     sharded = _replanned(cfg, distributed_optimizer="both")
     if cfg.planning.distributed_optimizer == "off":
-        yield "--use-distributed-optimizer", sharded, num_gpus
-    small = sharded
+        yield "--distributed-optimizer on", sharded, num_gpus
+    smaller, flags = sharded, ""
     if cfg.training.micro_batch_size > 1:
-        small = _retrained(sharded, micro_batch_size=1)
-        yield "--micro-batch-size 1", small, num_gpus
-    if cfg.training.recompute_granularity is None and cfg.model.num_experts is not None:
-        moe = _retrained(small, recompute_granularity="selective", recompute_modules=("moe",))
-        yield _words("--recompute-granularity selective", cfg), moe, num_gpus
-    full = _retrained(
-        small, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
-    )
-    if cfg.training.recompute_granularity != "full":
-        yield _words("--recompute-granularity full", cfg), full, num_gpus
-    factor = 2
-    while factor <= _LARGEST_FACTOR:
-        yield f"{factor * num_gpus} GPUs", sharded, factor * num_gpus
-        factor *= 2
-
-
-def _words(flags: str, cfg: PlanConfig) -> str:
-    return flags + (" --micro-batch-size 1" if cfg.training.micro_batch_size > 1 else "")
+        smaller, flags = _retrained(sharded, micro_batch_size=1), "--micro-batch-size 1"
+        yield flags, smaller, num_gpus
+    granularity = cfg.training.recompute_granularity
+    if granularity is None and cfg.model.num_experts is not None:
+        moe = _retrained(smaller, recompute_granularity="selective", recompute_modules=("moe",))
+        yield f"{flags} --recompute-granularity selective".strip(), moe, num_gpus
+    if granularity != "full":
+        smaller = _retrained(
+            smaller, recompute_granularity="full", recompute_method="uniform",
+            recompute_num_layers=1,
+        )  # fmt: skip
+        flags = f"{flags} --recompute-granularity full".strip()
+        yield flags, smaller, num_gpus
+    for factor in _MORE_GPUS:
+        number = factor * num_gpus
+        yield f"--gpus {number}", sharded, number
+        if flags:
+            yield f"--gpus {number} {flags}", smaller, number
 
 
 def _replanned(cfg: PlanConfig, **changes: object) -> PlanConfig:

@@ -1,0 +1,128 @@
+"""A rank of the planner's benchmark: takes two steps and says what memory they took.
+
+    torchrun ... benchmarks/plan_rank.py OUT FLAG...
+
+Writes OUT/rankR.json: what was measured, and what `moe_ext.footprint` says of this rank. Memory is
+measured twice: with each tensor in pages of its own, that go back to the system when it is freed;
+and as the trainer has it, which keeps freed memory for the next tensor.
+"""
+
+import ctypes
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import recipe
+import torch
+from plan_search import make_step
+from torch import Tensor
+
+from benchmarks.held import state_bytes
+from benchmarks.memory import PeakMemory
+from megatron.trainer.allocator import keep_freed_memory
+from megatron.trainer.launch import environment_world_size, initialize, shut_down
+from megatron.trainer.step import language_model_step, train_step
+from moe_ext.footprint import stage_footprint
+from moe_ext.routers import MoERouter, register_router
+
+# Parameters of mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_SMALL = {
+    "hidden-size": 64,
+    "kv-channels": 16,
+    "moe-ffn-hidden-size": 32,
+    "vocab-size": 256,
+    "seq-length": 64,
+}
+
+
+class BalancedRouter(MoERouter):
+    """Token i goes to the k experts from i * k on, so that all get the same number of tokens."""
+
+    def select(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights are the probabilities of those experts."""
+        num_tokens, num_experts = logits.shape
+        slots = torch.arange(num_tokens * self.topk).view(num_tokens, self.topk)  # [t, k]
+        routing_map = torch.zeros_like(logits, dtype=torch.bool)
+        routing_map.scatter_(1, slots % num_experts, True)
+        scores = logits.softmax(dim=-1, dtype=torch.float32)  # [t, e]
+        return scores.masked_fill(~routing_map, 0.0), routing_map, scores
+
+
+def main() -> None:
+    """Measure as the command line says."""
+    out, flags = Path(sys.argv[1]), sys.argv[2:]
+    register_router("balanced", BalancedRouter)
+    # What is loaded and compiled for the first step is no part of any later one.
+    visit(_shrunk(flags), give_back_freed_memory)
+    found = visit(flags, give_back_freed_memory)
+    found["as_trained"] = visit(flags, keep_freed_memory)["resident"]
+    (out / f"rank{found['rank']}.json").write_text(json.dumps(found), encoding="utf-8")
+    torch.distributed.destroy_process_group()
+
+
+def give_back_freed_memory() -> None:
+    """The opposite of `keep_freed_memory`."""
+    library = ctypes.CDLL(None)
+    library.mallopt(_M_MMAP_MAX, 1 << 20)
+    library.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+    library.mallopt(_M_TRIM_THRESHOLD, 1 << 16)
+
+
+def visit(flags: Sequence[str], set_allocator: Callable[[], None]) -> dict[str, Any]:
+    """Build a model and take two steps; alone, a third one that is looked at closely."""
+    cfg = recipe.parse(list(flags), prog="plan", description="")
+    ctx = initialize(cfg)
+    set_allocator()
+    ctypes.CDLL(None).malloc_trim(0)
+    memory = PeakMemory(ctx.device)
+    memory.restart()
+    state = recipe.build_state(cfg, ctx)
+    for _ in range(2):
+        train_step(state, language_model_step)
+    resident = memory.peak_bytes()
+    held = state_bytes(state)
+    allocated = None
+    if environment_world_size() == 1 and set_allocator is give_back_freed_memory:
+        # What a collective's thread sets free is not seen.
+        grown = largest_growth(lambda: train_step(state, language_model_step))
+        allocated = sum(held.values()) + grown
+    step = make_step(cfg, ctx.layout, device_type="cpu")
+    on_paper = stage_footprint(cfg.model, ctx.layout, step, stage=ctx.groups.pp.rank())
+    shut_down(keep_world=True)
+    return {
+        "rank": ctx.rank,
+        "resident": resident,
+        "held": held,
+        "allocated": allocated,
+        "footprint": {**dataclasses.asdict(on_paper), "peak": on_paper.peak},
+    }
+
+
+def largest_growth(action: Callable[[], object]) -> int:
+    """Most bytes that torch's CPU allocator had out at once, more than at the beginning."""
+    with torch.autograd.profiler.profile(use_kineto=True, profile_memory=True) as profile:
+        action()
+    assert profile.kineto_results is not None
+    events = [each for each in profile.kineto_results.events() if each.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda each: each.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def _shrunk(flags: Sequence[str]) -> list[str]:
+    """The same run with a model of no size."""
+    found = list(flags)
+    for name, value in _SMALL.items():
+        if f"--{name}" in found:
+            found[found.index(f"--{name}") + 1] = str(value)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Takes one training step of each case, and writes down what the ranks' tensors hold.
+
+Usage: torchrun ... plan_worker.py CASES.json OUT
+
+CASES.json: [{"name": ..., "flags": [...]}]. For each case OUT/NAME.rankR.json gets the bytes of
+weights, gradients and optimizer, and what each forward pass keeps for its backward pass.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import recipe
+from worker_traffic import RoundRobinRouter
+
+from benchmarks.held import Kept, state_bytes
+from megatron.trainer.launch import environment_rank, initialize, shut_down
+from megatron.trainer.log import configure_logging
+from megatron.trainer.step import train_step
+from moe_ext.routers import register_router
+
+
+def run_case(flags: list[str], out: Path, name: str) -> None:
+    cfg = recipe.parse(flags, prog="worker", description="")
+    ctx = initialize(cfg)
+    state = recipe.build_state(cfg, ctx)
+    kept = Kept(state)
+    train_step(state, kept)
+    found = {"state": state_bytes(state), "passes": kept.passes, "highest": kept.highest}
+    (out / f"{name}.rank{ctx.rank}.json").write_text(json.dumps(found))
+    shut_down(keep_world=True)
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    configure_logging(environment_rank())
+    register_router("round_robin", RoundRobinRouter)
+    for case in cases:
+        run_case(case["flags"], out, case["name"])
+
+
+if __name__ == "__main__":
+    main()
