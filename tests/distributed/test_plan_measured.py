@@ -64,7 +64,6 @@ CASES: dict[int, dict[str, Case]] = {
     },
     2: {
         "dp2_sharded_bf16": {**SHARDED, **BF16},
-        "ep2": EP2,
         "ep2_bf16": {**EP2, **BF16},
         "ep2_moe": {**EP2, **MOE},
         "ep2_allgather": {**EP2, **ALLGATHER},
@@ -73,12 +72,10 @@ CASES: dict[int, dict[str, Case]] = {
         "tp2_etp1_bf16": {**TP2, **ETP1, **BF16},
         "tp2_dense": {**TP2, **DENSE},
         "tp2_jetmoe": {**TP2, **JETMOE},
-        "cp2": CP2,
         "cp2_bf16": {**CP2, **BF16},
         "cp2_mask": {**CP2, **MASK},
         "cp2_jetmoe": {**CP2, **JETMOE},
         "pp2_bf16": {**PP2, **BF16},
-        "pp2_full": {**PP2, **FULL},
         "pp2_jetmoe_sharded": {**PP2, **JETMOE, **SHARDED},
         "pp2_interleaved": {**PP2, **VIRTUAL},
     },
@@ -87,7 +84,6 @@ CASES: dict[int, dict[str, Case]] = {
         "tp2_ep2_etp2_bf16": {**TP2, **EP2, **BF16},
         "pp4_few": {"pipeline-model-parallel-size": 4, "global-batch-size": 6},
         "pp2_interleaved_ep2_sharded_bf16": {**PP2, **VIRTUAL, **EP2, **SHARDED, **BF16},
-        "tp2_cp2": {**TP2, **CP2},
     },
 }
 
