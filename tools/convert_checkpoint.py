@@ -70,10 +70,9 @@ REPORT_NAME = "conversion_report.json"
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert as `argv` says; returns the exit status."""
     args = parse_args(argv)
-    statuses: list[int] = []
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return run_main(lambda: statuses.append(run(args))) or statuses[0]
+        return run_main(lambda: run(args))
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; what was unfinished has been removed\n")
         return 130

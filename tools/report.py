@@ -31,8 +31,7 @@ from megatron.trainer.run_history import Validation, validation_results
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report that `argv` asks for; returns the exit status."""
     args = parse_args(argv)
-    statuses: list[int] = []
-    return run_main(lambda: statuses.append(run(args))) or statuses[0]
+    return run_main(lambda: run(args))
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

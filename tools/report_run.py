@@ -15,10 +15,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from command_line import tell_errors
 from report_data import LAYER_KEYS
 from report_page import make_page
 
-from megatron.trainer.errors import ConfigError, UserError, printable
+from megatron.trainer.errors import ConfigError, printable
 from megatron.trainer.run_files import check_run, run_names
 from megatron.trainer.run_history import RunHistory
 
@@ -26,12 +27,8 @@ from megatron.trainer.run_history import RunHistory
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page that `argv` asks for; returns the exit status."""
     args = parse_args(argv)
-    try:
-        write_report([Path(run) for run in args.runs], Path(args.output), title=args.title)
-    except (UserError, OSError) as error:
-        print(printable(f"{type(error).__name__}: {error}"), file=sys.stderr)
-        return 2
-    return 0
+    directories, output = [Path(run) for run in args.runs], Path(args.output)
+    return tell_errors(lambda: write_report(directories, output, title=args.title))
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

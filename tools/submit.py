@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import recipe
+from command_line import seconds_up_to
 from slurm_jobs import JobRequest, look_up, submit, watch
 
 from megatron.trainer.errors import ConfigError
@@ -75,7 +76,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     )
     what.add_argument(
         "--poll",
-        type=_seconds,
+        type=seconds_up_to(3600),
         default=5.0,
         metavar="SECONDS",
         help="how often --follow looks (%(default)s)",
@@ -272,16 +273,6 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
     return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.1 <= value <= 3600:
-        raise argparse.ArgumentTypeError(f"{text!r} is not from 0.1 to 3600 seconds")
-    return value
 
 
 if __name__ == "__main__":

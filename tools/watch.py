@@ -14,11 +14,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from command_line import seconds_up_to, tell_errors
 from rich.console import Console, Group
 from rich.live import Live
 from watch_view import Screen, Watched, draw_frame, watch_run
 
-from megatron.trainer.errors import UserError, printable
 from megatron.trainer.run_files import check_run, run_names
 from megatron.trainer.run_history import RunHistory
 
@@ -28,12 +28,7 @@ _X = {"tokens": "consumed_tokens", "iterations": "iteration"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Watch what `argv` names; returns the exit status."""
     args = parse_args(argv)
-    try:
-        watch(args, Console(highlight=False, soft_wrap=True))
-    except (UserError, OSError) as error:
-        print(printable(f"{type(error).__name__}: {error}"), file=sys.stderr)
-        return 2
-    return 0
+    return tell_errors(lambda: watch(args, Console(highlight=False, soft_wrap=True)))
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -45,7 +40,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--once", action="store_true", help="print one frame and end")
     parser.add_argument(
         "--interval",
-        type=_seconds,
+        type=seconds_up_to(86400),
         default=5.0,
         metavar="SECONDS",
         help="between two looks at the files (%(default)g)",
@@ -54,16 +49,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--x", choices=_X, default="tokens", help="what the loss is drawn over (%(default)s)"
     )
     return parser.parse_args(argv)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.1 <= value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text!r} is not from 0.1 to 86400 seconds")
-    return value
 
 
 def watch(args: argparse.Namespace, console: Console) -> None:

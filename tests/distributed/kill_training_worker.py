@@ -15,34 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-import pretrain
-from ports import free_port
-
-
-def fork_ranks(flags: list[str], log: Path) -> list[int]:
-    port = free_port()
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            os.environ.update(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE="2",
-                LOCAL_WORLD_SIZE="2",
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port),
-            )
-            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            status = 1
-            try:
-                status = pretrain.main(flags)
-            finally:
-                os._exit(status)
-        children.append(child)
-    return children
+from faults_worker import fork_ranks
 
 
 def await_save(run: Path, older: set[str], deadline: float) -> str:
@@ -57,12 +30,12 @@ def await_save(run: Path, older: set[str], deadline: float) -> str:
 
 def main() -> None:
     root, kills = Path(sys.argv[1]), int(sys.argv[2])
-    flags = json.loads(Path(sys.argv[3]).read_text())
+    training = {"flags": json.loads(Path(sys.argv[3]).read_text()), "log": str(root / "log")}
     run = root / "run"
     moments = random.Random(5)
     for attempt in range(kills):
         older = {path.name for path in run.glob("iter_*.tmp-*")}
-        children = fork_ranks(flags, root / "log")
+        children = fork_ranks(training)
         # The second save of the attempt, so that a step was trained in between.
         deadline = time.monotonic() + 60
         first = await_save(run, older, deadline)
@@ -75,7 +48,7 @@ def main() -> None:
         for child in children:
             os.waitpid(child, 0)
         print(json.dumps({"rank": victim, "during": during}), flush=True)
-    statuses = [os.waitpid(child, 0)[1] for child in fork_ranks(flags, root / "log")]
+    statuses = [os.waitpid(child, 0)[1] for child in fork_ranks(training)]
     print(json.dumps({"statuses": statuses}), flush=True)
 
 

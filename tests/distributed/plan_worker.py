@@ -7,17 +7,14 @@ weights, gradients and optimizer, and what each forward pass keeps for its backw
 """
 
 import json
-import sys
 from pathlib import Path
 
 import recipe
-from worker_traffic import RoundRobinRouter
+from worker_traffic import run_cases
 
 from benchmarks.held import Kept, state_bytes
-from megatron.trainer.launch import environment_rank, initialize, shut_down
-from megatron.trainer.log import configure_logging
+from megatron.trainer.launch import initialize, shut_down
 from megatron.trainer.step import train_step
-from moe_ext.routers import register_router
 
 
 def run_case(flags: list[str], out: Path, name: str) -> None:
@@ -31,13 +28,5 @@ def run_case(flags: list[str], out: Path, name: str) -> None:
     shut_down(keep_world=True)
 
 
-def main() -> None:
-    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    configure_logging(environment_rank())
-    register_router("round_robin", RoundRobinRouter)
-    for case in cases:
-        run_case(case["flags"], out, case["name"])
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(run_case)

@@ -8,6 +8,7 @@ collectives: [kind, group, payload bytes, calls]. The step ends with a record of
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import recipe
@@ -45,13 +46,14 @@ def run_case(flags: list[str], out: Path, name: str) -> None:
     shut_down(keep_world=True)
 
 
-def main() -> None:
+def run_cases(run: Callable[[list[str], Path, str], None]) -> None:
+    """Do what the command line asks for, with the router above for who names it."""
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     configure_logging(environment_rank())
     register_router("round_robin", RoundRobinRouter)
     for case in cases:
-        run_case(case["flags"], out, case["name"])
+        run(case["flags"], out, case["name"])
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(run_case)

@@ -1,17 +1,23 @@
-"""One gloo rank on the CPU, for blocks that megatron-core builds with process groups."""
+"""One gloo rank on the CPU: for blocks that megatron-core builds with process groups, for runs."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import recipe
 import torch
 import torch.nn.functional as F
+from launcher import flags
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron.trainer.host import redirect_cuda
+from megatron.trainer.launch import RunContext, initialize, shut_down
+from megatron.trainer.state import TrainState
 
 
 @pytest.fixture
@@ -59,3 +65,24 @@ def single_rank(tmp_path: Path) -> Iterator[ProcessGroupCollection]:
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def make_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., TrainState]]:
+    """Builds the tiny model's state from flags; another call puts an end to the run before."""
+    # Other tests' backward passes leave it in a shape that the schedules do not take.
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
+    threads = torch.get_num_threads()
+    started: list[RunContext] = []
+
+    def make(**overrides: Any) -> TrainState:
+        cfg = recipe.parse(flags(device="cpu", **overrides), prog="test", description="")
+        if started:
+            shut_down(keep_world=True)
+        started.append(initialize(cfg))
+        return recipe.build_state(cfg, started[-1])
+
+    yield make
+    if started:
+        shut_down()
+    torch.set_num_threads(threads)

@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import recipe
 import torch
-from launcher import flags
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from megatron.trainer.data.stream import Batch
 from megatron.trainer.errors import StepRefusedError
 from megatron.trainer.hooks import Hook, Record, RecordError, append_record, read_records
 from megatron.trainer.journal import open_journal
-from megatron.trainer.launch import RunContext, initialize, shut_down
 from megatron.trainer.loop import Upkeep, train
 from megatron.trainer.resume import checkpoint_writer, resume, rewind
 from megatron.trainer.state import TrainState
@@ -32,25 +28,6 @@ pytestmark = [
 
 BATCH = 8
 StateMaker = Callable[..., TrainState]
-
-
-@pytest.fixture
-def make_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[StateMaker]:
-    """Builds the tiny model's state from flags; the last two live side by side."""
-    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
-    threads = torch.get_num_threads()
-    started: list[RunContext] = []
-
-    def make(**overrides: Any) -> TrainState:
-        cfg = recipe.parse(flags(device="cpu", **overrides), prog="test", description="")
-        if started:
-            shut_down(keep_world=True)
-        started.append(initialize(cfg))
-        return recipe.build_state(cfg, started[-1])
-
-    yield make
-    shut_down()
-    torch.set_num_threads(threads)
 
 
 class Poisoned:

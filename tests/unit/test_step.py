@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,12 +11,10 @@ import torch
 import torch.nn.functional as F
 from launcher import flags
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from megatron.trainer.data.stream import Batch, SampleStream, make_batch
 from megatron.trainer.errors import TrainingError
-from megatron.trainer.launch import RunContext, initialize, shut_down
 from megatron.trainer.state import TrainState
 from megatron.trainer.step import evaluate, language_model_step, train_step
 from moe_ext.routers.base import MoERouter
@@ -26,28 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Warning. tp_group is None:Deprec
 
 StateMaker = Callable[..., TrainState]
 DENSE = {"num-experts": "None", "ffn-hidden-size": 40, "attention": "standard"}
-
-
-@pytest.fixture
-def make_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[StateMaker]:
-    """Builds the tiny model's state from flags; another call puts an end to the one before."""
-    # Other tests' backward passes leave it in a shape that the schedules do not take.
-    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
-    threads = torch.get_num_threads()
-    started: list[RunContext] = []
-
-    def make(**overrides: Any) -> TrainState:
-        cfg = recipe.parse(flags(device="cpu", **overrides), prog="test", description="")
-        if started:
-            shut_down(keep_world=True)
-        ctx = initialize(cfg)
-        started.append(ctx)
-        return recipe.build_state(cfg, ctx)
-
-    yield make
-    if started:
-        shut_down()
-    torch.set_num_threads(threads)
 
 
 class FixedBatches(SampleStream):
