@@ -5,7 +5,6 @@ patched-together run are compared, bit for bit, with those of one that was left 
 """
 
 import json
-import os
 import random
 import re
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launcher import HERE, REPO, flags, run_session, torchrun
+from launcher import HERE, REPO, flags, rank_environment, run_session, torchrun
 
 from megatron.trainer.hooks import read_records
 
@@ -39,10 +38,8 @@ def attempts(plan: list[dict[str, Any]], where: Path) -> list[dict[str, Any]]:
     """Run attempts one after another; what faults_worker.py says of each."""
     file = where / "plan.json"
     file.write_text(json.dumps(plan))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = f"{REPO / 'tools'}:{REPO}"
     worker = [sys.executable, str(HERE / "faults_worker.py"), str(file)]
-    done = run_session(worker, environment, timeout=400)
+    done = run_session(worker, rank_environment(), timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -191,9 +188,7 @@ def test_torchrun_restarts_after_a_kill_and_passes_over_a_damaged_checkpoint(
         *("--nproc-per-node", "2", str(HERE / "faults_restart_worker.py"), str(tmp_path)),
         *run_flags(run),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = f"{REPO / 'tools'}:{REPO}"
-    done = run_session(command, environment, timeout=200)
+    done = run_session(command, rank_environment(), timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "killed").exists()
     passed_over = events(run, "fallback")

@@ -1,11 +1,10 @@
 """A rank killed in the middle of a save, ten times: training always finds a whole checkpoint."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
-from launcher import HERE, REPO, flags, run_cases, run_session
+from launcher import HERE, flags, rank_environment, run_cases, run_session
 
 from megatron.trainer.hooks import read_records
 
@@ -19,10 +18,8 @@ def test_training_survives_ten_kills_during_saves(tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = [*flags(**plan, save=run, load=run), "--save-interval", "1", "--keep-last", "3"]
     (tmp_path / "flags.json").write_text(json.dumps(settings))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = f"{REPO / 'tools'}:{REPO}"
     worker = [sys.executable, str(HERE / "kill_training_worker.py"), str(tmp_path), str(KILLS)]
-    done = run_session([*worker, str(tmp_path / "flags.json")], environment, timeout=300)
+    done = run_session([*worker, str(tmp_path / "flags.json")], rank_environment(), timeout=300)
     log = (tmp_path / "log").read_text()
     assert done.returncode == 0, done.stderr[-3000:] + log[-3000:]
     attempts = [json.loads(line) for line in done.stdout.splitlines()]
