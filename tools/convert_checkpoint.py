@@ -58,7 +58,7 @@ from megatron.trainer.launch import environment_world_size, run_main
 from megatron.trainer.load import load_config
 from megatron.trainer.log import configure_logging
 from megatron.trainer.manifest import write_durably
-from megatron.trainer.resume import CONFIG_NAME
+from megatron.trainer.run_files import CONFIG_NAME
 from moe_ext.config import MoEModelConfig
 from moe_ext.convert import Family, Layout, Piece, family_for, family_of
 

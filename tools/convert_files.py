@@ -15,8 +15,8 @@ from megatron.trainer.data.tokenizer import END_OF_DOCUMENT, TOKENIZERS, load_to
 from megatron.trainer.errors import CheckpointError, DataError
 from megatron.trainer.hf_files.directory import CONFIG_NAME, read_entry, read_json
 from megatron.trainer.load import dump_config
-from megatron.trainer.resume import CONFIG_NAME as RUN_CONFIG_NAME
 from megatron.trainer.resume import RUN_NAME, WEIGHTS_ONLY
+from megatron.trainer.run_files import CONFIG_NAME as RUN_CONFIG_NAME
 from moe_ext.config import MoEModelConfig
 from moe_ext.convert import Family
 

@@ -25,7 +25,8 @@ from megatron.trainer.errors import CheckpointError, ConfigError
 from megatron.trainer.hf_files.directory import read_json
 from megatron.trainer.launch import initialize, shut_down
 from megatron.trainer.load import load_config
-from megatron.trainer.resume import CONFIG_NAME, load_weights
+from megatron.trainer.resume import load_weights
+from megatron.trainer.run_files import CONFIG_NAME
 from moe_ext.convert import family_of
 from moe_ext.counting import count_parameters
 

@@ -28,7 +28,8 @@ from megatron.trainer.launch import (
     shut_down,
 )
 from megatron.trainer.load import load_config
-from megatron.trainer.resume import CONFIG_NAME, load_weights
+from megatron.trainer.resume import load_weights
+from megatron.trainer.run_files import CONFIG_NAME
 from moe_ext.attention.cache import KeyValueCache
 
 logger = logging.getLogger("inference")

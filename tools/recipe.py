@@ -21,7 +21,6 @@ from megatron.trainer.data.sharing import DocumentRule
 from megatron.trainer.data.tokenizer import load_tokenizer
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.hooks import (
-    METRICS_NAME,
     Console,
     Hook,
     MetricsFile,
@@ -36,6 +35,7 @@ from megatron.trainer.lengths import describe_lengths, resolve_lengths
 from megatron.trainer.load import dump_config, flatten, load_config
 from megatron.trainer.optim import describe_groups
 from megatron.trainer.plots import RunPlots, plot_expert_load
+from megatron.trainer.run_files import CONFIG_NAME, LOAD_NAME, METRICS_NAME
 from megatron.trainer.setup import prepare_training, wrap_model
 from megatron.trainer.state import TrainState
 from megatron.trainer.validate import MOE_ACT
@@ -256,7 +256,7 @@ class ExpertLoad(Hook):
 
     def __init__(self, health: RouterHealth, run_directory: Path) -> None:
         self._health = health
-        self._file = run_directory / "expert_load.jsonl"
+        self._file = run_directory / LOAD_NAME
         self._plots = run_directory / "plots"
         self._iteration = 0
 
@@ -296,7 +296,7 @@ def build_hooks(cfg: PretrainConfig, state: TrainState) -> list[Hook]:
     if cfg.checkpoint.save is None:
         return hooks
     directory = Path(cfg.checkpoint.save)
-    (directory / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
+    (directory / CONFIG_NAME).write_text(dump_config(cfg), encoding="utf-8")
     hooks.append(MetricsFile(directory / METRICS_NAME))
     if cfg.logging.tensorboard:
         hooks.append(TensorBoard(directory / "tensorboard"))

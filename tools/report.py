@@ -24,7 +24,7 @@ from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.hooks import Record, read_records
 from megatron.trainer.launch import run_main
 from megatron.trainer.load import load_config
-from megatron.trainer.run_files import check_run
+from megatron.trainer.run_files import CONFIG_NAME, METRICS_NAME, check_run
 from megatron.trainer.run_history import Validation, validation_results
 
 
@@ -58,11 +58,11 @@ def run(args: argparse.Namespace) -> int:
     check_run(directory, given_as="--run")
     cfg = load_config(
         recipe.PretrainConfig,
-        ["--config", str(directory / "config.yaml")],
+        ["--config", str(directory / CONFIG_NAME)],
         prog="report.py",
         description="",
     )
-    records = read_records(directory / "metrics.jsonl")
+    records = read_records(directory / METRICS_NAME)
     entropies, problem = validation_entropies(cfg, records)
     validation = validation_results(records, entropies)
     for line in (
@@ -193,7 +193,7 @@ def describe_files(directory: Path) -> list[str]:
     """Where a run's files are, those that exist."""
     names = {
         "run directory": ".",
-        "metrics": "metrics.jsonl",
+        "metrics": METRICS_NAME,
         "loss plot": "plots/loss.png",
         "rate plot": "plots/learning_rate.png",
         "source plot": "plots/sources.png",

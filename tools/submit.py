@@ -24,7 +24,7 @@ from megatron.trainer.hooks import Record
 from megatron.trainer.launch import run_main
 from megatron.trainer.layout import num_microbatches, resolve_layout
 from megatron.trainer.load import dump_config
-from megatron.trainer.run_files import RecordTail, read_ended
+from megatron.trainer.run_files import METRICS_NAME, RecordTail, read_ended
 from megatron.trainer.validate import validate
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -229,7 +229,7 @@ def follow(number: str, request: JobRequest, cfg: recipe.PretrainConfig, *, poll
     Raises:
         SlurmError: SLURM has lost it.
     """
-    tail = RecordTail(request.run / "metrics.jsonl")
+    tail = RecordTail(request.run / METRICS_NAME)
     shown = ""
     for job in watch(number, poll_s=poll_s):
         if str(job) != shown:

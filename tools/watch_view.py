@@ -64,7 +64,7 @@ def watch_run(name: str, history: RunHistory, now: float) -> Watched:
         now: seconds since 1970.
     """
     return Watched(
-        name=printable(name),
+        name=_in_one_line(name),
         history=history,
         state=history.state(now),
         load=loads_of(last_record(history.directory / LOAD_NAME) or {}),
@@ -102,7 +102,7 @@ def draw_frame(runs: Sequence[Watched], screen: Screen) -> list[Text]:
     return lines[: screen.height]
 
 
-def printable(text: str) -> str:
+def _in_one_line(text: str) -> str:
     """The text in one line, without what a terminal would obey."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
@@ -132,7 +132,7 @@ def _one_head(run: Watched, screen: Screen) -> list[Text]:
 
 
 def _state(run: Watched) -> tuple[str, str]:
-    return printable(run.state.text), _STATE_STYLES[run.state.kind]
+    return _in_one_line(run.state.text), _STATE_STYLES[run.state.kind]
 
 
 def _progress(run: Watched, screen: Screen) -> Text:
@@ -161,7 +161,7 @@ def _numbers(history: RunHistory) -> list[str]:
     steps = history.steps
     told = [f"loss {_decimals(steps.last('lm_loss'))}"]
     results = validation_results(history.evaluations, {})
-    told += [f"valid {printable(each.name)} {_decimals(each.last)}" for each in results]
+    told += [f"valid {_in_one_line(each.name)} {_decimals(each.last)}" for each in results]
     told.append(f"tokens {_short(steps.last('consumed_tokens'))}")
     for label, key in (("balance", "load_balancing_loss"), ("z-loss", "z_loss")):
         if steps[key]:
@@ -204,7 +204,7 @@ def _several_heads(runs: Sequence[Watched], screen: Screen) -> list[Text]:
                 _short(steps.last("learning_rate"), ".1e"),
                 _decimals(steps.last("grad_norm"), 2),
                 duration(left) if left else "-",
-                printable(run.state.text),
+                _in_one_line(run.state.text),
             ]
         )
     widths = [max(cell_len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -361,14 +361,14 @@ def _events(runs: Sequence[Watched]) -> list[Text]:
 
 
 def _event_line(run: Watched, event: Event, *, is_alone: bool) -> Text:
-    when = printable(event.time.replace("T", " ").removesuffix("Z"))
+    when = _in_one_line(event.time.replace("T", " ").removesuffix("Z"))
     whose = "" if is_alone else f"{run.name} "
     return Text.assemble(
         (f"{when} ", "dim"),
         whose,
-        (printable(event.name), _EVENT_STYLES.get(event.name, "cyan")),
+        (_in_one_line(event.name), _EVENT_STYLES.get(event.name, "cyan")),
         f" at {event.iteration:,} ",
-        (printable(event.detail), "dim"),
+        (_in_one_line(event.detail), "dim"),
     )
 
 

@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 
-METRICS_NAME = "metrics.jsonl"
-
 _NOTABLE_RATIO = 1.1
 """A rank this much busier than the median is told of on the console."""
 

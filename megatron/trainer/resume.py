@@ -22,12 +22,12 @@ from megatron.trainer.checkpoint.layout import final_iterations, stranded
 from megatron.trainer.checkpoint.ranks import on_rank0
 from megatron.trainer.config import CheckpointConfig
 from megatron.trainer.errors import CheckpointError, DataError
-from megatron.trainer.hooks import METRICS_NAME, read_records
+from megatron.trainer.hooks import read_records
 from megatron.trainer.launch import agree
 from megatron.trainer.load import dump_config
 from megatron.trainer.optim_state import OPTIMIZER_PREFIX
 from megatron.trainer.recipe import plain_values
-from megatron.trainer.run_files import EVENTS_NAME
+from megatron.trainer.run_files import CONFIG_NAME, EVENTS_NAME, METRICS_NAME
 from megatron.trainer.schedule import Schedule, branch_rate, rate_of_branch
 from megatron.trainer.state import (
     RNG_PREFIX,
@@ -43,7 +43,6 @@ from megatron.trainer.state import (
 
 logger = logging.getLogger(__name__)
 
-CONFIG_NAME = "config.yaml"
 RUN_NAME = "run.json"
 _RUN_TYPES = {
     "data": dict,
