@@ -7,6 +7,7 @@ from typing import Any, Literal
 import megatron.core.optimizer as mcore_optimizer
 import torch
 from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer.optimizer_config import (
     OptimizerConfig as McoreOptimizerConfig,
@@ -157,6 +158,19 @@ def apply_schedule(optimizer: ChainedOptimizer, *, lr: float, weight_decay: floa
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
         group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+
+
+def clip_gradients(optimizer: ChainedOptimizer, norm: float) -> None:
+    """Scale the prepared gradients down to `clip_grad`, as megatron-core's own step does.
+
+    Args:
+        optimizer: after `prepare_grads`; with a `clip_grad` of 0 its gradients stay as they are.
+        norm: of the gradients of all chained optimizers over all ranks.
+    """
+    for inner in optimizer.chained_optimizers:
+        parameters = inner.get_parameters()
+        if parameters and inner.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(parameters, inner.config.clip_grad, norm)
 
 
 def describe_groups(optimizer: ChainedOptimizer, weight_decay: float) -> list[str]:

@@ -13,7 +13,7 @@ from megatron.trainer.data.sharing import separate_documents, share_positions
 from megatron.trainer.data.stream import Batch
 from megatron.trainer.errors import StepRefusedError
 from megatron.trainer.layout import num_microbatches
-from megatron.trainer.optim import apply_schedule
+from megatron.trainer.optim import apply_schedule, clip_gradients
 from megatron.trainer.state import ForwardStep, TrainState
 
 
@@ -115,36 +115,24 @@ def train_step(state: TrainState, forward_step: ForwardStep) -> StepResult:
 
 
 def _update(state: TrainState) -> tuple[float, str | None]:
-    """Clip and update, unless the guard refuses the gradient norm.
+    """Clip the gradients and update the weights, unless the guard refuses the gradient norm.
+
+    These are the parts of `ChainedOptimizer.step`; between the norm and its use the ranks agree.
 
     Returns:
         The gradient norm before clipping, and why there was no update; None if there was one.
     """
-    measure = state.optimizer.get_grad_norm
-    found: list[tuple[float, str | None]] = []
-
-    def measure_and_judge() -> float:
-        norm = float(measure())
-        found.append((norm, _agreed(state, state.guard.norm_problem(norm))))
-        if found[0][1] is not None:
-            raise _NoUpdate
-        return norm
-
-    # megatron-core's step measures the norm between preparing the gradients and using them.
-    vars(state.optimizer)["get_grad_norm"] = measure_and_judge
-    try:
-        updated, _, _ = state.optimizer.step()
-    except _NoUpdate:
-        return found[0]
-    finally:
-        del vars(state.optimizer)["get_grad_norm"]
-    if not updated:
+    optimizer = state.optimizer
+    if optimizer.prepare_grads():
+        return math.nan, "the optimizer found gradients that are not finite"
+    norm = float(optimizer.get_grad_norm())
+    problem = _agreed(state, state.guard.norm_problem(norm))
+    if problem is not None:
+        return norm, problem
+    clip_gradients(optimizer, norm)
+    if not optimizer.step_with_ready_grads():
         return math.nan, "the optimizer refused the update"
-    return found[0]
-
-
-class _NoUpdate(Exception):
-    """Leaves the optimizer's step before anything is changed."""
+    return norm, None
 
 
 def _agreed(state: TrainState, problem: str | None) -> str | None:

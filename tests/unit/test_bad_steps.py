@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.trainer import step
 from megatron.trainer.data.stream import Batch
 from megatron.trainer.errors import StepRefusedError
 from megatron.trainer.hooks import Hook, Record, RecordError, append_record, read_records
@@ -104,6 +105,26 @@ def assert_same(first: TrainState, second: TrainState) -> None:
 
 
 PRECISIONS: list[dict[str, Any]] = [{}, {"bf16": True, "use_distributed_optimizer": True}]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("clip_grad", [0.05, 0.0])
+def test_update_is_bitwise_that_of_megatron_cores_own_step(
+    precision: dict[str, Any],
+    clip_grad: float,
+    make_state: StateMaker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def core_step(state: TrainState) -> tuple[float, str | None]:
+        _, norm, _ = state.optimizer.step()
+        return float(norm), None
+
+    ours, truth = (make_state(clip_grad=clip_grad, **precision) for _ in range(2))
+    norms = [train_step(ours, language_model_step).grad_norm for _ in range(3)]
+    monkeypatch.setattr(step, "_update", core_step)
+    assert norms == [train_step(truth, language_model_step).grad_norm for _ in range(3)]
+    assert min(norms) > 0.05
+    assert_same(ours, truth)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=["fp32", "bf16"])
