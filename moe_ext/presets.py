@@ -88,3 +88,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """Field values of `config.MoEModelConfig`; a recipe names one as `preset:` and may override."""
+
+PUBLISHED_STEPS: Mapping[str, Mapping[str, int]] = {
+    # configs/OLMoE-1B-7B-0924.yml of https://github.com/allenai/OLMoE.
+    "olmoe_1b_7b": {"seq_length": 4096, "global_batch_size": 1024},
+    # arXiv:2404.07413, section 4.2: 4M tokens a step in sequences of 4,096.
+    "jetmoe_8b": {"seq_length": 4096, "global_batch_size": 1024},
+}
+"""The step that a preset's authors trained with, in fields of the trainer's `TrainingConfig`.
+
+A preset is an architecture and sets neither; a tool that needs a step may take these, and say so.
+"""

@@ -18,6 +18,7 @@ from megatron.trainer.errors import ConfigError
 from megatron.trainer.layout import resolve_layout
 from megatron.trainer.validate import validate
 from moe_ext.counting import count_parameters
+from moe_ext.presets import PUBLISHED_STEPS
 
 REPO = Path(__file__).resolve().parents[2]
 OLMOE = ["--config", str(REPO / "examples/olmoe_1b_7b/olmoe_1b_7b.yaml")]
@@ -29,7 +30,7 @@ SMALL = [
 
 
 def parsed(*argv: str) -> plan_search.PlanConfig:
-    return plan.parse(argv)
+    return plan.parse(argv)[0]
 
 
 def sizes(parallel: ParallelConfig) -> tuple[int | None, ...]:
@@ -182,6 +183,61 @@ def test_what_would_help_is_said_and_true(capsys: pytest.CaptureFixture[str]) ->
         assert plan.main([*tight, *flags]) == (0 if verdict == "fits" else 2)
         first = capsys.readouterr().out.partition("   step\n")[2].splitlines()[0]
         assert first.split()[14].rstrip("!") == size
+
+
+PRESET_RECIPES = {"olmoe_1b_7b": OLMOE, "jetmoe_8b": JETMOE}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED_STEPS)
+def test_a_preset_is_planned_with_its_published_step(
+    preset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which is that of the recipe in examples/, as both cite the same source."""
+    recipe_step = parsed(*PRESET_RECIPES[preset]).training
+    cfg, published = plan.parse(["--preset", preset])
+    assert cfg.training.seq_length == recipe_step.seq_length == 4096
+    assert cfg.training.global_batch_size == recipe_step.global_batch_size == 1024
+    assert published == ("seq_length", "global_batch_size")
+    asked = ["--gpus", "256", "--rows", "1", "--paste", "0", "--tp", "1", "--cp", "1", "--pp", "1"]
+    assert plan.main(["--preset", preset, *asked]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].startswith("step: 1,024 x 4,096 tokens, ")
+    assert said[2].startswith("seq_length and global_batch_size: as published for the preset")
+
+
+def test_a_step_that_is_given_wins_over_the_published_one(tmp_path: Path) -> None:
+    argv = ["--preset", "olmoe_1b_7b", "--seq-length", "2048"]
+    cfg, published = plan.parse(argv)
+    assert (cfg.training.seq_length, cfg.training.global_batch_size) == (2048, 1024)
+    assert published == ("global_batch_size",)
+    file = tmp_path / "recipe.yaml"
+    file.write_text("preset: olmoe_1b_7b\nglobal_batch_size: 64\n")
+    cfg, published = plan.parse(["--config", str(file)])
+    assert (cfg.training.seq_length, cfg.training.global_batch_size) == (4096, 64)
+    assert published == ("seq_length",)
+    assert plan.parse(OLMOE)[1] == ()
+
+
+@pytest.mark.parametrize(
+    ("argv", "names", "flags"),
+    [
+        (
+            ["--preset", "olmoe_tiny"],
+            "seq_length and global_batch_size",
+            "--seq-length N and --global-batch-size N",
+        ),
+        (["--seq-length", "128"], "global_batch_size", "--global-batch-size N"),
+    ],
+)
+def test_a_step_is_asked_for_where_none_is_published(
+    argv: list[str], names: str, flags: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan.main([*argv, "--gpus", "8"]) == 2
+    assert capsys.readouterr().err == (
+        f"ConfigError: {names} must be given: memory and time are those of one step, and only the"
+        f" presets olmoe_1b_7b, jetmoe_8b have published ones; set {flags}, or give the recipe of"
+        " the run as --config\n"
+    )
 
 
 def test_nothing_helps_a_gpu_that_is_far_too_small(capsys: pytest.CaptureFixture[str]) -> None:
