@@ -22,12 +22,19 @@ from moe_ext.experts import AUTO, EXPERT_BACKENDS, Use, choose_backend
 _OPTIONAL = {
     "triton": "the expert backend triton: pip install 'megatron-moe[triton]'",
     "transformers": "Hugging Face checkpoints: pip install 'megatron-moe[hf]'",
-    "safetensors": "Hugging Face checkpoints: pip install 'megatron-moe[hf]'",
     "transformer-engine": "the expert backend te: pip install 'megatron-moe[gpu]'",
     "megablocks": "the expert backend megablocks: pip install 'megatron-moe[gpu]'",
     "wandb": "--wandb-project: pip install 'megatron-moe[wandb]'",
 }
-_REQUIRED = ("python", "torch", "megatron-core", "numpy", "tokenizers", "sentencepiece")
+_REQUIRED = (
+    "python",
+    "torch",
+    "megatron-core",
+    "numpy",
+    "tokenizers",
+    "safetensors",
+    "sentencepiece",
+)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -24,7 +24,7 @@ FORBIDDEN_IMPORTS = {
     "moe_ext": ("megatron.trainer", *OUTSIDE),
     "tools": ("tests", "examples", "benchmarks"),
 }
-OPTIONAL_PACKAGES = ("transformer_engine", "megablocks", "wandb", "transformers", "safetensors")
+OPTIONAL_PACKAGES = ("transformer_engine", "megablocks", "wandb", "transformers")
 IMPORTED_AT_USE = (*OPTIONAL_PACKAGES, "apex", "tensorboard", "matplotlib", "rich")
 LAUNCH = "megatron/trainer/launch.py"
 

@@ -20,6 +20,7 @@ from megatron.trainer.hf_files import (
     parse_size,
     plan_shards,
 )
+from megatron.trainer.hf_files import directory as hf_directory
 from megatron.trainer.hf_files.header import MAX_HEADER_BYTES
 
 SHAPES = {"a": (5, 3), "b": (2, 3, 4), "c": (7,), "d": (4, 6)}
@@ -188,6 +189,10 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
         with_header({"a": entry(0, 8, [2])}, b"1234"),
         "{file} is cut short: it has",
     ),
+    "metadata that safetensors refuses": (
+        with_header({"__metadata__": {"format": 1}, "a": entry(0, 4, [1])}, b"1234"),
+        "{file} cannot be read: Error while deserializing header",
+    ),
     "too long": (
         with_header({"a": entry(0, 4, [1])}, b"12345"),
         "{file} is longer than its header says",
@@ -308,6 +313,38 @@ def test_file_that_shrinks_while_it_is_read_is_noticed(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"the file ends \d+ bytes too early"):
             for name, shape in SHAPES.items():
                 directory.read(name, start=0, count=shape[0])
+
+
+def test_a_file_renamed_after_its_check_is_not_read(tmp_path: Path) -> None:
+    """What is mapped is the file whose header was checked, not whatever has its name by then."""
+    expected = weights()
+    path = make(tmp_path / "hf", expected)
+    with HFDirectory(path) as directory:
+        other = make(tmp_path / "other", {name: -tensor for name, tensor in expected.items()})
+        (other / "model.safetensors").replace(path / "model.safetensors")
+        assert torch.equal(directory.read("a", start=0, count=5), expected["a"])
+
+
+def resident_file_bytes() -> int:
+    status = Path("/proc/self/status").read_text("ascii")
+    (found,) = re.findall(r"RssFile:\s+(\d+) kB", status)
+    return 1024 * int(found)
+
+
+@pytest.mark.parametrize("limit_mib", [4, 1024])
+def test_pages_of_a_large_file_do_not_pile_up(
+    limit_mib: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf_directory, "MAPPED_BYTES", limit_mib << 20)
+    path = make(tmp_path / "hf", {"a": torch.ones(64, 1 << 18)})  # 64 rows of 1 MiB
+    with HFDirectory(path) as directory:
+        before = most = resident_file_bytes()
+        for row in range(64):
+            assert directory.read("a", start=row, count=1).sum() == 1 << 18
+            most = max(most, resident_file_bytes())
+        grown = (most - before) >> 20
+        # The kernel maps some pages around the one that was touched.
+        assert grown < 16 if limit_mib == 4 else grown > 56, grown
 
 
 def test_new_directory_appears_only_when_the_block_ends_well(tmp_path: Path) -> None:

@@ -1,8 +1,18 @@
-"""Reading a Hugging Face checkpoint directory: the config, and any rows of any tensor.
+"""Reads a Hugging Face checkpoint directory: the config, and any rows of any tensor.
 
-Only plain names of the directory itself are opened, whatever an index says. The entry of such a
-name may be a symbolic link, for that is what a Hub snapshot is made of; a path from a file is never
-followed.
+Tensors are read with `safetensors.safe_open`. What it does not do is done here, before it:
+
+* Only plain names of the directory itself are opened, whatever an index says. The entry of such a
+  name may be a symbolic link, for that is what a Hub snapshot is made of; a path from a file is
+  never followed. A pipe is refused, not waited for.
+* The header is checked by `header.read_header`: errors name the tensor, the rule and the remedy, a
+  name that comes twice is refused (safetensors takes the last), and so is a type that no weight
+  has. It also says where a tensor's bytes are, which checksums need and `safe_open` does not tell.
+* A file that has become shorter is noticed before its pages are touched: beyond the end of a mapped
+  file the kernel ends the process (SIGBUS). Between that look and the copy the risk remains, and
+  with it that of a disk that fails; no output is published then.
+* Pages that were read stay mapped, and count as the process's, until the file is opened again; that
+  is done every `MAPPED_BYTES`, so that a file of any size takes bounded memory.
 """
 
 import contextlib
@@ -14,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
 from megatron.trainer.errors import CheckpointError
@@ -26,6 +37,10 @@ CONFIG_NAME = "config.json"
 MOST_BYTES = 1 << 27
 """Of any file but the weights: an index of a million tensors has about this size."""
 
+MAPPED_BYTES = 1 << 29
+"""What is read of a file before it is opened again."""
+
+_AGAIN = "download it again"
 _SHOWN = 5
 
 
@@ -61,7 +76,7 @@ class HFDirectory:
         """Contents of config.json."""
         self.files: dict[str, int] = {}
         """Open descriptors of the safetensors files, by name."""
-        self._places: dict[str, tuple[int, TensorEntry]] = {}
+        self._places: dict[str, tuple[_MappedFile, TensorEntry]] = {}
         with contextlib.ExitStack() as stack:
             for name, wanted in _weight_files(path).items():
                 self._add(name, wanted, stack)
@@ -80,20 +95,22 @@ class HFDirectory:
 
     def region(self, name: str) -> Region:
         """Where the bytes of a tensor are."""
-        descriptor, entry = self._places[name]
-        return Region(descriptor=descriptor, begin=entry.begin, num_bytes=entry.num_bytes)
+        file, entry = self._places[name]
+        return Region(descriptor=file.descriptor, begin=entry.begin, num_bytes=entry.num_bytes)
 
     def read(self, name: str, *, start: int, count: int) -> torch.Tensor:
-        """Rows `start` to `start + count` of a tensor of at least one axis, into fresh memory.
+        """Read rows `start` to `start + count` of a tensor of at least one axis.
+
+        Returns:
+            [count, ...] of the type on disk; maps the file, so it must not be changed in place.
 
         Raises:
             CheckpointError: the file cannot be read, or has become shorter.
         """
-        descriptor, entry = self._places[name]
-        rows = torch.empty((count, *entry.shape[1:]), dtype=entry.dtype)
+        file, entry = self._places[name]
         row_bytes = entry.num_bytes // entry.shape[0] if entry.shape[0] else 0
-        read_into(rows, descriptor, entry.begin + start * row_bytes, f"tensor {name}")
-        return rows
+        end = entry.begin + (start + count) * row_bytes
+        return file.read(name, start, count, end=end, num_bytes=count * row_bytes)
 
     def _add(self, name: str, wanted: set[str] | None, stack: contextlib.ExitStack) -> None:
         """Open one safetensors file; `wanted` are the tensors that an index says it holds."""
@@ -108,8 +125,61 @@ class HFDirectory:
                 " of two checkpoints are mixed, or it is damaged; download it again"
             )
         self.files[name] = file.fileno()
+        mapped = _MappedFile(file.fileno(), str(self.path / name))
+        stack.callback(mapped.close)
         for tensor, entry in entries.items():
-            self._places[tensor] = (file.fileno(), entry)
+            self._places[tensor] = (mapped, entry)
+
+
+class _MappedFile:
+    """Reads slices of the tensors of one safetensors file.
+
+    Args:
+        descriptor: of the file, whose header was checked; stays open.
+        name: how errors call it.
+
+    Raises:
+        CheckpointError: safetensors refuses it.
+    """
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self.descriptor, self._name = descriptor, name
+        self._unmapped = MAPPED_BYTES
+        self._file: Any = self._open()
+
+    def close(self) -> None:
+        """Let the mapping go, once the tensors that were read from it are gone."""
+        self._file = None
+
+    def read(
+        self, tensor: str, start: int, count: int, *, end: int, num_bytes: int
+    ) -> torch.Tensor:
+        """Map rows of a tensor; `end` is where they end in the file.
+
+        Raises:
+            CheckpointError: the file ends before, or safetensors refuses the slice.
+        """
+        size = os.fstat(self.descriptor).st_size
+        if size < end:
+            raise CheckpointError(
+                f"tensor {tensor}: the file ends {end - size} bytes too early; it was changed while"
+                " it was read, start again with a complete one"
+            )
+        if self._unmapped < num_bytes:
+            self._file, self._unmapped = self._open(), MAPPED_BYTES
+        self._unmapped -= num_bytes
+        try:
+            rows: torch.Tensor = self._file.get_slice(tensor)[start : start + count]
+        except safetensors.SafetensorError as error:
+            raise CheckpointError(f"{self._name} cannot be read: {error}; {_AGAIN}") from error
+        return rows
+
+    def _open(self) -> Any:
+        try:
+            # The file that was checked, whatever has its name by now.
+            return safetensors.safe_open(f"/dev/fd/{self.descriptor}", framework="pt")
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"{self._name} cannot be read: {error}; {_AGAIN}") from error
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:
@@ -172,27 +242,6 @@ def open_entry(directory: Path, name: str) -> Iterator[Any]:
         ) from error
     with open(descriptor, "rb", buffering=0) as file:
         yield file
-
-
-def read_into(tensor: torch.Tensor, descriptor: int, begin: int, name: str) -> None:
-    """Fill a contiguous tensor with the bytes of a file from `begin` on.
-
-    Raises:
-        CheckpointError: the file ends before, or cannot be read.
-    """
-    view = tensor.view(-1).view(torch.uint8).numpy().data
-    done = 0
-    try:
-        while done < len(view):
-            count = os.preadv(descriptor, [view[done:]], begin + done)
-            if count == 0:
-                raise CheckpointError(
-                    f"{name}: the file ends {len(view) - done} bytes too early; it was changed"
-                    " while it was read, start again with a whole one"
-                )
-            done += count
-    except OSError as error:
-        raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
 
 
 def _weight_files(path: Path) -> dict[str, set[str] | None]:
