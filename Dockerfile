@@ -40,6 +40,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY setup.py README.md LICENSE ./
 COPY megatron megatron
 COPY moe_ext moe_ext
+COPY moe_app moe_app
 RUN python -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist . \
     && python -m pip install --no-cache-dir --no-deps --no-index dist/*.whl
 
@@ -79,7 +80,7 @@ USER ${USER_ID}:${GROUP_ID}
 
 # An image in which these fail is not built.
 RUN mkdir /tmp/check && export HOME=/tmp/check TMPDIR=/tmp/check \
-    && python -c "import megatron.core, megatron.trainer.loop, moe_ext.builder" \
+    && python -c "import megatron.core, megatron.trainer.loop, moe_app.pretrain.pretrain" \
     && python tools/doctor.py \
     && rm -r /tmp/check
 

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.trainer.interception import replaced
+from megatron.trainer.health.patch_collectives import replaced
 
 
 class Call(NamedTuple):
     """One collective, or one message."""
 
     kind: str
-    """As `moe_ext.traffic` names it; ProcessGroup's own name for what is not known there."""
+    """As `moe_ext.cost.traffic` names it; ProcessGroup's own name for what is not known there."""
     group: str
     """Name of the group, or its own description if nobody named it."""
     payload_bytes: int
-    """What `moe_ext.traffic.Collective.payload_bytes` means, of this call on this rank."""
+    """What `moe_ext.cost.traffic.Collective.payload_bytes` means, of this call on this rank."""
 
 
 def _bytes(tensors: Any) -> int:
@@ -103,7 +103,7 @@ def recording(groups: Mapping[str, ProcessGroup | None]) -> Iterator[Counter[Cal
 
 
 def named_groups(collection: Any) -> dict[str, ProcessGroup | None]:
-    """A run's groups by the names of `moe_ext.traffic`.
+    """A run's groups by the names of `moe_ext.cost.traffic`.
 
     Args:
         collection: megatron-core's ProcessGroupCollection.

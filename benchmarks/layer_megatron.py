@@ -18,8 +18,8 @@ from benchmarks.shapes import Shape
 from moe_ext.attention import MoASelfAttention, MoASubmodules, SDPACoreAttention
 from moe_ext.experts import ExpertMLP
 from moe_ext.experts.layer import ExpertsLayer
-from moe_ext.rotary import PositionRotaryEmbedding
-from moe_ext.transformer import transformer_config
+from moe_ext.layers.rotary import PositionRotaryEmbedding
+from moe_ext.layers.transformer import transformer_config
 
 TE_GROUPED, SEQUENTIAL = "te-grouped", "megatron-core-sequential"
 """Kinds of experts that are not the project's."""

@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron.trainer.config import (
+from megatron.trainer.config.schema import (
     DataConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
     TrainingConfig,
 )
-from megatron.trainer.launch import RunContext, initialize
+from megatron.trainer.runtime.launch import RunContext, initialize
 from moe_ext.config import MoEModelConfig
 from moe_ext.experts import AUTO, EXPERT_BACKENDS, Use, choose_backend
 

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.report import describe_machine
 
 REPO = Path(__file__).resolve().parents[1]
-_RANK = Path(__file__).with_name("plan_rank.py")
+_RANK = "benchmarks.plan_rank"
 _TIMEOUT_S = 600
 
 Flags = Mapping[str, object]
@@ -103,11 +103,12 @@ def measure(num_ranks: int, flags: Flags) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as directory:
         done = subprocess.run(
             [
-                *("env", f"PYTHONPATH={REPO / 'tools'}:{REPO}", "OMP_NUM_THREADS=1"),
+                *("env", "OMP_NUM_THREADS=1"),
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--nproc-per-node", str(num_ranks), str(_RANK), directory),
+                *("--nproc-per-node", str(num_ranks), "-m", _RANK, directory),
                 *_as_flags({**BASE, **flags}),
             ],
+            cwd=REPO,
             capture_output=True,
             text=True,
             check=False,

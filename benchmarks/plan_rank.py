@@ -1,10 +1,10 @@
 """A rank of the planner's benchmark: takes two steps and says what memory they took.
 
-    torchrun ... benchmarks/plan_rank.py OUT FLAG...
+    torchrun ... -m benchmarks.plan_rank OUT FLAG...
 
-Writes OUT/rankR.json: what was measured, and what `moe_ext.footprint` says of this rank. Memory is
-measured twice: with each tensor in pages of its own, that go back to the system when it is freed;
-and as the trainer has it, which keeps freed memory for the next tensor.
+Writes OUT/rankR.json: what was measured, and what `moe_ext.cost.footprint` says of this rank.
+Memory is measured twice: with each tensor in pages of its own, that go back to the system when it
+is freed; and as the trainer has it, which keeps freed memory for the next tensor.
 """
 
 import ctypes
@@ -15,17 +15,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import recipe
 import torch
-from plan_search import make_step
 from torch import Tensor
 
 from benchmarks.held import state_bytes
 from benchmarks.memory import PeakMemory
-from megatron.trainer.allocator import keep_freed_memory
-from megatron.trainer.launch import environment_world_size, initialize, shut_down
+from megatron.trainer.runtime.launch import environment_world_size, initialize, shut_down
+from megatron.trainer.runtime.malloc import keep_freed_memory
 from megatron.trainer.step import language_model_step, train_step
-from moe_ext.footprint import stage_footprint
+from moe_app.planner.search import make_step
+from moe_app.pretrain.build import build_state
+from moe_app.pretrain.config import parse_recipe
+from moe_ext.cost.footprint import stage_footprint
 from moe_ext.routers import MoERouter, register_router
 
 # Parameters of mallopt(3).
@@ -74,13 +75,13 @@ def give_back_freed_memory() -> None:
 
 def visit(flags: Sequence[str], set_allocator: Callable[[], None]) -> dict[str, Any]:
     """Build a model and take two steps; alone, a third one that is looked at closely."""
-    cfg = recipe.parse(list(flags), prog="plan", description="")
+    cfg = parse_recipe(list(flags), prog="plan", description="")
     ctx = initialize(cfg)
     set_allocator()
     ctypes.CDLL(None).malloc_trim(0)
     memory = PeakMemory(ctx.device)
     memory.restart()
-    state = recipe.build_state(cfg, ctx)
+    state = build_state(cfg, ctx)
     for _ in range(2):
         train_step(state, language_model_step)
     resident = memory.peak_bytes()

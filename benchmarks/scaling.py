@@ -150,8 +150,8 @@ def sweep_processes(args: argparse.Namespace) -> Mapping[str, Any]:
 def sweep_model(args: argparse.Namespace) -> Mapping[str, Any]:
     """GPUs, on paper."""
     from benchmarks import scaling_model
-    from moe_ext.cluster import Cluster
     from moe_ext.config import MoEModelConfig
+    from moe_ext.cost.cluster import Cluster
     from moe_ext.presets import PRESETS
 
     run = scaling_model.Run(

@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.trainer.config import ParallelConfig
+from megatron.trainer.config.parallel_layout import Layout, resolve_layout
+from megatron.trainer.config.schema import ParallelConfig
 from megatron.trainer.errors import ConfigError
-from megatron.trainer.layout import Layout, resolve_layout
-from moe_ext.cluster import TERMS, Cluster, of_purposes, step_seconds
-from moe_ext.collective import Collective
 from moe_ext.config import MoEModelConfig
-from moe_ext.traffic import Batch, step_collectives
+from moe_ext.cost.cluster import TERMS, Cluster, of_purposes, step_seconds
+from moe_ext.cost.collective import Collective
+from moe_ext.cost.traffic import Batch, step_collectives
 
 SEQUENCES, SEQ_LENGTH = 1024, 4096
 """OLMoE's global batch: 4,194,304 tokens."""

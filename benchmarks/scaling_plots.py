@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scaling_points import NATIVE, PEER
-from megatron.trainer.plots import write_figure
+from megatron.trainer.hooks.plots import write_figure
 
 _COLOURS = ("#2E3168", "#F0539B", "#43C5E0", "#E0A100", "#B11BE8", "#8A8A8A", "#4FA36B")
 _MARKERS = ("o", "s", "^", "D")

@@ -20,7 +20,7 @@ from benchmarks.timing import interleave, paired_ratio, summarize
 from moe_ext.config import MoEModelConfig
 
 REPO = Path(__file__).resolve().parents[1]
-_RANK = Path(__file__).with_name("scaling_rank.py")
+_RANK = "benchmarks.scaling_rank"
 _LOSS_LIMIT = 1e-4
 _PATIENCE_S = 1.0
 
@@ -68,10 +68,11 @@ class World:
         with self._said.open("w", encoding="utf-8") as said:
             self._process = subprocess.Popen(
                 [
-                    *("env", f"PYTHONPATH={REPO / 'tools'}:{REPO}", "OMP_NUM_THREADS=1"),
+                    *("env", "OMP_NUM_THREADS=1"),
                     *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                    *("--nproc-per-node", str(num_ranks), str(_RANK), str(address)),
+                    *("--nproc-per-node", str(num_ranks), "-m", _RANK, str(address)),
                 ],
+                cwd=REPO,
                 stdout=said,
                 stderr=said,
             )

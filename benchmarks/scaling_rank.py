@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from multiprocessing.connection import Client
 from typing import Any
 
-import recipe
 import torch
 
 from benchmarks.collectives import named_groups, recording
-from megatron.trainer.launch import RunContext, environment_rank, initialize, shut_down
-from megatron.trainer.layout import num_microbatches
+from megatron.trainer.config.parallel_layout import num_microbatches
+from megatron.trainer.runtime.launch import RunContext, environment_rank, initialize, shut_down
 from megatron.trainer.step import language_model_step, train_step
-from moe_ext.traffic import Batch, step_collectives
+from moe_app.pretrain.build import build_state
+from moe_app.pretrain.config import PretrainConfig, parse_recipe
+from moe_ext.cost.traffic import Batch, step_collectives
 
 
 def main() -> None:
@@ -48,9 +49,9 @@ def visit(flags: Sequence[str], steps: int) -> dict[str, Any]:
         loss of the recorded step; seconds of each timed step; calls and payload bytes of the
         collectives, recorded and as the paper model has them; wire_bytes of the latter.
     """
-    cfg = recipe.parse(list(flags), prog="scaling", description="")
+    cfg = parse_recipe(list(flags), prog="scaling", description="")
     ctx = initialize(cfg)
-    state = recipe.build_state(cfg, ctx)
+    state = build_state(cfg, ctx)
     with recording(named_groups(ctx.groups)) as calls:
         loss = train_step(state, language_model_step).lm_loss
     seconds = []
@@ -69,8 +70,8 @@ def visit(flags: Sequence[str], steps: int) -> dict[str, Any]:
     }
 
 
-def on_paper(cfg: recipe.PretrainConfig, ctx: RunContext) -> dict[str, float]:
-    """What `moe_ext.traffic` says this rank exchanges in a step."""
+def on_paper(cfg: PretrainConfig, ctx: RunContext) -> dict[str, float]:
+    """What `moe_ext.cost.traffic` says this rank exchanges in a step."""
     training = cfg.training
     found = step_collectives(
         cfg.model,

@@ -18,14 +18,14 @@ from benchmarks.native import start
 from benchmarks.shapes import Shape
 from benchmarks.timing import synchronize
 from megatron.trainer.data.stream import Batch
-from megatron.trainer.setup import prepare_training, wrap_model
+from megatron.trainer.optim.schedules import Schedule
+from megatron.trainer.optim.wrap import prepare_training, wrap_model
 from megatron.trainer.state import TrainState, unwrap
 from megatron.trainer.step import language_model_step, train_step
 from moe_ext.builder import build_model
 from moe_ext.convert import FAMILIES, Piece
 from moe_ext.convert.pieces import Slice
-from moe_ext.schedules import Schedule
-from moe_ext.transformer import transformer_config
+from moe_ext.layers.transformer import transformer_config
 
 LEARNING_RATE, WEIGHT_DECAY, BETAS, EPSILON, CLIP = 1e-4, 0.1, (0.9, 0.95), 1e-8, 1.0
 """The same for all."""

@@ -10,8 +10,7 @@ set -euo pipefail
 
 tools=$(cd "$(dirname "${BASH_SOURCE[0]}")/../tools" && pwd)
 
-# A file of tools/ that can be started has a main; the others are their parts.
-is_tool() { [[ $1 =~ ^[a-z_]+$ ]] && grep -qs '^def main(' "$tools/$1.py"; }
+is_tool() { [[ $1 =~ ^[a-z_]+$ && -f $tools/$1.py ]]; }
 
 list_tools() {
     local file name

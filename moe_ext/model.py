@@ -10,8 +10,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
-from moe_ext.head import VocabularyPart, linear_cross_entropy
-from moe_ext.rotary import PositionRotaryEmbedding
+from moe_ext.layers.head import VocabularyPart, linear_cross_entropy
+from moe_ext.layers.rotary import PositionRotaryEmbedding
 
 
 class LanguageModel(GPTModel):

@@ -30,9 +30,9 @@ from moe_ext.experts import ExpertMLP, choose_backend
 from moe_ext.experts.choose import use_of
 from moe_ext.experts.layer import ExpertsLayer
 from moe_ext.functional import layer_coefficients
-from moe_ext.linear import ColumnParallelLinear, RowParallelLinear
+from moe_ext.layers.linear import ColumnParallelLinear, RowParallelLinear
+from moe_ext.layers.norm import RMSNorm
 from moe_ext.metrics import MOA, MOE, RouterMetrics
-from moe_ext.norm import RMSNorm
 from moe_ext.routers import MoERouter, get_router
 
 

@@ -1,78 +1,8 @@
-"""Write one HTML page on one or several runs: curves, expert load, events, settings.
+"""Write one HTML page on one or several runs; `megatron-moe report-run` is the same."""
 
-    python tools/report_run.py runs/olmoe
-    python tools/report_run.py runs/a runs/b --output comparison.html
-
-The page needs no network and no other file: open it in a browser, mail it, print it. It is bounded
-in size however long the runs are. docs/watching.md explains what is shown.
-"""
-
-import argparse
-import contextlib
-import datetime
 import sys
-import time
-from collections.abc import Sequence
-from pathlib import Path
 
-from command_line import tell_errors
-from report_data import LAYER_KEYS
-from report_page import make_page
-
-from megatron.trainer.errors import ConfigError, printable
-from megatron.trainer.run_files import check_run, run_names
-from megatron.trainer.run_history import RunHistory
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page that `argv` asks for; returns the exit status."""
-    args = parse_args(argv)
-    directories, output = [Path(run) for run in args.runs], Path(args.output)
-    return tell_errors(lambda: write_report(directories, output, title=args.title))
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="report_run.py", description="Write one HTML page on one or several runs."
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's --save directory")
-    parser.add_argument(
-        "--output", default="report.html", metavar="FILE", help="the page (%(default)s)"
-    )
-    parser.add_argument("--title", metavar="TEXT", help="of the page; the runs' names without it")
-    return parser.parse_args(argv)
-
-
-def write_report(directories: Sequence[Path], output: Path, *, title: str | None) -> None:
-    """Write the page and say where.
-
-    Raises:
-        ConfigError: a directory holds no run, or the page cannot be written.
-    """
-    for directory in directories:
-        check_run(directory, given_as="RUN")
-    names = run_names(directories)
-    histories = [RunHistory(directory, layer_keys=tuple(LAYER_KEYS)) for directory in directories]
-    page = make_page(
-        list(zip(names, histories, strict=True)),
-        [history.state(time.time()) for history in histories],
-        title=title or ", ".join(names),
-        written=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-    )
-    scratch = output.with_name(f"{output.name}.tmp")
-    try:
-        scratch.write_text(page, encoding="utf-8", errors="replace")
-        scratch.replace(output)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
-        raise ConfigError(
-            f"cannot write --output {output}: {error.strerror}; give a file in a directory that is"
-            " there and may be written to"
-        ) from error
-    print(printable(f"{output}: {output.stat().st_size / 1e6:.1f} MB on {', '.join(names)}"))
-
+from moe_app.cli import report_run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report_run())

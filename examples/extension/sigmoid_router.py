@@ -6,12 +6,12 @@ Start it as tools/pretrain.py is started, with PYTHONPATH=tools; README.md has t
 import math
 import sys
 
-import pretrain
 import torch
 from torch import Tensor
 
+from megatron.trainer.optim.schedules import register_decay
+from moe_app.pretrain import pretrain
 from moe_ext.routers import MoERouter, register_router
-from moe_ext.schedules import register_decay
 
 
 class SigmoidTopKRouter(MoERouter):

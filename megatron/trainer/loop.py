@@ -7,14 +7,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.trainer.ending import Stop, StopRule
 from megatron.trainer.errors import StepRefusedError
-from megatron.trainer.hooks import Hook
-from megatron.trainer.journal import Journal
+from megatron.trainer.health.stop import Stop, StopRule
+from megatron.trainer.health.stragglers import BusyClock
+from megatron.trainer.health.watchdog import Watchdog
+from megatron.trainer.hooks.base import Hook
+from megatron.trainer.records.journal import Journal
 from megatron.trainer.state import ForwardStep, TrainState
 from megatron.trainer.step import StepResult, evaluate, train_step
-from megatron.trainer.stragglers import BusyClock
-from megatron.trainer.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

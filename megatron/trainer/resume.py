@@ -18,17 +18,17 @@ from megatron.trainer.checkpoint import (
     read_text,
     save_checkpoint,
 )
+from megatron.trainer.checkpoint.collective import on_rank0
 from megatron.trainer.checkpoint.layout import final_iterations, stranded
-from megatron.trainer.checkpoint.ranks import on_rank0
-from megatron.trainer.config import CheckpointConfig
+from megatron.trainer.config.cli import dump_config
+from megatron.trainer.config.recipe import plain_values
+from megatron.trainer.config.schema import CheckpointConfig
 from megatron.trainer.errors import CheckpointError, DataError
-from megatron.trainer.hooks import read_records
-from megatron.trainer.launch import agree
-from megatron.trainer.load import dump_config
-from megatron.trainer.optim_state import OPTIMIZER_PREFIX
-from megatron.trainer.recipe import plain_values
-from megatron.trainer.run_files import CONFIG_NAME, EVENTS_NAME, METRICS_NAME
-from megatron.trainer.schedule import Schedule, branch_rate, rate_of_branch
+from megatron.trainer.hooks.base import read_records
+from megatron.trainer.optim.scheduler import LRSchedule, branch_rate, rate_of_branch
+from megatron.trainer.optim.sharded_state import OPTIMIZER_PREFIX
+from megatron.trainer.records.run_dir import CONFIG_NAME, EVENTS_NAME, METRICS_NAME
+from megatron.trainer.runtime.launch import agree
 from megatron.trainer.state import (
     RNG_PREFIX,
     TrainState,
@@ -291,7 +291,7 @@ def _check_branch_start(cfg: CheckpointConfig, is_own_directory: bool) -> None:
 
 def _branch_schedule(
     state: TrainState, run: Mapping[str, Any], found: FoundCheckpoint, is_branching: bool
-) -> Schedule:
+) -> LRSchedule:
     """The schedule of a branch, which begins with the learning rate of the run it left.
 
     Raises:

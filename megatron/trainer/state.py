@@ -12,14 +12,14 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron.trainer.config import RunConfig
-from megatron.trainer.data.sharing import DocumentRule
+from megatron.trainer.config.schema import RunConfig
+from megatron.trainer.data.batch_views import DocumentRule
 from megatron.trainer.data.stream import SampleStream, ValidationSet
 from megatron.trainer.errors import CheckpointError
-from megatron.trainer.launch import RunContext
-from megatron.trainer.optim_state import load_optimizer_state, optimizer_state
-from megatron.trainer.schedule import Schedule, check_schedule
-from megatron.trainer.spikes import StepGuard
+from megatron.trainer.health.step_guard import StepGuard
+from megatron.trainer.optim.scheduler import LRSchedule, check_schedule
+from megatron.trainer.optim.sharded_state import load_optimizer_state, optimizer_state
+from megatron.trainer.runtime.launch import RunContext
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +53,9 @@ class TrainState:
     """megatron-core's config of those chunks."""
     optimizer: ChainedOptimizer
     """Over all chunks."""
-    schedule: Schedule
+    schedule: LRSchedule
     """The learning rate."""
-    anneal: Callable[[float], Schedule] | None = None
+    anneal: Callable[[float], LRSchedule] | None = None
     """For a branch: its schedule, given the learning rate it begins with."""
     train_data: SampleStream
     """Where the next global batch comes from."""

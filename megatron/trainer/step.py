@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron.trainer.data.sharing import separate_documents, share_positions
+from megatron.trainer.config.parallel_layout import num_microbatches
+from megatron.trainer.data.batch_views import separate_documents, share_positions
 from megatron.trainer.data.stream import Batch
 from megatron.trainer.errors import StepRefusedError
-from megatron.trainer.layout import num_microbatches
-from megatron.trainer.optim import apply_schedule, clip_gradients
+from megatron.trainer.optim.adamw import apply_schedule, clip_gradients
 from megatron.trainer.state import ForwardStep, TrainState
 
 

@@ -29,7 +29,7 @@ from moe_ext.experts.slots import (
     unsort_rows,
 )
 from moe_ext.functional import selected_experts
-from moe_ext.parameters import new_parameter
+from moe_ext.layers.parameters import new_parameter
 from moe_ext.routers.base import MoERouter
 
 

@@ -14,8 +14,8 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 
 from moe_ext.experts.backends import get_expert_projection
-from moe_ext.parameters import new_parameter
-from moe_ext.products import linear
+from moe_ext.layers.parameters import new_parameter
+from moe_ext.layers.products import linear
 
 # Where the heads are in each weight of one layer.
 _HEAD_AXES = {"weight": 0, "weight_q": 1, "weight_o": 2}

@@ -14,8 +14,8 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
-from moe_ext.norm import split_unit_rms
-from moe_ext.parameters import new_parameter
+from moe_ext.layers.norm import split_unit_rms
+from moe_ext.layers.parameters import new_parameter
 
 
 class FullWidthRMSNorm(MegatronModule):

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moe_ext.experts.gate import gated_backward, gated_forward
 from moe_ext.experts.slots import ExpertOrder, sort_gates, sum_slots, unsort_gates
-from moe_ext.gradients import accumulation_buffer, mark_added
-from moe_ext.products import add_product, multiply, working_dtype
+from moe_ext.layers.gradients import accumulation_buffer, mark_added
+from moe_ext.layers.products import add_product, multiply, working_dtype
 
 
 def blockwise_experts(

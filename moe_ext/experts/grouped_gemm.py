@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_ext.experts.gate import gated_backward, gated_forward
 from moe_ext.experts.slots import ExpertOrder, sort_gates, sum_slots, unsort_gates
-from moe_ext.gradients import accumulation_buffer, mark_added
+from moe_ext.layers.gradients import accumulation_buffer, mark_added
 
 ROW_ELEMENTS = 8
 """The grouped GEMM wants rows of whole 16-byte blocks: 8 elements of bf16."""

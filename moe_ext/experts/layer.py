@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moe_ext.experts.mlp import ExpertMLP
 from moe_ext.experts.slots import sort_by_expert
 from moe_ext.functional import selected_experts
-from moe_ext.parameters import new_parameter
+from moe_ext.layers.parameters import new_parameter
 
 
 class ExpertsLayer(MoELayer):

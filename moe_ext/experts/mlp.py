@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moe_ext.experts.backends import look_up_backend
 from moe_ext.experts.slots import ExpertOrder
-from moe_ext.parameters import new_parameter
+from moe_ext.layers.parameters import new_parameter
 
 # The f dimension of weight1 [el, 2, f, h] and of weight2 [el, h, f].
 _FFN_AXIS = 2

@@ -12,7 +12,7 @@ from moe_ext.experts.triton_products import (
     grouped_product,
     grouped_weight_gradient,
 )
-from moe_ext.gradients import accumulation_buffer, mark_added
+from moe_ext.layers.gradients import accumulation_buffer, mark_added
 
 
 class Experts(torch.autograd.Function):

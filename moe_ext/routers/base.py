@@ -11,8 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moe_ext.functional import load_balancing_loss, router_z_loss, routing_entropy
+from moe_ext.layers.parameters import new_parameter
 from moe_ext.metrics import RouterMetrics
-from moe_ext.parameters import new_parameter
 
 
 class MoERouter(MegatronModule, ABC):

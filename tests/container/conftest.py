@@ -12,8 +12,8 @@ import pytest
 
 from tests.container.bases import CPU_BASE, make_cpu_base, make_gpu_base
 from tests.container.buildah import Container, Store, command
+from tests.paths import REPO
 
-REPO = Path(__file__).resolve().parents[2]
 APT_PACKAGES = ("buildah", "debootstrap")
 NOT_COPIED = {".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache", "runs", "data"}
 

@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from blocks_worker import initialize, make_config
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from megatron.trainer.host import redirect_cuda
-from megatron.trainer.launch import environment_rank
+from megatron.trainer.runtime.cpu_backend import redirect_cuda
+from megatron.trainer.runtime.launch import environment_rank
 from moe_ext.attention import MoASelfAttention, MoASubmodules, SDPACoreAttention
 from moe_ext.metrics import RouterMetrics
 from moe_ext.routers import TopKSoftmaxRouter
+from tests.distributed.blocks_worker import initialize, make_config
 
 EXPERTS, TOPK = 5, 3
 CASES = {"whole": (1, False), "sequence_parallel": (2, True), "tensor_parallel": (2, False)}

@@ -27,7 +27,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron.trainer.host import redirect_cuda
+from megatron.trainer.runtime.cpu_backend import redirect_cuda
 from moe_ext.attention import QKNormSelfAttention, SDPACoreAttention
 from moe_ext.experts import ExpertMLP
 from moe_ext.experts.layer import ExpertsLayer

@@ -15,12 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import convert_checkpoint
-from convert_models import make_hf
-
 from megatron.trainer.checkpoint import find_checkpoint, layout, stream_write
 from megatron.trainer.errors import CheckpointError
 from megatron.trainer.hf_files import HFDirectory, HFWriter, publish
+from moe_app.convert import convert_checkpoint
+from tests.distributed.convert_models import make_hf
 
 IMPORTS: dict[str, tuple[Any, str, int]] = {
     "first block": (stream_write.CheckpointStream, "write", 1),

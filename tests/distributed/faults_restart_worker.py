@@ -8,8 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
-import pretrain
-from faults_worker import arm
+from moe_app.pretrain import pretrain
+from tests.distributed.faults_worker import arm
 
 
 def main() -> int:

@@ -24,11 +24,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pretrain
-import recipe
-from ports import free_port
-
-from megatron.trainer import journal, loop, resume
+from megatron.trainer import loop, resume
+from megatron.trainer.records import journal
+from moe_app.pretrain import build, pretrain
+from tests.distributed.ports import free_port
+from tests.paths import REPO
 
 PATIENCE_S = 60
 
@@ -47,7 +47,7 @@ def arm(stage: str, iteration: int, action: Callable[[], None]) -> None:
         return wrapped
 
     if stage == "data":
-        recipe.build_data = wrap(recipe.build_data, lambda *_: iteration)
+        build.build_data = wrap(build.build_data, lambda *_: iteration)
     elif stage == "step":
         loop.train_step = wrap(loop.train_step, lambda state, _: state.iteration)
     elif stage == "evaluation":
@@ -84,7 +84,7 @@ def second_run(attempt: dict[str, Any]) -> None:
     if child == 0:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
-        command = [sys.executable, str(pretrain.__file__), *attempt["flags"]]
+        command = [sys.executable, str(REPO / "tools" / "pretrain.py"), *attempt["flags"]]
         command += ["--expert-model-parallel-size", "1"]
         descriptor = os.open(f"{attempt['log']}.second", os.O_WRONLY | os.O_CREAT)
         os.dup2(descriptor, 2)

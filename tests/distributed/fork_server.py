@@ -13,14 +13,13 @@ import signal
 import sys
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 
-import pretrain  # noqa: F401  what most scripts are about
 import torch.distributed.checkpoint  # noqa: F401
-from ports import free_port
 
-from megatron.trainer import signals
+from megatron.trainer.runtime import signals
+from moe_app.pretrain import pretrain  # noqa: F401  what most scripts are about
+from tests.distributed.ports import free_port
 
 GRACE_S = 10.0
 
@@ -38,7 +37,6 @@ def rank(request: dict[str, Any], number: int, port: int) -> int:
         MASTER_PORT=str(port),
     )
     signals.STARTED = time.monotonic()
-    sys.path.insert(0, str(Path(request["script"]).parent))
     sys.argv = [request["script"], *request["arguments"]]
     try:
         runpy.run_path(request["script"], run_name="__main__")

@@ -15,28 +15,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import recipe
 import torch
-from hf_models import fill, to_native
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
 from megatron.trainer.inference.staged import StagedModel
-from megatron.trainer.launch import RunContext, environment_rank, initialize, shut_down
-from megatron.trainer.log import configure_logging
+from megatron.trainer.runtime.launch import RunContext, environment_rank, initialize, shut_down
+from megatron.trainer.runtime.log import configure_logging
+from moe_app.pretrain.build import build_chunks
+from moe_app.pretrain.config import PretrainConfig, parse_recipe
 from moe_ext.convert import family_of
+from tests.distributed.hf_models import fill, to_native
 
 
-def build(given: dict[str, Any], ctx: RunContext, cfg: recipe.PretrainConfig) -> list[nn.Module]:
+def build(given: dict[str, Any], ctx: RunContext, cfg: PretrainConfig) -> list[nn.Module]:
     """This rank's chunks with the given weights, in evaluation mode."""
-    chunks = list(recipe.build_chunks(cfg, ctx, seed=None).chunks)
+    chunks = list(build_chunks(cfg, ctx, seed=None).chunks)
     family = given["config"]["model_type"]
     fill(chunks, to_native(family, cfg.model, "fused", given["weights"]))
     return [chunk.eval() for chunk in chunks]
 
 
-def configure(case: dict[str, Any], given: dict[str, Any], length: int) -> recipe.PretrainConfig:
+def configure(case: dict[str, Any], given: dict[str, Any], length: int) -> PretrainConfig:
     """The case's flags with the model that transformers' config describes."""
     model = family_of(given["config"]).model_config(given["config"])
     flags = []
@@ -46,7 +47,7 @@ def configure(case: dict[str, Any], given: dict[str, Any], length: int) -> recip
             flags.append(flag if value else f"--no-{flag[2:]}")
         else:
             flags += [flag, str(value)]
-    return recipe.parse(
+    return parse_recipe(
         [*flags, "--mock-data", "--seq-length", str(length), *case["flags"]],
         prog="worker",
         description="",

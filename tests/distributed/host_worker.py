@@ -17,8 +17,8 @@ from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor
 
 from megatron.trainer.errors import ConfigError, DataError, UserError
-from megatron.trainer.host import redirect_cuda
-from megatron.trainer.launch import agree
+from megatron.trainer.runtime.cpu_backend import redirect_cuda
+from megatron.trainer.runtime.launch import agree
 
 SENT = [[1, 3], [4, 0]]
 """Rows that rank r sends to rank q."""

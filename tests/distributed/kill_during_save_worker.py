@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.trainer.checkpoint import find_checkpoint, layout, load_checkpoint, save_checkpoint
 from megatron.trainer.checkpoint import save as save_module
 from megatron.trainer.errors import CheckpointError
-from megatron.trainer.host import redirect_cuda
+from megatron.trainer.runtime.cpu_backend import redirect_cuda
 
 WORLD_SIZE = 2
 TENSORS = 4

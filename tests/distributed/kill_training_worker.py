@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from faults_worker import fork_ranks
+from tests.distributed.faults_worker import fork_ranks
 
 
 def await_save(run: Path, older: set[str], deadline: float) -> str:

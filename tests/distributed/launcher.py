@@ -13,8 +13,9 @@ from typing import Any
 import psutil
 import torch
 
+from tests.paths import REPO
+
 HERE = Path(__file__).parent
-REPO = HERE.parents[1]
 
 TINY = {
     "num-layers": 4,
@@ -64,6 +65,14 @@ def flags(**overrides: Any) -> list[str]:
     return found
 
 
+def program(script: str | Path) -> list[str]:
+    """Arguments of Python that start a script, as a module if it is one of the tests'."""
+    path = Path(script).resolve()
+    if not path.is_relative_to(REPO / "tests"):
+        return [str(script)]
+    return ["-m", ".".join(path.relative_to(REPO).with_suffix("").parts)]
+
+
 _server: list[subprocess.Popen[str]] = []
 
 
@@ -104,8 +113,9 @@ def ranks(
 
 def _start_server() -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, str(HERE / "fork_server.py")],
+        [sys.executable, *program(HERE / "fork_server.py")],
         env=rank_environment(),
+        cwd=REPO,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -122,9 +132,7 @@ def _stop_server() -> None:
 
 def rank_environment() -> dict[str, str]:
     """This process's environment, as ranks of a test get it."""
-    found = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found["PYTHONPATH"] = f"{REPO / 'tools'}:{REPO}"
-    return found
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def torchrun(
@@ -133,7 +141,7 @@ def torchrun(
     """Run a script under torchrun on this machine, one thread a rank."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(num_ranks), str(script), *arguments),
+        *("--nproc-per-node", str(num_ranks), *program(script), *arguments),
     ]
     return run_session(command, rank_environment(), timeout=timeout)
 
@@ -145,6 +153,7 @@ def run_session(
     with subprocess.Popen(
         command,
         env=environment,
+        cwd=REPO,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

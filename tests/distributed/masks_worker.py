@@ -9,13 +9,14 @@ import json
 import sys
 from pathlib import Path
 
-import recipe
 import torch
-from launcher import TINY
 
 from megatron.trainer.data.stream import Batch, SampleStream, make_batch, split_global_batch
-from megatron.trainer.launch import environment_rank, initialize, shut_down
+from megatron.trainer.runtime.launch import environment_rank, initialize, shut_down
 from megatron.trainer.step import language_model_step, train_step
+from moe_app.pretrain.build import build_state
+from moe_app.pretrain.config import parse_recipe
+from tests.distributed.launcher import TINY
 
 
 class UnequalSamples(SampleStream):
@@ -37,8 +38,8 @@ class UnequalSamples(SampleStream):
 
 
 def steps_of(flags: list[str]) -> list[list[float]]:
-    cfg = recipe.parse(flags, prog="worker", description="")
-    state = recipe.build_state(cfg, initialize(cfg))
+    cfg = parse_recipe(flags, prog="worker", description="")
+    state = build_state(cfg, initialize(cfg))
     state.train_data = UnequalSamples(state.train_data)
     steps = [train_step(state, language_model_step) for _ in range(2)]
     shut_down(keep_world=True)

@@ -9,18 +9,18 @@ weights, gradients and optimizer, and what each forward pass keeps for its backw
 import json
 from pathlib import Path
 
-import recipe
-from worker_traffic import run_cases
-
 from benchmarks.held import Kept, state_bytes
-from megatron.trainer.launch import initialize, shut_down
+from megatron.trainer.runtime.launch import initialize, shut_down
 from megatron.trainer.step import train_step
+from moe_app.pretrain.build import build_state
+from moe_app.pretrain.config import parse_recipe
+from tests.distributed.worker_traffic import run_cases
 
 
 def run_case(flags: list[str], out: Path, name: str) -> None:
-    cfg = recipe.parse(flags, prog="worker", description="")
+    cfg = parse_recipe(flags, prog="worker", description="")
     ctx = initialize(cfg)
-    state = recipe.build_state(cfg, ctx)
+    state = build_state(cfg, ctx)
     kept = Kept(state)
     train_step(state, kept)
     found = {"state": state_bytes(state), "passes": kept.passes, "highest": kept.highest}

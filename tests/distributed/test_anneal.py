@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launcher import Outcome, flags, run_cases
 
 from megatron.trainer.data.writer import TokenFileWriter
+from tests.distributed.launcher import Outcome, flags, run_cases
 
 # 128 tokens a step. Four steps of each phase; the decay begins with the second.
 STEP, BORDER, END = 128, 4, 8

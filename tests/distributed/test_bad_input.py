@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launcher import REPO, flags, ranks, torchrun
 
 from megatron.trainer.checkpoint import find_checkpoint
+from megatron.trainer.checkpoint.manifest import verify_manifest
 from megatron.trainer.data.writer import TokenFileWriter
-from megatron.trainer.manifest import verify_manifest
+from tests.distributed.launcher import REPO, flags, ranks, torchrun
 
 PRETRAIN = REPO / "tools" / "pretrain.py"
 JOURNAL = {".lock", "ended.json", "events.jsonl"}

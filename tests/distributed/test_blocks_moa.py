@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launcher import ranks
 from torch import Tensor
+
+from tests.distributed.launcher import ranks
 
 WORKER = Path(__file__).with_name("blocks_moa_worker.py")
 SEQUENCE, BATCH, WIDTH, GROUPS, HEAD_SIZE, EXPERTS = 6, 2, 8, 2, 4, 5

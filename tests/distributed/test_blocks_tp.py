@@ -12,9 +12,10 @@ from torch import Tensor
 
 from moe_ext.experts.loop import loop_experts
 from moe_ext.functional import load_balancing_loss, router_z_loss, softmax_topk
+from tests.distributed.launcher import program
+from tests.paths import REPO
 
 WORKER = Path(__file__).with_name("blocks_worker.py")
-ROOT = Path(__file__).parents[2]
 WORLD_SIZE = 2
 S, B, H, E, K, FFN = 4, 2, 8, 4, 2, 6
 HEADS, GROUPS, HEAD_SIZE = 4, 2, 3
@@ -64,11 +65,12 @@ def results(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """Per case, what every rank computed; one start of the ranks serves all cases."""
     directory = tmp_path_factory.mktemp("blocks")
     torch.save(inputs, directory / "inputs.pt")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(WORLD_SIZE), str(directory)],
+            [sys.executable, *program(WORKER), str(rank), str(WORLD_SIZE), str(directory)],
             env=environment,
+            cwd=REPO,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from launcher import Outcome, flags, run_cases
+
+from tests.distributed.launcher import Outcome, flags, run_cases
 
 CP2: dict[str, object] = {"context-parallel-size": 2}
 TP2: dict[str, object] = {"tensor-model-parallel-size": 2}

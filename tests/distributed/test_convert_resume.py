@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import convert_checkpoint
 import pytest
 import torch
-from convert_models import make_hf
-from launcher import HERE, REPO, Outcome, run_cases, run_session
 from safetensors.torch import load_file
 
 from megatron.trainer.checkpoint import CheckpointReader
+from moe_app.convert import convert_checkpoint
+from tests.distributed.convert_models import make_hf
+from tests.distributed.launcher import HERE, Outcome, program, run_cases, run_session
 
 LAYOUTS = {
     "tp2": {"tensor-model-parallel-size": 2},
@@ -129,8 +129,8 @@ def test_fp32_export_takes_the_master_weights(root: Path, outcomes: dict[str, Ou
 
 def test_killed_conversion_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = f"{HERE}:{REPO / 'tools'}:{REPO}"
-    command = [sys.executable, "-W", "ignore", str(HERE / "convert_kill_worker.py"), str(tmp_path)]
+    command = [sys.executable, "-W", "ignore", *program(HERE / "convert_kill_worker.py")]
+    command.append(str(tmp_path))
     done = run_session(command, environment, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     *rounds, end = [json.loads(line) for line in done.stdout.splitlines()]

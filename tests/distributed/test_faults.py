@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launcher import HERE, REPO, flags, rank_environment, run_session, torchrun
 
-from megatron.trainer.hooks import read_records
+from megatron.trainer.hooks.base import read_records
+from tests.distributed.launcher import HERE, REPO, flags, rank_environment, run_session, torchrun
 
 STEPS, SAVE_EVERY = 12, 3
 PLAN: dict[str, Any] = {

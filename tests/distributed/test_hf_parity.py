@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import random_model, random_tokens
-from launcher import HERE, ranks
 from torch import Tensor
+
+from tests.distributed.hf_models import random_model, random_tokens
+from tests.distributed.launcher import HERE, ranks
 
 # Layers in two stages, heads and experts in halves; odd otherwise. JetMoE's embeddings are tied.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from host_worker import SENT, SIZES, rows, weights_like
-from launcher import HERE, ranks
 from torch import Tensor
+
+from tests.distributed.host_worker import SENT, SIZES, rows, weights_like
+from tests.distributed.launcher import HERE, ranks
 
 Answers = list[dict[str, Any]]
 

@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from launcher import REPO, flags, run_session
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from megatron.trainer.checkpoint.manifest import write_manifest
 from megatron.trainer.data.writer import TokenFileWriter
-from megatron.trainer.manifest import write_manifest
+from tests.distributed.launcher import REPO, flags, run_session
 
 Done = subprocess.CompletedProcess[str]
 
@@ -39,7 +39,6 @@ OBJECT_KEY = "decoder.surprise/shard_0_1"
 def pretrain(*arguments: str) -> Done:
     """The command alone, without torchrun, whose exit status would hide ours."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = f"{REPO / 'tools'}:{REPO}"
     command = [sys.executable, str(REPO / "tools" / "pretrain.py"), *arguments]
     return run_session(command, environment, timeout=150)
 

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import inference
-import pretrain
 import pytest
 import torch
-from launcher import HERE, flags, ranks
 from torch import Tensor, nn
 
-from megatron.trainer.launch import connect, shut_down
+from megatron.trainer.runtime.launch import connect, shut_down
+from moe_app.infer import open_model
+from moe_app.pretrain import pretrain
+from tests.distributed.launcher import HERE, flags, ranks
 
 # Of torch while it reads a checkpoint, and of megatron-core about its own embedding and loss.
 pytestmark = [
@@ -92,9 +92,9 @@ def truth(checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]]:
 
 def say(run: Path) -> dict[str, Any]:
     args = parse(["--load", str(run)])
-    connect(inference._parallel(args))
+    connect(open_model._parallel(args))
     try:
-        loaded = inference.load_model(args, inference.open_checkpoint(args, prog="test"))
+        loaded = open_model.load_model(args, open_model.open_checkpoint(args, prog="test"))
         module = loaded.module
         texts = [continue_plainly(module, ids) for ids in PROMPTS]
         scores = []
@@ -112,7 +112,7 @@ def say(run: Path) -> dict[str, Any]:
 
 
 def parse(arguments: list[str]) -> Any:
-    import generate
+    from moe_app.infer import generate
 
     return generate.make_parser().parse_args([*arguments, "--prompt", ""])
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from jetmoe_cases import JETMOE
-from launcher import Outcome, flags, run_cases
+
+from tests.distributed.jetmoe_cases import JETMOE
+from tests.distributed.launcher import Outcome, flags, run_cases
 
 # The run is planned for four steps and saved after two; a later job goes on from there.
 PLAN = {"train-iters": 4, "lr-decay-iters": 4}

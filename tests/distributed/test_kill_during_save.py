@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.launcher import program
+from tests.paths import REPO
+
 WORKER = Path(__file__).with_name("kill_during_save_worker.py")
-ROOT = Path(__file__).parents[2]
 
 
 def run_worker(mode: str, root: Path) -> list[dict[str, Any]]:
     """What the worker printed, an object a line."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(WORKER), mode, str(root), "20240607"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-W", "ignore", *program(WORKER), mode, str(root), "20240607"],
+        cwd=REPO,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=180,

@@ -4,9 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from launcher import HERE, flags, rank_environment, run_cases, run_session
-
-from megatron.trainer.hooks import read_records
+from megatron.trainer.hooks.base import read_records
+from tests.distributed.launcher import HERE, flags, rank_environment, run_cases, run_session
 
 KILLS = 10
 

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from launcher import flags, ranks
+
+from tests.distributed.launcher import flags, ranks
 
 WORKER = Path(__file__).with_name("masks_worker.py")
 # Without auxiliary losses, which are means over every token, counted in the loss or not.

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from jetmoe_cases import JETMOE
-from launcher import Outcome, flags, run_cases
+
+from tests.distributed.jetmoe_cases import JETMOE
+from tests.distributed.launcher import Outcome, flags, run_cases
 
 TWO_RANKS: dict[str, dict[str, object]] = {
     "tp2": {"tensor-model-parallel-size": 2},

@@ -1,4 +1,4 @@
-"""`moe_ext.footprint` against the tensors and the memory of real training steps on gloo.
+"""`moe_ext.cost.footprint` against the tensors and the memory of real training steps on gloo.
 
 Weights, gradients, optimizer state and what passes keep are compared byte by byte, every rank of
 every case. Routing is balanced by a router of the worker's; where it is learned, the sum over ranks
@@ -10,16 +10,16 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import jetmoe_cases
 import pytest
-import recipe
-from launcher import HERE, flags, torchrun
-from plan_search import make_step
 
 from benchmarks import plan
-from megatron.trainer.layout import Layout, resolve_layout
-from moe_ext.activations import Step, StepRank, micro_batch
-from moe_ext.footprint import in_flight, state_of
+from megatron.trainer.config.parallel_layout import Layout, resolve_layout
+from moe_app.planner.search import make_step
+from moe_app.pretrain.config import PretrainConfig, parse_recipe
+from moe_ext.cost.activations import Step, StepRank, micro_batch
+from moe_ext.cost.footprint import in_flight, state_of
+from tests.distributed import jetmoe_cases
+from tests.distributed.launcher import HERE, flags, torchrun
 
 Case = dict[str, object]
 
@@ -117,7 +117,7 @@ def case_flags(num_ranks: int, name: str) -> list[str]:
 class Paper:
     """What the model is told of a case."""
 
-    cfg: recipe.PretrainConfig
+    cfg: PretrainConfig
     layout: Layout
     step: Step
     num_ranks: int
@@ -129,7 +129,7 @@ class Paper:
 
 @functools.cache
 def paper(num_ranks: int, name: str) -> Paper:
-    cfg = recipe.parse(case_flags(num_ranks, name), prog="test", description="")
+    cfg = parse_recipe(case_flags(num_ranks, name), prog="test", description="")
     layout = resolve_layout(cfg.parallel, num_ranks)
     return Paper(cfg, layout, make_step(cfg, layout, device_type="cpu"), num_ranks)
 

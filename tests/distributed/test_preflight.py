@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launcher import HERE, REPO, flags, torchrun
-from worker_preflight import TIMEOUT_S
 
-from megatron.trainer.preflight import _speed_warnings
-from megatron.trainer.probes import RankFacts
+from megatron.trainer.health.preflight import _speed_warnings
+from megatron.trainer.health.rank_checks import RankFacts
+from tests.distributed.launcher import HERE, REPO, flags, torchrun
+from tests.distributed.worker_preflight import TIMEOUT_S
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launcher import Outcome, flags, run_cases
+
+from tests.distributed.launcher import Outcome, flags, run_cases
 
 # The run is planned for six steps and saved after three; a later job goes on from there.
 PLAN = {"train-iters": 6, "eval-iters": 1}

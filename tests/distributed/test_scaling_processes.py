@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from launcher import REPO
 
 from benchmarks.scaling_processes import layout_flags, worlds
 from benchmarks.shapes import SHAPES
+from tests.distributed.launcher import REPO
 
 
 def test_processes_train_alike_and_exchange_what_the_model_says(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launcher import HERE, flags, torchrun
+
+from tests.distributed.launcher import HERE, flags, torchrun
 
 CASES = {
     "data": flags(global_batch_size=8),

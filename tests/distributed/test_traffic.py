@@ -1,4 +1,4 @@
-"""`moe_ext.traffic` against every collective of real training steps on gloo.
+"""`moe_ext.cost.traffic` against every collective of real training steps on gloo.
 
 Routing is balanced by a router of the worker's, so that all-to-alls can be compared byte by byte on
 every rank. One case routes by learned weights; there a rank sends what its tokens chose, and the
@@ -9,13 +9,13 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import jetmoe_cases
 import pytest
-import recipe
-from launcher import HERE, flags, ranks
 
-from megatron.trainer.layout import num_microbatches, resolve_layout
-from moe_ext.traffic import Batch, Collective, record_collectives, step_collectives
+from megatron.trainer.config.parallel_layout import num_microbatches, resolve_layout
+from moe_app.pretrain.config import parse_recipe
+from moe_ext.cost.traffic import Batch, Collective, record_collectives, step_collectives
+from tests.distributed import jetmoe_cases
+from tests.distributed.launcher import HERE, flags, ranks
 
 Calls = Counter[tuple[str, str, float]]
 """Kind, group and payload bytes."""
@@ -109,7 +109,7 @@ def read_calls(file: Path) -> Calls:
 
 def predicted(case: Case, num_ranks: int) -> list[list[Collective]]:
     """What each rank is said to do."""
-    cfg = recipe.parse(case_flags(case, num_ranks), prog="test", description="")
+    cfg = parse_recipe(case_flags(case, num_ranks), prog="test", description="")
     layout = resolve_layout(cfg.parallel, num_ranks)
     granularity = cfg.training.recompute_granularity
     batch = Batch(
@@ -135,7 +135,7 @@ def predicted(case: Case, num_ranks: int) -> list[list[Collective]]:
 def as_calls(collectives: list[Collective]) -> Calls:
     """By call, as gloo makes it.
 
-    gloo cannot reduce and scatter parts that may be unequal; `megatron.trainer.host` has ranks that
+    gloo cannot reduce and scatter parts that may be unequal; `cpu_backend` has ranks that
     share an expert exchange the parts instead, which hands over the same bytes.
     """
     calls: Calls = Counter()

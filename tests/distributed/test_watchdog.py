@@ -15,9 +15,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launcher import HERE, REPO
-from ports import free_port
-from worker_watchdog import TIMEOUT_S
+
+from tests.distributed.launcher import HERE, REPO, program
+from tests.distributed.ports import free_port
+from tests.distributed.worker_watchdog import TIMEOUT_S
 
 WORKER = HERE / "worker_watchdog.py"
 SLACK_S = 4.0
@@ -38,7 +39,7 @@ class Ended:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run_job(fault: str, victim: int, out: Path, *, restarts: int = 0) -> Ended:
@@ -46,11 +47,12 @@ def run_job(fault: str, victim: int, out: Path, *, restarts: int = 0) -> Ended:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"),
         *("--max-restarts", str(restarts), "--monitor-interval", "0.1"),
-        *(str(WORKER), fault, str(victim), str(out)),
+        *(*program(WORKER), fault, str(victim), str(out)),
     ]
     with subprocess.Popen(
         command,
         env=environment(),
+        cwd=REPO,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -14,9 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import generate
-import inference
-import score
 import torch
 
 from megatron.trainer.errors import CheckpointError
@@ -24,8 +21,9 @@ from megatron.trainer.inference.decode import Prompt
 from megatron.trainer.inference.sampling import greedy_token, next_token
 from megatron.trainer.inference.scoring import compute_logits
 from megatron.trainer.inference.scoring import score as score_rows
-from megatron.trainer.launch import connect, environment_rank, shut_down
-from megatron.trainer.log import configure_logging
+from megatron.trainer.runtime.launch import connect, environment_rank, shut_down
+from megatron.trainer.runtime.log import configure_logging
+from moe_app.infer import generate, open_model, score
 
 
 def main() -> None:
@@ -34,7 +32,7 @@ def main() -> None:
     for name, flags in task["cases"].items():
         # Any prompt will do here: the tool's own are not read.
         args = generate.make_parser().parse_args([*flags, "--prompt", ""])
-        connect(inference._parallel(args))
+        connect(open_model._parallel(args))
         found = run_case(args, task)
         if environment_rank() == 0:
             (out / f"{name}.json").write_text(json.dumps(found))
@@ -42,7 +40,7 @@ def main() -> None:
 
 
 def run_case(args: Any, task: dict[str, Any]) -> dict[str, Any]:
-    loaded = inference.load_model(args, inference.open_checkpoint(args, prog="worker"))
+    loaded = open_model.load_model(args, open_model.open_checkpoint(args, prog="worker"))
     rows = dict(enumerate(task["rows"]))
     share = {
         "tokens_per_batch": 24,  # several batches, several rows in some
@@ -62,7 +60,9 @@ def run_case(args: Any, task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def error_when_broken(loaded: inference.LoadedModel, task: dict[str, Any], size: int) -> str | None:
+def error_when_broken(
+    loaded: open_model.LoadedModel, task: dict[str, Any], size: int
+) -> str | None:
     """What rank 0 hears when only the last data parallel rank's logits are not finite."""
     is_last_share = loaded.ctx.data_parallel_rank == loaded.ctx.layout.data - 1
     if loaded.staged.is_last and is_last_share:
@@ -75,7 +75,7 @@ def error_when_broken(loaded: inference.LoadedModel, task: dict[str, Any], size:
 
 
 def in_rounds(
-    loaded: inference.LoadedModel, task: dict[str, Any], size: int, *, is_greedy: bool
+    loaded: open_model.LoadedModel, task: dict[str, Any], size: int, *, is_greedy: bool
 ) -> list[list[int]]:
     vocab_size = loaded.staged.vocab_size
     tokenizer = cast(Any, SimpleNamespace(eod=task["stop_id"], vocab_size=vocab_size))

@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import recipe
 import torch
-from launcher import flags
 
-from megatron.trainer import preflight, probes
 from megatron.trainer.errors import UserError
-from megatron.trainer.launch import initialize, run_main
+from megatron.trainer.health import preflight, rank_checks
+from megatron.trainer.runtime.launch import initialize, run_main
+from moe_app.pretrain.config import parse_recipe
+from tests.distributed.launcher import flags
 
 TIMEOUT_S = 4.0
 LAYOUT = {"tensor-model-parallel-size": 2, "expert-model-parallel-size": 2}
@@ -55,7 +55,7 @@ def sleep_in_data(*_arguments: object, **_named: object) -> None:
 
 def main() -> None:
     out = Path(sys.argv[1])
-    ctx = initialize(recipe.parse(flags(**LAYOUT), prog="worker", description=""))
+    ctx = initialize(parse_recipe(flags(**LAYOUT), prog="worker", description=""))
     rank, mm, clock = ctx.rank, torch.mm, time.time
     preflight._SHARING_TIME_S = 0.5
     own = out / f"disk{rank // 2}"
@@ -64,14 +64,14 @@ def main() -> None:
     # By name: the rank that is hit, what is other than it should be there, and where it saves.
     cases: dict[str, tuple[int, tuple[Any, str, Any], Path]] = {
         "healthy": (0, nothing, out / "run" / "a"),
-        "versions": (1, (probes.metadata, "version", older_torch), out),
+        "versions": (1, (rank_checks.metadata, "version", older_torch), out),
         "clock": (3, (preflight.time, "time", lambda: clock() + 90.0), out),
         "product": (2, (torch, "mm", wrong_product(mm)), out),
-        "sum": (1, (probes, "_share", lambda r: 5.0 if r == 1 else r % 97 + 1.0), out),
+        "sum": (1, (rank_checks, "_share", lambda r: 5.0 if r == 1 else r % 97 + 1.0), out),
         "unwritable": (0, nothing, Path("/proc/run")),
         "other_disk": (0, nothing, own / "run"),
     }
-    with changed(probes.socket, "gethostname", lambda: f"n{rank // 2}"):
+    with changed(rank_checks.socket, "gethostname", lambda: f"n{rank // 2}"):
         for name, (victim, fault, save) in cases.items():
             try:
                 with changed(*fault if rank == victim else nothing):
@@ -81,7 +81,7 @@ def main() -> None:
             (out / f"{name}.rank{rank}.json").write_text(json.dumps(said))
         print(f"hang begins {time.time()}", flush=True)
         if rank == 3:
-            probes.dist.all_reduce = sleep_in_data
+            rank_checks.dist.all_reduce = sleep_in_data
         preflight.preflight(ctx, timeout_s=TIMEOUT_S, save=None)
 
 

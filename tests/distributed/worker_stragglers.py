@@ -12,22 +12,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-import recipe
 import torch
 import torch.distributed as dist
 
-from megatron.trainer.launch import environment_rank, initialize, shut_down
-from megatron.trainer.log import configure_logging
+from megatron.trainer.health.stragglers import BusyClock
+from megatron.trainer.runtime.launch import environment_rank, initialize, shut_down
+from megatron.trainer.runtime.log import configure_logging
 from megatron.trainer.step import language_model_step, train_step
-from megatron.trainer.stragglers import BusyClock
+from moe_app.pretrain.build import build_state
+from moe_app.pretrain.config import parse_recipe
 
 SLEEP_S = (0.1, 0.3)
 
 
 def run_case(flags: list[str], out: Path, name: str) -> None:
-    cfg = recipe.parse(flags, prog="worker", description="")
+    cfg = parse_recipe(flags, prog="worker", description="")
     ctx = initialize(cfg)
-    state = recipe.build_state(cfg, ctx)
+    state = build_state(cfg, ctx)
     slept: list[float] = []
 
     def forward_step(*arguments: Any) -> Any:

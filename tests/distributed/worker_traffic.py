@@ -11,14 +11,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import recipe
 import torch
 from torch import Tensor
 
 from benchmarks.collectives import named_groups, recording
-from megatron.trainer.launch import environment_rank, initialize, shut_down
-from megatron.trainer.log import configure_logging
+from megatron.trainer.runtime.launch import environment_rank, initialize, shut_down
+from megatron.trainer.runtime.log import configure_logging
 from megatron.trainer.step import language_model_step, train_step
+from moe_app.pretrain.build import build_state
+from moe_app.pretrain.config import parse_recipe
 from moe_ext.routers import MoERouter, register_router
 
 
@@ -34,9 +35,9 @@ class RoundRobinRouter(MoERouter):
 
 
 def run_case(flags: list[str], out: Path, name: str) -> None:
-    cfg = recipe.parse(flags, prog="worker", description="")
+    cfg = parse_recipe(flags, prog="worker", description="")
     ctx = initialize(cfg)
-    state = recipe.build_state(cfg, ctx)
+    state = build_state(cfg, ctx)
     with recording(named_groups(ctx.groups)) as calls:
         train_step(state, language_model_step)
         if state.metrics is not None:

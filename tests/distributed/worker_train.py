@@ -11,20 +11,22 @@ import json
 import sys
 from pathlib import Path
 
-import recipe
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron.trainer.errors import UserError
-from megatron.trainer.hooks import Hook, Record
-from megatron.trainer.journal import open_journal
-from megatron.trainer.launch import agree, environment_rank, initialize, shut_down
-from megatron.trainer.log import configure_logging
+from megatron.trainer.hooks.base import Hook, Record
 from megatron.trainer.loop import Upkeep, train
+from megatron.trainer.records.journal import open_journal
 from megatron.trainer.resume import checkpoint_writer, resume, rewind
+from megatron.trainer.runtime.launch import agree, environment_rank, initialize, shut_down
+from megatron.trainer.runtime.log import configure_logging
 from megatron.trainer.state import TrainState
 from megatron.trainer.step import language_model_step
+from moe_app.pretrain.build import build_state
+from moe_app.pretrain.config import parse_recipe
+from moe_app.pretrain.hooks import build_hooks
 
 
 class Recorder(Hook):
@@ -40,7 +42,7 @@ class Recorder(Hook):
 
 
 def run_case(flags: list[str], out: Path, name: str) -> None:
-    cfg = recipe.parse(flags, prog="worker", description="")
+    cfg = parse_recipe(flags, prog="worker", description="")
     ctx = initialize(cfg)
     journal = agree(
         lambda: open_journal(
@@ -49,12 +51,12 @@ def run_case(flags: list[str], out: Path, name: str) -> None:
     )
     recorder = Recorder()
     with journal.recording_errors():
-        state = recipe.build_state(cfg, ctx)
+        state = build_state(cfg, ctx)
         resume(state, cfg.model)
         train(
             state,
             language_model_step,
-            hooks=[recorder, *recipe.build_hooks(cfg, state)],
+            hooks=[recorder, *build_hooks(cfg, state)],
             upkeep=Upkeep(save=checkpoint_writer(state), rewind=rewind, journal=journal),
         )
     torch.save(final_shards(state), out / f"{name}.rank{ctx.rank}.pt")

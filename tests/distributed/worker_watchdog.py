@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron.trainer.meeting import meet
-from megatron.trainer.watchdog import Watchdog
+from megatron.trainer.health.watchdog import Watchdog
+from megatron.trainer.runtime.rendezvous import meet
 
 TIMEOUT_S = 2.0
 STEPS = 8

@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pretrain
 import pytest
 import torch
-from jetmoe_cases import JETMOE
-from launcher import flags
 
+from moe_app.pretrain import pretrain
 from moe_ext.experts import get_expert_projection
 from moe_ext.experts.slots import collect_tokens, sort_by_expert, spread_tokens
 from moe_ext.functional import selected_experts, topk_softmax
+from tests.distributed.jetmoe_cases import JETMOE
+from tests.distributed.launcher import flags
 
 # What torch, NCCL and megatron-core warn of differs by version; it is shown, and not fatal here.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

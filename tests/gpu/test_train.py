@@ -7,24 +7,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pretrain
 import pytest
-import recipe
 import torch
-from launcher import flags
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron.trainer.launch import initialize, shut_down
 from megatron.trainer.loop import Upkeep, train
 from megatron.trainer.resume import checkpoint_writer, resume
+from megatron.trainer.runtime.launch import initialize, shut_down
 from megatron.trainer.state import TrainState, sharded_state
 from megatron.trainer.step import language_model_step
+from moe_app.pretrain import pretrain
+from moe_app.pretrain.build import build_state
+from moe_app.pretrain.config import parse_recipe
+from tests.distributed.launcher import flags
+from tests.paths import REPO
 
 # What torch, NCCL and megatron-core warn of differs by version; it is shown, and not fatal here.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
-REPO = Path(__file__).parents[2]
 STEPS = 6
 # Widths that the grouped GEMM takes: rows of whole 16-byte blocks.
 SIZES = {
@@ -76,7 +77,7 @@ def test_fp32_on_the_gpu_trains_like_the_cpu(root: Path, single: Path) -> None:
     """Initial weights and data are the same bits; only the order of sums differs."""
     command = [sys.executable, str(REPO / "tools" / "pretrain.py")]
     command += run_flags(save=root / "cpu", device="cpu")
-    environment = {**os.environ, "PYTHONPATH": f"{REPO / 'tools'}:{REPO}", "OMP_NUM_THREADS": "4"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "4"}
     done = subprocess.run(
         command, env=environment, timeout=300, check=False, text=True, capture_output=True
     )
@@ -121,8 +122,8 @@ def test_stopped_run_goes_on_alike(
 
 
 def build(*arguments: str) -> TrainState:
-    cfg = recipe.parse(list(arguments), prog="test", description="")
-    state = recipe.build_state(cfg, initialize(cfg))
+    cfg = parse_recipe(list(arguments), prog="test", description="")
+    state = build_state(cfg, initialize(cfg))
     resume(state, cfg.model)
     return state
 

@@ -12,15 +12,15 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import pretrain
 import pytest
 import torch
-from launcher import REPO
 from torch import Tensor
 
-from megatron.trainer.launch import shut_down
+from megatron.trainer.optim.schedules import DECAYS
+from megatron.trainer.runtime.launch import shut_down
+from moe_app.pretrain import pretrain
 from moe_ext.routers import ROUTERS
-from moe_ext.schedules import DECAYS
+from tests.distributed.launcher import REPO
 
 EXAMPLE = REPO / "examples" / "extension" / "sigmoid_router.py"
 FLAGS = (
@@ -96,7 +96,7 @@ def start(script: Path, *arguments: str) -> subprocess.Popen[str]:
     """Train on one rank, as the README says."""
     return subprocess.Popen(
         [sys.executable, str(script), *FLAGS, *arguments],
-        env={**os.environ, "PYTHONPATH": f"{REPO / 'tools'}:{REPO}", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
     )

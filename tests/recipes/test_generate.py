@@ -9,20 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import generate
-import inference
 import numpy as np
 import pytest
-import score
 import torch
-import train_tokenizer
-from launcher import REPO, flags, ranks
 
 from megatron.trainer.checkpoint import FoundCheckpoint, find_checkpoint
-from megatron.trainer.config import DataConfig
+from megatron.trainer.config.schema import DataConfig
 from megatron.trainer.data.tokenizer import load_tokenizer
 from megatron.trainer.data.writer import TokenFileWriter
 from megatron.trainer.errors import ConfigError, DataError
+from moe_app.data import train_tokenizer
+from moe_app.infer import generate, open_model, score
+from tests.distributed.launcher import REPO, flags, ranks
 
 # Of torch while it reads a checkpoint.
 pytestmark = pytest.mark.filterwarnings("ignore:Please use DTensor:FutureWarning")
@@ -203,11 +201,11 @@ def test_run_without_a_tokenizer_needs_one_named(tmp_path: Path) -> None:
         " one; name the tokenizer that made the training data with --tokenizer-model"
     )
     with pytest.raises(ConfigError, match=re.escape(message)):
-        inference.find_tokenizer(DataConfig(), found, arguments_of())
+        open_model.find_tokenizer(DataConfig(), found, arguments_of())
     # A run with mock data carries none along, even when its config names one.
     mock = DataConfig(mock_data=True, tokenizer_model="tokenizer.json")
     with pytest.raises(ConfigError, match="brings no tokenizer, because its data were --mock-data"):
-        inference.find_tokenizer(mock, found, arguments_of())
+        open_model.find_tokenizer(mock, found, arguments_of())
 
 
 def test_lines_and_logits_need_files_of_their_own(tmp_path: Path) -> None:
@@ -219,10 +217,10 @@ def test_lines_and_logits_need_files_of_their_own(tmp_path: Path) -> None:
 def test_tokenizer_of_the_checkpoint_yields_to_a_named_one(run: Path, tmp_path: Path) -> None:
     found = find_checkpoint(run)
     data = DataConfig(tokenizer_model="/nowhere/tokenizer.model")
-    assert inference.find_tokenizer(data, found, arguments_of()).vocab_size == VOCAB
+    assert open_model.find_tokenizer(data, found, arguments_of()).vocab_size == VOCAB
     missing = str(tmp_path / "other.model")
     with pytest.raises(DataError, match=re.escape(f"tokenizer {missing} does not exist")):
-        inference.find_tokenizer(data, found, arguments_of(tokenizer_model=missing))
+        open_model.find_tokenizer(data, found, arguments_of(tokenizer_model=missing))
 
 
 def write_lines(path: Path, *records: dict[str, Any]) -> Path:

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from launcher import REPO, flags
+
+from tests.distributed.launcher import REPO, flags
 
 
 def run_tool(name: str, *arguments: str, interprets: bool) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parents[2]
+from tests.paths import REPO
+
 EXAMPLES = REPO / "examples" / "slurm"
 SCRIPTS = sorted(EXAMPLES.glob("*.sbatch"))
 

@@ -5,19 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import recipe
 import torch
 import torch.nn.functional as F
-from launcher import flags
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron.trainer.host import redirect_cuda
-from megatron.trainer.launch import RunContext, initialize, shut_down
+from megatron.trainer.runtime.cpu_backend import redirect_cuda
+from megatron.trainer.runtime.launch import RunContext, initialize, shut_down
 from megatron.trainer.state import TrainState
+from moe_app.pretrain.build import build_state
+from moe_app.pretrain.config import parse_recipe
+from tests.distributed.launcher import flags
 
 
 @pytest.fixture
@@ -76,11 +77,11 @@ def make_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., TrainS
     started: list[RunContext] = []
 
     def make(**overrides: Any) -> TrainState:
-        cfg = recipe.parse(flags(device="cpu", **overrides), prog="test", description="")
+        cfg = parse_recipe(flags(device="cpu", **overrides), prog="test", description="")
         if started:
             shut_down(keep_world=True)
         started.append(initialize(cfg))
-        return recipe.build_state(cfg, started[-1])
+        return build_state(cfg, started[-1])
 
     yield make
     if started:

@@ -21,8 +21,8 @@ from benchmarks.step_peers import make_batch
 from benchmarks.timing import interleave, paired_ratio, summarize
 from benchmarks.workers import Entry, Worker
 from moe_ext.counting import training_flops_per_token
+from tests.paths import REPO
 
-REPO = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import packaging
 import pytest
-import recipe
 
-from megatron.trainer.validate import validate
+from megatron.trainer.config.validate import validate
+from moe_app.pretrain.config import parse_recipe
 from tests.container.pip_settings import local_paths, read_settings, render
+from tests.paths import REPO
 
 tomllib = pytest.importorskip("tomllib", reason="the image's Python is 3.11 or newer")
 
-REPO = Path(__file__).resolve().parents[2]
 DOCKERFILE = (REPO / "Dockerfile").read_text("utf-8")
 PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text("utf-8"))
 GUIDE = (REPO / "examples/docker/README.md").read_text("utf-8")
@@ -213,7 +213,7 @@ def image(tmp_path: Path) -> Path:
     says = "import os, sys\nprint(sys.argv, os.getcwd(), os.getpid())\n"
     main = f"def main():\n    sys.exit(5)\n\n\n{says}main()\n"
     (tmp_path / "tools/pretrain.py").write_text(main)
-    (tmp_path / "tools/recipe.py").write_text(says)
+    (tmp_path / "moe_app/pretrain/build.py").write_text(says)
     return tmp_path
 
 
@@ -339,5 +339,5 @@ def test_guides_trainings_are_valid_for_their_ranks() -> None:
     for words in trainings:
         ranks = int(words[words.index("--nproc-per-node") + 1])
         (script,) = (at for at, word in enumerate(words) if word.endswith("tools/pretrain.py"))
-        cfg = recipe.parse(words[script + 1 :], prog="test", description="")
+        cfg = parse_recipe(words[script + 1 :], prog="test", description="")
         validate(cfg, ranks)

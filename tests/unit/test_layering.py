@@ -14,19 +14,20 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parents[2]
-PRODUCT = ("megatron/trainer", "moe_ext", "tools", "examples", "benchmarks")
+from tests.paths import REPO
+
+PRODUCT = ("megatron/trainer", "moe_ext", "moe_app", "tools", "examples", "benchmarks")
 MAX_LINES = 400
-TOOL_MODULES = tuple(path.stem for path in (REPO / "tools").glob("*.py"))
-OUTSIDE = (*TOOL_MODULES, "tools", "tests", "examples", "benchmarks")
+OUTSIDE = ("tools", "tests", "examples", "benchmarks")
 FORBIDDEN_IMPORTS = {
-    "megatron/trainer": ("moe_ext", *OUTSIDE),
-    "moe_ext": ("megatron.trainer", *OUTSIDE),
-    "tools": ("tests", "examples", "benchmarks"),
+    "megatron/trainer": ("moe_ext", "moe_app", *OUTSIDE),
+    "moe_ext": ("megatron.trainer", "moe_app", *OUTSIDE),
+    "moe_app": OUTSIDE,
+    "tools": ("megatron", "moe_ext", "tests", "examples", "benchmarks"),
 }
 OPTIONAL_PACKAGES = ("transformer_engine", "megablocks", "wandb", "transformers")
 IMPORTED_AT_USE = (*OPTIONAL_PACKAGES, "apex", "tensorboard", "matplotlib", "rich")
-LAUNCH = "megatron/trainer/launch.py"
+LAUNCH = "megatron/trainer/runtime/launch.py"
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,12 @@ BROKEN: list[tuple[Rule, str, str]] = [
     (imports_point_down, "moe_ext/a.py", "from megatron import trainer"),
     (imports_point_down, "moe_ext/a.py", "def f():\n    from megatron.trainer import step"),
     (imports_point_down, "megatron/trainer/a.py", "from moe_ext.config import MoEModelConfig"),
-    (imports_point_down, "megatron/trainer/a.py", "import recipe"),
+    (imports_point_down, "megatron/trainer/a.py", "import moe_app.cli"),
     (imports_point_down, "megatron/trainer/a.py", "import tests.unit"),
     (imports_point_down, "tools/a.py", "from tests import unit"),
+    (imports_point_down, "tools/a.py", "import megatron.trainer.loop"),
+    (imports_point_down, "moe_ext/a.py", "from moe_app.pretrain import build"),
+    (imports_point_down, "moe_app/a.py", "from tools import pretrain"),
     (imports_point_down, "moe_ext/a.py", "from . import config"),
     (imports_point_down, "moe_ext/a.py", "import importlib\nimportlib.import_module('x')"),
     (launch_alone_reads_globals, "moe_ext/a.py", "from megatron.core import parallel_state"),
@@ -160,11 +164,11 @@ BROKEN: list[tuple[Rule, str, str]] = [
     (optional_packages_are_imported_at_use, "tools/a.py", "from transformers import AutoModel"),
 ]
 FINE: list[tuple[Rule, str, str]] = [
-    (imports_point_down, "tools/a.py", "import recipe, moe_ext.config, megatron.trainer.step"),
+    (imports_point_down, "tools/a.py", "from moe_app.cli import plan"),
     (
         imports_point_down,
         "megatron/trainer/a.py",
-        "from megatron.trainer.recipe import dump_config",
+        "from megatron.trainer.config.recipe import dump_config",
     ),
     (launch_alone_reads_globals, LAUNCH, "import os\nos.environ['RANK']"),
     (optional_packages_are_imported_at_use, "tools/a.py", "def f():\n    import wandb"),
@@ -223,20 +227,26 @@ def import_without(
     )
 
 
-def package_modules() -> list[str]:
-    areas = ("megatron/trainer", "moe_ext")
+def package_modules(*areas: str) -> list[str]:
     paths = [path.relative_to(REPO) for area in areas for path in (REPO / area).rglob("*.py")]
     return [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths]
 
 
 def test_packages_import_without_the_optional_packages() -> None:
-    modules = package_modules()
+    modules = package_modules("megatron/trainer", "moe_ext")
     assert {"megatron.trainer", "megatron.trainer.loop", "moe_ext.experts"} <= set(modules)
     done = import_without(IMPORTED_AT_USE, modules)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_application_imports_without_the_extras() -> None:
+    modules = package_modules("moe_app")
+    assert {"moe_app.cli", "moe_app.pretrain.build"} <= set(modules)
+    done = import_without(OPTIONAL_PACKAGES, modules)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_blocked_package_would_be_noticed() -> None:
-    done = import_without(("yaml",), ["megatron.trainer.errors", "megatron.trainer.recipe"])
+    done = import_without(("yaml",), ["megatron.trainer.errors", "megatron.trainer.config.recipe"])
     assert done.returncode != 0
     assert "import of yaml halted" in done.stderr

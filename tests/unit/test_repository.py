@@ -1,30 +1,30 @@
 """What the repository ships besides code: recipes, tools' help, links, documents, file habits."""
 
-import importlib
 import itertools
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import recipe
 import torch
 
 from megatron.trainer import loop
-from megatron.trainer.config import RunConfig
-from megatron.trainer.hooks import Record
+from megatron.trainer.config.schema import RunConfig
+from megatron.trainer.config.validate import validate
+from megatron.trainer.hooks.base import Record
 from megatron.trainer.step import StepResult
-from megatron.trainer.validate import validate
+from moe_app.cli import COMMANDS, main
+from moe_app.pretrain.config import PretrainConfig, parse_recipe
+from moe_app.pretrain.hooks import RouterHealth
 from moe_ext.metrics import RouterMetrics
+from tests.paths import REPO
 
-REPO = Path(__file__).resolve().parents[2]
 RECIPES = sorted((REPO / "examples").rglob("*.yaml"))
-TOOLS = sorted(
-    path.stem for path in (REPO / "tools").glob("*.py") if "\ndef main(" in path.read_text("utf-8")
-)
+TOOLS = sorted(path.stem for path in (REPO / "tools").glob("*.py"))
 DOCUMENTS = sorted(
     path
     for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "tests/**/*.md")
@@ -39,8 +39,8 @@ def relative(path: Path) -> str:
     return str(path.relative_to(REPO))
 
 
-def parse(path: Path) -> recipe.PretrainConfig:
-    return recipe.parse(["--config", str(path)], prog="test", description="")
+def parse(path: Path) -> PretrainConfig:
+    return parse_recipe(["--config", str(path)], prog="test", description="")
 
 
 def test_there_is_something_to_look_at() -> None:
@@ -62,11 +62,11 @@ def test_printed_config_reloads_to_the_same_config(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
-        recipe.parse(["--config", str(path), "--print-config"], prog="test", description="")
+        parse_recipe(["--config", str(path), "--print-config"], prog="test", description="")
     assert exit_.value.code == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
-    assert parse(printed) == parse(path) != recipe.PretrainConfig()
+    assert parse(printed) == parse(path) != PretrainConfig()
 
 
 def test_olmoe_recipe_has_the_papers_numbers() -> None:
@@ -93,12 +93,35 @@ def test_olmoe_recipe_has_the_papers_numbers() -> None:
     assert sum(shares) == pytest.approx(4068.29)
 
 
+def test_every_tool_is_a_command() -> None:
+    assert sorted(command.tool for command in COMMANDS.values()) == TOOLS
+
+
 @pytest.mark.parametrize("name", TOOLS)
-def test_tool_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tool_starts_its_command(name: str) -> None:
+    source = (REPO / "tools" / f"{name}.py").read_text("utf-8")
+    command = next(each for each in COMMANDS.values() if each.tool == name)
+    assert command.run.__name__ == name
+    assert f"from moe_app.cli import {name}\n" in source and f"sys.exit({name}())" in source
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_explains_itself(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/megatron-moe", name])
     with pytest.raises(SystemExit) as exit_:
-        importlib.import_module(name).main(["--help"])
+        main([name, "--help"])
     assert exit_.value.code in (0, None)
-    assert "usage:" in capsys.readouterr().out.lower()
+    assert f"usage: megatron-moe {name} " in capsys.readouterr().out
+
+
+def test_console_command_lists_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    listed = re.findall(r"^  ([a-z-]+)  +\w", capsys.readouterr().out, re.M)
+    assert listed == list(COMMANDS)
+    assert main(["pretran"]) == 2
+    assert "no command 'pretran'; did you mean 'pretrain'?" in capsys.readouterr().err
 
 
 def broken_links(document: Path) -> list[str]:
@@ -111,7 +134,7 @@ def broken_links(document: Path) -> list[str]:
 
 def missing_paths(document: Path) -> list[str]:
     """Paths of this repository, written as code, that are not there."""
-    areas = r"(?:megatron/trainer|moe_ext|tools|tests|examples|docs|benchmarks)"
+    areas = r"(?:megatron/trainer|moe_ext|moe_app|tools|tests|examples|docs|benchmarks)"
     text = document.read_text("utf-8")
     named = re.findall(rf"(?<![\w/.]){areas}/[\w./-]*\w\.(?:py|md|yaml|sh)\b", text)
     named += re.findall(rf"`({areas}/[\w./-]*/)`", text)
@@ -150,7 +173,7 @@ def written_records() -> list[Record]:
     state: Any = SimpleNamespace(
         cfg=RunConfig(),
         ctx=SimpleNamespace(world_size=1),
-        metrics=recipe.RouterHealth(metrics),
+        metrics=RouterHealth(metrics),
         train_data=data,
         validation={"code": None},
         flops_per_token=1.0,

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import recipe
 from torch.distributed import ProcessGroup
 
 from benchmarks import scaling
@@ -15,9 +14,9 @@ from benchmarks.scaling_plots import plot_processes
 from benchmarks.scaling_points import BLOCK, points
 from benchmarks.scaling_processes import PROCESS_BLOCK, _compare_losses, layout_flags
 from benchmarks.session import DifferentMathsError
+from moe_app.pretrain.config import parse_recipe
 from moe_ext.counting import count_parameters, training_flops_per_token
-
-REPO = Path(__file__).resolve().parents[2]
+from tests.paths import REPO
 
 
 def test_finer_experts_cost_the_same_but_for_their_router() -> None:
@@ -41,7 +40,7 @@ def test_tokens_are_whole_sequences() -> None:
 
 
 def test_ranks_are_told_the_shape_and_the_layout() -> None:
-    cfg = recipe.parse(layout_flags(PROCESS_BLOCK, 4, "PP"), prog="test", description="")
+    cfg = parse_recipe(layout_flags(PROCESS_BLOCK, 4, "PP"), prog="test", description="")
     assert cfg.model == PROCESS_BLOCK.model
     assert cfg.parallel.pipeline_model_parallel_size == 4
     assert cfg.training.global_batch_size == PROCESS_BLOCK.micro_batch_size

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-REPO = Path(__file__).resolve().parents[2]
+from tests.paths import REPO
+
 AREAS = ("megatron", "moe_ext", "tools", "examples", "benchmarks", "tests", "docker")
 
 BUILTINS = {"eval", "exec", "compile", "__import__"}
@@ -49,7 +50,9 @@ KEYWORDS = {
 MUST_SAY = {"torch.load": "weights_only", "numpy.load": "allow_pickle"}
 
 ALLOWED: dict[str, dict[str, str]] = {
-    "megatron/trainer/safe_load.py": {"pickle._Unpickler": "the guard; it builds what is listed"},
+    "megatron/trainer/checkpoint/safe_load.py": {
+        "pickle._Unpickler": "the guard; it builds what is listed"
+    },
     # Tests that show that a payload is live, or that read back what they wrote themselves.
     "tests/distributed/test_hostile_checkpoint.py": {
         "allow_pickle not False": "payloads in an index cache",
@@ -58,20 +61,20 @@ ALLOWED: dict[str, dict[str, str]] = {
         "weights_only not True": "payloads",
         "yaml.unsafe_load": "a payload",
     },
-    "tests/unit/test_checkpoint_stream.py": {"os.system": "what the payload calls"},
-    "tests/unit/test_data_build.py": {"allow_pickle not False": "a payload is written"},
-    "tests/unit/test_safe_load.py": {
+    "tests/unit/trainer/checkpoint/test_stream.py": {"os.system": "what the payload calls"},
+    "tests/unit/trainer/data/test_build.py": {"allow_pickle not False": "a payload is written"},
+    "tests/unit/trainer/checkpoint/test_safe_load.py": {
         "os.system": "what the payload calls",
         "pickle.load": "a payload",
         "weights_only not True": "payloads",
     },
-    "tests/unit/test_security_hf.py": {
+    "tests/unit/app/convert/test_security_hf.py": {
         "jinja2.Environment": "a payload, and a trap",
         "trust_remote_code not False": "what a hostile file says",
     },
-    "tests/unit/test_security_text.py": {"yaml.unsafe_load": "a payload"},
+    "tests/unit/trainer/test_security_text.py": {"yaml.unsafe_load": "a payload"},
     "tests/distributed/fork_server.py": {"runpy.run_path": "a test's own worker"},
-    "tests/unit/test_watchdog.py": {
+    "tests/unit/trainer/health/test_watchdog.py": {
         "compile": "a function of the test's own in another file",
         "exec": "the same",
     },

@@ -5,8 +5,8 @@ the ranks in step, and `fit` compares configurations. `stream_write` and `stream
 process and block by block what `save` and `load` do for a whole run.
 """
 
+from megatron.trainer.checkpoint.compare_config import compare_configs, config_mismatch
 from megatron.trainer.checkpoint.find import FoundCheckpoint, find_checkpoint
-from megatron.trainer.checkpoint.fit import compare_configs, config_mismatch
 from megatron.trainer.checkpoint.load import load_checkpoint, read_text
 from megatron.trainer.checkpoint.save import save_checkpoint
 from megatron.trainer.checkpoint.stream_read import CheckpointReader, ManifestCheck

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron.trainer.checkpoint import layout
-from megatron.trainer.checkpoint.ranks import gather, on_rank0, rank_of, size_of, together
+from megatron.trainer.checkpoint.collective import gather, on_rank0, rank_of, size_of, together
+from megatron.trainer.checkpoint.manifest import MANIFEST_NAME, read_manifest, verify_manifest
 from megatron.trainer.errors import CheckpointError
-from megatron.trainer.manifest import MANIFEST_NAME, read_manifest, verify_manifest
 
 _SHOWN_PROBLEMS = 5
 

@@ -13,8 +13,8 @@ import re
 import shutil
 from pathlib import Path
 
-from megatron.trainer.manifest import sync_directory, write_durably
-from megatron.trainer.small_files import read_small
+from megatron.trainer.checkpoint.manifest import sync_directory, write_durably
+from megatron.trainer.io.bounded_read import read_small
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 

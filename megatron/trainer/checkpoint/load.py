@@ -18,11 +18,11 @@ from megatron.core.dist_checkpointing.validation import (
     validate_sharding_integrity,
 )
 
-from megatron.trainer.checkpoint.ranks import on_rank0, rank_of, together
+from megatron.trainer.checkpoint.collective import on_rank0, rank_of, together
+from megatron.trainer.checkpoint.manifest import verify_manifest
+from megatron.trainer.checkpoint.safe_load import install_guards
 from megatron.trainer.errors import CheckpointError
-from megatron.trainer.manifest import verify_manifest
-from megatron.trainer.safe_load import install_guards
-from megatron.trainer.small_files import is_plain_name, read_small
+from megatron.trainer.io.bounded_read import is_plain_name, read_small
 
 _SHOWN_KEYS = 10
 _MOST_TEXT_BYTES = 1 << 26

@@ -31,9 +31,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 
 from megatron.trainer.checkpoint import layout
-from megatron.trainer.checkpoint.ranks import gather, on_rank0, rank_of, together
-from megatron.trainer.errors import CheckpointError, ConfigError
-from megatron.trainer.manifest import (
+from megatron.trainer.checkpoint.collective import gather, on_rank0, rank_of, together
+from megatron.trainer.checkpoint.manifest import (
     MANIFEST_NAME,
     FileRecord,
     hash_files,
@@ -43,8 +42,9 @@ from megatron.trainer.manifest import (
     write_durably,
     write_manifest,
 )
-from megatron.trainer.safe_load import load_trusted_types, what_it_holds
-from megatron.trainer.small_files import is_plain_name
+from megatron.trainer.checkpoint.safe_load import load_trusted_types, what_it_holds
+from megatron.trainer.errors import CheckpointError, ConfigError
+from megatron.trainer.io.bounded_read import is_plain_name
 
 ShardedStateDict = dict[str, Any]
 """megatron-core's: nested dicts and lists with ShardedTensor, ShardedObject or plain leaves."""

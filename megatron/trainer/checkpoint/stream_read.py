@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron.trainer.digests import Digest, DigestThread
+from megatron.trainer.checkpoint.manifest import read_manifest, verify_manifest
+from megatron.trainer.checkpoint.safe_load import load_metadata, load_trusted_types
 from megatron.trainer.errors import CheckpointError
-from megatron.trainer.manifest import read_manifest, verify_manifest
-from megatron.trainer.safe_load import load_metadata, load_trusted_types
+from megatron.trainer.io.hashing import Digest, DigestThread
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and sizes of a block within its tensor."""

@@ -30,9 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron.trainer.checkpoint import layout
-from megatron.trainer.digests import Digest, DigestThread
-from megatron.trainer.errors import CheckpointError
-from megatron.trainer.manifest import (
+from megatron.trainer.checkpoint.manifest import (
     FileRecord,
     hash_files,
     list_files,
@@ -40,6 +38,8 @@ from megatron.trainer.manifest import (
     write_durably,
     write_manifest,
 )
+from megatron.trainer.errors import CheckpointError
+from megatron.trainer.io.hashing import Digest, DigestThread
 
 _SHARD_NAME = "__0_0.distcp"
 _METADATA_NAME = ".metadata"

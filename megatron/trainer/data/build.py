@@ -8,9 +8,9 @@ from pathlib import PurePath
 
 import numpy as np
 
-from megatron.trainer.config import DataConfig
+from megatron.trainer.config.schema import DataConfig
 from megatron.trainer.data.indexed import TokenFile, open_tokens
-from megatron.trainer.data.phases import Phase
+from megatron.trainer.data.sampler import Phase
 from megatron.trainer.data.source import MockSource, Source, WindowSource
 from megatron.trainer.data.stream import SampleStream, ValidationSet
 from megatron.trainer.errors import ConfigError, DataError

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron.trainer.data.phases import Dealer, Phase, read_records
+from megatron.trainer.data.sampler import Dealer, Phase, read_records
 from megatron.trainer.data.source import Source
 from megatron.trainer.errors import ConfigError, DataError
 

@@ -9,7 +9,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as TokenizersTokenizer
 
 from megatron.trainer.errors import ConfigError, DataError
-from megatron.trainer.small_files import read_small
+from megatron.trainer.io.bounded_read import read_small
 
 END_OF_DOCUMENT = "<|endoftext|>"
 """The piece that separates documents, in our own tokenizers and in OLMoE's."""

@@ -9,7 +9,7 @@ from megatron.trainer.hf_files.directory import HFDirectory
 from megatron.trainer.hf_files.header import TensorEntry, read_header
 from megatron.trainer.hf_files.plan import ShardPlan, parse_size, plan_shards
 from megatron.trainer.hf_files.publish import new_directory
-from megatron.trainer.hf_files.writer import HFWriter
+from megatron.trainer.hf_files.shard_writer import HFWriter
 
 __all__ = [
     "HFDirectory",

@@ -30,7 +30,7 @@ import torch
 from megatron.trainer.errors import CheckpointError
 from megatron.trainer.hf_files.header import TensorEntry, read_header
 from megatron.trainer.hf_files.plan import INDEX_NAME, SINGLE_NAME
-from megatron.trainer.small_files import is_plain_name, open_regular, read_at_most
+from megatron.trainer.io.bounded_read import is_plain_name, open_regular, read_at_most
 
 CONFIG_NAME = "config.json"
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.trainer.launch import RunContext
+from megatron.trainer.runtime.launch import RunContext
 
 
 class StagedModel:

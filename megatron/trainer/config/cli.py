@@ -1,0 +1,269 @@
+"""A run config from its defaults, a preset, a YAML recipe and command-line flags, in that order."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from megatron.trainer.config.recipe import (
+    FieldPlace,
+    did_you_mean,
+    dump_config,
+    flatten,
+    is_recipe_only,
+    read_recipe,
+    schema_of,
+    strip_optional,
+)
+from megatron.trainer.errors import ConfigError
+
+__all__ = ["dump_config", "flatten", "load_config"]
+
+T = TypeVar("T")
+
+
+def load_config(
+    config_class: type[T],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    presets: Mapping[str, Mapping[str, object]] = types.MappingProxyType({}),
+    resolve: Callable[[T, list[frozenset[str]]], T] | None = None,
+    quiet: bool = False,
+) -> T:
+    """Read a run config: defaults < preset < recipe < flags.
+
+    Three flags belong to no group: `--config FILE` names the recipe, `--preset NAME` the preset
+    (a recipe may name it too, as `preset:`; the flag wins), `--print-config` prints the result as a
+    recipe.
+
+    Args:
+        config_class: a frozen dataclass of groups.
+        argv: the command line without the program's name.
+        prog: the program's name in help and usage messages.
+        description: what the program does, for --help.
+        presets: named sets of field values.
+        resolve: what turns settings that can be spelled in two ways into one, given the names that
+            preset, recipe and flags each set (to None: not set). It may change the config.
+        quiet: print nothing; for ranks other than 0.
+
+    Raises:
+        ConfigError: the recipe, or the choice of recipe or preset, is wrong.
+        SystemExit: 0 after --help and --print-config, 2 after a wrong flag.
+    """
+    schema = schema_of(config_class)
+    recipe_path = _single_value(argv, "--config")
+    recipe, named = ({}, None) if recipe_path is None else read_recipe(recipe_path, schema)
+    flagged = _single_value(argv, "--preset")
+    preset = named if flagged is None else flagged
+    named_values = _preset_values(preset, presets, schema)
+    values = {**named_values, **recipe}
+    with contextlib.ExitStack() as stack:
+        if quiet:
+            # tyro prints some errors whatever its console_outputs says.
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        try:
+            cfg, is_print_only = _parse_flags(
+                _with_values(config_class, schema, values),
+                argv,
+                prog=prog,
+                description=description,
+                presets=tuple(presets),
+            )
+        except SystemExit as end:
+            if end.code:
+                sys.stderr.write(_nearest_flags(argv, schema))
+            raise
+        if resolve is not None:
+            layers = (named_values, recipe, _flagged(argv, schema))
+            given = {name for name, value in flatten(cfg).items() if value is not None}
+            cfg = resolve(cfg, [frozenset(given.intersection(layer)) for layer in layers])
+        if is_print_only:
+            sys.stdout.write(dump_config(cfg))
+            raise SystemExit(0)
+    return cfg
+
+
+def _flagged(argv: Sequence[str], schema: Mapping[str, FieldPlace]) -> set[str]:
+    """The fields that flags set."""
+    names = {
+        token.partition("=")[0].removeprefix("--").replace("-", "_")
+        for token in argv
+        if token.startswith("--")
+    }
+    return (names | {name.removeprefix("no_") for name in names}) & schema.keys()
+
+
+def _nearest_flags(argv: Sequence[str], schema: Mapping[str, FieldPlace]) -> str:
+    """A line for each unknown flag that resembles a known one; tyro finds only some of them."""
+    lines = []
+    known = (*schema, "config", "preset", "print_config")
+    for token in argv:
+        flag = token.partition("=")[0]
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--"):
+            continue
+        if name in schema and is_recipe_only(schema[name].hint):
+            lines.append(f"{flag} is no flag: {name} can be given in a recipe only\n")
+        elif not {name, name.removeprefix("no_")} & {*known, "help"}:
+            near = difflib.get_close_matches(name, known, n=1)
+            lines += [f"{flag}: did you mean --{near[0].replace('_', '-')}?\n"] if near else []
+    return "".join(lines)
+
+
+def _single_value(argv: Sequence[str], flag: str) -> str | None:
+    """The value of a flag that is needed before the others can be parsed.
+
+    A flag without a value is left for tyro to report.
+    """
+    found = [token.partition("=")[2] for token in argv if token.startswith(f"{flag}=")]
+    for token, following in itertools.pairwise(argv):
+        if token == flag and not following.startswith("--"):
+            found.append(following)
+    if len(found) > 1:
+        raise ConfigError(
+            f"{flag} is given {len(found)} times ({', '.join(found)}); it takes one value, give it"
+            " once"
+        )
+    return found[0] if found else None
+
+
+def _preset_values(
+    name: str | None, presets: Mapping[str, Mapping[str, object]], schema: Mapping[str, FieldPlace]
+) -> dict[str, object]:
+    if name is None:
+        return {}
+    if name not in presets:
+        raise ConfigError(
+            f"unknown preset {name!r}{did_you_mean(name, presets)}; the presets are:"
+            f" {', '.join(presets) or 'none'}"
+        )
+    unknown = presets[name].keys() - schema.keys()
+    if unknown:
+        raise TypeError(f"preset {name!r} sets fields that do not exist: {sorted(unknown)}")
+    return dict(presets[name])
+
+
+def _with_values(
+    config_class: type[T], schema: Mapping[str, FieldPlace], values: Mapping[str, object]
+) -> T:
+    """The defaults with some fields replaced."""
+    cfg = config_class()
+    changes: dict[str, dict[str, object]] = {}
+    for name, value in values.items():
+        changes.setdefault(schema[name].group, {})[name] = value
+    groups = {
+        group: dataclasses.replace(getattr(cfg, group), **fields)
+        for group, fields in changes.items()
+    }
+    return typing.cast(T, dataclasses.replace(typing.cast(Any, cfg), **groups))
+
+
+def _parse_flags(
+    cfg: T, argv: Sequence[str], *, prog: str, description: str, presets: tuple[str, ...]
+) -> tuple[T, bool]:
+    """Let flags override `cfg`; also says whether --print-config was among them."""
+    sources = _sources_class(presets)
+    members: list[tuple[str, Any, Any]] = [("recipe", sources, sources())]
+    for group in dataclasses.fields(typing.cast(Any, cfg)):
+        default = _for_flags(getattr(cfg, group.name))
+        members.append((group.name, type(default), default))
+    command_line = dataclasses.make_dataclass(
+        "CommandLine",
+        [(name, kind, dataclasses.field(default=default)) for name, kind, default in members],
+        frozen=True,
+    )
+    parsed: Any = tyro.cli(
+        command_line,
+        args=list(argv),
+        prog=prog,
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    groups = {
+        group.name: _copy_fields(getattr(parsed, group.name), type(getattr(cfg, group.name)))
+        for group in dataclasses.fields(typing.cast(Any, cfg))
+    }
+    return dataclasses.replace(typing.cast(Any, cfg), **groups), parsed.recipe.print_config
+
+
+def _sources_class(presets: tuple[str, ...]) -> type:
+    """The group of flags that say where the other values come from."""
+    named = f"Named settings that the recipe and flags override: {', '.join(presets) or 'none'}."
+    return dataclasses.make_dataclass(
+        "Sources",
+        [
+            (
+                "config",
+                Annotated[
+                    str | None,
+                    tyro.conf.arg(metavar="FILE", help="YAML recipe; flags override its keys."),
+                ],
+                dataclasses.field(default=None),
+            ),
+            (
+                "preset",
+                Annotated[str | None, tyro.conf.arg(metavar="NAME", help=named)],
+                dataclasses.field(default=None),
+            ),
+            (
+                "print_config",
+                Annotated[
+                    bool,
+                    tyro.conf.FlagCreatePairsOff,
+                    tyro.conf.arg(help="Print every setting as a recipe, and exit."),
+                ],
+                dataclasses.field(default=False),
+            ),
+        ],
+        namespace={
+            "__doc__": "Where the settings below come from: defaults < preset < recipe < flags."
+        },
+        frozen=True,
+    )
+
+
+def _for_flags(group: Any) -> Any:
+    """A copy of a group whose `bool | None` fields make --x/--no-x pairs, as `bool` fields do.
+
+    Records make no flags.
+    """
+    cls = type(group)
+    hints = typing.get_type_hints(cls)
+    changed: list[tuple[str, Any, Any]] = [
+        (
+            field.name,
+            Annotated[bool | None, tyro.conf.DisallowNone],
+            dataclasses.field(default=None),
+        )
+        for field in dataclasses.fields(cls)
+        if strip_optional(hints[field.name]) == (bool, True)
+    ]
+    changed += [
+        (name, Annotated[hint, tyro.conf.Suppress], dataclasses.field(default=()))
+        for name, hint in hints.items()
+        if is_recipe_only(hint)
+    ]
+    mirror = dataclasses.make_dataclass(
+        cls.__name__,
+        changed,
+        bases=(cls,),
+        namespace={"__doc__": cls.__doc__},
+        frozen=True,
+        kw_only=True,
+    )
+    return _copy_fields(group, mirror)
+
+
+def _copy_fields(group: Any, cls: type) -> Any:
+    return cls(**{field.name: getattr(group, field.name) for field in dataclasses.fields(group)})

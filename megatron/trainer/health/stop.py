@@ -1,0 +1,78 @@
+"""Whether a run stops before its last step: a notice, a time limit, an interval."""
+
+import signal
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron.trainer.config.schema import RunConfig
+from megatron.trainer.runtime import signals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """Why a run stops early; the same on every rank."""
+
+    reason: str
+    """`signal`, `duration` or `interval`."""
+    detail: str
+    """The same in words."""
+
+    @property
+    def requeue(self) -> bool:
+        """Whether it was stopped from outside, and should be started again."""
+        return self.reason != "interval"
+
+
+class StopRule:
+    """Asked between steps, and between the batches of an evaluation, by all ranks alike.
+
+    Args:
+        cfg: the flags.
+        device: of this rank, for the agreement.
+        iteration: steps done when this process began.
+    """
+
+    def __init__(self, cfg: RunConfig, *, device: torch.device, iteration: int) -> None:
+        self._cfg = cfg.reliability
+        self._last = cfg.training.train_iters
+        self._device = device
+        self._first = iteration
+        self.stop: Stop | None = None
+        """What was decided when last asked."""
+
+    def ask(self, iteration: int, *, is_evaluating: bool = False) -> Stop | None:
+        """Say whether to stop; once it is so, it stays so. A collective call.
+
+        Args:
+            iteration: steps done.
+            is_evaluating: an evaluation is going on, which no interval cuts short.
+        """
+        if self.stop is None:
+            self.stop = self._agreed()
+        if self.stop is None and not is_evaluating:
+            self.stop = self._at_interval(iteration)
+        return self.stop
+
+    def _agreed(self) -> Stop | None:
+        """What any rank has noticed; another rank's signal may still be on its way to this one."""
+        notice = signals.seen()
+        limit = self._cfg.exit_duration_in_mins
+        minutes = (time.monotonic() - signals.STARTED) / 60
+        is_over = limit is not None and minutes >= limit
+        noted = torch.tensor([int(notice or 0), int(is_over)], device=self._device)
+        dist.all_reduce(noted, op=dist.ReduceOp.MAX)
+        number, over = noted.tolist()
+        if number:
+            return Stop(reason="signal", detail=f"{signal.Signals(number).name} received")
+        if over:
+            return Stop(reason="duration", detail=f"--exit-duration-in-mins {limit:g} are over")
+        return None
+
+    def _at_interval(self, iteration: int) -> Stop | None:
+        interval = self._cfg.exit_interval
+        if interval is None or iteration % interval or iteration in (self._first, self._last):
+            return None
+        return Stop(reason="interval", detail=f"--exit-interval {interval}")

@@ -1,0 +1,186 @@
+"""AdamW for megatron-core's optimizers, its parameter groups, and the optimizer's construction."""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import megatron.core.optimizer as mcore_optimizer
+import torch
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer_config import (
+    OptimizerConfig as McoreOptimizerConfig,
+)
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from torch.optim.adamw import adamw
+
+from megatron.trainer.config.schema import OptimizerConfig
+
+logger = logging.getLogger(__name__)
+
+ParameterGroups = Iterable[dict[str, Any]]
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW whose step count lives in the parameter group, as in Apex's and TE's fused Adam.
+
+    torch's own AdamW counts per parameter, which megatron-core's distributed optimizer does not
+    store; a run that resumed with it would restart the bias correction. The arithmetic is torch's
+    fused kernel. Loshchilov and Hutter, "Decoupled weight decay regularization", algorithm 2.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate.
+        betas: decays of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay.
+        adam_w_mode: megatron-core passes it; only decoupled decay is offered.
+    """
+
+    def __init__(
+        self,
+        params: ParameterGroups,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        adam_w_mode: bool = True,
+    ) -> None:
+        if not adam_w_mode:
+            raise ValueError("adam_w_mode is False; only decoupled weight decay is offered")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
+        super().__init__(params, defaults)
+
+    def initialize_moments(self) -> None:
+        """Give every parameter its zero moments, so that a checkpoint has a place for them."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        if closure is not None:
+            raise ValueError("a closure was passed to AdamW.step; it is not supported")
+        self.initialize_moments()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._update(group, parameters)
+            group["step"] += 1
+
+    def _update(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
+        done = torch.full((len(parameters),), float(group["step"]), device=parameters[0].device)
+        adamw(
+            parameters,
+            [p.grad for p in parameters],  # type: ignore[misc]
+            [self.state[p]["exp_avg"] for p in parameters],
+            [self.state[p]["exp_avg_sq"] for p in parameters],
+            [],
+            list(done.unbind()),
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def use_adamw() -> None:
+    """Make megatron-core build our AdamW where neither TE nor Apex is installed.
+
+    megatron-core 0.16 picks the class at import and treats torch's as one with per-parameter
+    steps; with ours it takes the branches written for fused Adam.
+    """
+    if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
+        mcore_optimizer.USING_PYTORCH_OPTIMIZER = False
+        mcore_optimizer.Adam = AdamW
+        distrib_optimizer.Adam = AdamW
+        distrib_optimizer.HAVE_APEX_OR_TE = True
+        distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def build_optimizer(
+    cfg: OptimizerConfig,
+    chunks: list[torch.nn.Module],
+    *,
+    bf16: bool,
+    use_distributed_optimizer: bool,
+) -> ChainedOptimizer:
+    """Build megatron-core's optimizer over DDP-wrapped model chunks."""
+    use_adamw()
+    optimizer = mcore_optimizer.get_megatron_optimizer(
+        McoreOptimizerConfig(
+            optimizer="adam",
+            lr=cfg.lr,
+            min_lr=cfg.min_lr,
+            weight_decay=cfg.weight_decay,
+            adam_beta1=cfg.adam_beta1,
+            adam_beta2=cfg.adam_beta2,
+            adam_eps=cfg.adam_eps,
+            clip_grad=cfg.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=use_distributed_optimizer,
+        ),
+        chunks,
+        config_overrides=decay_overrides(cfg.weight_decay_on),
+        use_gloo_process_groups=False,
+    )
+    assert isinstance(optimizer, ChainedOptimizer)
+    for inner in optimizer.chained_optimizers:
+        if isinstance(inner.optimizer, AdamW):
+            inner.optimizer.initialize_moments()
+    return optimizer
+
+
+def decay_overrides(rule: Literal["all", "matrices"]) -> dict[ParamKey, dict[str, float]]:
+    """megatron-core's group overrides for a weight-decay rule.
+
+    `all` is OLMoE's (norms, QK-norms, embeddings and biases decay too; paper sections 4.2.3 and
+    4.2.4). `matrices` leaves one-dimensional parameters alone, as Megatron-LM does.
+    """
+    if rule == "all":
+        return {}
+    vectors = ParamPredicate(name="vectors", fn=lambda parameter: parameter.dim() == 1)
+    return {ParamKey(predicate=vectors): {"wd_mult": 0.0}}
+
+
+def apply_schedule(optimizer: ChainedOptimizer, *, lr: float, weight_decay: float) -> None:
+    """Set the next step's learning rate and weight decay in every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+
+
+def clip_gradients(optimizer: ChainedOptimizer, norm: float) -> None:
+    """Scale the prepared gradients down to `clip_grad`, as megatron-core's own step does.
+
+    Args:
+        optimizer: after `prepare_grads`; with a `clip_grad` of 0 its gradients stay as they are.
+        norm: of the gradients of all chained optimizers over all ranks.
+    """
+    for inner in optimizer.chained_optimizers:
+        parameters = inner.get_parameters()
+        if parameters and inner.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(parameters, inner.config.clip_grad, norm)
+
+
+def describe_groups(optimizer: ChainedOptimizer, weight_decay: float) -> list[str]:
+    """One line per parameter group of this rank, for the log's head."""
+    lines = []
+    for group in optimizer.param_groups:
+        kind = "expert" if group["is_expert_parallel"] else "dense"
+        numbers = sum(parameter.numel() for parameter in group["params"])
+        lines.append(
+            f"{kind}: {len(group['params'])} tensors, {numbers:,} values on this rank, weight"
+            f" decay {weight_decay * group.get('wd_mult', 1.0):g}"
+        )
+    return lines

@@ -1,0 +1,269 @@
+"""Learning-rate schedules as functions step -> value.
+
+A decay is a function from the share of the decay that is done, 0 to 1, to the share of the way from
+the peak to the final learning rate that is left, 1 to 0. A WSD schedule (warm-up, stable, decay)
+keeps the peak until its tail, the decay, begins; an annealing branch is a tail alone, begun at some
+step of another run. Both take any decay, and the geometric one, which is no share of a way: it
+falls by the same factor at every step.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron.trainer.config.recipe import did_you_mean
+from megatron.trainer.config.schema import RunConfig
+from megatron.trainer.errors import ConfigError
+
+Decay = Callable[[float], float]
+
+
+def cosine(done: float) -> float:
+    """Half a cosine wave."""
+    return 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def linear(done: float) -> float:
+    """A straight line."""
+    return 1.0 - done
+
+
+def constant(_done: float) -> float:
+    """No decay."""
+    return 1.0
+
+
+def exponential(done: float) -> float:
+    """Megatron-LM's tail of that name: 2 x 0.5^done - 1, which is not geometric."""
+    return 2.0 * 0.5**done - 1.0
+
+
+def minus_sqrt(done: float) -> float:
+    """One minus the square root."""
+    return 1.0 - math.sqrt(done)
+
+
+DECAYS: dict[str, Decay] = {
+    "cosine": cosine,
+    "linear": linear,
+    "constant": constant,
+    "exponential": exponential,
+    "minus_sqrt": minus_sqrt,
+}
+"""Decay shapes by the name that `lr_decay_style` and `lr_wsd_decay_style` take."""
+GEOMETRIC = "geometric"
+"""The decay of JetMoE: rate = peak x (final / peak)^done; it needs a final rate above 0."""
+WSD = "WSD"
+"""The style that stays at the peak until a tail of its own shape and length."""
+
+
+def register_decay(name: str, decay: Decay) -> None:
+    """Make `decay` known as `name`; a name that is taken is refused with a ValueError."""
+    if name in (GEOMETRIC, WSD):
+        raise ValueError(f"lr_decay_style '{name}' is built in; choose another name")
+    if name in DECAYS:
+        raise ValueError(
+            f"lr_decay_style '{name}' is already registered as {DECAYS[name]!r}; choose"
+            " another name"
+        )
+    DECAYS[name] = decay
+
+
+def decayed(style: str, done: float, *, peak: float, final: float) -> float:
+    """The learning rate when the share `done` (0 to 1) of a decay from peak to final is over."""
+    if style != GEOMETRIC:
+        return final + (peak - final) * DECAYS[style](done)
+    return peak * (final / peak) ** done if done < 1.0 else final
+
+
+def _check_known(style: str, known: set[str], *, kind: str) -> None:
+    """Refuse a style that is not in `known`, with a ValueError that names the nearest one."""
+    if style not in known:
+        raise ValueError(
+            f"unknown {kind} '{style}'; known: {', '.join(sorted(known))}"
+            f"{did_you_mean(style, known)}"
+        )
+
+
+def _check_decay(style: str, *, peak: float, final: float, kind: str) -> None:
+    """Refuse a decay that nobody registered, or that cannot reach its end.
+
+    Raises:
+        ValueError: it is unknown, or geometric towards 0.
+    """
+    _check_known(style, {*DECAYS, GEOMETRIC}, kind=kind)
+    if style == GEOMETRIC and not (peak > 0 and final > 0):
+        raise ValueError(
+            f"{kind} 'geometric' goes from a learning rate of {peak:g} to min_lr ({final:g}) by the"
+            " same factor at every step, which 0 cannot be part of; give a min_lr above 0 (JetMoE:"
+            " a tenth of the peak), or take linear to reach 0"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Linear warm-up, then a decay, then the final learning rate.
+
+    Calling it with the number of steps done gives the learning rate of the next step.
+    """
+
+    style: str
+    """WSD, or the name of the decay that begins after the warm-up: geometric, a key of DECAYS."""
+    peak: float
+    """Learning rate at the end of the warm-up."""
+    final: float
+    """Learning rate from decay_iters on; a constant schedule never leaves the peak."""
+    warmup_iters: int
+    """Steps of warm-up."""
+    warmup_init: float
+    """Learning rate of the first step of the warm-up."""
+    decay_iters: int
+    """Step at which the decay ends, counted from the start of training."""
+
+    tail: str | None = None
+    """WSD: name of the decay that ends the run; geometric or a key of DECAYS."""
+    tail_iters: int = 0
+    """WSD: steps of that decay; the last of them ends at decay_iters."""
+
+    def __post_init__(self) -> None:
+        """Refuse a decay that nobody registered, and a tail that does not fit.
+
+        Raises:
+            ValueError: with the remedy.
+        """
+        if self.style != WSD:
+            _check_known(self.style, {*DECAYS, GEOMETRIC, WSD}, kind="lr_decay_style")
+            _check_decay(self.style, peak=self.peak, final=self.final, kind="lr_decay_style")
+            return
+        if self.tail is None:
+            raise ValueError(
+                "lr_decay_style WSD needs lr_wsd_decay_style (None), the shape of its decay; use"
+                f" one of {', '.join(sorted({*DECAYS, GEOMETRIC}))}"
+            )
+        _check_decay(self.tail, peak=self.peak, final=self.final, kind="lr_wsd_decay_style")
+        if not 1 <= self.tail_iters <= self.decay_iters - self.warmup_iters:
+            raise ValueError(
+                f"lr_wsd_decay_iters ({self.tail_iters}) must be 1 to"
+                f" {self.decay_iters - self.warmup_iters}, the steps between the warm-up"
+                f" (lr_warmup_iters {self.warmup_iters}) and the end of the decay (lr_decay_iters"
+                f" or train_iters, {self.decay_iters}); change one of the three"
+            )
+
+    def __call__(self, step: int) -> float:
+        """The learning rate of step number `step`, counted from 0."""
+        if step < self.warmup_iters:
+            share = step / self.warmup_iters
+            return self.warmup_init + (self.peak - self.warmup_init) * share
+        style, start = self.style, self.warmup_iters
+        if style == WSD:
+            style, start = self.tail or "", self.decay_iters - self.tail_iters
+            if step <= start:
+                return self.peak
+        length = self.decay_iters - start
+        done = min(1.0, (step - start) / length) if length > 0 else 1.0
+        return decayed(style, done, peak=self.peak, final=self.final)
+
+    def state_dict(self) -> dict[str, str | float | int | None]:
+        """The curve by the names of its flags, to tell whether a resumed run follows the same.
+
+        A constant schedule has no end to keep, one without a tail no tail.
+        """
+        curve: dict[str, str | float | int | None] = {
+            "lr_decay_style": self.style,
+            "lr": self.peak,
+            "lr_warmup_iters": self.warmup_iters,
+            "lr_warmup_init": self.warmup_init,
+        }
+        if self.style != "constant":
+            curve |= {"min_lr": self.final, "lr_decay_iters": self.decay_iters}
+        if self.style == WSD:
+            curve |= {"lr_wsd_decay_style": self.tail, "lr_wsd_decay_iters": self.tail_iters}
+        return curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anneal:
+    """The schedule of an annealing branch: a tail that begins at a step of another run.
+
+    Calling it with the number of steps done, the other run's included, gives the learning rate of
+    the next step.
+    """
+
+    start: int
+    """Steps that the other run had done."""
+    peak: float
+    """Learning rate of its next step, where the tail begins."""
+    final: float
+    """Learning rate from the end of the tail on."""
+    tail: str
+    """Name of the decay: geometric or a key of DECAYS."""
+    tail_iters: int
+    """Steps of the decay, at least 1."""
+
+    def __post_init__(self) -> None:
+        """Refuse a decay that is unknown or would rise.
+
+        Raises:
+            ValueError: with the remedy.
+        """
+        _check_decay(self.tail, peak=self.peak, final=self.final, kind="lr_wsd_decay_style")
+        if self.final > self.peak:
+            raise ValueError(
+                f"min_lr ({self.final:g}) is above the learning rate that the branch begins with"
+                f" ({self.peak:g}, that of step {self.start} of the run it branches from); a decay"
+                " must not rise; lower --min-lr"
+            )
+
+    def __call__(self, step: int) -> float:
+        """The learning rate of step number `step`, counted from 0 over both runs."""
+        done = min(1.0, max(0.0, (step - self.start) / self.tail_iters))
+        return decayed(self.tail, done, peak=self.peak, final=self.final)
+
+    def state_dict(self) -> dict[str, str | float | int]:
+        """The curve, mostly by the names of its flags; `anneal_lr` is the rate it begins with."""
+        return {
+            "anneal_from": self.start,
+            "anneal_lr": self.peak,
+            "min_lr": self.final,
+            "lr_wsd_decay_style": self.tail,
+            "lr_wsd_decay_iters": self.tail_iters,
+        }
+
+
+def build_schedule(cfg: RunConfig) -> Schedule | Anneal:
+    """The learning rate; that of a branch as if it began with `lr`, which `resume` corrects.
+
+    Raises:
+        ConfigError: the shape is unknown, or its parts do not fit together.
+    """
+    optimizer = cfg.optimizer
+    if cfg.checkpoint.anneal_from is not None:
+        return anneal_schedule(cfg, optimizer.lr)
+    try:
+        return Schedule(
+            style=optimizer.lr_decay_style,
+            peak=optimizer.lr,
+            final=optimizer.min_lr,
+            warmup_iters=optimizer.lr_warmup_iters,
+            warmup_init=optimizer.lr_warmup_init,
+            decay_iters=optimizer.lr_decay_iters or cfg.training.train_iters,
+            tail=optimizer.lr_wsd_decay_style,
+            tail_iters=optimizer.lr_wsd_decay_iters or 0,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def anneal_schedule(cfg: RunConfig, rate: float) -> Anneal:
+    """The schedule of a branch that begins with the learning rate `rate`.
+
+    Raises:
+        ConfigError: its tail cannot begin there.
+    """
+    start, optimizer = cfg.checkpoint.anneal_from, cfg.optimizer
+    style, steps = optimizer.lr_wsd_decay_style, optimizer.lr_wsd_decay_iters
+    assert start is not None and style is not None and steps is not None  # `validate` saw to it
+    try:
+        return Anneal(start=start, peak=rate, final=optimizer.min_lr, tail=style, tail_iters=steps)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,59 @@
+"""From a model to something that trains: precision, data parallelism, optimizer, callbacks."""
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron.trainer.config.schema import RunConfig
+from megatron.trainer.optim.adamw import build_optimizer
+
+
+def wrap_model(
+    cfg: RunConfig, chunks: list[torch.nn.Module], transformer_config: TransformerConfig
+) -> list[DistributedDataParallel]:
+    """Wrap model chunks for mixed precision and gradient reduction.
+
+    Gradients are averaged over data parallel ranks and reduced in fp32.
+    """
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=cfg.parallel.overlap_grad_reduce,
+        use_distributed_optimizer=cfg.parallel.use_distributed_optimizer,
+    )
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        module = Float16Module(transformer_config, chunk) if cfg.training.bf16 else chunk
+        wrapped.append(
+            DistributedDataParallel(
+                transformer_config, ddp_config, module, disable_bucketing=index > 0
+            )
+        )
+    return wrapped
+
+
+def prepare_training(
+    cfg: RunConfig, chunks: list[DistributedDataParallel], transformer_config: TransformerConfig
+) -> ChainedOptimizer:
+    """Build the optimizer and hand megatron-core's schedules their callbacks."""
+    optimizer = build_optimizer(
+        cfg.optimizer,
+        list(chunks),
+        bf16=cfg.training.bf16,
+        use_distributed_optimizer=cfg.parallel.use_distributed_optimizer,
+    )
+    transformer_config.finalize_model_grads_func = finalize_model_grads
+    transformer_config.grad_scale_func = optimizer.scale_loss
+    if cfg.parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        start_sync = [chunk.start_grad_sync for chunk in chunks]
+        single = len(chunks) == 1
+        transformer_config.no_sync_func = no_sync[0] if single else no_sync
+        if not single:
+            transformer_config.grad_sync_func = start_sync
+    return optimizer

@@ -1,0 +1,183 @@
+"""What a run directory says about the run as a whole: who has it, what happened, how it ended."""
+
+import datetime
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron.trainer.errors import ConfigError, UserError
+from megatron.trainer.health.stop import Stop
+from megatron.trainer.hooks.base import RecordError, append_record
+from megatron.trainer.records.run_dir import ENDED_NAME, EVENTS_NAME
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = ".lock"
+
+LOCK_PATIENCE_S = 10.0
+"""How long to wait for the lock of a process that is just dying: a job's restart, for example."""
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class Journal:
+    """Events and the end of a run, written by the one rank that has a directory.
+
+    Args:
+        directory: the run directory, which must be there; None writes nothing.
+        train_iters: steps to have done when the run ends.
+    """
+
+    def __init__(self, directory: Path | None, *, train_iters: int) -> None:
+        self._directory = directory
+        self._train_iters = train_iters
+        self._lock = _take_lock(directory) if directory is not None else None
+        self.iteration = 0
+        """Steps done; the loop counts it on."""
+        self.saved: int | None = None
+        """Steps that the newest checkpoint holds, of those that this process knows."""
+        if directory is not None:
+            (directory / ENDED_NAME).unlink(missing_ok=True)
+
+    def event(self, iteration: int, name: str, detail: str = "", **more: Any) -> None:
+        """Append to `events.jsonl`.
+
+        Args:
+            iteration: steps done.
+            name: what docs/run_directory.md lists.
+            detail: one sentence for a reader.
+            more: further JSON values.
+        """
+        self.iteration = iteration
+        if self._directory is not None:
+            record = {"iteration": iteration, "event": name, "time": _now(), "detail": detail}
+            append_record(self._directory / EVENTS_NAME, {**record, **more})
+
+    def end(self, stop: Stop | None) -> None:
+        """Say how the run ended: of itself, or stopped early."""
+        done = self.iteration >= self._train_iters
+        where = f"iteration {self.iteration} of {self._train_iters}"
+        if self.saved == self.iteration and self._directory is not None:
+            kept = f"checkpoint of iteration {self.saved} in {self._directory}"
+        else:
+            kept = "nothing new to save" if self._directory is not None else "nothing saved"
+        if stop is None:
+            self._end("finished", "", requeue=False)
+            logger.info("run ended: finished, %s; %s", where, kept)
+        else:
+            self._end(stop.reason, stop.detail, requeue=stop.requeue)
+            more = "" if done else "; not finished, start it again with --load to go on"
+            logger.info("run ended: %s, %s; %s%s", stop.detail, where, kept, more)
+
+    @contextmanager
+    def recording_errors(self) -> Iterator[None]:
+        """Write an error that ends the run down before it goes on its way; give the lock back."""
+        try:
+            yield
+        except BaseException as error:
+            text = (
+                str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            )
+            try:
+                self._end("error", text, requeue=False)
+            except (OSError, RecordError) as failed:  # a full disk may be what ended the run
+                logger.warning("could not write %s: %s", ENDED_NAME, failed)
+            raise
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Give the directory free for another run."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def _end(self, reason: str, detail: str, *, requeue: bool) -> None:
+        if self._directory is None:
+            return
+        record = {
+            "reason": reason,
+            "detail": detail,
+            "iteration": self.iteration,
+            "train_iters": self._train_iters,
+            "saved_iteration": self.saved,
+            "requeue": requeue,
+            "time": _now(),
+        }
+        scratch = self._directory / f"{ENDED_NAME}.tmp"
+        scratch.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        os.replace(scratch, self._directory / ENDED_NAME)
+        self.event(self.iteration, "end", f"{reason}: {detail}" if detail else reason)
+
+
+def open_journal(save: str | None, *, rank: int, train_iters: int) -> Journal:
+    """The journal of this rank: on rank 0 it makes, checks and locks the run directory.
+
+    Raises:
+        ConfigError: nothing can be written there, or another run has it.
+    """
+    if rank != 0 or save is None:
+        return Journal(None, train_iters=train_iters)
+    directory = Path(save)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b"probe")
+        return Journal(directory, train_iters=train_iters)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to --save {directory}: {error.strerror}; give a directory on a disk with"
+            " room that this user may write to"
+        ) from error
+
+
+def _take_lock(directory: Path) -> TextIO | None:
+    """Hold the directory until this process ends; None where the file system has no locks.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    path = directory / LOCK_NAME
+    # Opened for appending: until the lock is ours, its text is the other run's.
+    lock = path.open("a+", encoding="utf-8")
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                lock.seek(0)
+                holder = lock.read(200).strip() or "another process"
+                lock.close()
+                raise ConfigError(
+                    f"--save {directory} is in use by {holder}; two runs in one directory would"
+                    " destroy each other's records; stop that one, or give another --save"
+                ) from error
+            time.sleep(0.25)
+        except OSError as error:
+            lock.close()
+            if error.errno not in _NO_LOCKS:
+                raise
+            logger.warning(
+                "%s: this file system has no locks (%s); nothing keeps a second run out",
+                directory,
+                error.strerror,
+            )
+            return None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
+    lock.flush()
+    return lock
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,302 @@
+"""Process groups, device, threads, seeds; the only reader of the environment and mcore's globals.
+
+Everything else receives a `RunContext`.
+"""
+
+import datetime
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron.trainer.config.parallel_layout import Layout, resolve_layout
+from megatron.trainer.config.schema import ParallelConfig, RunConfig
+from megatron.trainer.config.validate import validate
+from megatron.trainer.errors import ConfigError, UserError, printable
+from megatron.trainer.runtime import signals
+from megatron.trainer.runtime.malloc import keep_freed_memory
+from megatron.trainer.runtime.rendezvous import meet
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SPEAKING_TIME_S = 30.0
+"""How long the other ranks wait for rank 0 to say what is wrong. torchrun ends all ranks as soon as
+one has failed, so a rank that fails before rank 0 has spoken would silence it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """Where this process stands in the run."""
+
+    rank: int
+    """Global rank."""
+    world_size: int
+    """Ranks in the run."""
+    device: torch.device
+    """Where this rank's tensors live."""
+    layout: Layout
+    """Sizes of the parallel groups."""
+    groups: ProcessGroupCollection
+    """This rank's process groups, named as megatron-core names them."""
+    data_parallel_rank: int
+    """Which share of the global batch this rank reads."""
+    num_threads: int
+    """CPU threads of this rank; sums on a CPU depend on it."""
+
+
+def environment_rank() -> int:
+    """This process's rank as torchrun announces it, 0 outside torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def environment_world_size() -> int:
+    """The number of processes torchrun started, 1 outside torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def slurm_environment() -> dict[str, str]:
+    """What SLURM says about the job that this process is in; nothing outside of one."""
+    return {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
+
+
+def connect(parallel: ParallelConfig) -> tuple[torch.device, int]:
+    """Start device, threads and the group of all ranks; for what comes before a config is whole.
+
+    `initialize` does so too, and may follow.
+
+    Returns:
+        This rank's device and its number of CPU threads.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    device = _resolve_device(parallel)
+    num_threads = _resolve_threads(parallel)
+    torch.set_num_threads(num_threads)
+    if device.type == "cpu":
+        from megatron.trainer.runtime.cpu_backend import redirect_cuda
+
+        keep_freed_memory()
+        redirect_cuda()
+    else:
+        torch.cuda.set_device(device)
+    _start_process_group(device, parallel.distributed_timeout_minutes)
+    return device, num_threads
+
+
+def initialize(cfg: RunConfig, *, is_training: bool = True) -> RunContext:
+    """Check the config against the world, then start process groups, device, threads and seeds.
+
+    Args:
+        cfg: a run config with a model group.
+        is_training: False for runs without a backward pass, which some layouts need not fear.
+
+    Raises:
+        ConfigError: the layout is impossible, or the device is not there. Raised alike on every
+            rank, before any rank waits for another.
+    """
+    world_size = environment_world_size()
+    validate(cfg, world_size, is_training=is_training)
+    device, num_threads = connect(cfg.parallel)
+    layout = resolve_layout(cfg.parallel, world_size)
+    return _start_model_parallel(layout, device, seed=cfg.training.seed, num_threads=num_threads)
+
+
+def shut_down(*, keep_world: bool = False) -> None:
+    """Leave the process groups; the counterpart of `initialize` for a run that ended well.
+
+    Args:
+        keep_world: leave torch's default group standing, for another `initialize` in this process.
+    """
+    from megatron.core import parallel_state
+
+    if keep_world:
+        # megatron-core only forgets its groups, each of which has threads that never rest.
+        for group in dict.fromkeys(parallel_state._global_process_group_list or ()):
+            if group is not None:
+                dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
+    if not keep_world:
+        dist.destroy_process_group()
+
+
+def agree(action: Callable[[], T]) -> T:
+    """Do `action` on every rank; a UserError on any rank is raised on all of them.
+
+    For steps that read files: without it, the ranks whose disk is well would wait for ever.
+    """
+    error: UserError | None = None
+    result: list[T] = []
+    try:
+        result.append(action())
+    except UserError as raised:
+        error = raised
+    found: list[UserError | None] = [error]
+    if dist.is_initialized():
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, error)
+    failed = [(rank, each) for rank, each in enumerate(found) if each is not None]
+    if failed:
+        rank, first = failed[0]
+        message = str(first) if rank == 0 else f"on rank {rank}: {first}"
+        raise type(first)(message) from error
+    return result[0]
+
+
+def run_main(main: Callable[[], int | None]) -> int:
+    """Run a program; a UserError becomes one message on rank 0 and exit status 2 on every rank.
+
+    A UserError is raised on all ranks alike (config errors before the process groups exist, file
+    errors through `agree`), so the first rank speaks for all, and the others let it; an error
+    marked as local is told by the rank that met it, and torchrun ends the others. Wrong flags end
+    in a SystemExit, whose message was printed by the parser.
+
+    Args:
+        main: returns the exit status of a program that ended as it should; None is 0.
+
+    Returns:
+        The exit status. torchrun turns every status but 0 into 1.
+    """
+    try:
+        return main() or 0
+    except UserError as error:
+        signals.stop_listening()  # torchrun ends the ranks that wait below with SIGTERM
+        rank = environment_rank()
+        if rank == 0 or error.is_local:
+            where = f" on rank {rank}" if error.is_local else ""
+            sys.stderr.write(printable(f"{type(error).__name__}{where}: {error}\n"))
+            sys.stderr.flush()
+        else:
+            time.sleep(SPEAKING_TIME_S)
+        return 2
+    except SystemExit as end:
+        signals.stop_listening()
+        if end.code not in (None, 0) and environment_rank() != 0:
+            time.sleep(SPEAKING_TIME_S)
+        raise
+
+
+def _resolve_device(parallel: ParallelConfig) -> torch.device:
+    available = torch.cuda.is_available()
+    if parallel.device == "cuda" and not available:
+        raise ConfigError(
+            "device is 'cuda', but torch sees no GPU; use --device cpu, or install a CUDA build of"
+            " torch and check nvidia-smi"
+        )
+    if parallel.device == "cpu" or not available:
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU of its own: this node has {count}; use"
+            f" --nproc-per-node {count} or fewer"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _resolve_threads(parallel: ParallelConfig) -> int:
+    if parallel.threads_per_rank is not None:
+        return parallel.threads_per_rank
+    if "OMP_NUM_THREADS" in os.environ and not _is_omp_of_torchrun():
+        return _omp_threads(os.environ["OMP_NUM_THREADS"])
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, _num_cores() // local_ranks)
+
+
+def _num_cores() -> int:
+    """Cores this process may run on: fewer than the machine's where a job has some of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _is_omp_of_torchrun() -> bool:
+    """Whether it was torchrun, not the user, that set OMP_NUM_THREADS to 1.
+
+    It does so for several ranks on a node where nobody has set it, which would leave all cores but
+    one a rank idle. The environment that torchrun itself was started with tells.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["OMP_NUM_THREADS"] != "1":
+        return False
+    try:
+        started_with = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:
+        return False
+    return not any(entry.startswith(b"OMP_NUM_THREADS=") for entry in started_with.split(b"\0"))
+
+
+def _omp_threads(value: str) -> int:
+    """The outermost level of OMP_NUM_THREADS, which may list one number a nesting level."""
+    outermost = value.split(",")[0].strip()
+    if not outermost.isdigit() or int(outermost) < 1:
+        raise ConfigError(
+            f"OMP_NUM_THREADS is {value!r}; it must be a number from 1 on; set it, unset it, or"
+            " give --threads-per-rank"
+        )
+    return int(outermost)
+
+
+def _start_process_group(device: torch.device, timeout_minutes: int) -> None:
+    if dist.is_initialized():
+        return
+    _keep_gloo_at_home()
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    if "RANK" in os.environ:
+        store, rank, world_size = meet(timeout)
+    else:
+        store, rank, world_size = dist.HashStore(), 0, 1
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+
+
+def _keep_gloo_at_home() -> None:
+    """Let gloo listen on the loopback interface where all ranks are on this machine.
+
+    It would listen on the address that the host's name stands for, and believe whoever connects.
+    GLOO_SOCKET_IFNAME names another interface.
+    """
+    names = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
+    if names and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == environment_world_size():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names.pop())
+
+
+def _start_model_parallel(
+    layout: Layout, device: torch.device, *, seed: int, num_threads: int
+) -> RunContext:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            layout.virtual_stages if layout.virtual_stages > 1 else None
+        ),
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+    )
+    torch.manual_seed(seed)
+    # CPU: some of mcore's initialisers fork this tracker even though `init` draws the weights.
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return RunContext(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=device,
+        layout=layout,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        num_threads=num_threads,
+    )

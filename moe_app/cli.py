@@ -1,0 +1,255 @@
+"""The commands of the project: what `megatron-moe NAME` and `tools/NAME.py` start.
+
+A command imports its module when it is called, so that `megatron-moe watch` needs no torch and
+`pretrain` hears signals before the imports that take seconds.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+Argv = Sequence[str] | None
+
+
+def pretrain(argv: Argv = None) -> int:
+    """Run `moe_app.pretrain`."""
+    from megatron.trainer.runtime import signals
+
+    signals.listen()
+    from moe_app.pretrain.pretrain import main
+
+    return main(argv)
+
+
+def build_corpus(argv: Argv = None) -> int:
+    """Run `moe_app.data.build_corpus`."""
+    from moe_app.data.build_corpus import main
+
+    return main(argv)
+
+
+def train_tokenizer(argv: Argv = None) -> int:
+    """Run `moe_app.data.train_tokenizer`."""
+    from moe_app.data.train_tokenizer import main
+
+    return main(argv)
+
+
+def preprocess_data(argv: Argv = None) -> int:
+    """Run `moe_app.data.preprocess_data`."""
+    from moe_app.data.preprocess_data import main
+
+    return main(argv)
+
+
+def generate(argv: Argv = None) -> int:
+    """Run `moe_app.infer.generate`."""
+    from moe_app.infer.generate import main
+
+    return main(argv)
+
+
+def score(argv: Argv = None) -> int:
+    """Run `moe_app.infer.score`."""
+    from moe_app.infer.score import main
+
+    return main(argv)
+
+
+def convert_checkpoint(argv: Argv = None) -> int:
+    """Run `moe_app.convert.convert_checkpoint`."""
+    from moe_app.convert.convert_checkpoint import main
+
+    return main(argv)
+
+
+def doctor(argv: Argv = None) -> int:
+    """Run `moe_app.doctor.doctor`."""
+    from moe_app.doctor.doctor import main
+
+    return main(argv)
+
+
+def plan(argv: Argv = None) -> int:
+    """Run `moe_app.planner.plan`."""
+    from moe_app.planner.plan import main
+
+    return main(argv)
+
+
+def submit(argv: Argv = None) -> int:
+    """Run `moe_app.slurm.submit`."""
+    from moe_app.slurm.submit import main
+
+    return main(argv)
+
+
+def requeue(argv: Argv = None) -> int:
+    """Run `moe_app.slurm.requeue`."""
+    from moe_app.command_line import program
+    from moe_app.slurm.requeue import main
+
+    return main(None if argv is None else list(argv), prog=program("requeue"))
+
+
+def watch(argv: Argv = None) -> int:
+    """Run `moe_app.view.watch`."""
+    from moe_app.view.watch import main
+
+    return main(argv)
+
+
+def report(argv: Argv = None) -> int:
+    """Run `moe_app.view.report`."""
+    from moe_app.view.report import main
+
+    return main(argv)
+
+
+def report_run(argv: Argv = None) -> int:
+    """Run `moe_app.view.report_run`."""
+    from moe_app.view.report_run import main
+
+    return main(argv)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Describes one command in the list of `--help`."""
+
+    name: str
+    """As in `megatron-moe NAME`."""
+    tool: str
+    """As in `tools/TOOL.py`."""
+    summary: str
+    run: Callable[[Argv], int]
+
+
+GROUPS: dict[str, tuple[Command, ...]] = {
+    "data": (
+        Command(
+            name="build-corpus",
+            tool="build_corpus",
+            summary="make a corpus of this Python installation's text",
+            run=build_corpus,
+        ),
+        Command(
+            name="train-tokenizer",
+            tool="train_tokenizer",
+            summary="train a SentencePiece or byte-level BPE tokenizer",
+            run=train_tokenizer,
+        ),
+        Command(
+            name="preprocess",
+            tool="preprocess_data",
+            summary="tokenize JSON lines into Megatron's token files",
+            run=preprocess_data,
+        ),
+    ),
+    "training": (
+        Command(
+            name="pretrain",
+            tool="pretrain",
+            summary="pretrain or anneal a model",
+            run=pretrain,
+        ),
+        Command(
+            name="plan",
+            tool="plan",
+            summary="list the layouts that fit a number of GPUs",
+            run=plan,
+        ),
+        Command(
+            name="doctor",
+            tool="doctor",
+            summary="check what this machine can do for a run",
+            run=doctor,
+        ),
+    ),
+    "cluster": (
+        Command(
+            name="submit",
+            tool="submit",
+            summary="submit a recipe to SLURM and follow the job",
+            run=submit,
+        ),
+        Command(
+            name="requeue",
+            tool="requeue",
+            summary="decide whether a job is restarted",
+            run=requeue,
+        ),
+    ),
+    "runs": (
+        Command(name="watch", tool="watch", summary="watch runs in a terminal", run=watch),
+        Command(
+            name="report",
+            tool="report",
+            summary="sum up a run; compare its losses with the unigram entropy",
+            run=report,
+        ),
+        Command(
+            name="report-run",
+            tool="report_run",
+            summary="write one HTML page on one or several runs",
+            run=report_run,
+        ),
+    ),
+    "models": (
+        Command(
+            name="generate", tool="generate", summary="continue prompts with a model", run=generate
+        ),
+        Command(
+            name="score",
+            tool="score",
+            summary="compute the log-probability of every token of a file",
+            run=score,
+        ),
+        Command(
+            name="convert",
+            tool="convert_checkpoint",
+            summary="import from and export to Hugging Face",
+            run=convert_checkpoint,
+        ),
+    ),
+}
+COMMANDS = {command.name: command for group in GROUPS.values() for command in group}
+
+
+def help_text() -> str:
+    """Return the list of commands, by group."""
+    width = max(map(len, COMMANDS))
+    lines = ["usage: megatron-moe COMMAND [ARGUMENTS]", ""]
+    for title, commands in GROUPS.items():
+        lines += [f"{title}:", *(f"  {each.name:{width}}  {each.summary}" for each in commands), ""]
+    lines.append("megatron-moe COMMAND --help explains a command; many ranks:")
+    lines.append("  torchrun --nproc-per-node 8 --no-python megatron-moe pretrain ...")
+    return "\n".join(lines)
+
+
+def main(argv: Argv = None) -> int:
+    """Run the command that the first argument names; return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if name == "--version":
+        print(f"megatron-moe {version('megatron-moe')}")
+        return 0
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(
+            f"error: megatron-moe has no command {name!r}{hint}; megatron-moe --help lists them",
+            file=sys.stderr,
+        )
+        return 2
+    return COMMANDS[name].run(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,393 @@
+"""Convert OLMoE and JetMoE checkpoints between Hugging Face's form and ours.
+
+    python tools/convert_checkpoint.py import --hf OLMoE-1B-7B-0924 --save runs/olmoe
+    python tools/convert_checkpoint.py export --load runs/olmoe --hf OLMoE-exported
+
+One process, a piece at a time: memory does not grow with the model. Nothing is written over, and
+nothing that looks whole is left when it stops half-way. Exit status: 0; 1 when --verify finds a
+difference above its tolerance; 2 when the conversion cannot be done; 130 when it is interrupted.
+"""
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.trainer.checkpoint import (
+    CheckpointReader,
+    FoundCheckpoint,
+    ManifestCheck,
+    find_checkpoint,
+    layout,
+    streamed_checkpoint,
+)
+from megatron.trainer.checkpoint.manifest import write_durably
+from megatron.trainer.config.cli import load_config
+from megatron.trainer.errors import CheckpointError, ConfigError
+from megatron.trainer.hf_files import (
+    HFDirectory,
+    HFWriter,
+    new_directory,
+    parse_size,
+    plan_shards,
+)
+from megatron.trainer.hf_files.publish import check_new
+from megatron.trainer.io.hashing import DigestThread
+from megatron.trainer.records.run_dir import CONFIG_NAME
+from megatron.trainer.runtime.launch import environment_world_size, run_main
+from megatron.trainer.runtime.log import configure_logging
+from megatron.trainer.runtime.malloc import keep_freed_memory
+from moe_app.command_line import program
+from moe_app.convert.checks import (
+    DTYPES,
+    check_new_run,
+    check_outside,
+    check_size,
+    check_tensors,
+    choose_weights,
+    holds,
+    room_for,
+    total_bytes,
+)
+from moe_app.convert.files import hf_files, native_files, read_companions
+from moe_app.convert.weights import Progress, TensorDigests, export_weights, import_weights
+from moe_app.pretrain.config import PretrainConfig
+from moe_ext.config import MoEModelConfig
+from moe_ext.convert import Family, Layout, Piece, family_for, family_of
+
+logger = logging.getLogger("convert")
+
+REPORT_NAME = "conversion_report.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert as `argv` says; returns the exit status."""
+    args = parse_args(argv)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return run_main(lambda: run(args))
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; what was unfinished has been removed\n")
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog=program("convert_checkpoint", command="convert"),
+        description="Convert OLMoE and JetMoE checkpoints between Hugging Face's form and ours.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    importing = commands.add_parser("import", help="Hugging Face -> a checkpoint to train from")
+    importing.add_argument(
+        "--hf", required=True, metavar="DIR", help="config.json and safetensors, to be read"
+    )
+    importing.add_argument(
+        "--save", required=True, metavar="DIR", help="run directory to make; holds no run yet"
+    )
+    importing.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        default=128,
+        metavar="N",
+        help="pad the vocabulary, so that tensor parallel ranks can share it (%(default)s)",
+    )
+    exporting = commands.add_parser("export", help="a run's checkpoint -> Hugging Face")
+    exporting.add_argument("--load", required=True, metavar="DIR", help="a run's --save directory")
+    exporting.add_argument(
+        "--iteration", type=int, metavar="N", help="checkpoint to take; without it the newest"
+    )
+    exporting.add_argument("--hf", required=True, metavar="DIR", help="directory to make")
+    exporting.add_argument(
+        "--layout",
+        choices=("per-expert", "fused"),
+        help="a tensor for each expert, or one for all of a layer (the family's own)",
+    )
+    exporting.add_argument(
+        "--like",
+        metavar="DIR",
+        help="Hugging Face directory to take tokenizer and special token ids from",
+    )
+    exporting.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of a file (%(default)s)"
+    )
+    for command in (importing, exporting):
+        command.add_argument(
+            "--dtype", choices=tuple(DTYPES), help="of the weights written (as they are)"
+        )
+        command.add_argument(
+            "--checksums",
+            action="store_true",
+            help="put the SHA-256 of every Hugging Face tensor into the report",
+        )
+        command.add_argument(
+            "--verify",
+            action="store_true",
+            help="run both models on the same tokens and compare their logits; needs transformers;"
+            " brings --checksums with it",
+        )
+    return parser.parse_args(argv)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What was done, for the report."""
+
+    report: dict[str, Any]
+    """As far as it is known."""
+    report_path: Path
+    """Where it goes."""
+    native: FoundCheckpoint
+    """The native side."""
+    hf: Path
+    """The Hugging Face side."""
+    is_exact: bool
+    """Both sides hold the same numbers; False where one is a rounding of the other."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, report, and verify if asked to; returns the exit status.
+
+    Raises:
+        UserError: a flag, the source or the disk is wrong.
+    """
+    configure_logging(0)
+    if environment_world_size() != 1:
+        raise ConfigError(
+            f"torchrun started {environment_world_size()} processes; a conversion is done by one;"
+            " start the tool with python alone"
+        )
+    if args.verify:
+        from moe_app.convert.hf_verify import import_transformers, verify
+
+        import_transformers()  # or learn that it is missing now, not after the work
+    keep_freed_memory()
+    began, num_threads = time.monotonic(), torch.get_num_threads()
+    torch.set_num_threads(1)  # the work is copying; more threads would only wait for each other
+    try:
+        done = run_import(args) if args.command == "import" else run_export(args)
+    finally:
+        torch.set_num_threads(num_threads)
+    report = {**done.report, "seconds": round(time.monotonic() - began, 1)}
+    _write_report(done.report_path, report)
+    logger.info(
+        "%s: %d tensors, %.2f GB in %.0f s; report in %s",
+        "imported" if args.command == "import" else "exported",
+        report["num_tensors"],
+        report["num_bytes"] / 1e9,
+        report["seconds"],
+        done.report_path,
+    )
+    if not args.verify:
+        return 0
+    verification = verify(done.native, done.hf, same_weights=done.is_exact)
+    _write_report(done.report_path, {**report, "verification": verification})
+    return 0 if verification["passed"] else 1
+
+
+def run_import(args: argparse.Namespace) -> Conversion:
+    """Hugging Face -> native.
+
+    Raises:
+        UserError: the source or the disk is wrong.
+    """
+    save = Path(args.save)
+    check_new_run(save)
+    with HFDirectory(Path(args.hf)) as source:
+        family, model = _read_architecture(source, args.make_vocab_size_divisible_by)
+        total = sum(entry.num_bytes for entry in source.tensors.values())
+        check_size(model, total, config=source.path / "config.json")
+        form = family.layout_of(source.tensors)
+        shapes = family.hf_tensors(model, form)
+        dtype = check_tensors(source, shapes, args.dtype)
+        pieces = list(family.pieces(model, form))
+        native = {piece.key: piece.shape for piece in pieces}
+        files = native_files(
+            model,
+            source.config,
+            read_companions(source.path),
+            checkpoint=layout.final_path(save, 0),
+            is_bf16=dtype is torch.bfloat16,
+            source=str(source.path),
+        )
+        is_exact = all(holds(dtype, entry.dtype) for entry in source.tensors.values())
+        with (
+            room_for(save, native, dtype),
+            DigestThread() as thread,
+            Progress("import", total) as progress,
+            streamed_checkpoint(
+                save, 0, shapes=native, dtype=dtype, files=files, digests=thread
+            ) as stream,
+        ):
+            digests = TensorDigests(thread if args.checksums or args.verify else None)
+            import_weights(source, pieces, stream, dtype=dtype, digests=digests, progress=progress)
+            sha256 = digests.finish()
+    report = _report("import", family, form, dtype, num_tensors=len(shapes), num_bytes=total)
+    report |= {"sha256": sha256} if sha256 else {}
+    found = FoundCheckpoint(path=layout.final_path(save, 0), iteration=0)
+    return Conversion(
+        report=report,
+        report_path=save / REPORT_NAME,
+        native=found,
+        hf=Path(args.hf),
+        is_exact=is_exact,
+    )
+
+
+def run_export(args: argparse.Namespace) -> Conversion:
+    """Native -> Hugging Face.
+
+    Raises:
+        UserError: a flag, the checkpoint or the disk is wrong.
+    """
+    out = Path(args.hf)
+    check_new(out)
+    max_bytes = parse_size(args.max_shard_size)
+    found = find_checkpoint(Path(args.load), iteration=args.iteration, compare_contents=False)
+    check_outside(out, found.path)
+    cfg = load_config(
+        PretrainConfig,
+        ["--config", str(found.path / CONFIG_NAME)],
+        prog=program("convert_checkpoint", command="convert"),
+        description="",
+    )
+    with CheckpointReader(found.path) as reader:
+        check_size(cfg.model, reader.num_bytes, config=found.path / CONFIG_NAME)
+        family, form, pieces = _cut(cfg.model, args.layout, found)
+        keys, dtype, taken = choose_weights(reader, pieces, args.dtype)
+        logger.info("%s: taking the %s", found.path, taken)
+        files = hf_files(
+            family,
+            cfg,
+            found.path,
+            like=Path(args.like) if args.like is not None else None,
+            dtype=str(dtype).removeprefix("torch."),
+        )
+        shapes = {part.name: part.shape for piece in pieces for part in piece.sources}
+        total = total_bytes(shapes, dtype)
+        with (
+            room_for(out, shapes, dtype),
+            DigestThread() as thread,
+            Progress("export", total) as progress,
+            new_directory(out) as directory,
+        ):
+            for name, content in files.items():
+                (directory / name).write_bytes(content)
+            plans = plan_shards(shapes, dtype, max_bytes=max_bytes)
+            digests = TensorDigests(thread if args.checksums or args.verify else None)
+            check = ManifestCheck(reader, thread)
+            with HFWriter(directory, plans, dtype) as writer:
+                export_weights(
+                    reader,
+                    check,
+                    pieces,
+                    writer,
+                    keys=keys,
+                    dtype=dtype,
+                    digests=digests,
+                    progress=progress,
+                )
+                writer.finish()
+                check.finish()
+                sha256 = digests.finish()
+    report = _report("export", family, form, dtype, num_tensors=len(shapes), num_bytes=total)
+    report |= {"iteration": found.iteration, "weights": taken}
+    report |= {"sha256": sha256} if sha256 else {}
+    stored = torch.bfloat16 if cfg.training.bf16 else torch.float32
+    return Conversion(
+        report=report,
+        report_path=out / REPORT_NAME,
+        native=found,
+        hf=out,
+        is_exact=holds(dtype, stored) and all(key == kept for key, kept in keys.items()),
+    )
+
+
+def _read_architecture(source: HFDirectory, divisor: int) -> tuple[Family, MoEModelConfig]:
+    """The family and the native config of a Hugging Face checkpoint.
+
+    Args:
+        source: the checkpoint.
+        divisor: what to pad the vocabulary to a multiple of.
+
+    Raises:
+        CheckpointError: we have no such family, or it has something that we have not.
+    """
+    try:
+        family = family_of(source.config)
+        return family, family.model_config(source.config, make_vocab_size_divisible_by=divisor)
+    except ValueError as error:
+        raise CheckpointError(f"{source.path / 'config.json'}: {error}") from error
+
+
+def _cut(
+    model: MoEModelConfig, wanted: Layout | None, found: FoundCheckpoint
+) -> tuple[Family, Layout, list[Piece]]:
+    """The family, layout and pieces of a native model.
+
+    Raises:
+        CheckpointError: no family can express it.
+        ConfigError: the family has no such layout.
+    """
+    try:
+        family = family_for(model)
+    except ValueError as error:
+        raise CheckpointError(f"{found.path} cannot be exported: {error}") from error
+    form = wanted or family.layouts[0]
+    try:
+        return family, form, list(family.pieces(model, form))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _report(
+    command: str,
+    family: Family,
+    form: Layout,
+    dtype: torch.dtype,
+    *,
+    num_tensors: int,
+    num_bytes: int,
+) -> dict[str, Any]:
+    """What every conversion reports; the numbers are of the Hugging Face side."""
+    return {
+        "command": command,
+        "family": family.name,
+        "layout": form,
+        "dtype": str(dtype).removeprefix("torch."),
+        "num_tensors": num_tensors,
+        "num_bytes": num_bytes,
+    }
+
+
+def _write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Put the report in its place, in one step.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    scratch = path.with_name(f"{path.name}.tmp")
+    try:
+        write_durably(scratch, json.dumps(report, indent=2) + "\n")
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path.parent} is complete, but its report {path.name} cannot be written:"
+            f" {error.strerror}; make room, remove the directory and convert again if you need it"
+        ) from error
+
+
+def _interrupt(*_: object) -> None:
+    """A request to end (SIGTERM) is treated as Ctrl-C."""
+    raise KeyboardInterrupt

@@ -1,0 +1,237 @@
+"""Turn JSON Lines into token files: PREFIX_KEY_document.bin and .idx.
+
+    python tools/preprocess_data.py --input code.jsonl docs.jsonl --output-prefix data/corpus \
+        --tokenizer-model data/tokenizer.model --append-eod --workers 2
+
+The output depends on the input and the tokenizer alone, not on the number of workers.
+"""
+
+import argparse
+import multiprocessing
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron.trainer.data.jsonl import parse_text, read_lines
+from megatron.trainer.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
+from megatron.trainer.data.writer import TokenFileWriter, token_dtype
+from megatron.trainer.errors import DataError, UserError
+from moe_app.command_line import program
+
+_CHUNK_BYTES = 1 << 20
+_CHUNKS_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive lines of one file, the unit of work."""
+
+    path: str
+    first_line: int
+    lines: list[bytes]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of a chunk."""
+
+    ids: npt.NDArray[np.integer]
+    """All documents' tokens end to end."""
+    lengths: list[int]
+    """Tokens of each document; 0 for one without text, which is not written."""
+    text_bytes: int
+    """UTF-8 bytes of text read."""
+
+
+class Encoder:
+    """A tokenizer and what to do with it; each worker process has one."""
+
+    def __init__(self, tokenizer: Tokenizer, *, key: str, append_eod: bool) -> None:
+        self.tokenizer = tokenizer
+        self.key = key
+        self.append_eod = append_eod
+
+    def encode(self, chunk: Chunk) -> Encoded:
+        """Tokenize every line of a chunk.
+
+        Raises:
+            DataError: A line holds no text under the key.
+        """
+        documents: list[list[int]] = []
+        text_bytes = 0
+        for number, line in enumerate(chunk.lines, start=chunk.first_line):
+            text = parse_text(line, key=self.key, path=chunk.path, number=number)
+            text_bytes += len(text.encode("utf-8"))
+            ids = self.tokenizer.encode(text)
+            if ids and self.append_eod:
+                ids.append(self.tokenizer.eod)
+            documents.append(ids)
+        dtype = token_dtype(self.tokenizer.vocab_size)
+        flat = np.fromiter(chain.from_iterable(documents), dtype=dtype)
+        return Encoded(flat, [len(ids) for ids in documents], text_bytes)
+
+
+class _Worker:
+    """The encoder of this worker process, set once when the process starts."""
+
+    encoder: Encoder
+
+    @classmethod
+    def start(cls, tokenizer_type: str, tokenizer_model: str, key: str, append_eod: bool) -> None:
+        """Read the tokenizer."""
+        tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
+        cls.encoder = Encoder(tokenizer, key=key, append_eod=append_eod)
+
+    @classmethod
+    def encode(cls, chunk: Chunk) -> Encoded:
+        """Encode with this process's encoder."""
+        return cls.encoder.encode(chunk)
+
+
+def read_chunks(paths: Iterable[str]) -> Iterator[Chunk]:
+    """Cut files into chunks of about a megabyte at line ends, in order."""
+    for path in paths:
+        lines: list[bytes] = []
+        size, first_line = 0, 1
+        for number, line in read_lines(path):
+            lines.append(line)
+            size += len(line)
+            if size >= _CHUNK_BYTES:
+                yield Chunk(path, first_line, lines)
+                lines, size, first_line = [], 0, number + 1
+        if lines:
+            yield Chunk(path, first_line, lines)
+
+
+def encode_chunks(chunks: Iterable[Chunk], pool: Executor, *, workers: int) -> Iterator[Encoded]:
+    """Encode chunks in worker processes and yield the results in the chunks' order.
+
+    Only a few chunks a worker are in memory at a time.
+
+    Raises:
+        DataError: A line holds no text under the key.
+    """
+    pending: deque[Future[Encoded]] = deque()
+    for chunk in chunks:
+        pending.append(pool.submit(_Worker.encode, chunk))
+        if len(pending) >= workers * _CHUNKS_AHEAD:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def preprocess(args: argparse.Namespace, key: str) -> None:
+    """Write the token file of one key and report.
+
+    Raises:
+        DataError: The input or the tokenizer is missing or bad; nothing is left behind then.
+    """
+    prefix = f"{args.output_prefix}_{key}_document"
+    tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
+    chunks = read_chunks(args.input)
+    started = time.monotonic()
+    with TokenFileWriter(prefix, vocab_size=tokenizer.vocab_size) as writer:
+        if args.workers == 1:
+            encoder = Encoder(tokenizer, key=key, append_eod=args.append_eod)
+            skipped, text_bytes = _write(writer, map(encoder.encode, chunks))
+        else:
+            with ProcessPoolExecutor(
+                args.workers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_Worker.start,
+                initargs=(args.tokenizer_type, args.tokenizer_model, key, args.append_eod),
+            ) as pool:
+                try:
+                    results = encode_chunks(chunks, pool, workers=args.workers)
+                    skipped, text_bytes = _write(writer, results)
+                finally:
+                    pool.shutdown(cancel_futures=True)
+        if writer.num_documents == 0:
+            raise DataError(
+                f"{' '.join(args.input)}: 0 documents with text under {key!r}, {skipped} without;"
+                " there must be at least one; check --input and --json-keys"
+            )
+        file = writer.finish()
+    seconds = time.monotonic() - started
+    print(
+        f"{prefix}: {file.num_documents:,} documents ({skipped:,} empty ones skipped),"
+        f" {file.num_tokens:,} tokens of {file.dtype} from {text_bytes:,} bytes"
+        f" ({text_bytes / file.num_tokens:.2f} bytes/token), {seconds:.1f} s,"
+        f" {file.num_tokens / seconds:,.0f} tokens/s"
+    )
+
+
+def _write(writer: TokenFileWriter, results: Iterable[Encoded]) -> tuple[int, int]:
+    """Write every document that has tokens; return how many had none, and the bytes of text."""
+    skipped = text_bytes = 0
+    for encoded in results:
+        text_bytes += encoded.text_bytes
+        stop = 0
+        for length in encoded.lengths:
+            start, stop = stop, stop + length
+            if length:
+                writer.add_document(encoded.ids[start:stop])
+            else:
+                skipped += 1
+    return skipped, text_bytes
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog=program("preprocess_data", command="preprocess"),
+        description="Turn JSON Lines into token files that the trainer reads with --data-path.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE", help="JSON Lines files, read in order"
+    )
+    parser.add_argument(
+        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="one token file for each"
+    )
+    parser.add_argument(
+        "--output-prefix",
+        required=True,
+        metavar="PREFIX",
+        help="the token files are PREFIX_KEY_document.bin and .idx",
+    )
+    parser.add_argument(
+        "--tokenizer-type",
+        choices=list(TOKENIZERS),
+        default="SentencePieceTokenizer",
+        help="what wrote --tokenizer-model",
+    )
+    parser.add_argument(
+        "--tokenizer-model", required=True, metavar="FILE", help="the .model or .json file"
+    )
+    parser.add_argument(
+        "--append-eod", action="store_true", help="end each document with <|endoftext|>"
+    )
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes to use")
+    args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error(f"--workers is {args.workers}; it must be at least 1")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; return 0, or 2 after printing what is wrong."""
+    args = parse_args(argv)
+    try:
+        for key in args.json_keys:
+            preprocess(args, key)
+    except BrokenProcessPool as error:
+        print(f"error: a worker process died ({error}); use fewer --workers", file=sys.stderr)
+        return 2
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,4 @@
+"""One page on what a machine can do for a run, and what would stop it.
+
+The checks of ranks are in `megatron.trainer.health`.
+"""

@@ -1,0 +1,331 @@
+"""Continue prompts with a trained model, alone or under torchrun, whatever layout trained it.
+
+    python tools/generate.py --load runs/quickstart --prompt "def main(" --prompt "import "
+
+The model and its tokenizer come from the checkpoint. The text goes to standard output or, as JSON
+Lines, to a file; everything else to standard error. docs/inference.md has more examples.
+"""
+
+import argparse
+import contextlib
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron.trainer.data.tokenizer import Tokenizer
+from megatron.trainer.errors import ConfigError
+from megatron.trainer.inference.decode import Prompt, capacity_of, generate
+from megatron.trainer.inference.lines import WholeFile, read_tokens
+from megatron.trainer.inference.sampling import Choice, check_sampling, greedy_token, next_token
+from megatron.trainer.runtime.launch import agree, environment_rank, run_main
+from megatron.trainer.runtime.log import configure_logging
+from moe_app.command_line import program
+from moe_app.infer import open_model
+from moe_ext.attention.cache import KeyValueCache, use_cache
+
+logger = logging.getLogger("generate")
+
+WRITTEN = ("completion", "completion_tokens", "finish_reason")
+"""The keys that `--output` adds to each object."""
+_LARGEST_SEED = 1 << 62
+_IDLE = Prompt(ids=[0], choose=greedy_token, max_new_tokens=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A prompt, and where its continuation goes."""
+
+    prompt: Prompt
+    """What to continue."""
+    record: dict[str, Any]
+    """The object that the output keeps."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Generate as `argv` says; returns the exit status."""
+    return run_main(lambda: run(open_model.parse(make_parser(), argv)))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=program("generate"),
+        description="Continue prompts with a trained model, alone or under torchrun.",
+    )
+    open_model.add_model_flags(parser)
+    text = parser.add_argument_group("text")
+    source = text.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to continue; may be given several times",
+    )
+    source.add_argument(
+        "--input",
+        metavar="FILE",
+        help='JSON Lines, each {"prompt": TEXT} or {"tokens": [ID, ...]}',
+    )
+    text.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write the objects here, with what was added, instead of printing text",
+    )
+    text.add_argument(
+        "--batch-size",
+        type=open_model.positive,
+        default=16,
+        metavar="N",
+        help="prompts to continue side by side, for each data parallel rank (%(default)s)",
+    )
+    add_sampling_flags(parser)
+    return parser
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """How much text, and how each token is picked."""
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add (%(default)s)"
+    )
+    sampling.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="divides the logits (%(default)s)",
+    )
+    sampling.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="draw from the likeliest tokens that together have this probability (%(default)s)",
+    )
+    sampling.add_argument(
+        "--top-k",
+        type=int,
+        metavar="N",
+        help="draw from so many of the likeliest tokens, before --top-p; without it from all",
+    )
+    sampling.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    sampling.add_argument(
+        "--seed",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of the first prompt (%(default)s); the second has the next number, and so on",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the model and continue every prompt.
+
+    Raises:
+        UserError: a flag, the input, the checkpoint or the tokenizer is wrong.
+    """
+    configure_logging(environment_rank())
+    check_arguments(args)
+    with open_model.ranks(args), contextlib.ExitStack() as stack:
+        opened = open_model.open_checkpoint(args, prog=program("generate"))
+        tokenizer = agree(lambda: open_model.open_tokenizer(args, opened))
+        seq_length = opened.saved.training.seq_length
+        tasks = agree(lambda: read_tasks(args, tokenizer, seq_length=seq_length))
+        output = agree(lambda: open_output(args))
+        if output is not None:
+            stack.enter_context(output)
+        loaded = open_model.load_model(args, opened)
+        per_round = args.batch_size * loaded.ctx.layout.data
+        for start in range(0, len(tasks), per_round):
+            some = tasks[start : start + per_round]
+            added = continue_round(loaded, [task.prompt for task in some], tokenizer)
+            agree(functools.partial(show_round, start, some, added, tokenizer, output))
+        agree(lambda: output.finish() if output is not None else None)
+
+
+def continue_round(
+    loaded: open_model.LoadedModel, prompts: Sequence[Prompt], tokenizer: Tokenizer
+) -> list[list[int]]:
+    """Continue a few prompts on all ranks; a collective call.
+
+    Args:
+        loaded: the model.
+        prompts: dealt to the data parallel ranks in turn.
+        tokenizer: tells which id ends a text, and which ids mean something.
+
+    Returns:
+        Each prompt's new tokens, on every rank.
+    """
+    ctx = loaded.ctx
+    numbers = range(ctx.data_parallel_rank, len(prompts), ctx.layout.data)
+    mine = [prompts[number] for number in numbers] or [_IDLE]
+    cache = KeyValueCache(batch_size=len(mine), capacity=capacity_of(mine))
+    with use_cache(loaded.module, cache):
+        new = generate(
+            open_model.CachedModel(loaded, cache),
+            mine,
+            stop_id=tokenizer.eod,
+            vocab_size=tokenizer.vocab_size,
+        )
+    found = dict(zip(numbers, new, strict=False)) if loaded.staged.is_speaker else {}
+    everyone: list[dict[int, list[int]]] = [{} for _ in range(ctx.world_size)]
+    dist.all_gather_object(everyone, found)
+    merged = {number: ids for each in everyone for number, ids in each.items()}
+    return [merged[number] for number in range(len(prompts))]
+
+
+def show_round(
+    start: int,
+    tasks: Sequence[Task],
+    added: Sequence[list[int]],
+    tokenizer: Tokenizer,
+    output: WholeFile | None,
+) -> None:
+    """Print or write some tasks, after the `start` ones before them; on rank 0 alone."""
+    if environment_rank() == 0:
+        for number, (task, new) in enumerate(zip(tasks, added, strict=True), start=start + 1):
+            show(number, task, new, tokenizer, output)
+
+
+def show(
+    number: int, task: Task, new: list[int], tokenizer: Tokenizer, output: WholeFile | None
+) -> None:
+    """Print or write prompt `number`, counted from 1, and its new tokens as text."""
+    ids = task.prompt.ids
+    has_ended = bool(new) and new[-1] == tokenizer.eod
+    text = tokenizer.decode(ids + (new[:-1] if has_ended else new))
+    if output is not None:
+        start = tokenizer.decode(ids)
+        added = {
+            "completion": text[len(start) :] if text.startswith(start) else text,
+            "completion_tokens": new,
+            "finish_reason": "stop" if has_ended else "length",
+        }
+        output.write_record({**task.record, **added})
+    else:
+        if number > 1:
+            print("---")
+        print(text, flush=True)
+    logger.info(
+        "prompt %d: %d tokens, then %d new ones; stopped at the %s",
+        number,
+        len(ids),
+        len(new),
+        "end of the document" if has_ended else "limit",
+    )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse flags that are wrong whatever the checkpoint holds.
+
+    Raises:
+        ConfigError: one of them is.
+    """
+    check_sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
+    if args.max_new_tokens < 1:
+        raise ConfigError(
+            f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1; use 64, for example"
+        )
+    if not 0 <= args.seed <= _LARGEST_SEED:
+        raise ConfigError(
+            f"--seed is {args.seed}; it must be 0 to 2^62, with room for a number a prompt; use a"
+            " smaller one"
+        )
+
+
+def read_tasks(args: argparse.Namespace, tokenizer: Tokenizer, *, seq_length: int) -> list[Task]:
+    """Every prompt, with a generator of its own.
+
+    Raises:
+        ConfigError: a prompt is empty, or too long to be continued within `seq_length`, the
+            length that the model was trained on.
+        DataError: the same of a line of `--input`, or it is no prompt at all.
+    """
+    if args.input is None:
+        records = [{"prompt": text} for text in args.prompt]
+        prompts = [
+            encode_prompt(args, tokenizer, number, seq_length=seq_length)
+            for number in range(1, len(records) + 1)
+        ]
+    else:
+        lines = list(
+            read_tokens(
+                args.input,
+                text_key="prompt",
+                encode=tokenizer.encode,
+                vocab_size=tokenizer.vocab_size,
+                most_tokens=seq_length - args.max_new_tokens,
+                rule=f"because with --max-new-tokens {args.max_new_tokens} they must fit into"
+                f" {seq_length}, the --seq-length of training",
+                written_keys=WRITTEN,
+            )
+        )
+        if not lines:
+            raise ConfigError(
+                f"{args.input} has no lines; there is nothing to continue; name another --input"
+            )
+        records = [line.record for line in lines]
+        prompts = [line.ids for line in lines]
+    return [
+        Task(
+            record=record,
+            prompt=Prompt(
+                ids=ids,
+                choose=make_choice(args, torch.Generator().manual_seed(args.seed + index)),
+                max_new_tokens=args.max_new_tokens,
+            ),
+        )
+        for index, (record, ids) in enumerate(zip(records, prompts, strict=True))
+    ]
+
+
+def encode_prompt(
+    args: argparse.Namespace, tokenizer: Tokenizer, number: int, *, seq_length: int
+) -> list[int]:
+    """Tokens of `--prompt` number `number`, counted from 1; see `read_tasks`."""
+    text = args.prompt[number - 1]
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"--prompt number {number} ({text!r}) is not UTF-8 at character {error.start}; a"
+            " prompt must be; encode it so"
+        ) from error
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise ConfigError(
+            f"--prompt number {number} ({text!r}) has no tokens; the model continues at"
+            " least one; give it some text"
+        )
+    if len(ids) + args.max_new_tokens > seq_length:
+        raise ConfigError(
+            f"--prompt number {number} has {len(ids)} tokens and --max-new-tokens is"
+            f" {args.max_new_tokens}; together they must be at most {seq_length}, the"
+            " --seq-length of training; shorten the prompt or lower --max-new-tokens"
+        )
+    return ids
+
+
+def make_choice(args: argparse.Namespace, generator: torch.Generator) -> Choice:
+    """How tokens are picked."""
+    if args.greedy:
+        return greedy_token
+    return lambda logits: next_token(
+        logits,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        generator=generator,
+    )
+
+
+def open_output(args: argparse.Namespace) -> WholeFile | None:
+    """The output file, on rank 0, if there is to be one."""
+    if args.output is None or environment_rank() != 0:
+        return None
+    return WholeFile(args.output)

@@ -1,0 +1,309 @@
+"""Log-probabilities of texts under a trained model, alone or under torchrun.
+
+    python tools/score.py --load runs/quickstart --input texts.jsonl --output scored.jsonl
+
+Each line of the input is an object with a text or a list of tokens; the output has the same lines
+with `token_logprobs`, `sum_logprob` and `num_tokens` added. docs/inference.md says what they are.
+"""
+
+import argparse
+import contextlib
+import functools
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron.trainer.errors import CheckpointError, ConfigError
+from megatron.trainer.inference.lines import Line, WholeFile, read_tokens
+from megatron.trainer.inference.scoring import compute_logits, score
+from megatron.trainer.runtime.launch import agree, environment_rank, run_main
+from megatron.trainer.runtime.log import configure_logging
+from moe_app.command_line import program
+from moe_app.infer import open_model
+
+logger = logging.getLogger("score")
+
+T = TypeVar("T")
+
+WRITTEN = ("token_logprobs", "sum_logprob", "num_tokens")
+"""The keys that are added to each object."""
+LOGITS_LIMIT_BYTES = 1 << 30
+"""The largest array of `--logits`, which is put together in memory."""
+TOKENS_PER_ROUND = 1 << 19
+"""About how many tokens are read, sorted by length, scored and written at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What is in an input all of whose lines are sound."""
+
+    num_lines: int
+    """Lines."""
+    longest: int
+    """Tokens of the longest."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Score as `argv` says; returns the exit status."""
+    return run_main(lambda: run(open_model.parse(make_parser(), argv)))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=program("score"),
+        description="Log-probabilities of texts under a trained model, alone or under torchrun.",
+    )
+    open_model.add_model_flags(parser)
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--input",
+        required=True,
+        metavar="FILE",
+        help='JSON Lines, each {"text": TEXT} or {"tokens": [ID, ...]}',
+    )
+    data.add_argument(
+        "--output", required=True, metavar="FILE", help="the same lines with the scores added"
+    )
+    data.add_argument(
+        "--logits",
+        metavar="FILE.npy",
+        help="write all logits too, fp32 [lines, longest line - 1, vocabulary], NaN after a line's"
+        f" end; at most {LOGITS_LIMIT_BYTES >> 20} MiB",
+    )
+    data.add_argument(
+        "--tokens-per-batch",
+        type=open_model.positive,
+        default=8192,
+        metavar="N",
+        help="tokens of a forward pass of one data parallel rank, with padding (%(default)s)",
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the model and score every line.
+
+    Raises:
+        UserError: a flag, the input, the checkpoint or the tokenizer is wrong.
+    """
+    configure_logging(environment_rank())
+    with open_model.ranks(args), contextlib.ExitStack() as stack:
+        opened = open_model.open_checkpoint(args, prog=program("score"))
+        reader = InputReader(args, opened)
+        survey = agree(reader.survey)
+        agree(lambda: check_logits(args, survey, opened.saved.model.vocab_size))
+        output = agree(lambda: open_output(args.output))
+        logits_output = agree(lambda: open_output(args.logits))
+        for file in (output, logits_output):
+            if file is not None:
+                stack.enter_context(file)
+        loaded = open_model.load_model(args, opened)
+        writer = Writer(output, logits_output, survey, opened.saved.model.vocab_size)
+        for lines in rounds(reader):
+            rows = {number: line.ids for number, line in enumerate(lines)}
+            scores = collect(score(loaded.staged, rows, **_share(args, loaded)))
+            agree(functools.partial(writer.write, lines, scores))
+            if args.logits is not None:
+                logits = collect(compute_logits(loaded.staged, rows, **_share(args, loaded)))
+                writer.take_logits(logits)
+            writer.count(lines)
+        agree(writer.finish)
+
+
+def _share(args: argparse.Namespace, loaded: open_model.LoadedModel) -> dict[str, int]:
+    """How the rows of a round are dealt."""
+    return {
+        "tokens_per_batch": args.tokens_per_batch,
+        "data_parallel_rank": loaded.ctx.data_parallel_rank,
+        "data_parallel_size": loaded.ctx.layout.data,
+    }
+
+
+class InputReader:
+    """Reads the input, as often as it is asked to; the tokenizer is opened when a text needs it.
+
+    Args:
+        args: the command line.
+        opened: the checkpoint.
+    """
+
+    def __init__(self, args: argparse.Namespace, opened: open_model.Opened) -> None:
+        self._path = args.input
+        self._seq_length = opened.saved.training.seq_length
+        self._vocab_size = opened.saved.model.vocab_size
+        self._tokenizer = functools.cache(lambda: open_model.open_tokenizer(args, opened))
+
+    def __iter__(self) -> Iterator[Line]:
+        """Yield the lines.
+
+        Raises:
+            ConfigError: a text needs a tokenizer, and there is none.
+            DataError: a line is wrong.
+        """
+        yield from read_tokens(
+            self._path,
+            text_key="text",
+            encode=lambda text: self._tokenizer().encode(text),
+            vocab_size=self._vocab_size,
+            most_tokens=self._seq_length + 1,
+            rule=f"one more than {self._seq_length}, the --seq-length of training",
+            written_keys=WRITTEN,
+        )
+
+    def survey(self) -> Survey:
+        """Look at every line once.
+
+        Raises:
+            UserError: as when reading; or there are no lines.
+        """
+        lengths = [len(line.ids) for line in self]
+        if not lengths:
+            raise ConfigError(
+                f"{self._path} has no lines; there is nothing to score; name another --input"
+            )
+        return Survey(num_lines=len(lengths), longest=max(lengths))
+
+
+class Writer:
+    """Puts results into the output files; does nothing where there are none, on ranks above 0.
+
+    Args:
+        output: for the lines.
+        logits_output: for the logits, if they are wanted.
+        survey: of the input.
+        vocab_size: v.
+    """
+
+    def __init__(
+        self,
+        output: WholeFile | None,
+        logits_output: WholeFile | None,
+        survey: Survey,
+        vocab_size: int,
+    ) -> None:
+        self._output = output
+        self._logits_output = logits_output
+        self._survey = survey
+        self._num_lines = 0
+        self._num_scored = 0
+        self._sum = 0.0
+        self._started = time.perf_counter()
+        shape = (survey.num_lines, survey.longest - 1, vocab_size)
+        self._logits = None if logits_output is None else np.full(shape, np.nan, dtype=np.float32)
+
+    def write(self, lines: Sequence[Line], scores: Mapping[int, list[float]]) -> None:
+        """Append lines and their scores.
+
+        Raises:
+            CheckpointError: a score is not finite.
+            DataError: the file cannot be written.
+        """
+        if self._output is None:
+            return
+        for number, line in enumerate(lines):
+            values = scores.get(number, [])
+            if not all(math.isfinite(value) for value in values):
+                raise CheckpointError(
+                    f"{line.where}: a log-probability is not finite; a sound model gives finite"
+                    " ones, so its weights are broken; take an earlier checkpoint with --ckpt-step"
+                )
+            total = math.fsum(values)
+            added = {
+                "token_logprobs": values,
+                "sum_logprob": total,
+                "num_tokens": len(line.ids),
+            }
+            self._output.write_record({**line.record, **added})
+            self._sum += total
+            self._num_scored += len(values)
+
+    def take_logits(self, logits: Mapping[int, torch.Tensor]) -> None:
+        """Keep the logits [tokens - 1, v] of the lines that `count` will count next."""
+        if self._logits is not None:
+            for number, values in logits.items():
+                self._logits[self._num_lines + number, : len(values)] = values.numpy()
+
+    def count(self, lines: Sequence[Line]) -> None:
+        """Note that these are done."""
+        self._num_lines += len(lines)
+        logger.info("scored %d of %d lines", self._num_lines, self._survey.num_lines)
+
+    def finish(self) -> None:
+        """Put the files in their places.
+
+        Raises:
+            DataError: they cannot be written.
+        """
+        if self._logits_output is not None and self._logits is not None:
+            self._logits_output.write_array(self._logits)
+            self._logits_output.finish()
+        if self._output is not None:
+            self._output.finish()
+            seconds = time.perf_counter() - self._started
+            logger.info(
+                "%d tokens, mean log-probability %.4f; %.0f tokens per second",
+                self._num_scored,
+                self._sum / max(1, self._num_scored),
+                self._num_scored / seconds,
+            )
+
+
+def rounds(reader: InputReader) -> Iterator[list[Line]]:
+    """Lines in groups of about TOKENS_PER_ROUND tokens; a collective call for each group."""
+    lines = iter(reader)
+    while group := agree(functools.partial(_take, lines)):
+        yield group
+
+
+def _take(lines: Iterator[Line]) -> list[Line]:
+    """The next group; empty at the end."""
+    group: list[Line] = []
+    tokens = 0
+    for line in lines:
+        group.append(line)
+        tokens += len(line.ids)
+        if tokens >= TOKENS_PER_ROUND:
+            break
+    return group
+
+
+def collect(found: dict[int, T]) -> dict[int, T]:
+    """What the ranks found, on rank 0; elsewhere nothing. A collective call."""
+    is_first = dist.get_rank() == 0
+    everyone: list[dict[int, T]] = [{} for _ in range(dist.get_world_size())]
+    dist.gather_object(found, everyone if is_first else None)
+    return {number: value for each in everyone for number, value in each.items()}
+
+
+def check_logits(args: argparse.Namespace, survey: Survey, vocab_size: int) -> None:
+    """Refuse logits that would be too many, or go where the lines go.
+
+    Raises:
+        ConfigError: they are, or do.
+    """
+    if args.logits is not None and os.path.realpath(args.logits) == os.path.realpath(args.output):
+        raise ConfigError(
+            f"--output and --logits are both {args.logits}; each needs a file of its own; name"
+            " another one"
+        )
+    size = survey.num_lines * (survey.longest - 1) * vocab_size * 4
+    if args.logits is not None and size > LOGITS_LIMIT_BYTES:
+        raise ConfigError(
+            f"--logits would be {size:,} bytes ({survey.num_lines} lines x {survey.longest - 1} x"
+            f" {vocab_size} x 4); it must be at most {LOGITS_LIMIT_BYTES:,}; give fewer or shorter"
+            " lines"
+        )
+
+
+def open_output(path: str | None) -> WholeFile | None:
+    """An output file, on rank 0, if there is to be one."""
+    return None if path is None or environment_rank() != 0 else WholeFile(path)

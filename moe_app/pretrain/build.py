@@ -1,0 +1,177 @@
+"""Builds a training state from a config: data, model, optimizer."""
+
+import logging
+from functools import partial
+from typing import Any
+
+from megatron.trainer.config.durations import describe_lengths
+from megatron.trainer.config.schema import DataConfig
+from megatron.trainer.config.validate import MOE_ACT
+from megatron.trainer.data.batch_views import DocumentRule
+from megatron.trainer.data.build import DataBundle, build_data
+from megatron.trainer.data.tokenizer import load_tokenizer
+from megatron.trainer.errors import ConfigError
+from megatron.trainer.optim.adamw import describe_groups
+from megatron.trainer.optim.schedules import anneal_schedule, build_schedule
+from megatron.trainer.optim.wrap import prepare_training, wrap_model
+from megatron.trainer.runtime.launch import RunContext, agree
+from megatron.trainer.state import TrainState
+from moe_app.pretrain.config import PretrainConfig
+from moe_app.pretrain.describe import backend_use, data_lines, describe_run
+from moe_app.pretrain.hooks import RouterHealth
+from moe_ext.builder import BuiltModel, build_model
+from moe_ext.compat import check_versions
+from moe_ext.counting import training_flops_per_token
+from moe_ext.experts import EXPERT_BACKENDS, choose_backend, look_up_backend
+from moe_ext.layers.transformer import transformer_config
+
+logger = logging.getLogger(__name__)
+
+
+def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
+    """Everything a run needs, at iteration 0."""
+    schedule = build_schedule(cfg)
+    data = agree(
+        lambda: build_data(
+            cfg.data,
+            vocab_size=cfg.model.vocab_size,
+            seq_length=cfg.training.seq_length,
+            seed=cfg.training.seed,
+            samples_per_step=cfg.training.global_batch_size,
+        )
+    )
+    documents = agree(lambda: document_rule(cfg.data, cfg.model.vocab_size))
+    agree(lambda: _check_validation(cfg, data))
+    built = build_chunks(cfg, ctx, seed=cfg.training.seed)
+    chunks = wrap_model(cfg, list(built.chunks), built.config)
+    state = TrainState(
+        cfg=cfg,
+        ctx=ctx,
+        chunks=chunks,
+        transformer_config=built.config,
+        optimizer=prepare_training(cfg, chunks, built.config),
+        schedule=schedule,
+        anneal=(partial(anneal_schedule, cfg) if cfg.checkpoint.anneal_from is not None else None),
+        train_data=data.train,
+        validation=data.validation,
+        documents=documents,
+        metrics=RouterHealth(built.metrics) if built.metrics else None,
+        flops_per_token=training_flops_per_token(cfg.model, cfg.training.seq_length),
+    )
+    table, warnings = data_lines(cfg, data)
+    for line in (*describe_run(cfg, ctx), *describe_lengths(cfg), *table):
+        logger.info(line)
+    for line in warnings:
+        logger.warning(line)
+    for line in describe_groups(state.optimizer, cfg.optimizer.weight_decay):
+        logger.info("parameters: %s", line)
+    return state
+
+
+def build_chunks(cfg: PretrainConfig, ctx: RunContext, *, seed: int | None) -> BuiltModel:
+    """This rank's part of the model, on its device, with initial weights if there is a seed."""
+    check_versions()
+    layout, training = ctx.layout, cfg.training
+    try:
+        config = transformer_config(
+            cfg.model,
+            bf16=training.bf16,
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=(
+                layout.virtual_stages if layout.virtual_stages > 1 else None
+            ),
+            context_parallel_size=layout.context,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=layout.expert_tensor,
+            sequence_parallel=layout.sequence_parallel,
+            # Interleaving over 2 stages exchanges two pairs of messages with the same rank at once;
+            # only the overlapped exchange keeps them apart (it uses a group for each direction).
+            overlap_p2p_comm=layout.virtual_stages > 1,
+            batch_p2p_comm=layout.virtual_stages == 1,
+            **_recompute_settings(cfg, ctx),
+        )
+        return build_model(
+            cfg.model,
+            config,
+            pg_collection=ctx.groups,
+            seq_length=training.seq_length,
+            seed=seed,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    except (AssertionError, ImportError) as error:
+        raise ConfigError(f"megatron-core refuses this configuration: {error}") from error
+
+
+def _recompute_settings(cfg: PretrainConfig, ctx: RunContext) -> dict[str, Any]:
+    """What megatron-core is told about recomputation.
+
+    The activation of the experts (`moe_act`) is the backends' own affair.
+
+    Raises:
+        ValueError: the backend keeps the activation that is to be computed again.
+    """
+    training = cfg.training
+    if training.recompute_granularity == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": training.recompute_method,
+            "recompute_num_layers": training.recompute_num_layers,
+        }
+    if training.recompute_granularity is None:
+        return {}
+    modules = [name for name in training.recompute_modules if name != MOE_ACT]
+    if len(modules) < len(training.recompute_modules) and cfg.model.num_experts is not None:
+        name = choose_backend(cfg.model.expert_backend, backend_use(cfg, ctx)).name
+        if look_up_backend(name).keeps_activation:
+            able = [key for key, each in EXPERT_BACKENDS.items() if not each.keeps_activation]
+            raise ValueError(
+                f"recompute_modules names {MOE_ACT}, but expert_backend '{name}' keeps its"
+                f" activation; use expert_backend {' or '.join(able)}, or drop {MOE_ACT}"
+            )
+    return {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
+
+
+def document_rule(data: DataConfig, vocab_size: int) -> DocumentRule | None:
+    """What `--reset-position-ids` and `--reset-attention-mask` ask for; None if neither is set."""
+    eod = data.eod_token_id
+    if not (data.reset_position_ids or data.reset_attention_mask):
+        if eod is not None:
+            raise ConfigError(
+                f"--eod-token-id {eod} changes nothing without --reset-position-ids or"
+                " --reset-attention-mask; give one of them, or drop it"
+            )
+        return None
+    if eod is None:
+        if data.tokenizer_model is None:
+            raise ConfigError(
+                "--reset-position-ids and --reset-attention-mask need to know which token ends a"
+                " document, but there is neither a tokenizer nor an id; give --tokenizer-model or"
+                " --eod-token-id"
+            )
+        eod = load_tokenizer(data.tokenizer_type, data.tokenizer_model).eod
+    if not 0 <= eod < vocab_size:
+        raise ConfigError(
+            f"the id that ends a document ({eod}) is no token of a vocabulary of {vocab_size}, so"
+            f" no document would end; give an --eod-token-id of 0 to {vocab_size - 1}"
+        )
+    return DocumentRule(
+        eod=eod,
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+    )
+
+
+def _check_validation(cfg: PretrainConfig, data: DataBundle) -> None:
+    """Find out now, not at the first evaluation, that a set has less than one global batch."""
+    if cfg.evaluation.eval_interval and not data.validation:
+        logger.warning(
+            "--eval-interval %d, but there is no validation set: give --split 99,1 or"
+            " --valid-data-path",
+            cfg.evaluation.eval_interval,
+        )
+    for validation in data.validation.values():
+        validation.num_global_batches(
+            cfg.evaluation.eval_iters, global_batch_size=cfg.training.global_batch_size
+        )

@@ -1,0 +1,36 @@
+"""The config of a run: the trainer's groups of settings and a model.
+
+Every tool that trains or loads a model reads it here, so that all mean the same by one recipe.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megatron.trainer.config.cli import load_config
+from megatron.trainer.config.durations import resolve_lengths
+from megatron.trainer.config.schema import RunConfig
+from megatron.trainer.runtime.launch import environment_rank
+from moe_ext.config import MoEModelConfig
+from moe_ext.presets import PRESETS
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """A pretraining run."""
+
+    model: MoEModelConfig = field(default_factory=MoEModelConfig)
+    """The architecture."""
+
+
+def parse_recipe(argv: Sequence[str] | None, *, prog: str, description: str) -> PretrainConfig:
+    """Read recipe and flags; on ranks other than 0 without a word."""
+    return load_config(
+        PretrainConfig,
+        sys.argv[1:] if argv is None else argv,
+        presets=PRESETS,
+        resolve=resolve_lengths,
+        prog=prog,
+        description=description,
+        quiet=environment_rank() != 0,
+    )

@@ -1,0 +1,108 @@
+"""Says what a run will do before it does it: model, layout, losses, data."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron.trainer.config.schema import RunConfig
+from megatron.trainer.data.build import DataBundle, describe, repeated_sources
+from megatron.trainer.runtime.launch import RunContext
+from moe_app.pretrain.config import PretrainConfig
+from moe_ext.config import MoEModelConfig
+from moe_ext.counting import count_parameters
+from moe_ext.experts import Use, choose_backend
+from moe_ext.functional import layer_coefficients
+
+
+def describe_run(cfg: PretrainConfig, ctx: RunContext) -> list[str]:
+    """The head of the log: what is trained, how it is laid out, what the losses mean."""
+    model, layout = cfg.model, ctx.layout
+    count = count_parameters(model)
+    lines = [
+        f"model: {count.total:,} parameters, {count.active:,} active per token",
+        f"layout: {ctx.world_size} ranks on {ctx.device.type}, TP {layout.tensor}, PP"
+        f" {layout.pipeline} x {layout.virtual_stages}, CP {layout.context}, EP {layout.expert},"
+        f" ETP {layout.expert_tensor}, DP {layout.data}; {ctx.num_threads} threads per rank;"
+        f" {'bf16 with fp32 master weights' if cfg.training.bf16 else 'fp32'}",
+    ]
+    if layout.sequence_parallel and cfg.parallel.sequence_parallel is None:
+        lines.append(
+            "sequence parallelism is on: megatron-core's experts need it under tensor parallelism"
+        )
+    if model.num_experts is not None or model.attention_experts is not None:
+        choice = choose_backend(model.expert_backend, backend_use(cfg, ctx))
+        lines.append(f"expert backend: {choice.name}, {choice.reason}")
+    if model.num_experts is not None:
+        lines += [
+            f"experts: {model.num_experts} per layer, {model.moe_router_topk} per token, router"
+            f" {model.router}, dispatcher"
+            f" {model.moe_token_dispatcher_type}",
+            *_describe_losses(model, topk=model.moe_router_topk),
+        ]
+    if model.attention_experts is not None:
+        lines += [
+            f"attention experts: {model.attention_experts} per layer, {model.attention_topk} per"
+            f" token, router {model.router}; logged as moa_...",
+            *_describe_losses(model, topk=model.attention_topk, routers="attention "),
+        ]
+    return lines
+
+
+def _describe_losses(model: MoEModelConfig, *, topk: int, routers: str = "") -> list[str]:
+    """What the coefficients mean for the routers that choose `topk` experts."""
+    balance, z = layer_coefficients(
+        model.moe_loss_convention,
+        model.moe_aux_loss_coeff,
+        model.moe_z_loss_coeff,
+        num_layers=model.num_layers,
+        topk=topk,
+    )
+    return [
+        f"{routers}load-balancing loss: coefficient {model.moe_aux_loss_coeff:g} in the"
+        f" '{model.moe_loss_convention}' convention = {balance:g} for each layer's loss;"
+        " logged without it, mean over layers, 1.0 = balanced",
+        f"{routers}router z-loss: coefficient {model.moe_z_loss_coeff:g} in the"
+        f" '{model.moe_loss_convention}' convention = {z:g} for each layer's loss; logged"
+        " without it, mean over layers and tokens of logsumexp squared",
+    ]
+
+
+def backend_use(cfg: PretrainConfig, ctx: RunContext) -> Use:
+    """What this run needs an expert backend for."""
+    return Use(
+        device_type=ctx.device.type,
+        dtype=torch.bfloat16 if cfg.training.bf16 else torch.float32,
+        widths=cfg.model.expert_widths(
+            tensor=ctx.layout.tensor, expert_tensor=ctx.layout.expert_tensor
+        ),
+    )
+
+
+def data_lines(cfg: RunConfig, data: DataBundle) -> tuple[list[str], list[str]]:
+    """The table of phases and sources, and a warning for each source that is repeated."""
+    steps = cfg.training.train_iters - (cfg.checkpoint.anneal_from or 0)
+    rows = describe(data, train_samples=steps * cfg.training.global_batch_size)
+    return data_table(rows, seq_length=cfg.training.seq_length), repeated_sources(rows)
+
+
+def data_table(rows: Sequence[dict[str, Any]], *, seq_length: int) -> list[str]:
+    """One line per phase and token source; what a source cannot know is left out."""
+    formats = {
+        "weight": "weight {:.3g}",
+        "documents": "{:,} documents",
+        "tokens": "{:,} tokens",
+        "windows": "{:,} sequences",
+        "drawn": "{:,.0f} tokens to be drawn",
+        "epochs": "{:.3g} epochs",
+    }
+    lines = []
+    for row in rows:
+        drawn = None if row["draw"] is None else row["draw"] * seq_length
+        cells = {**row, "drawn": drawn}
+        known = [text.format(cells[key]) for key, text in formats.items() if cells[key] is not None]
+        where = "" if row["phase"] is None else f"{row['phase']}, "
+        lines.append(
+            f"{row['use']} data {where}{row['source']}: {', '.join(known) or 'random tokens'}"
+        )
+    return lines

@@ -1,0 +1,107 @@
+"""Hooks of a run: router metrics, expert load, and which observers a rank has."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.trainer.config.cli import dump_config, flatten
+from megatron.trainer.hooks.base import (
+    Console,
+    Hook,
+    MetricsFile,
+    Record,
+    TensorBoard,
+    WeightsAndBiases,
+    append_record,
+    keep_records_until,
+)
+from megatron.trainer.hooks.plots import RunPlots, plot_expert_load
+from megatron.trainer.records.run_dir import CONFIG_NAME, LOAD_NAME, METRICS_NAME
+from megatron.trainer.state import TrainState
+from moe_app.pretrain.config import PretrainConfig
+from moe_ext.metrics import MOA, MOE, RouterMetrics, RouterReport
+
+_LOAD_NAMES = {MOE: "load", MOA: "moa_load"}
+_EXPERT_NAMES = {MOE: "expert", MOA: "attention expert"}
+
+
+class RouterHealth:
+    """Router measurements as the training loop wants them; keeps the last reports for the plots.
+
+    Args:
+        metrics: by kind of router, the same kinds on every rank.
+    """
+
+    def __init__(self, metrics: Mapping[str, RouterMetrics]) -> None:
+        self._metrics = metrics
+        self.last: dict[str, RouterReport] = {}
+
+    def reset(self) -> None:
+        """Forget what was measured."""
+        for metrics in self._metrics.values():
+            metrics.reset()
+
+    def reduce(self) -> Mapping[str, Any]:
+        """Summaries and per-layer lists over all ranks; a collective call."""
+        self.last = {kind: metrics.reduce() for kind, metrics in self._metrics.items()}
+        record: dict[str, Any] = {}
+        for kind, report in self.last.items():
+            record |= report.as_dict(kind) | report.layers_as_dict(kind)
+        return record
+
+
+class ExpertLoad(Hook):
+    """Writes every expert's load beside the metrics, and draws the last ones as heat maps."""
+
+    def __init__(self, health: RouterHealth, run_directory: Path) -> None:
+        self._health = health
+        self._file = run_directory / LOAD_NAME
+        self._plots = run_directory / "plots"
+        self._iteration = 0
+
+    def on_start(self, iteration: int, train_iters: int) -> None:
+        """Drop records of steps that a resumed run will take again."""
+        keep_records_until(self._file, iteration)
+
+    def on_rewind(self, iteration: int) -> None:
+        """Drop records of steps that are taken again."""
+        keep_records_until(self._file, iteration)
+
+    def on_log(self, record: Record) -> None:
+        """Append [layers][experts] loads of each kind of router, 1 = even share."""
+        if self._health.last:
+            self._iteration = record["iteration"]
+            loads = {
+                _LOAD_NAMES[kind]: [[round(x, 4) for x in row] for row in report.load.tolist()]
+                for kind, report in self._health.last.items()
+            }
+            append_record(self._file, {"iteration": self._iteration, **loads})
+
+    def on_end(self) -> None:
+        """Draw."""
+        for kind, report in self._health.last.items():
+            plot_expert_load(
+                report.load.tolist(),
+                self._plots / f"expert_{_LOAD_NAMES[kind]}.png",
+                title=f"{_EXPERT_NAMES[kind]} load, global batch of iteration {self._iteration}",
+            )
+
+
+def build_hooks(cfg: PretrainConfig, state: TrainState) -> list[Hook]:
+    """The watchers of this rank: all of them on rank 0, none elsewhere."""
+    if state.ctx.rank != 0:
+        return []
+    hooks: list[Hook] = [Console(progress=cfg.logging.progress)]
+    if cfg.checkpoint.save is None:
+        return hooks
+    directory = Path(cfg.checkpoint.save)
+    (directory / CONFIG_NAME).write_text(dump_config(cfg), encoding="utf-8")
+    hooks.append(MetricsFile(directory / METRICS_NAME))
+    if cfg.logging.tensorboard:
+        hooks.append(TensorBoard(directory / "tensorboard"))
+    if cfg.logging.wandb_project is not None:
+        hooks.append(WeightsAndBiases(cfg.logging, directory, flatten(cfg)))
+    if isinstance(state.metrics, RouterHealth):
+        hooks.append(ExpertLoad(state.metrics, directory))
+    hooks.append(RunPlots(directory / METRICS_NAME, directory / "plots"))
+    return hooks

@@ -1,0 +1,99 @@
+"""Pretrain a mixture-of-experts language model; start it with torchrun, or alone on one device."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.trainer.health.preflight import preflight
+from megatron.trainer.health.stop import Stop
+from megatron.trainer.health.watchdog import Watchdog, start_watchdog, timeout_before
+from megatron.trainer.loop import Upkeep, train
+from megatron.trainer.records.journal import Journal, open_journal
+from megatron.trainer.resume import (
+    check_directories,
+    checkpoint_writer,
+    evaluation_is_pending,
+    resume,
+    rewind,
+)
+from megatron.trainer.runtime import signals
+from megatron.trainer.runtime.launch import (
+    RunContext,
+    agree,
+    environment_rank,
+    initialize,
+    run_main,
+    shut_down,
+)
+from megatron.trainer.runtime.log import configure_logging
+from megatron.trainer.step import language_model_step
+from moe_app.command_line import program
+from moe_app.pretrain.build import build_state
+from moe_app.pretrain.config import PretrainConfig, parse_recipe
+from moe_app.pretrain.hooks import build_hooks
+
+logger = logging.getLogger("pretrain")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipe and flags in `argv`; returns the exit status."""
+    return run_main(
+        lambda: pretrain(parse_recipe(argv, prog=program("pretrain"), description=__doc__))
+    )
+
+
+def pretrain(cfg: PretrainConfig) -> int:
+    """Train as `cfg` says, from scratch or from a checkpoint; returns the exit status."""
+    configure_logging(environment_rank())
+    if cfg.reliability.exit_signal_handler:
+        signals.listen()
+    else:
+        signals.ignore_no_more()
+    try:
+        return _pretrain(cfg)
+    finally:
+        signals.stop_listening()
+
+
+def _pretrain(cfg: PretrainConfig) -> int:
+    ctx = initialize(cfg)
+    if cfg.reliability.preflight:
+        save = None if cfg.checkpoint.save is None else Path(cfg.checkpoint.save)
+        for line in preflight(ctx, timeout_s=cfg.reliability.preflight_timeout, save=save):
+            logger.info(line)
+    watchdog = start_watchdog(ctx, timeout_before(cfg.parallel.distributed_timeout_minutes))
+    try:
+        check_directories(cfg.checkpoint)
+        journal = agree(
+            lambda: open_journal(
+                cfg.checkpoint.save, rank=ctx.rank, train_iters=cfg.training.train_iters
+            )
+        )
+        with journal.recording_errors():
+            stop = _train(cfg, ctx, journal, watchdog)
+            journal.end(stop)
+    finally:
+        watchdog.stop()
+    shut_down()
+    return cfg.reliability.requeue_exit_code if stop is not None and stop.requeue else 0
+
+
+def _train(
+    cfg: PretrainConfig, ctx: RunContext, journal: Journal, watchdog: Watchdog
+) -> Stop | None:
+    state = build_state(cfg, ctx)
+    beginning = resume(state, cfg.model)
+    for passed_over in beginning.passed_over:
+        journal.event(state.iteration, "fallback", passed_over)
+    journal.event(state.iteration, beginning.event, beginning.detail)
+    if beginning.is_continued:
+        journal.saved = state.iteration
+    hooks = agree(lambda: build_hooks(cfg, state))
+    upkeep = Upkeep(
+        save=checkpoint_writer(state),
+        rewind=rewind,
+        evaluate_first=beginning.is_continued and evaluation_is_pending(state),
+        journal=journal,
+        watchdog=watchdog,
+    )
+    return train(state, language_model_step, hooks=hooks, upkeep=upkeep)

@@ -1,0 +1,4 @@
+"""Submitting, following and requeueing SLURM jobs.
+
+The batch scripts are in examples/slurm.
+"""

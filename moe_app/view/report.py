@@ -1,0 +1,245 @@
+"""Say what a run did: losses, how they compare with the unigram entropy, speed, expert health.
+
+    python tools/report.py --run runs/quickstart --require-below-entropy
+
+The unigram entropy of a validation set is what a model reaches that knows how often each of its
+tokens occurs and nothing else. A loss below it shows that the model uses the context. Exit status:
+0, or 1 when --require-below-entropy is given and not met, or 2 when the report cannot be made.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.trainer.config.cli import load_config
+from megatron.trainer.data.build import build_data
+from megatron.trainer.data.entropy import token_counts, unigram_entropy
+from megatron.trainer.data.source import MockSource, Source, WindowSource
+from megatron.trainer.errors import ConfigError, DataError
+from megatron.trainer.hooks.base import Record, read_records
+from megatron.trainer.records.history import Validation, validation_results
+from megatron.trainer.records.run_dir import CONFIG_NAME, METRICS_NAME, check_run
+from megatron.trainer.runtime.launch import run_main
+from moe_app.command_line import program
+from moe_app.pretrain.config import PretrainConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report that `argv` asks for; returns the exit status."""
+    args = parse_args(argv)
+    return run_main(lambda: run(args))
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog=program("report"), description="Say what a run did, from its run directory."
+    )
+    parser.add_argument("--run", required=True, metavar="DIR", help="the run's --save directory")
+    parser.add_argument(
+        "--require-below-entropy",
+        action="store_true",
+        help="exit with 1 unless every validation loss is below its unigram entropy",
+    )
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report.
+
+    Raises:
+        ConfigError: the directory holds no run.
+    """
+    directory = Path(args.run)
+    check_run(directory, given_as="--run")
+    cfg = load_config(
+        PretrainConfig,
+        ["--config", str(directory / CONFIG_NAME)],
+        prog=program("report"),
+        description="",
+    )
+    records = read_records(directory / METRICS_NAME)
+    entropies, problem = validation_entropies(cfg, records)
+    validation = validation_results(records, entropies)
+    for line in (
+        *describe_training(cfg, records),
+        "",
+        *describe_validation(validation, problem),
+        "",
+        *describe_files(directory),
+    ):
+        print(line)
+    if not args.require_below_entropy:
+        return 0
+    verdict, is_met = judge(validation)
+    print(f"\n{verdict}")
+    return 0 if is_met else 1
+
+
+def validation_entropies(
+    cfg: PretrainConfig, records: Sequence[Record]
+) -> tuple[dict[str, float], str | None]:
+    """Unigram entropy of each validation set of a run, in nats per token.
+
+    Returns:
+        The entropies by name, and what kept the data from being read, if anything did.
+    """
+    if not any("valid_loss" in record for record in records):
+        return {}, None
+    try:
+        data = build_data(
+            cfg.data,
+            vocab_size=cfg.model.vocab_size,
+            seq_length=cfg.training.seq_length,
+            seed=cfg.training.seed,
+        )
+    except (ConfigError, DataError) as error:
+        return {}, str(error)
+    entropies = {}
+    for name, held_back in data.validation.items():
+        entropies[name] = source_entropy(held_back.source, vocab_size=cfg.model.vocab_size)
+    return entropies, None
+
+
+def source_entropy(source: Source, *, vocab_size: int) -> float:
+    """Unigram entropy of all tokens of a source, in nats per token.
+
+    Raises:
+        TypeError: the source is of a kind that this tool does not know.
+    """
+    if isinstance(source, MockSource):
+        return math.log(source.vocab_size)  # uniform
+    if isinstance(source, WindowSource):
+        counts = token_counts(
+            source.tokens,
+            start_token=source.start_token,
+            stop_token=source.stop_token,
+            vocab_size=vocab_size,
+        )
+        return unigram_entropy(counts)
+    raise TypeError(f"{type(source).__name__} is neither a WindowSource nor a MockSource")
+
+
+def judge(validation: Sequence[Validation]) -> tuple[str, bool]:
+    """Whether every last loss is below its set's unigram entropy, and a line that says so."""
+    if not validation:
+        return "FAILED: no validation loss to compare with a unigram entropy", False
+    missed = [result for result in validation if not result.is_below_entropy]
+    if not missed:
+        return "PASSED: every validation loss is below its set's unigram entropy", True
+    told = "; ".join(
+        f"{result.name}: loss {_number(result.last)}, unigram entropy {_number(result.entropy)}"
+        for result in missed
+    )
+    return f"FAILED: validation loss is not below the unigram entropy ({told})", False
+
+
+def describe_training(cfg: PretrainConfig, records: Sequence[Record]) -> list[str]:
+    """Progress, training loss, speed and expert health."""
+    steps = [record for record in records if "lm_loss" in record]
+    if not steps:
+        return [
+            f"no training record yet (one every {cfg.logging.log_interval} iterations of"
+            f" {cfg.training.train_iters})"
+        ]
+    last = steps[-1]
+    done, planned = last["iteration"], cfg.training.train_iters
+    speed = statistics.median(record["tokens_per_second"] for record in steps)
+    rows = [
+        ["iterations", f"{done:,} of {planned:,}, {last['consumed_tokens']:,} tokens"],
+        ["training loss", f"{_number(last['lm_loss'])} nats per token"],
+        ["speed", f"{speed:,.0f} tokens/s, median of {len(steps)} records"],
+    ]
+    rows += _source_rows(last)
+    if last.get("moe_max_load_ratio") is not None:
+        rows += _expert_rows(cfg, last)
+    return _table(rows)
+
+
+def describe_validation(validation: Sequence[Validation], problem: str | None) -> list[str]:
+    """A table of the losses beside the unigram entropies, all in nats per token."""
+    if not validation:
+        return ["validation      none: the run has no validation set, or did not evaluate yet"]
+    rows = [["validation", "last loss", "best loss", "unigram entropy", "difference", ""]]
+    for result in validation:
+        difference = None
+        if result.last is not None and result.entropy is not None:
+            difference = result.last - result.entropy
+        best = _number(result.best)
+        if result.best_iteration is not None:
+            best += f" at {result.best_iteration:,}"
+        verdict = "below" if result.is_below_entropy else "NOT below"
+        rows.append(
+            [
+                result.name,
+                _number(result.last),
+                best,
+                _number(result.entropy),
+                _number(difference, sign="+"),
+                "" if difference is None else verdict,
+            ]
+        )
+    lines = _table(rows)
+    if problem is not None:
+        lines.append(f"unigram entropy is not known: {problem}")
+    return lines
+
+
+def describe_files(directory: Path) -> list[str]:
+    """Where a run's files are, those that exist."""
+    names = {
+        "run directory": ".",
+        "metrics": METRICS_NAME,
+        "loss plot": "plots/loss.png",
+        "rate plot": "plots/learning_rate.png",
+        "source plot": "plots/sources.png",
+        "expert load": "plots/expert_load.png",
+        "TensorBoard": "tensorboard",
+    }
+    return _table(
+        [[label, str(directory / name)] for label, name in names.items() if _is(directory, name)]
+    )
+
+
+def _is(directory: Path, name: str) -> bool:
+    return (directory / name).exists()
+
+
+def _source_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """Tokens that each source has given, where there are several."""
+    tokens = record.get("consumed_tokens_per_source", {})
+    if len(tokens) < 2:
+        return []
+    told = ", ".join(
+        f"{name} {count:,} ({count / record['consumed_tokens']:.1%})"
+        for name, count in tokens.items()
+    )
+    return [["tokens from", told]]
+
+
+def _expert_rows(cfg: PretrainConfig, record: Mapping[str, Any]) -> list[list[str]]:
+    """Load of the experts in the last record's global batch."""
+    ratios = [ratio or 0.0 for ratio in record["layer_max_load_ratio"]]
+    worst = max(range(len(ratios)), key=lambda layer: ratios[layer])
+    total = cfg.model.num_layers * (cfg.model.num_experts or 0)
+    return [
+        ["busiest expert", f"{ratios[worst]:.2f} x an even share, in layer {worst + 1}"],
+        ["dead experts", f"{record['moe_dead_experts']:.0f} of {total:,} in the last batch"],
+    ]
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "not known" if value is None else f"{value:{sign}.4f}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their longest entry, the first at least as wide as the labels."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths[0] = max(widths[0], 14)
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

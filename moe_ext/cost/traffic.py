@@ -1,0 +1,375 @@
+"""What one rank exchanges with others in one training step, computed from configs alone.
+
+Each part of the model and of the step has a function that lists its collectives. What they say is
+held to what real runs on gloo do by `tests/distributed/test_traffic.py`, call by call and byte by
+byte.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from moe_ext.config import MoEModelConfig
+from moe_ext.cost.collective import Collective, Group, Kind, Purpose, group_size, make_collective
+from moe_ext.cost.param_shards import (
+    Chunk,
+    Layout,
+    bucket_limit,
+    bucket_sizes,
+    head_widths,
+    model_chunks,
+)
+from moe_ext.layers.head import tokens_per_chunk
+
+_FP32, _INT64, _FP64, _BOOL = 4, 8, 8, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What a step does besides the model and the layout."""
+
+    seq_length: int
+    """Tokens per sequence (s of the whole sequence)."""
+    micro_batch_size: int
+    """Sequences in a micro-batch (b)."""
+    num_microbatches: int
+    """Forward passes of a data parallel rank."""
+    bf16: bool = True
+    """Parameters and activations in bfloat16; gradients are fp32 either way."""
+    use_distributed_optimizer: bool = False
+    """Whether optimizer state is sharded."""
+    overlap_grad_reduce: bool = False
+    """Whether gradients are reduced bucket by bucket."""
+    recompute: Literal["full", "moe"] | None = None
+    """What is computed again in backward: every layer, or the layers of experts."""
+    imbalance: float = 1.0
+    """Assignments of the busiest expert parallel rank over the mean rank's. Bytes of dispatch and
+    combine are those of that rank; 1 is balanced routing, where all have the same."""
+    device_type: Literal["cpu", "cuda"] = "cuda"
+    """Decides in how many chunks the head makes its logits."""
+
+
+def step_collectives(
+    model: MoEModelConfig, layout: Layout, batch: Batch, *, stage: int = 0
+) -> list[Collective]:
+    """Every collective of one training step of a rank on pipeline stage `stage`, from 0.
+
+    Groups of one rank are left out: nothing moves in them. All ranks of a stage do the same.
+    """
+    rank = Rank(model=model, layout=layout, batch=batch, stage=stage)
+    found = [
+        *layers(rank),
+        *embedding(rank),
+        *head(rank),
+        *pipeline(rank),
+        *gradients(rank),
+        *tied_embedding(rank),
+        *split_sequence_gradients(rank),
+        *optimizer(rank),
+        *loss(rank),
+    ]
+    return [each for each in found if each.num_ranks > 1 and each.count > 0]
+
+
+def record_collectives(model: MoEModelConfig, layout: Layout) -> list[Collective]:
+    """What a record of the routers' measurements adds, once in `log_interval` steps."""
+    found = []
+    for experts in (model.num_experts, model.attention_experts):
+        if experts is not None:
+            size = model.num_layers * (5 + experts) * _FP64
+            found.append(make_collective(layout, "all_reduce", "world", 1, size, "records"))
+    return [each for each in found if each.num_ranks > 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """A rank of a run, and the sizes that its collectives are made of."""
+
+    model: MoEModelConfig
+    layout: Layout
+    batch: Batch
+    stage: int
+
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """Its part of the model."""
+        return model_chunks(self.model, self.layout, self.stage)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether activations between the matrices are split along the sequence."""
+        return self.layout.sequence_parallel and self.layout.tensor > 1
+
+    @property
+    def num_layers(self) -> int:
+        """Layers on this rank."""
+        return self.model.num_layers // self.layout.pipeline
+
+    @property
+    def layer_runs(self) -> int:
+        """Layers times micro-batches."""
+        return self.num_layers * self.batch.num_microbatches
+
+    @property
+    def width(self) -> int:
+        """Bytes of a parameter or activation."""
+        return 2 if self.batch.bf16 else 4
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, within the matrices of attention."""
+        return self.batch.seq_length // self.layout.context * self.batch.micro_batch_size
+
+    @property
+    def own_tokens(self) -> int:
+        """Of a micro-batch, between those matrices: what this rank routes."""
+        return self.tokens // (self.layout.tensor if self.is_split else 1)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Of the hidden states [tokens, h]."""
+        return self.tokens * self.model.hidden_size * self.width
+
+    def forward_passes(self, part: Literal["attention", "experts"]) -> int:
+        """How often a part of a layer is computed: 2 if backward computes it again."""
+        again = ("full", "moe") if part == "experts" else ("full",)
+        return 2 if self.batch.recompute in again else 1
+
+    def call(
+        self, kind: Kind, group: Group, count: int, size: float, purpose: Purpose
+    ) -> Collective:
+        """`count` calls a step, of `size` bytes each."""
+        return make_collective(self.layout, kind, group, count, size, purpose)
+
+
+def layers(rank: Rank) -> Iterator[Collective]:
+    """All layers of this rank."""
+    model = rank.model
+    if model.attention_experts is not None:
+        yield from moa(rank, experts=model.attention_experts)
+    else:
+        passes = rank.forward_passes("attention")
+        yield from column_linear(rank, "attention", passes=passes)
+        yield from row_linear(rank, "attention", passes=passes)
+        if model.attention == "full_width_qk_norm":
+            yield from qk_norm(rank)
+    yield from context_parallel(rank)
+    if model.num_experts is None:
+        passes = rank.forward_passes("attention")
+        yield from column_linear(rank, "feed_forward", passes=passes)
+        yield from row_linear(rank, "feed_forward", passes=passes)
+    else:
+        yield router_counts(rank, experts=model.num_experts)
+        yield from dispatcher(rank, experts=model.num_experts)
+
+
+def column_linear(rank: Rank, purpose: Purpose, *, passes: int) -> Iterator[Collective]:
+    """A matrix whose rows are split: its input is gathered, and gathered again for backward."""
+    runs, size = rank.layer_runs, rank.hidden_bytes
+    if rank.is_split:
+        yield rank.call("all_gather", "tp", runs * (passes + 1), size, purpose)
+        yield rank.call("reduce_scatter", "tp", runs, size, purpose)
+    else:
+        yield rank.call("all_reduce", "tp", runs, size, purpose)
+
+
+def row_linear(rank: Rank, purpose: Purpose, *, passes: int) -> Iterator[Collective]:
+    """A matrix whose columns are split: its outputs are summed."""
+    runs, size = rank.layer_runs, rank.hidden_bytes
+    if rank.is_split:
+        yield rank.call("reduce_scatter", "tp", runs * passes, size, purpose)
+        yield rank.call("all_gather", "tp", runs, size, purpose)
+    else:
+        yield rank.call("all_reduce", "tp", runs * passes, size, purpose)
+
+
+def qk_norm(rank: Rank) -> Iterator[Collective]:
+    """Queries and keys each need one sum a token, forward and backward."""
+    count = 2 * rank.layer_runs * (rank.forward_passes("attention") + 1)
+    yield rank.call("all_reduce", "tp", count, rank.tokens * _FP32, "qk_norm")
+
+
+def moa(rank: Rank, *, experts: int) -> Iterator[Collective]:
+    """Every rank has some heads of every expert, and needs all tokens and their routing."""
+    runs, passes = rank.layer_runs, rank.forward_passes("attention")
+    slots = rank.tokens * rank.model.attention_topk
+    yield router_counts(rank, experts=experts)
+    if rank.is_split:
+        yield rank.call("all_gather", "tp", runs * passes, slots * _INT64, "attention")
+        for size in (rank.hidden_bytes, slots * _FP32):  # hidden states, gates
+            yield rank.call("all_gather", "tp", runs * passes, size, "attention")
+            yield rank.call("reduce_scatter", "tp", runs, size, "attention")
+    else:
+        for size in (rank.hidden_bytes, slots * _FP32):
+            yield rank.call("all_reduce", "tp", runs, size, "attention")
+    yield from row_linear(rank, "attention", passes=passes)
+
+
+def context_parallel(rank: Rank) -> Iterator[Collective]:
+    """Keys and values of the whole sequence, in one; their gradients are summed back."""
+    keys = head_widths(rank.model)[1] // rank.layout.tensor
+    size = rank.batch.seq_length * rank.batch.micro_batch_size * 2 * keys * rank.width
+    passes = rank.forward_passes("attention")
+    yield rank.call("all_gather", "cp", rank.layer_runs * passes, size, "context")
+    yield rank.call("reduce_scatter", "cp", rank.layer_runs, size, "context")
+
+
+def router_counts(rank: Rank, *, experts: int) -> Collective:
+    """Tokens per expert over the ranks that share a micro-batch; not where no loss is computed."""
+    group: Group = "tp_cp" if rank.layout.sequence_parallel else "cp"
+    return rank.call("all_reduce", group, rank.layer_runs, experts * _INT64, "router")
+
+
+def dispatcher(rank: Rank, *, experts: int) -> Iterator[Collective]:
+    """Tokens to the ranks of their experts and back; nothing where all experts are on the rank."""
+    if rank.layout.expert * rank.layout.expert_tensor == 1:
+        return
+    lists: dict[str, Callable[..., Iterator[Collective]]] = {
+        "alltoall": alltoall_dispatcher,
+        "allgather": allgather_dispatcher,
+    }
+    kind = rank.model.moe_token_dispatcher_type
+    if kind not in lists:
+        raise ValueError(
+            f"moe_token_dispatcher_type is '{kind}', whose traffic is inside its own kernels; use"
+            f" {' or '.join(lists)}"
+        )
+    yield from lists[kind](rank, experts=experts)
+
+
+def alltoall_dispatcher(rank: Rank, *, experts: int) -> Iterator[Collective]:
+    """Rows of tokens and their gates go to expert ranks; under ETP these share what they got.
+
+    Under ETP megatron-core adds the results up in the gates' precision, fp32, whatever the model's.
+    """
+    runs, passes = rank.layer_runs, rank.forward_passes("experts")
+    shared = rank.layout.expert_tensor
+    rows = rank.own_tokens * rank.model.moe_router_topk * rank.batch.imbalance
+    h = rank.model.hidden_size
+    hidden, gates, exact = rows * h * rank.width, rows * _FP32, rows * h * _FP32
+    sizes = experts * _INT64 * shared * rank.layout.expert
+    yield rank.call("all_gather", "tp_ep", runs * passes, sizes, "dispatch_sizes")
+    for size in (hidden, gates):
+        yield rank.call("all_to_all", "ep", runs * (passes + 1), size, "dispatch")
+        yield rank.call("all_gather", "etp", runs * passes, shared * size, "dispatch")
+        yield rank.call("reduce_scatter", "etp", runs, shared * size, "dispatch")
+    yield rank.call("reduce_scatter", "etp", runs * passes, shared * exact, "combine")
+    yield rank.call("all_gather", "etp", runs, shared * exact, "combine")
+    yield rank.call("all_to_all", "ep", runs * (passes + 1), hidden, "combine")
+
+
+def allgather_dispatcher(rank: Rank, *, experts: int) -> Iterator[Collective]:
+    """Every rank gets all tokens, gates and choices; results are added up in fp32."""
+    runs, passes = rank.layer_runs, rank.forward_passes("experts")
+    tokens = rank.own_tokens * rank.layout.expert * rank.layout.expert_tensor
+    h = rank.model.hidden_size
+    yield rank.call("all_gather", "tp_ep", runs * passes, tokens * experts * _BOOL, "dispatch")
+    for size in (tokens * experts * _FP32, tokens * h * rank.width):
+        yield rank.call("all_gather", "tp_ep", runs * passes, size, "dispatch")
+        yield rank.call("reduce_scatter", "tp_ep", runs, size, "dispatch")
+    yield rank.call("reduce_scatter", "tp_ep", runs * passes, tokens * h * _FP32, "combine")
+    yield rank.call("all_gather", "tp_ep", runs, tokens * h * _FP32, "combine")
+
+
+def embedding(rank: Rank) -> Iterator[Collective]:
+    """Each rank looks up its rows."""
+    if not rank.chunks[0].has_embedding:
+        return
+    count, size = rank.batch.num_microbatches, rank.hidden_bytes
+    if rank.is_split:
+        yield rank.call("reduce_scatter", "tp", count, size, "embedding")
+        yield rank.call("all_gather", "tp", count, size, "embedding")
+    else:
+        yield rank.call("all_reduce", "tp", count, size, "embedding")
+
+
+def head(rank: Rank) -> Iterator[Collective]:
+    """Output layer and cross-entropy: the hidden states, then two sums for each chunk of tokens."""
+    if not rank.chunks[-1].has_head:
+        return
+    count, size = rank.batch.num_microbatches, rank.hidden_bytes
+    if rank.is_split:
+        yield rank.call("all_gather", "tp", count, size, "head")
+        yield rank.call("reduce_scatter", "tp", count, size, "head")
+    else:
+        yield rank.call("all_reduce", "tp", count, size, "head")
+    rows = rank.model.padded_vocab_size // rank.layout.tensor
+    largest = tokens_per_chunk(rank.tokens, rows, rank.batch.device_type)
+    whole, rest = divmod(rank.tokens, largest)
+    for number, tokens in ((whole, largest), (1 if rest else 0, rest)):
+        for values in (1, 2):  # the largest logit; the sum of exponentials and the label's logit
+            yield rank.call("all_reduce", "tp", count * number, values * tokens * _FP32, "head")
+
+
+def pipeline(rank: Rank) -> Iterator[Collective]:
+    """Hidden states from chunk to chunk, and their gradients back."""
+    size = rank.own_tokens * rank.model.hidden_size * rank.width
+    behind = sum(not chunk.has_embedding for chunk in rank.chunks)
+    ahead = sum(not chunk.has_head for chunk in rank.chunks)
+    count = (behind + ahead) * rank.batch.num_microbatches
+    yield rank.call("send", "pp", count, size, "pipeline")
+    yield rank.call("receive", "pp", count, size, "pipeline")
+
+
+def gradients(rank: Rank) -> Iterator[Collective]:
+    """Gradients over the ranks that hold the same parameters, and parameters to them afterwards.
+
+    The experts' optimizer is another than that of all other parameters, and each of the two
+    distributed optimizers has all parameters gathered, its own or not: everything moves twice.
+    """
+    is_sharded = rank.batch.use_distributed_optimizer
+    num_optimizers = 1 if rank.model.num_experts is None else 2
+    groups: tuple[tuple[Group, bool], ...] = (("dp_cp", False), ("expt_dp", True))
+    for chunk in rank.chunks:
+        for group, is_expert in groups:
+            buckets = bucket_sizes(
+                [shard for shard in chunk.shards if shard.is_expert == is_expert],
+                num_ranks=group_size(rank.layout, group),
+                is_sharded=is_sharded,
+                limit=bucket_limit(
+                    chunk, rank.layout, stage=rank.stage,
+                    is_overlapped=rank.batch.overlap_grad_reduce,
+                ),
+            )  # fmt: skip
+            if chunk.index > 0:
+                buckets = [sum(buckets)]  # those of later chunks go into one call
+            for numbers in filter(None, buckets):
+                if not is_sharded:
+                    yield rank.call("all_reduce", group, 1, numbers * _FP32, "gradients")
+                    continue
+                yield rank.call("reduce_scatter", group, 1, numbers * _FP32, "gradients")
+                size = numbers * rank.width
+                yield rank.call("all_gather", group, num_optimizers, size, "parameters")
+
+
+def tied_embedding(rank: Rank) -> Iterator[Collective]:
+    """The embedding's gradient and that of its copy on the last stage."""
+    for chunk in rank.chunks:
+        for shard in chunk.shards:
+            if shard.is_tied and rank.layout.pipeline > 1:
+                yield rank.call("all_reduce", "embd", 1, shard.numbers * _FP32, "gradients")
+
+
+def split_sequence_gradients(rank: Rank) -> Iterator[Collective]:
+    """Of what every tensor parallel rank holds whole, in one call."""
+    if rank.is_split:
+        shards = [shard for chunk in rank.chunks for shard in chunk.shards]
+        numbers = sum(shard.numbers for shard in shards if shard.is_split_sequence)
+        yield rank.call("all_reduce", "tp", 1, numbers * _FP32, "gradients")
+
+
+def optimizer(rank: Rank) -> Iterator[Collective]:
+    """The gradient norm."""
+    if rank.batch.use_distributed_optimizer:
+        yield rank.call("all_reduce", "dist_opt", 1, _FP32, "grad_norm")
+        return
+    yield rank.call("all_reduce", "mp", 1, _FP32, "grad_norm")
+    if rank.model.num_experts is not None:
+        yield rank.call("all_reduce", "tp_ep_pp", 1, _FP32, "grad_norm")
+
+
+def loss(rank: Rank) -> Iterator[Collective]:
+    """How many tokens count, before the step; sum and number of their losses, after it."""
+    yield rank.call("all_reduce", "dp", 1, _FP64, "loss")
+    yield rank.call("all_reduce", "world", 1, 2 * _FP64, "loss")

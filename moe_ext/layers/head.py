@@ -1,0 +1,284 @@
+"""Output layer and cross-entropy in one: logits exist for a chunk of tokens at a time.
+
+Logits [t, v] are the largest activation of a small model, and a cross-entropy passes over them
+about ten times. Here a chunk's logits are made, turned into probabilities and those into gradients
+while they are in memory anyway, and forgotten.
+
+The gradient of a loss is a product with the gradient of its logits, which is known up to the factor
+that backward brings. So the forward pass computes the gradients of sum_i w_i loss_i for weights w
+that it is told, with the three matrix products that there are in any case, and backward multiplies
+them by its factor. Who cannot tell the weights pays for a fourth product: then backward makes the
+logits again. Both are exact.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_ext.checks import check_on_device
+from moe_ext.layers.gradients import accumulation_buffer, mark_added
+from moe_ext.layers.products import add_product, working_dtype
+
+_CHUNK_NUMBERS = {"cpu": 2**25, "cuda": 2**27}
+"""How many logits there are at a time. Each chunk reads and writes the weight's gradient."""
+_ROW_NUMBERS = 2**20
+"""How many logits element-wise passes take at a time on a CPU: 4 MiB, which caches hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularyPart:
+    """The rows of the output layer that a tensor parallel rank has."""
+
+    first: int
+    """Token id of the first row."""
+    number: int
+    """Rows that are token ids; rows from there on are padding and take no part."""
+    num_token_ids: int
+    """Token ids of the whole vocabulary."""
+    group: dist.ProcessGroup
+    """The ranks that have the other rows."""
+
+
+def tokens_per_chunk(num_tokens: int, num_rows: int, device_type: str) -> int:
+    """How many tokens' logits are made at a time, the last ones excepted; at least 1.
+
+    Args:
+        num_tokens: t.
+        num_rows: of the output layer on this rank, at least 1.
+        device_type: "cpu" or "cuda".
+    """
+    num_chunks = max(1, -(-num_tokens * num_rows // _CHUNK_NUMBERS[device_type]))
+    return max(1, -(-num_tokens // num_chunks))
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_weights: Tensor | None,
+    *,
+    part: VocabularyPart,
+) -> Tensor:
+    """Cross-entropy of softmax(W x) against the labels, without all logits at once.
+
+    Differentiable once, in `hidden` and `weight`. On each rank of the group the gradient of
+    `hidden` is the addend of that rank's rows: sum over the group for the whole.
+
+    Args:
+        hidden: [t, h], the same on every rank of the group.
+        weight: [v of this rank, h].
+        labels: [t] int64 token ids.
+        token_weights: [t] of any dtype, a multiple of which the losses' gradients will be; None if
+            that is not known yet.
+        part: of the vocabulary, what this rank has.
+
+    Returns:
+        [t] losses in nats, at least fp32, the same on every rank of the group; infinite for a label
+        that is no token id, unless its weight is 0.
+
+    Raises:
+        ValueError: in backward, the losses' gradients are no multiple of `token_weights`; on a GPU
+            a device-side assertion instead, because nothing waits for the answer.
+    """
+    if not torch.is_grad_enabled():
+        token_weights = None  # no gradient will be asked for, so none is computed
+    if token_weights is not None:
+        token_weights = token_weights.to(torch.promote_types(hidden.dtype, torch.float32))
+    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, token_weights, part)
+    return losses
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        token_weights: Tensor | None,
+        part: VocabularyPart,
+    ) -> Tensor:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        is_told = token_weights is not None
+        work = _Head(hidden, weight, labels, part)
+        losses = work.run(
+            token_weights,
+            wants_hidden=needs_hidden and is_told,
+            wants_weight=needs_weight and is_told,
+        )
+        kept = (token_weights, work.grad_hidden, work.grad_weight)
+        ctx.save_for_backward(hidden, weight, labels, *kept)  # type: ignore[arg-type]
+        ctx.part = part  # type: ignore[attr-defined]
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, token_weights, grad_hidden, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        buffer = accumulation_buffer(weight) if needs_weight else None
+        if token_weights is None:
+            work = _Head(hidden, weight, labels, ctx.part)  # type: ignore[attr-defined]
+            work.run(grad, wants_hidden=needs_hidden, wants_weight=needs_weight, buffer=buffer)
+            grad_hidden, grad_weight = work.grad_hidden, work.grad_weight
+        else:
+            factor = _common_factor(grad, token_weights)
+            grad_hidden = None if grad_hidden is None else grad_hidden * factor
+            if buffer is not None:
+                buffer.addcmul_(grad_weight, factor)
+            elif grad_weight is not None:
+                grad_weight = grad_weight * factor
+        if buffer is not None:
+            grad_weight = mark_added(weight)
+        return (
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+class _Head:
+    """Losses and gradients of one batch of tokens.
+
+    Args:
+        hidden: [t, h].
+        weight: [v of this rank, h].
+        labels: [t].
+        part: what this rank has.
+    """
+
+    grad_hidden: Tensor | None = None
+    """[t, h], at least fp32; this rank's addend."""
+    grad_weight: Tensor | None = None
+    """[v of this rank, h], at least fp32."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, part: VocabularyPart
+    ) -> None:
+        self._hidden, self._shape, self._labels, self._part = hidden, weight.shape, labels, part
+        self._work = working_dtype(hidden)
+        self._exact = torch.promote_types(hidden.dtype, torch.float32)
+        self._rows = weight[: part.number].to(self._work)  # [real rows, h]
+
+    def run(
+        self,
+        token_weights: Tensor | None,
+        *,
+        wants_hidden: bool,
+        wants_weight: bool,
+        buffer: Tensor | None = None,
+    ) -> Tensor:
+        """Losses [t]; and the gradients that are wanted of their sum weighted so.
+
+        Args:
+            token_weights: [t]; None if no gradient is wanted.
+            wants_hidden: make `grad_hidden`.
+            wants_weight: make `grad_weight`.
+            buffer: [v of this rank, h] to add the weight's gradient to, instead of making one.
+        """
+        if wants_hidden:
+            self.grad_hidden = torch.empty_like(self._hidden, dtype=self._exact)
+        if wants_weight:
+            self.grad_weight = buffer
+            if buffer is None:
+                self.grad_weight = self._rows.new_zeros(self._shape, dtype=self._exact)
+        # Padding rows are counted, so that every rank of the group makes as many chunks.
+        number, rows = len(self._hidden), self._shape[0]
+        losses = torch.empty(number, dtype=self._exact, device=self._hidden.device)
+        if number == 0:
+            return losses
+        size = tokens_per_chunk(number, rows, self._hidden.device.type)
+        for start in range(0, number, size):
+            chunk = slice(start, start + size)
+            losses[chunk] = self._run_chunk(chunk, token_weights)
+        return losses
+
+    def _run_chunk(self, chunk: slice, token_weights: Tensor | None) -> Tensor:
+        """Losses [c]; writes the chunk's part of the gradients."""
+        tokens = self._hidden[chunk].to(self._work)  # [c, h]
+        logits = (tokens @ self._rows.T).to(self._exact)  # [c, real rows]
+        places, is_here = self._places(chunk)
+        at_label = logits.gather(1, places).squeeze(1) * is_here if self._part.number else 0.0
+        largest = self._largest(logits)  # [c]
+        sums = torch.stack([_exponentials_(logits, largest), largest.new_zeros(len(largest))])
+        sums[1] += at_label
+        if self._part.group.size() > 1:
+            dist.all_reduce(sums, group=self._part.group)  # sum over the vocabulary's ranks
+        total, target = sums  # [c] each
+        if token_weights is not None and self._part.number:
+            # exp(z - max) - total at the label is `total` times the gradient of the loss.
+            logits.scatter_add_(1, places, (-total * is_here).unsqueeze(1))
+            scale = (token_weights[chunk].to(self._exact) / total).unsqueeze(1)  # [c, 1]
+            self._add_gradients(chunk, logits.to(self._work), tokens, scale)
+        elif self.grad_hidden is not None:
+            self.grad_hidden[chunk] = 0.0
+        losses: Tensor = total.log() + largest - target
+        labels = self._labels[chunk]
+        is_lost = (labels < 0) | (labels >= self._part.num_token_ids)
+        if token_weights is not None:
+            is_lost &= token_weights[chunk] != 0
+        return losses.masked_fill_(is_lost, torch.inf)
+
+    def _add_gradients(self, chunk: slice, grad: Tensor, tokens: Tensor, scale: Tensor) -> None:
+        """From grad [c, real rows], which lacks the factor scale [c, 1]."""
+        if self.grad_hidden is not None:
+            torch.mul(grad @ self._rows, scale, out=self.grad_hidden[chunk])
+        if self.grad_weight is not None:
+            scaled = (tokens * scale).to(self._work)  # [c, h]
+            add_product(grad.T, scaled, self.grad_weight[: self._part.number])
+
+    def _places(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        """Which of this rank's rows the labels are [c, 1], and whether they are [c] (1 or 0)."""
+        places = self._labels[chunk] - self._part.first
+        is_here = (places >= 0) & (places < self._part.number)
+        return places.where(is_here, 0).unsqueeze(1), is_here.to(self._exact)
+
+    def _largest(self, logits: Tensor) -> Tensor:
+        """[c] of each token over all ranks."""
+        if self._part.number:
+            largest = logits.amax(dim=1)
+        else:
+            largest = logits.new_full((len(logits),), -torch.inf)
+        if self._part.group.size() > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._part.group)
+        return largest
+
+
+def _exponentials_(logits: Tensor, largest: Tensor) -> Tensor:
+    """Turn logits [c, v] into exp(logits - largest [c]), and give each row's sum [c]."""
+    if logits.is_cuda or logits.shape[1] == 0:
+        return logits.sub_(largest.unsqueeze(1)).exp_().sum(dim=1)
+    step = max(1, _ROW_NUMBERS // logits.shape[1])
+    sums = [
+        rows.sub_(most.unsqueeze(1)).exp_().sum(dim=1)
+        for rows, most in zip(logits.split(step), largest.split(step), strict=True)
+    ]
+    return torch.cat(sums)
+
+
+def _common_factor(grad: Tensor, token_weights: Tensor) -> Tensor:
+    """[] c such that grad [t] = c token_weights [t].
+
+    Raises:
+        ValueError: there is none.
+    """
+    if len(grad) == 0:
+        return grad.new_zeros(())
+    place = token_weights.abs().argmax()
+    weight = token_weights[place]
+    factor = torch.where(weight == 0, 0.0, grad[place] / weight)
+    multiple = factor * token_weights
+    # A few roundings; NaN passes, for the trainer to find in the loss.
+    differs = ((grad - multiple).abs() > 8 * torch.finfo(grad.dtype).eps * multiple.abs()).any()
+    check_on_device(
+        ~differs,
+        "the gradients of the losses are no multiple of the token weights they were announced with;"
+        " give the model the loss_mask that the losses are multiplied with, or none",
+    )
+    return factor

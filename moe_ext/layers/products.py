@@ -1,0 +1,96 @@
+"""Matrix products into memory that is there already."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from moe_ext.layers.gradients import accumulation_buffer, mark_added
+
+
+def working_dtype(tensor: Tensor) -> torch.dtype:
+    """What products of `tensor` are computed in on its device.
+
+    A CPU without instructions for bf16 multiplies it several hundred times slower than fp32, and
+    less exactly; there the operands are converted, a block at a time.
+    """
+    if tensor.dtype == torch.bfloat16 and not tensor.is_cuda and not _has_bf16():
+        return torch.float32
+    return tensor.dtype
+
+
+@functools.cache
+def _has_bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Out = left right.
+
+    Args:
+        left: [n, d] of a working dtype.
+        right: [d, m] of the same.
+        out: [n, m] of any dtype.
+    """
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(torch.mm(left, right))
+
+
+def add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Out += left right.
+
+    Args:
+        left: [n, d] of a working dtype.
+        right: [d, m] of the same.
+        out: [n, m] of any dtype.
+    """
+    if out.dtype == left.dtype:
+        torch.addmm(out, left, right, out=out)
+    else:
+        out.add_(torch.mm(left, right))
+
+
+def linear(rows: Tensor, weight: Tensor) -> Tensor:
+    """Rows times weight^T; the weight's gradient goes straight into its buffer if it has one.
+
+    Differentiable once.
+
+    Args:
+        rows: [..., n].
+        weight: [m, n] of rows' dtype.
+
+    Returns:
+        [..., m] of rows' dtype.
+    """
+    output: Tensor = _Linear.apply(rows, weight)
+    return output
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        work = working_dtype(rows)
+        return (rows.to(work) @ weight.to(work).T).to(rows.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        needs_rows, needs_weight = ctx.needs_input_grad  # type: ignore[attr-defined]
+        work = working_dtype(rows)
+        grad = grad.to(work)
+        grad_rows = (grad @ weight.to(work)).to(rows.dtype) if needs_rows else None
+        if not needs_weight:
+            return grad_rows, None
+        left = grad.reshape(-1, grad.shape[-1]).T  # [m, t]
+        right = rows.reshape(-1, rows.shape[-1]).to(work)  # [t, n]
+        buffer = accumulation_buffer(weight)
+        if buffer is None:
+            return grad_rows, (left @ right).to(weight.dtype)
+        add_product(left, right, buffer)
+        return grad_rows, mark_added(weight)

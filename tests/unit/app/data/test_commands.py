@@ -1,0 +1,303 @@
+"""The data tools: exact round trips, equal output for any worker count, nothing half-written."""
+
+import json
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.trainer.data.indexed import open_tokens
+from megatron.trainer.data.tokenizer import Tokenizer, load_tokenizer
+from megatron.trainer.errors import ConfigError, DataError
+from moe_app.data import build_corpus, preprocess_data, train_tokenizer
+
+TYPES = ["SentencePieceTokenizer", "HFTokenizer"]
+FILES = {"SentencePieceTokenizer": "tokenizer.model", "HFTokenizer": "tokenizer.json"}
+VOCAB = 400
+TEXTS = [
+    "def f(x):\n    if x:\n\treturn 'tab'\n        # eight\n    return  x\n",
+    "  leading, trailing and   inner   spaces  ",
+    "\n\n\r\n\t \x0b\x0c\n",
+    "naïve café — 日本語 🙂 e\u0301 \u00e9 ﬁ Ω Ω \u2585 \u00a0\u3000 \ufeff a\0b",
+    "<|endoftext|> <s> </s> <unk> <0x0A>",
+    "12345 0x1F 3.14159e-10",
+    "",
+]
+
+
+def write_jsonl(path: Path, texts: Sequence[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A small tokenizer of each type, trained on the data tools' own sources."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    sources = [
+        Path(str(module.__file__)) for module in (build_corpus, preprocess_data, train_tokenizer)
+    ]
+    corpus = write_jsonl(folder / "in.jsonl", [path.read_text() for path in sources])
+    for kind in TYPES:
+        args = ["--input", corpus, "--output-dir", str(folder), "--tokenizer-type", kind]
+        assert train_tokenizer.main([*args, "--vocab-size", str(VOCAB)]) == 0
+    return {kind: str(folder / name) for kind, name in FILES.items()}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tokenizer_files: dict[str, str]) -> dict[str, Tokenizer]:
+    return {kind: load_tokenizer(kind, path) for kind, path in tokenizer_files.items()}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_comes_back_unchanged(tokenizers: dict[str, Tokenizer], kind: str, text: str) -> None:
+    tokenizer = tokenizers[kind]
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= id_ < tokenizer.vocab_size for id_ in ids)
+
+
+@given(text=st.text().filter(lambda text: "\u2581" not in text))
+@settings(max_examples=200, deadline=None)
+def test_any_text_comes_back_unchanged(tokenizers: dict[str, Tokenizer], text: str) -> None:
+    # U+2581 is how SentencePiece writes a space, so it alone is excepted.
+    for kind in TYPES:
+        assert tokenizers[kind].decode(tokenizers[kind].encode(text)) == text
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_no_space_is_put_before_the_text(tokenizers: dict[str, Tokenizer], kind: str) -> None:
+    assert len(tokenizers[kind].encode("\n")) == 1
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_text_cannot_forge_the_end_of_a_document(
+    tokenizers: dict[str, Tokenizer], kind: str
+) -> None:
+    tokenizer = tokenizers[kind]
+    assert tokenizer.eod not in tokenizer.encode("a <|endoftext|> b")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_vocabulary_has_the_size_asked_for_and_learned_pieces(
+    tokenizers: dict[str, Tokenizer], kind: str
+) -> None:
+    tokenizer = tokenizers[kind]
+    assert tokenizer.vocab_size == VOCAB
+    assert 0 <= tokenizer.eod < VOCAB
+    assert len(tokenizer.encode("        return text")) < 0.75 * len("        return text")
+
+
+def test_sample_takes_a_text_of_each_file_in_turn_up_to_the_limit(tmp_path: Path) -> None:
+    paths = [
+        write_jsonl(tmp_path / "a", ["a1", "a2", "a3"]),
+        write_jsonl(tmp_path / "b", ["b1"]),
+    ]
+
+    def sample(limit_bytes: int) -> list[str]:
+        return list(train_tokenizer.sample_texts(paths, key="text", limit_bytes=limit_bytes))
+
+    assert sample(1000) == ["a1", "b1", "a2", "a3"]
+    assert sample(4) == ["a1", "b1"]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_vocabulary_that_the_text_cannot_fill_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    corpus = write_jsonl(tmp_path / "in.jsonl", ["too little"])
+    args = ["--input", corpus, "--output-dir", str(tmp_path / "out"), "--tokenizer-type", kind]
+    assert train_tokenizer.main([*args, "--vocab-size", "5000"]) == 2
+    assert capsys.readouterr().err.startswith("error: --vocab-size 5000 does not fit the input (")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_type_and_absent_file_are_refused(tmp_path: Path) -> None:
+    message = (
+        "--tokenizer-type Bert is unknown; it must be one of SentencePieceTokenizer, HFTokenizer"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        load_tokenizer("Bert", "x")
+    message = (
+        "--tokenizer-type HFTokenizer needs a file, but --tokenizer-model is not given; name the"
+        " .model or .json file"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        load_tokenizer("HFTokenizer", None)
+    path = tmp_path / "none.model"
+    message = (
+        f"tokenizer {path} does not exist or is not a file; --tokenizer-model must name the .model"
+        " or .json file; check the path"
+    )
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        load_tokenizer("SentencePieceTokenizer", str(path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "name"),
+    [
+        (TYPES[0], TYPES[1], "a SentencePiece model"),
+        (TYPES[1], TYPES[0], "a tokenizers JSON file"),
+    ],
+)
+def test_file_of_the_other_type_is_refused(
+    tokenizer_files: dict[str, str], kind: str, other: str, name: str
+) -> None:
+    path = tokenizer_files[other]
+    with pytest.raises(DataError) as raised:
+        load_tokenizer(kind, path)
+    message = str(raised.value)
+    assert message.startswith(f"tokenizer {path} is not {name} (")
+    assert message.endswith(
+        "--tokenizer-type and --tokenizer-model must agree (SentencePieceTokenizer, HFTokenizer);"
+        " choose the other type or restore the file"
+    )
+
+
+def test_json_without_an_end_of_document_is_refused(
+    tokenizer_files: dict[str, str], tmp_path: Path
+) -> None:
+    data = json.loads(Path(tokenizer_files["HFTokenizer"]).read_text())
+    data["added_tokens"] = []
+    del data["model"]["vocab"]["<|endoftext|>"]
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(data))
+    message = (
+        f"{path} has no token '<|endoftext|>'; documents must end with it; train the tokenizer with"
+        " tools/train_tokenizer.py or add the token"
+    )
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        load_tokenizer("HFTokenizer", str(path))
+
+
+def preprocess(files: dict[str, str], kind: str, output: Path, *args: str) -> int:
+    common = ["--output-prefix", str(output), "--tokenizer-type", kind]
+    return preprocess_data.main([*common, "--tokenizer-model", files[kind], *args])
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_token_file_holds_each_document_and_its_end(
+    tmp_path: Path,
+    tokenizer_files: dict[str, str],
+    tokenizers: dict[str, Tokenizer],
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch and megatron-core say at import
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+    inputs = [
+        write_jsonl(tmp_path / "a.jsonl", TEXTS[:4]),
+        write_jsonl(tmp_path / "b.jsonl", TEXTS[4:]),
+    ]
+    assert (
+        preprocess(tokenizer_files, kind, tmp_path / "out", "--input", *inputs, "--append-eod") == 0
+    )
+    tokenizer = tokenizers[kind]
+    expected = [[*tokenizer.encode(text), tokenizer.eod] for text in TEXTS if text]
+    prefix = str(tmp_path / "out_text_document")
+    read = IndexedDataset(prefix)
+    assert [read[i].tolist() for i in range(len(read))] == expected
+    file = open_tokens(prefix, vocab_size=VOCAB)
+    assert (file.num_documents, file.num_tokens) == (6, sum(map(len, expected)))
+    report = capsys.readouterr().out
+    assert f"{prefix}: 6 documents (1 empty ones skipped), {file.num_tokens:,} tokens" in report
+    assert report.rstrip().endswith("tokens/s")
+
+
+def test_without_append_eod_only_the_text_is_written(
+    tmp_path: Path, tokenizer_files: dict[str, str], tokenizers: dict[str, Tokenizer]
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    assert preprocess(tokenizer_files, TYPES[0], tmp_path / "out", "--input", source) == 0
+    expected = list(chain.from_iterable(tokenizers[TYPES[0]].encode(text) for text in TEXTS))
+    assert open_tokens(str(tmp_path / "out_text_document")).tokens.tolist() == expected
+
+
+def test_output_is_the_same_for_any_number_of_workers(
+    tmp_path: Path, tokenizer_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocess_data, "_CHUNK_BYTES", 500)
+    texts = [f"{n} " * (n % 60) for n in range(200)]
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    assert len(list(preprocess_data.read_chunks([source]))) > 2 * preprocess_data._CHUNKS_AHEAD
+    outputs = []
+    for workers in ("1", "2"):
+        args = ("--input", source, "--append-eod", "--workers", workers)
+        assert preprocess(tokenizer_files, TYPES[0], tmp_path / workers, *args) == 0
+        prefix = tmp_path / f"{workers}_text_document"
+        outputs.append([Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx")])
+    assert outputs[0] == outputs[1]
+
+
+def test_each_key_becomes_a_file_of_its_own(
+    tmp_path: Path, tokenizer_files: dict[str, str], tokenizers: dict[str, Tokenizer]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"q": "why", "a": "because"}\n')
+    args = ("--input", str(tmp_path / "a.jsonl"), "--json-keys", "q", "a")
+    assert preprocess(tokenizer_files, TYPES[0], tmp_path / "out", *args) == 0
+    for key, text in (("q", "why"), ("a", "because")):
+        tokens = open_tokens(str(tmp_path / f"out_{key}_document")).tokens
+        assert tokenizers[TYPES[0]].decode(tokens.tolist()) == text
+
+
+GOOD = b'{"text": "fine"}'
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_bad_line_ends_with_its_file_and_number_and_leaves_nothing(
+    tmp_path: Path,
+    tokenizer_files: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    workers: str,
+) -> None:
+    path, folder = tmp_path / "a.jsonl", tmp_path / "out"
+    path.write_bytes(b"\n".join([GOOD, GOOD, b'{"text": 7}', GOOD]))
+    args = ("--input", str(path), "--workers", workers)
+    assert preprocess(tokenizer_files, TYPES[0], folder / "p", *args) == 2
+    assert capsys.readouterr().err == (
+        f"error: {path}, line 3: 'text' is a int; it must be a string; repair or remove the line\n"
+    )
+    assert list(folder.iterdir()) == []
+
+
+def test_missing_and_empty_inputs_are_refused(
+    tmp_path: Path, tokenizer_files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing, empty = tmp_path / "none", write_jsonl(tmp_path / "a.jsonl", ["", ""])
+    assert preprocess(tokenizer_files, TYPES[0], tmp_path / "p", "--input", str(missing)) == 2
+    assert capsys.readouterr().err == (
+        f"error: {missing} does not exist or is not a file; an input must be a JSON Lines file;"
+        " check the path\n"
+    )
+    assert preprocess(tokenizer_files, TYPES[0], tmp_path / "p", "--input", empty) == 2
+    assert capsys.readouterr().err == (
+        f"error: {empty}: 0 documents with text under 'text', 2 without; there must be at least"
+        " one; check --input and --json-keys\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_workers_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--input", "a", "--output-prefix", "p", "--tokenizer-model", "m", "--workers", "0"]
+    with pytest.raises(SystemExit) as stopped:
+        preprocess_data.main(args)
+    assert stopped.value.code == 2
+    assert "--workers is 0; it must be at least 1" in capsys.readouterr().err
+
+
+def test_data_path_of_the_tools_needs_no_torch() -> None:
+    code = (
+        "import sys; from moe_app.data import preprocess_data, train_tokenizer;"
+        " sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    assert done.returncode == 0

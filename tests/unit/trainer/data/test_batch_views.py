@@ -1,0 +1,108 @@
+"""Documents within a sequence, and the balanced split of a sequence over ranks."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.trainer.data.batch_views import DocumentRule, separate_documents, share_positions
+from megatron.trainer.data.stream import Batch
+from moe_ext.attention.context_parallel import chunk_order, query_parts
+
+EOD = 0
+ROWS = st.lists(
+    st.lists(st.integers(0, 2), min_size=12, max_size=12), min_size=1, max_size=3
+)  # a third of the tokens end a document
+
+
+def batch_of(rows: list[list[int]]) -> Batch:
+    tokens = torch.tensor(rows)
+    return Batch(
+        tokens=tokens,
+        labels=tokens + 10,
+        loss_mask=torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)),
+        position_ids=torch.arange(tokens.shape[1])[None],
+    )
+
+
+def rule(*, positions: bool = True, mask: bool = True) -> DocumentRule:
+    return DocumentRule(eod=EOD, reset_position_ids=positions, reset_attention_mask=mask)
+
+
+@given(rows=ROWS)
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+def test_positions_and_mask_are_those_of_a_walk_along_each_row(rows: list[list[int]]) -> None:
+    separated = separate_documents(batch_of(rows), rule())
+    mask = separated.attention_mask()
+    assert mask is not None
+    assert mask.shape == (len(rows), 1, 12, 12)
+    for number, row in enumerate(rows):
+        start = 0
+        for query, token in enumerate(row):
+            assert separated.position_ids[number, query] == query - start
+            seen = [not hidden for hidden in mask[number, 0, query].tolist()]
+            assert seen == [start <= key <= query for key in range(12)]
+            if token == EOD:
+                start = query + 1
+
+
+def test_each_reset_is_made_only_where_it_is_asked_for() -> None:
+    batch = batch_of([[1, EOD, 1, 1]])
+    only_mask = separate_documents(batch, rule(positions=False))
+    assert only_mask.position_ids.tolist() == [[0, 1, 2, 3]]
+    assert only_mask.attention_mask() is not None
+    only_positions = separate_documents(batch, rule(mask=False))
+    assert only_positions.position_ids.tolist() == [[0, 1, 0, 1]]
+    assert only_positions.attention_mask() is None
+    assert batch.attention_mask() is None
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_hold_every_position_once_with_its_own_mask_and_place(size: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randint(0, 3, (2, 12), generator=generator).tolist()
+    whole = separate_documents(batch_of(rows), rule())
+    whole_mask = whole.attention_mask()
+    assert whole_mask is not None
+    seen = []
+    for rank in range(size):
+        part = share_positions(whole, rank=rank, size=size)
+        assert part.places is not None
+        places = part.places.tolist()
+        half = 12 // (2 * size)
+        last = 12 - (rank + 1) * half
+        assert places == [
+            *range(rank * half, (rank + 1) * half),
+            *range(last, last + half),
+        ]
+        seen += places
+        for name in ("tokens", "labels", "loss_mask", "position_ids"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[:, places]), name
+        mask = part.attention_mask()
+        assert mask is not None
+        assert torch.equal(mask, whole_mask[:, :, places])
+        assert part.loss_tokens == whole.loss_mask.sum()
+    assert sorted(seen) == list(range(12))
+
+
+def test_one_rank_keeps_the_batch_as_it_is() -> None:
+    batch = batch_of([[1, 2, 3, 4]])
+    assert share_positions(batch, rank=0, size=1) is batch
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_attention_meets_the_positions_that_the_batch_was_split_into(size: int) -> None:
+    length = 4 * size  # two positions a chunk
+    order = chunk_order(size)
+    gathered = list(itertools.chain(*([2 * chunk, 2 * chunk + 1] for chunk in order)))
+    for rank in range(size):
+        mine = gathered[rank * 4 : (rank + 1) * 4]
+        parts = list(query_parts(size, rank, 4))
+        assert [mine[rows][-1] + 1 for rows, _ in parts] == [seen for _, seen in parts]
+        batch = share_positions(batch_of([list(range(length))]), rank=rank, size=size)
+        places = list(range(length)) if batch.places is None else batch.places.tolist()
+        assert places == mine
+    work = [sum(seen for _, seen in query_parts(size, rank, 4)) for rank in range(size)]
+    assert len(set(work)) == 1, "every rank looks at as many keys"

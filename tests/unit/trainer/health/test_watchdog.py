@@ -1,0 +1,371 @@
+"""Hangs told apart from long steps: by what ranks say, by what a thread does, in this process."""
+
+import re
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.trainer.health import stragglers
+from megatron.trainer.health import watchdog as watchdog_module
+from megatron.trainer.health.heartbeat import (
+    Beat,
+    Hang,
+    Sighting,
+    TrainingThread,
+    describe_frames,
+    find_hang,
+    waits_in_collective,
+)
+from megatron.trainer.health.watchdog import Watchdog, timeout_before
+
+T = 10.0
+CPU = torch.device("cpu")
+
+
+def seen(silent_s: float = 0.1, **changes: Any) -> Sighting:
+    """A rank that has waited in a collective for longer than T, but for the changes."""
+    fields = {
+        "host": "n0",
+        "pid": 40,
+        "number": 9,
+        "stage": "train",
+        "iteration": 7,
+        "marks": 20,
+        "mark_age_s": 11.0,
+        "still_s": 10.5,
+        "is_waiting": True,
+        "where": ("megatron/trainer/step.py:9 in f",),
+    }
+    return Sighting(beat=Beat(**{**fields, **changes}), silent_s=silent_s)
+
+
+UNHEARD = Sighting(beat=None, silent_s=6.0)
+SLEEPS = {"is_waiting": False}
+WORKS = {"is_waiting": False, "still_s": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("sightings", "speaker", "culprits", "words"),
+    [
+        pytest.param(
+            [seen(6.0), seen()],
+            1,
+            (0,),
+            "rank 0 on n0, pid 40, last heard of in .*: silent",
+            id="silent lowest rank",
+        ),
+        pytest.param([seen(), seen(6.0), seen(6.0)], 0, (1, 2), "hang$", id="two silent"),
+        pytest.param(
+            [seen(), UNHEARD], 0, (1,), r"rank 1 \(beside n0\) hangs", id="never heard of"
+        ),
+        pytest.param([seen(), seen(**SLEEPS)], 0, (1,), "stands still", id="sleeps"),
+        pytest.param(
+            [seen(), seen(is_waiting=False, still_s=9.8)], 0, (1,), "stands still", id="slept later"
+        ),
+        pytest.param([seen(), seen(**WORKS)], 0, (1,), "is at work while", id="loops"),
+        pytest.param(
+            [seen(), seen(marks=18), seen()],
+            0,
+            (1,),
+            r"; 2 mark\(s\) behind the first",
+            id="behind",
+        ),
+        pytest.param(
+            [seen(), seen(marks=18), seen(**SLEEPS)],
+            0,
+            (2,),
+            "stands",
+            id="waits, but not to blame",
+        ),
+        pytest.param([seen(), seen()], 0, (), "none stands out", id="all wait"),
+        pytest.param([seen(**SLEEPS)], 0, (0,), "stands still", id="one rank alone"),
+        pytest.param([seen(**SLEEPS), seen(**SLEEPS)], 0, (0, 1), "hang$", id="all sleep"),
+        pytest.param(
+            [seen(is_over=True), seen(), seen(**SLEEPS)], 1, (2,), "rank 0 left", id="one is over"
+        ),
+    ],
+)
+def test_hang_is_found_and_who_keeps_the_others(
+    sightings: list[Sighting], speaker: int, culprits: tuple[int, ...], words: str
+) -> None:
+    hang = find_hang(dict(enumerate(sightings)), timeout_s=T)
+    assert hang is not None
+    assert (hang.speaker, hang.culprits) == (speaker, culprits)
+    assert re.search(words, hang.message, re.MULTILINE), hang.message
+
+
+@pytest.mark.parametrize(
+    "sightings",
+    [
+        pytest.param([seen(mark_age_s=1.0), seen(**SLEEPS)], id="one has just made a mark"),
+        pytest.param([seen(**WORKS), seen(**WORKS)], id="all compute, in a long step"),
+        pytest.param([seen(still_s=0.2), seen(**WORKS)], id="collectives within a long step"),
+        pytest.param([seen(still_s=9.0), seen(**WORKS)], id="a wait shorter than the time-out"),
+        pytest.param([seen(**WORKS), seen(6.0)], id="one silent, the other computes"),
+        pytest.param([seen(), Sighting(beat=None, silent_s=1.0)], id="not heard of so far"),
+        pytest.param([seen(is_over=True), seen(is_over=True)], id="all have ended"),
+        pytest.param([seen(6.0), seen(6.0)], id="nobody is left to speak"),
+    ],
+)
+def test_progress_is_not_taken_for_a_hang(sightings: list[Sighting]) -> None:
+    assert find_hang(dict(enumerate(sightings)), timeout_s=T) is None
+
+
+def test_message_says_who_where_and_how_one_knows() -> None:
+    here = ("trainer/data/stream.py:80 in read", "trainer/step.py:12 in train_step")
+    sightings = [seen(), seen(), seen(), seen(host="n1", pid=51, is_waiting=False, where=here)]
+    hang = find_hang(dict(enumerate([*sightings, seen()])), timeout_s=T)
+    assert hang == Hang(
+        speaker=0,
+        culprits=(3,),
+        message=(
+            "no rank has got any further for 10 s: rank 3 on n1 hangs\n"
+            "  rank 3 on n1, pid 51, stage 'train' of iteration 7: stands still and waits for no"
+            " other rank\n"
+            "    at trainer/data/stream.py:80 in read\n"
+            "    at trainer/step.py:12 in train_step\n"
+            "  ranks 0-2, 4, stage 'train' of iteration 7: waiting at"
+            " megatron/trainer/step.py:9 in f"
+        ),
+    )
+
+
+def test_beat_survives_the_store() -> None:
+    beat = seen().beat
+    assert beat is not None
+    assert Beat.from_json(beat.to_json()) == beat
+
+
+def function_in(file: str | Path, then: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that calls `then`, and claims to be in `file`."""
+    names: dict[str, Any] = {"then": then}
+    exec(compile("def function():\n    return then()\n", str(file), "exec"), names)
+    function: Callable[[], Any] = names["function"]
+    return function
+
+
+TORCH = Path(torch.__file__).parent
+
+
+@pytest.mark.parametrize(
+    ("innermost_first", "waits"),
+    [
+        ([TORCH / "distributed/c10d.py"], True),
+        ([TORCH / "utils/wrapper.py", TORCH / "distributed/c10d.py"], True),
+        ([Path(stragglers.__file__), "/project/step.py"], True),
+        ([TORCH / "nn/functional.py"], False),
+        (["/project/data.py"], False),
+        (["/project/data.py", TORCH / "distributed/c10d.py"], False),
+    ],
+)
+def test_collective_is_known_by_the_innermost_files(
+    innermost_first: list[str | Path], waits: bool
+) -> None:
+    call: Callable[[], Any] = lambda: waits_in_collective(sys._getframe(1))  # noqa: E731
+    for file in innermost_first:
+        call = function_in(file, call)
+    assert call() is waits
+
+
+def test_frames_are_told_innermost_first_without_those_of_libraries() -> None:
+    call: Callable[[], Any] = lambda: describe_frames(sys._getframe(1))  # noqa: E731
+    files: list[str | Path]
+    files = [TORCH / "a.py", threading.__file__, "/home/me/project/data/read.py", "/x/step.py"]
+    for file in files:
+        call = function_in(file, call)
+    assert call()[:2] == ("project/data/read.py:2 in function", "//x/step.py:2 in function")
+    assert call()[2].split(":")[0] == "tests/unit/trainer/health/test_watchdog.py"
+
+
+class Parked:
+    """A thread that runs `action` while the test looks at it."""
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        self.thread = threading.Thread(target=action, daemon=True)
+        self.thread.start()
+        time.sleep(0.05)
+
+
+def test_wait_for_work_that_was_begun_before_is_known_by_its_name() -> None:
+    lock = threading.Lock()
+    lock.acquire()
+    work = types.SimpleNamespace(wait=lock.acquire, other=lock.acquire)
+    parked = [Parked(lambda: work.wait()), Parked(lambda: work.other())]
+    looks = [TrainingThread(each.thread, CPU).stack()[0] for each in parked]
+    for each in parked:
+        lock.release()
+        each.thread.join()
+        lock.acquire(blocking=False)
+    assert looks == [True, False]
+
+
+def test_sleeping_thread_stands_still_and_computing_one_moves() -> None:
+    done = threading.Event()
+
+    def compute() -> None:
+        while not done.is_set():
+            sum(range(1000))
+
+    parked = [Parked(lambda: done.wait()), Parked(compute)]
+    looks = [TrainingThread(each.thread, CPU) for each in parked]
+    for _ in range(4):
+        time.sleep(0.1)
+        (sleeping_s, _), (computing_s, _) = [each.look() for each in looks]
+    done.set()
+    assert sleeping_s >= 0.39
+    assert computing_s == 0.0
+
+
+def test_reading_thread_moves_although_it_computes_next_to_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "data"
+    file.write_bytes(b"0" * 100)
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.wait(0.05):
+            file.read_bytes()
+
+    parked = Parked(read)
+    look = TrainingThread(parked.thread, CPU)
+    if not Path(f"/proc/self/task/{parked.thread.native_id}/io").exists():
+        pytest.skip("this system does not count what a thread reads")
+    for _ in range(3):
+        time.sleep(0.1)
+        still_s, _ = look.look()
+    done.set()
+    assert still_s == 0.0
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Statuses with which a watchdog would have ended this process; its thread ends instead."""
+    statuses: list[int] = []
+
+    def end(status: int) -> None:
+        statuses.append(status)
+        sys.exit()
+
+    def tell(arguments: threading.ExceptHookArgs, others: Any = threading.excepthook) -> None:
+        if arguments.exc_type is not SystemExit:
+            others(arguments)
+
+    monkeypatch.setattr(watchdog_module.os, "_exit", end)
+    monkeypatch.setattr(threading, "excepthook", tell)
+    return statuses
+
+
+def alone(timeout_s: float) -> Watchdog:
+    watchdog = Watchdog(rank=0, world_size=1, timeout_s=timeout_s, status=7)
+    watchdog.start()
+    return watchdog
+
+
+def test_sleeping_rank_names_itself_and_ends(
+    ended: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    watchdog = alone(0.4)
+    watchdog.mark("evaluate", 3)
+    time.sleep(0.4)
+    assert ended == []
+    time.sleep(0.4)
+    watchdog.stop()
+    assert ended == [7]
+    said = capfd.readouterr().err
+    assert "watchdog: no rank has got any further for 0.4 s: rank 0 on " in said
+    assert "stage 'evaluate' of iteration 3: stands still" in said
+    assert "test_watchdog.py:" in said and "test_sleeping_rank_names_itself_and_ends" in said
+
+
+@pytest.mark.parametrize("progress", ["marks", "computes"])
+def test_rank_that_gets_on_is_left_alone(progress: str, ended: list[int]) -> None:
+    watchdog = alone(0.3)
+    until = time.monotonic() + 1.0
+    while time.monotonic() < until:
+        if progress == "marks":
+            watchdog.mark("train", 1)
+            time.sleep(0.1)
+        else:
+            sum(range(1000))
+    watchdog.stop()
+    assert ended == []
+
+
+def test_process_that_was_suspended_is_not_taken_for_hung(
+    ended: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clocks have run on meanwhile; as a job that a scheduler suspends, or Ctrl-Z."""
+    clock, passed_s = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + passed_s[0])
+    watchdog = alone(1.0)
+    watchdog.mark("train", 1)
+    resumed = threading.Timer(0.3, lambda: passed_s.__setitem__(0, 1000.0))
+    resumed.start()
+    time.sleep(0.8)  # of these, 0.5 s afterwards
+    watchdog.stop()
+    assert passed_s == [1000.0]
+    assert ended == []
+
+
+def test_nothing_is_left_running_after_stop(ended: list[int]) -> None:
+    before = threading.active_count()
+    watchdog = alone(0.2)
+    assert threading.active_count() == before + 1
+    watchdog.stop()
+    assert threading.active_count() == before
+    time.sleep(0.4)
+    watchdog.stop()
+    assert ended == []
+
+
+def test_two_ranks_end_with_one_message(
+    ended: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 1 sleeps while rank 0 waits for it."""
+    store = dist.HashStore()
+    store.set("watchdog/0/spoken", "1")  # in an attempt before
+    finish = threading.Event()
+    watchdogs = [
+        Watchdog(rank=rank, world_size=2, timeout_s=0.6, status=7, store=store) for rank in (0, 1)
+    ]
+    for watchdog in watchdogs:  # as if they were made in two processes
+        watchdog._name = "watchdog/0"
+
+    def run(rank: int) -> None:
+        watchdogs[rank].start()
+        watchdogs[rank].mark("train", 5)
+        if rank == 0:
+            with watchdogs[rank].waiting():
+                finish.wait()
+        finish.wait()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.3)
+    finish.set()
+    for thread in threads:
+        thread.join()
+    for watchdog in watchdogs:
+        watchdog.stop()
+    assert ended == [7, 7]
+    said = capfd.readouterr().err
+    assert said.count("rank 1 on ") >= 1 and "rank 0 ends the job" in said
+    assert said.count("ends the job") == 1
+    assert (
+        "rank 0, stage 'train' of iteration 5: waiting at "
+        "tests/unit/trainer/health/test_watchdog.py:" in said
+    )
+
+
+def test_watchdog_speaks_before_the_collectives_give_up() -> None:
+    # It finds out within a tenth more than it is told to wait.
+    assert 1.1 * timeout_before(10) < 600
+    assert timeout_before(10) > 400
