@@ -13,7 +13,7 @@ from typing import Any
 from megatron.trainer.records.history import RunHistory, RunState, duration, validation_results
 from moe_app.view.page_data import chosen_events, page_data
 
-ASSETS = Path(__file__).parent / "report_assets"
+ASSETS = Path(__file__).parent / "assets"
 Runs = Sequence[tuple[str, RunHistory]]
 _MAX_VALUE_LETTERS = 2000
 

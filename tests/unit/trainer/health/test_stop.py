@@ -66,7 +66,7 @@ def test_first_notice_is_the_one_that_is_told() -> None:
 
 def test_notice_that_came_before_the_flag_was_read_kills_where_none_are_wanted() -> None:
     script = (
-        "import os, signal\nfrom megatron.trainer import signals\nsignals.listen()\n"
+        "import os, signal\nfrom megatron.trainer.runtime import signals\nsignals.listen()\n"
         "os.kill(os.getpid(), signal.SIGUSR1)\nprint('alive', flush=True)\n"
         "signals.ignore_no_more()\nprint('dead')\n"
     )
@@ -75,7 +75,7 @@ def test_notice_that_came_before_the_flag_was_read_kills_where_none_are_wanted()
 
 
 def test_signals_can_be_listened_for_before_anything_heavy_is_imported() -> None:
-    script = "import sys\nfrom megatron.trainer import signals\nprint('torch' in sys.modules)"
+    script = "import sys\nfrom megatron.trainer.runtime import signals\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 

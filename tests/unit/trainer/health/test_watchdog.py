@@ -182,7 +182,7 @@ def test_frames_are_told_innermost_first_without_those_of_libraries() -> None:
     for file in files:
         call = function_in(file, call)
     assert call()[:2] == ("project/data/read.py:2 in function", "//x/step.py:2 in function")
-    assert call()[2].split(":")[0] == "tests/unit/trainer/health/test_watchdog.py"
+    assert call()[2].split(":")[0] == "trainer/health/test_watchdog.py"
 
 
 class Parked:
@@ -361,7 +361,7 @@ def test_two_ranks_end_with_one_message(
     assert said.count("ends the job") == 1
     assert (
         "rank 0, stage 'train' of iteration 5: waiting at "
-        "tests/unit/trainer/health/test_watchdog.py:" in said
+        "trainer/health/test_watchdog.py:" in said
     )
 
 
