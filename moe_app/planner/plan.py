@@ -1,6 +1,7 @@
 """Say what memory, traffic and time every legal layout of a run needs, and which flags to paste.
 
-Takes the recipe and flags of pretrain.py, and the GPUs: --gpus N --memory GB.
+Takes the recipe and flags of pretrain.py, and the GPUs: --gpus N --memory GB. Without a batch in
+them, that of the preset's publication is planned for; the output says so.
 """
 
 import dataclasses
@@ -27,31 +28,64 @@ from moe_app.planner.search import (
     search,
 )
 from moe_ext.counting import count_parameters
-from moe_ext.presets import PRESETS
+from moe_ext.presets import PRESETS, PUBLISHED_STEPS
 
+_STEP = ("seq_length", "global_batch_size")
+"""What makes a step, and is not guessed."""
 _MORE_GPUS = (2, 4, 8)
 """How many times the GPUs are tried where nothing fits."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan as `argv` says; returns the exit status."""
-    return run_main(lambda: plan(parse(argv)))
+    return run_main(lambda: plan(*parse(argv)))
 
 
-def parse(argv: Sequence[str] | None) -> PlanConfig:
-    """Read recipe and flags."""
-    return load_config(
+def parse(argv: Sequence[str] | None) -> tuple[PlanConfig, tuple[str, ...]]:
+    """Read recipe and flags.
+
+    Returns:
+        The settings, and the names of those of the step that are the preset's published ones.
+
+    Raises:
+        ConfigError: neither the recipe, the flags nor the preset's publication give a step.
+    """
+    published: list[str] = []
+
+    def resolve(cfg: PlanConfig, layers: list[frozenset[str]]) -> PlanConfig:
+        missing = [name for name in _STEP if not any(name in layer for layer in layers)]
+        if missing:
+            raise ConfigError(_no_step(missing))
+        chosen = layers[1] | layers[2]
+        published.extend(name for name in _STEP if name not in chosen)
+        return resolve_lengths(cfg, layers)
+
+    cfg = load_config(
         PlanConfig,
         sys.argv[1:] if argv is None else argv,
-        presets=PRESETS,
-        resolve=resolve_lengths,
+        presets={name: {**PRESETS[name], **PUBLISHED_STEPS.get(name, {})} for name in PRESETS},
+        resolve=resolve,
         prog=program("plan"),
         description=__doc__ or "",
     )
+    return cfg, tuple(published)
 
 
-def plan(cfg: PlanConfig) -> None:
+def _no_step(missing: Sequence[str]) -> str:
+    flags = [f"--{name.replace('_', '-')} N" for name in missing]
+    return (
+        f"{' and '.join(missing)} must be given: memory and time are those of one step, and only"
+        f" the presets {', '.join(PUBLISHED_STEPS)} have published ones; set {' and '.join(flags)},"
+        " or give the recipe of the run as --config"
+    )
+
+
+def plan(cfg: PlanConfig, published: Sequence[str] = ()) -> None:
     """Print the table and the flags.
+
+    Args:
+        cfg: the run and its GPUs.
+        published: settings of the step that are the preset's published ones.
 
     Raises:
         ConfigError: the settings are wrong, no layout is legal, or none fits.
@@ -63,7 +97,7 @@ def plan(cfg: PlanConfig) -> None:
         _write(cfg, found, Path(cfg.planning.json))
     if not found.plans:
         raise ConfigError(_no_layout(found, num_gpus))
-    print("\n".join([*_head(cfg, num_gpus), "", *_count(found, limit), ""]))
+    print("\n".join([*_head(cfg, num_gpus, published), "", *_count(found, limit), ""]))
     best = best_of_each(found.plans)
     print("\n".join(table(best[: cfg.planning.rows], limit)), flush=True)
     fitting = [each for each in best if each.fits(limit)]
@@ -125,7 +159,7 @@ def _undivided(parallel: ParallelConfig) -> ParallelConfig:
     )
 
 
-def _head(cfg: PlanConfig, num_gpus: int) -> Iterator[str]:
+def _head(cfg: PlanConfig, num_gpus: int, published: Sequence[str]) -> Iterator[str]:
     count, training, planning = count_parameters(cfg.model), cfg.training, cfg.planning
     yield f"model: {count.total:,} parameters, {count.active:,} active per token"
     precision = "bf16 with fp32 master weights" if training.bf16 else "fp32"
@@ -133,6 +167,8 @@ def _head(cfg: PlanConfig, num_gpus: int) -> Iterator[str]:
         f"step: {training.global_batch_size:,} x {training.seq_length:,} tokens, micro-batches of"
         f" {training.micro_batch_size}, {precision}, {_recomputation(training)}"
     )
+    if published:
+        yield f"{' and '.join(published)}: as published for the preset, for want of others"
     yield (
         f"machine: {num_gpus:,} GPUs of {planning.memory:g} GB, {planning.headroom:.0%} of it kept"
         f" free; {planning.gpus_per_node} a node; imbalance {planning.imbalance:g}"

@@ -75,7 +75,9 @@ def test_notice_that_came_before_the_flag_was_read_kills_where_none_are_wanted()
 
 
 def test_signals_can_be_listened_for_before_anything_heavy_is_imported() -> None:
-    script = "import sys\nfrom megatron.trainer.runtime import signals\nprint('torch' in sys.modules)"
+    script = (
+        "import sys\nfrom megatron.trainer.runtime import signals\nprint('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 

@@ -360,8 +360,7 @@ def test_two_ranks_end_with_one_message(
     assert said.count("rank 1 on ") >= 1 and "rank 0 ends the job" in said
     assert said.count("ends the job") == 1
     assert (
-        "rank 0, stage 'train' of iteration 5: waiting at "
-        "trainer/health/test_watchdog.py:" in said
+        "rank 0, stage 'train' of iteration 5: waiting at trainer/health/test_watchdog.py:" in said
     )
 
 

@@ -135,7 +135,7 @@ STORIES: dict[str, tuple[str, dict[str, Any]]] = {
         names = ["ones", "cuda.current_stream", "cuda.Stream", "Tensor.type", "nn.Module.cuda"]
         read = lambda: [operator.attrgetter(name)(torch) for name in names]
         before = read()
-        host.redirect_cuda()
+        cpu_backend.redirect_cuda()
         found["same"] = all(old is new for old, new in zip(before, read()))
         """,
         {"same": True},
