@@ -17,7 +17,7 @@ from benchmarks.layer_transformers import family_name, hf_config
 from benchmarks.native import start
 from benchmarks.shapes import Shape
 from benchmarks.timing import synchronize
-from megatron.trainer.data.stream import Batch
+from megatron.trainer.data.batch import Batch
 from megatron.trainer.optim.schedules import Schedule
 from megatron.trainer.optim.wrap import prepare_training, wrap_model
 from megatron.trainer.state import TrainState, unwrap

@@ -69,6 +69,8 @@ def train(
             except Exception as error:  # must not hide what ended the run
                 logger.warning("%s did not end well: %s", type(hook).__name__, error)
         raise
+    finally:
+        state.train_data.stop_reading()
     for hook in hooks:
         hook.on_end()
     return stop

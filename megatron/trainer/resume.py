@@ -202,7 +202,7 @@ def rewind(state: TrainState, newest: int) -> bool:
     state.guard.rewinds = rewinds
     kept = state.train_data.consumed_per_source()
     left_out = {name: count - kept.get(name, 0) for name, count in drawn.items()}
-    state.train_data.leave_out(left_out)
+    state.train_data.skip(left_out)
     logger.log(
         logging.WARNING if state.ctx.rank == 0 else logging.INFO,  # other ranks log warnings only
         "went back to %s; %d samples read since are left out (rewind %d of --max-rewinds %d)",

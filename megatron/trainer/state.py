@@ -14,7 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron.trainer.config.schema import RunConfig
 from megatron.trainer.data.batch_views import DocumentRule
-from megatron.trainer.data.stream import SampleStream, ValidationSet
+from megatron.trainer.data.stream import SampleStream
+from megatron.trainer.data.validation import ValidationSet
 from megatron.trainer.errors import CheckpointError
 from megatron.trainer.health.step_guard import StepGuard
 from megatron.trainer.optim.scheduler import LRSchedule, check_schedule

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron.trainer.config.parallel_layout import num_microbatches
+from megatron.trainer.data.batch import Batch
 from megatron.trainer.data.batch_views import separate_documents, share_positions
-from megatron.trainer.data.stream import Batch
 from megatron.trainer.errors import StepRefusedError
 from megatron.trainer.optim.adamw import apply_schedule, clip_gradients
 from megatron.trainer.state import ForwardStep, TrainState

@@ -38,6 +38,7 @@ def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
             seq_length=cfg.training.seq_length,
             seed=cfg.training.seed,
             samples_per_step=cfg.training.global_batch_size,
+            gpu=ctx.device if ctx.device.type == "cuda" else None,
         )
     )
     documents = agree(lambda: document_rule(cfg.data, cfg.model.vocab_size))

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from megatron.trainer.data.stream import Batch, SampleStream, make_batch, split_global_batch
+from megatron.trainer.data.batch import Batch, make_batch, split_global_batch
+from megatron.trainer.data.stream import SampleStream
 from megatron.trainer.runtime.launch import environment_rank, initialize, shut_down
 from megatron.trainer.step import language_model_step, train_step
 from moe_app.pretrain.build import build_state

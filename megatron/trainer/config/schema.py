@@ -138,6 +138,9 @@ class DataConfig:
     """Named validation sets, each NAME=PREFIX, used whole; beside what split holds back."""
     mock_data: bool = False
     """Train and validate on random tokens; data_path and valid_data_path are not read."""
+    num_workers: int = 1
+    """Global batches that a thread of each rank reads before they are needed; 0 reads each in the
+    step that takes it."""
     tokenizer_type: Literal["SentencePieceTokenizer", "HFTokenizer"] = "SentencePieceTokenizer"
     """What wrote tokenizer_model: a SentencePiece .model, or a tokenizers .json."""
     tokenizer_model: str | None = None

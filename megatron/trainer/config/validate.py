@@ -149,6 +149,7 @@ def size_problems(cfg: RunConfig) -> list[str]:
     }
     at_least_zero: dict[str, int | None] = {
         "seed": training.seed,
+        "num_workers": cfg.data.num_workers,
         "eval_interval": cfg.evaluation.eval_interval,
         "ckpt_step": cfg.checkpoint.ckpt_step,
         "save_interval": cfg.checkpoint.save_interval,

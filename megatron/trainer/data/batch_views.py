@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron.trainer.data.stream import Batch
+from megatron.trainer.data.batch import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 import numpy as np
+import torch
 
 from megatron.trainer.config.schema import DataConfig
 from megatron.trainer.data.indexed import TokenFile, open_tokens
+from megatron.trainer.data.read_ahead import Loading
 from megatron.trainer.data.sampler import Phase
 from megatron.trainer.data.source import MockSource, Source, WindowSource
-from megatron.trainer.data.stream import SampleStream, ValidationSet
+from megatron.trainer.data.stream import SampleStream
+from megatron.trainer.data.validation import ValidationSet
 from megatron.trainer.errors import ConfigError, DataError
 
 _STEM_SUFFIX = "_text_document"
@@ -41,7 +44,13 @@ class _Mixture:
 
 
 def build_data(
-    cfg: DataConfig, *, vocab_size: int, seq_length: int, seed: int, samples_per_step: int = 1
+    cfg: DataConfig,
+    *,
+    vocab_size: int,
+    seq_length: int,
+    seed: int,
+    samples_per_step: int = 1,
+    gpu: torch.device | None = None,
 ) -> DataBundle:
     """Open and verify every file the run will read, and lay out the samples.
 
@@ -51,6 +60,7 @@ def build_data(
         seq_length: Positions in a sample (s).
         seed: What the order follows from.
         samples_per_step: The global batch size; phases are rounded up to whole steps.
+        gpu: Where batches will be copied to; None leaves them in plain memory.
 
     Raises:
         ConfigError: Flags are missing, contradict each other or make no sense.
@@ -58,8 +68,9 @@ def build_data(
     """
     if seed < 0:
         raise ConfigError(f"--seed is {seed}; it must be >= 0; give another one")
+    loading = Loading(num_ahead=cfg.num_workers, gpu=gpu)
     if cfg.mock_data:
-        return _mock_data(vocab_size=vocab_size, seq_length=seq_length, seed=seed)
+        return _mock_data(loading, vocab_size=vocab_size, seq_length=seq_length, seed=seed)
     mixtures = _mixtures(cfg, tokens_per_step=samples_per_step * seq_length, seq_length=seq_length)
     names = _source_names(mixtures)
     train_share = _parse_split(cfg.split)
@@ -72,7 +83,7 @@ def build_data(
         train.append(_window_source(file, name, (0, cut), **common))
         if cut < file.num_tokens:
             held_back = _window_source(file, name, (cut, file.num_tokens), **common)
-            validation[name] = ValidationSet(name, held_back)
+            validation[name] = ValidationSet(name, held_back, loading)
     for name, prefix in _parse_valid_data_path(cfg.valid_data_path).items():
         if name in validation:
             raise ConfigError(
@@ -81,7 +92,7 @@ def build_data(
             )
         file = open_tokens(prefix, vocab_size=vocab_size)
         whole = _window_source(file, name, (0, file.num_tokens), **common)
-        validation[name] = ValidationSet(name, whole)
+        validation[name] = ValidationSet(name, whole, loading)
     phases = [
         Phase(
             name=mixture.phase,
@@ -91,7 +102,8 @@ def build_data(
         )
         for mixture in mixtures
     ]
-    return DataBundle(SampleStream(train, phases, seq_length=seq_length, seed=seed), validation)
+    stream = SampleStream(train, phases, seq_length=seq_length, seed=seed, loading=loading)
+    return DataBundle(stream, validation)
 
 
 def _mixtures(cfg: DataConfig, *, tokens_per_step: int, seq_length: int) -> list[_Mixture]:
@@ -237,7 +249,7 @@ def _refuse_repeats(prefixes: Sequence[str], *, where: str | None) -> None:
             )
 
 
-def _mock_data(*, vocab_size: int, seq_length: int, seed: int) -> DataBundle:
+def _mock_data(loading: Loading, *, vocab_size: int, seq_length: int, seed: int) -> DataBundle:
     """Return random tokens to train on, and one validation set of others.
 
     The flag stands above a recipe's files, so that any recipe can be tried without its data.
@@ -245,8 +257,8 @@ def _mock_data(*, vocab_size: int, seq_length: int, seed: int) -> DataBundle:
     source = MockSource(vocab_size=vocab_size, seq_length=seq_length, seed=seed)
     other = MockSource(vocab_size=vocab_size, seq_length=seq_length, seed=seed + 1)
     phase = Phase(sources=(source.name,), weights=(1.0,))
-    stream = SampleStream([source], [phase], seq_length=seq_length, seed=seed)
-    return DataBundle(stream, {other.name: ValidationSet(other.name, other)})
+    stream = SampleStream([source], [phase], seq_length=seq_length, seed=seed, loading=loading)
+    return DataBundle(stream, {other.name: ValidationSet(other.name, other, loading)})
 
 
 def _parse_data_path(data_path: Sequence[str], label: str) -> tuple[list[float], list[str]]:

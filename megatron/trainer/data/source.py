@@ -1,4 +1,4 @@
-"""Sources: where sample n comes from, computed, not stored.
+"""Computes which tokens sample n of a source is; no order is stored.
 
 The scheme is OLMoE's (allenai/OLMo, MemMapDataset and IterableDataset): a file's tokens, documents
 end to end, are cut into consecutive windows of seq_length; the remainder is dropped; attention
@@ -44,10 +44,10 @@ class Source(Protocol):
     def num_documents(self) -> int | None:
         """Documents in an epoch; None when there are none."""
 
-    def window(self, n: int) -> npt.NDArray[np.int64]:
-        """Return sample n, counted from the run's first over all epochs: [s + 1] token ids."""
+    def windows_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the window that each sample is; samples [m] are counted over all epochs."""
 
-    def sequential(self, n: int) -> npt.NDArray[np.int64]:
+    def read_window(self, n: int) -> npt.NDArray[np.integer]:
         """Return the n-th window in the order of the data: [s + 1] token ids."""
 
 
@@ -95,14 +95,18 @@ class WindowSource:
         """Samples in an epoch; the remainder of the range is dropped."""
         return (self.num_tokens - 1) // self.seq_length
 
-    def window(self, n: int) -> npt.NDArray[np.int64]:
-        """Return sample n, counted from the run's first over all epochs: [s + 1] token ids."""
-        epoch, position = divmod(n, self.num_windows)
-        order = KeyedPermutation(self.num_windows, (self.seed, epoch, self.name))
-        return self.sequential(int(order(position)))
+    def windows_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the window that each sample is; samples [m] are counted over all epochs."""
+        epochs, positions = np.divmod(samples, self.num_windows)
+        windows = np.empty_like(positions)  # [m]
+        for epoch in np.unique(epochs).tolist():
+            order = KeyedPermutation(self.num_windows, (self.seed, epoch, self.name))
+            is_in_epoch = epochs == epoch
+            windows[is_in_epoch] = order(positions[is_in_epoch])
+        return windows
 
-    def sequential(self, n: int) -> npt.NDArray[np.int64]:
-        """Return the n-th window in the order of the data: [s + 1] token ids.
+    def read_window(self, n: int) -> npt.NDArray[np.integer]:
+        """Return the n-th window in the order of the data: [s + 1] token ids, not copied.
 
         Raises:
             IndexError: There are not that many windows.
@@ -111,7 +115,7 @@ class WindowSource:
         if not 0 <= n < self.num_windows:
             raise IndexError(f"window {n} of source {self.name!r}: it has {self.num_windows}")
         first = self.start_token + n * self.seq_length
-        ids = np.asarray(self.tokens[first : first + self.seq_length + 1]).astype(np.int64)
+        ids = np.asarray(self.tokens[first : first + self.seq_length + 1])
         if self.vocab_size is not None:
             try:
                 check_ids(ids, self.vocab_size, file=f"source {self.name!r}", first_token=first)
@@ -140,11 +144,11 @@ class MockSource:
     num_documents: None = None
     """There are none."""
 
-    def window(self, n: int) -> npt.NDArray[np.int64]:
+    def windows_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the samples' own numbers, for there is no order to shuffle."""
+        return samples
+
+    def read_window(self, n: int) -> npt.NDArray[np.integer]:
         """Return sample n: [s + 1] token ids."""
         generator = np.random.default_rng((self.seed, n))
         return generator.integers(0, self.vocab_size, self.seq_length + 1, dtype=np.int64)
-
-    def sequential(self, n: int) -> npt.NDArray[np.int64]:
-        """Return sample n, as `window` does: [s + 1] token ids."""
-        return self.window(n)

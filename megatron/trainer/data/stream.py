@@ -1,123 +1,86 @@
-"""Batches for one data parallel rank, and the state that makes a resume exact."""
+"""Reads the batches of one data parallel rank, and keeps the state that makes a resume exact."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from megatron.trainer.data.sampler import Dealer, Phase, read_records
+from megatron.trainer.data.batch import Batch, make_batch, split_global_batch
+from megatron.trainer.data.phase_records import read_records
+from megatron.trainer.data.read_ahead import Loading, ReadAhead
+from megatron.trainer.data.sampler import Phase, Sampler
 from megatron.trainer.data.source import Source
-from megatron.trainer.errors import ConfigError, DataError
+from megatron.trainer.errors import DataError
+
+Samples = tuple[Sampler, list[Batch]]
+"""The sampler after a global batch, and this rank's micro-batches of it."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch of next-token prediction."""
-
-    tokens: Tensor
-    """[b, s] int64 input ids."""
-    labels: Tensor
-    """[b, s] int64, the token that follows each position."""
-    loss_mask: Tensor
-    """[b, s] float32, 1 where the loss counts."""
-    position_ids: Tensor
-    """[b, s] int64, where each token stands in its document; [1, s] when all rows are alike."""
-
-    documents: Tensor | None = None
-    """[b, s of the whole sequence] int64 numbers of the documents that attention keeps apart; None
-    lets it cross them."""
-    loss_tokens: Tensor | None = None
-    """[] float32, what the sum of losses is divided by; None means the sum of loss_mask."""
-    places: Tensor | None = None
-    """[s] int64, where this rank's positions stand in the sequence; None means all of it."""
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """Return the same batch on a device."""
-        present = {name: value for name, value in vars(self).items() if value is not None}
-        return Batch(**{name: value.to(device) for name, value in present.items()})
-
-    def attention_mask(self) -> Tensor | None:
-        """Return [b, 1, s, s of the whole sequence] bool, True where a query must not look.
-
-        None where plain causal attention says it all.
-        """
-        if self.documents is None:
-            return None
-        everywhere = torch.arange(self.documents.shape[1], device=self.documents.device)
-        places = everywhere if self.places is None else self.places
-        others = self.documents[:, places, None] != self.documents[:, None, :]  # [b, s, s whole]
-        future = everywhere[None, :] > places[:, None]  # [s, s whole]
-        return (others | future)[:, None]
-
-
-def make_batch(windows: Sequence[npt.NDArray[np.int64]]) -> Batch:
-    """Stack windows of [s + 1] tokens each into a micro-batch of [b, s]."""
-    ids = torch.from_numpy(np.stack(windows))  # [b, s + 1]
-    tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()  # [b, s]
-    return Batch(
-        tokens=tokens,
-        labels=labels,
-        loss_mask=torch.ones(tokens.shape, dtype=torch.float32),
-        position_ids=torch.arange(tokens.shape[1])[None],
-    )
-
-
-def split_global_batch(
+def _read_global_batches(
+    sampler: Sampler,
+    sources: Sequence[Source],
+    micro_batches: Sequence[range],
     *,
-    global_batch_size: int,
-    micro_batch_size: int,
-    data_parallel_rank: int,
-    data_parallel_size: int,
-) -> list[range]:
-    """Say which samples of a global batch are this rank's, one range a micro-batch.
+    size: int,
+    pin_memory: bool,
+) -> Iterator[Samples]:
+    """Read one global batch after the other.
 
-    Micro-batch j of rank r holds samples (j * data_parallel_size + r) * micro_batch_size and on.
-    The micro-batches are thus the same sets of samples for every data parallel size, only computed
-    elsewhere, and losses that are not linear in the batch (load balancing) stay comparable.
+    Args:
+        sampler: Where to begin; advanced by nobody else.
+        sources: What it draws from, in its order.
+        micro_batches: This rank's samples of each global batch.
+        size: Samples of a global batch over all ranks.
+        pin_memory: As in `make_batch`.
 
-    Raises:
-        ConfigError: The sizes do not divide, or the rank does not exist.
+    Yields:
+        The sampler after each global batch, and this rank's micro-batches of it.
     """
-    if not 0 <= data_parallel_rank < data_parallel_size:
-        raise ConfigError(
-            f"data parallel rank {data_parallel_rank} does not exist among {data_parallel_size}"
-            f" ranks; it must be 0 to {data_parallel_size - 1}; pass the rank in its own group"
-        )
-    step = micro_batch_size * data_parallel_size
-    if step < 1 or global_batch_size < 1 or global_batch_size % step:
-        raise ConfigError(
-            f"global_batch_size ({global_batch_size}) must be a multiple of micro_batch_size x data"
-            f" parallel size ({micro_batch_size} x {data_parallel_size} = {step}); change"
-            " --global-batch-size, --micro-batch-size or the number of ranks"
-        )
-    first = data_parallel_rank * micro_batch_size
-    starts = range(first, global_batch_size, step)
-    return [range(start, start + micro_batch_size) for start in starts]
+    mine = np.concatenate([np.array(each) for each in micro_batches])  # [samples]
+    while True:
+        drawn_sources, drawn_numbers = sampler.draw(size)
+        picked, numbers = drawn_sources[mine], drawn_numbers[mine]  # [samples]
+        windows = np.empty_like(numbers)
+        for index in np.unique(picked).tolist():
+            windows[picked == index] = sources[index].windows_of(numbers[picked == index])
+        reads = zip(picked.tolist(), windows.tolist(), strict=True)
+        batches = []
+        for samples in micro_batches:
+            ids = [
+                sources[index].read_window(window) for index, window in islice(reads, len(samples))
+            ]
+            batches.append(make_batch(ids, pin_memory=pin_memory))
+        yield sampler.copy(), batches
 
 
 class SampleStream:
-    """The training samples of a run, in an order that depends on phases, weights and seed alone.
+    """Reads the training samples of a run, in an order of phases, weights and seed alone.
 
     Every rank holds a stream of its own and advances it by whole global batches; only its own
-    windows are read.
+    windows are read, ahead of time if `loading` says so. Counts and states are of the batches that
+    were returned, not of those that are read ahead.
 
     Args:
         sources: What to draw from.
         phases: The run's phases and their mixtures of those sources.
         seq_length: Positions in a sample (s).
         seed: The run's seed, kept in the state so that a resume with another one is noticed.
+        loading: How batches are read; None reads each when it is asked for.
 
     Raises:
         DataError: A weight is not positive.
-        ValueError: A source of another length, or a phase that does not fit, as in `Dealer`.
+        ValueError: A source of another length, or a phase that does not fit, as in `Sampler`.
     """
 
     def __init__(
-        self, sources: Sequence[Source], phases: Sequence[Phase], *, seq_length: int, seed: int
+        self,
+        sources: Sequence[Source],
+        phases: Sequence[Phase],
+        *,
+        seq_length: int,
+        seed: int,
+        loading: Loading | None = None,
     ) -> None:
         for source in sources:
             if source.seq_length != seq_length:
@@ -127,32 +90,34 @@ class SampleStream:
         self.sources = tuple(sources)
         self.seq_length = seq_length
         self.seed = seed
-        self._by_name = {source.name: source for source in sources}
+        self._loading = loading or Loading()
         windows = {source.name: source.num_windows for source in sources}
-        self._dealer = Dealer(phases, seed=seed, windows=windows)
+        self._sampler = Sampler(phases, seed=seed, windows=windows)
+        self._sizes: tuple[int, list[range]] | None = None
+        self._reader: ReadAhead[Samples] | None = None
 
     @property
     def phases(self) -> tuple[Phase, ...]:
         """The run's own phases in order."""
-        return self._dealer.phases
+        return self._sampler.phases
 
     @property
     def phase(self) -> str | None:
         """Name of the phase of the sample drawn last; None in a run without named phases."""
-        return self._dealer.phase.name
+        return self._sampler.phase.name
 
     def shares(self, phase: int) -> list[float]:
         """Return the share of each of a phase's sources, in their order there; the sum is 1."""
-        return [float(weight) for weight in self._dealer.blends[phase].weights]
+        return [float(weight) for weight in self._sampler.blends[phase].weights]
 
     @property
     def consumed_samples(self) -> int:
         """Samples drawn so far over all ranks, those of a run that was branched from included."""
-        return self._dealer.num_drawn
+        return self._sampler.num_drawn
 
     def consumed_per_source(self) -> dict[str, int]:
         """Return the samples drawn so far over all ranks, by source name."""
-        return self._dealer.drawn_per_source()
+        return self._sampler.drawn_per_source()
 
     def next_global_batch(
         self,
@@ -166,7 +131,8 @@ class SampleStream:
 
         Raises:
             ConfigError: As `split_global_batch`; the stream has not advanced then.
-            DataError: The last phase is used up.
+            DataError: The last phase is used up, or a token is outside the vocabulary; the stream
+                has not advanced then.
         """
         mine = split_global_batch(
             global_batch_size=global_batch_size,
@@ -174,16 +140,37 @@ class SampleStream:
             data_parallel_rank=data_parallel_rank,
             data_parallel_size=data_parallel_size,
         )
-        drawn = [self._dealer.draw() for _ in range(global_batch_size)]
-        batches = []
-        for samples in mine:
-            picks = [drawn[i] for i in samples]
-            batches.append(make_batch([self._by_name[name].window(n) for name, n in picks]))
+        sizes = (global_batch_size, mine)
+        if self._reader is None or self._sizes != sizes or not self._reader.is_usable:
+            self.stop_reading()
+            self._sizes = sizes
+            self._reader = ReadAhead(
+                _read_global_batches(
+                    self._sampler.copy(),
+                    self.sources,
+                    mine,
+                    size=global_batch_size,
+                    pin_memory=self._loading.pin_memory,
+                ),
+                self._loading,
+            )
+        try:
+            self._sampler, batches = next(self._reader)
+        except BaseException:
+            self.stop_reading()
+            raise
         return batches
 
-    def leave_out(self, counts: Mapping[str, int]) -> None:
-        """Pass over the next samples of each source by name; phases get no shorter by them."""
-        self._dealer.leave_out(counts)
+    def stop_reading(self) -> None:
+        """Drop what is read ahead and let the thread end; the next batch starts it again."""
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
+
+    def skip(self, counts: Mapping[str, int]) -> None:
+        """Skip the next samples of each source by name; phases get no shorter by them."""
+        self.stop_reading()
+        self._sampler.skip(counts)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs, as plain JSON values, the same on every rank."""
@@ -191,7 +178,7 @@ class SampleStream:
             "consumed_samples": self.consumed_samples,
             "consumed_per_source": self.consumed_per_source(),
             "seq_length": self.seq_length,
-            "phases": self._dealer.state_dict(),
+            "phases": self._sampler.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
@@ -213,7 +200,8 @@ class SampleStream:
         """
         records = read_records(state)
         self._check_length(state, "restore the data flags, or start the data anew with --finetune")
-        return self._dealer.load_state_dict(records)
+        self.stop_reading()
+        return self._sampler.load_state_dict(records)
 
     def inherit(self, state: Mapping[str, Any]) -> list[str]:
         """Begin, as a branch, after what another run has drawn.
@@ -230,7 +218,8 @@ class SampleStream:
         """
         records = read_records(state)
         self._check_length(state, "give the branch that --seq-length")
-        return self._dealer.inherit(records)
+        self.stop_reading()
+        return self._sampler.inherit(records)
 
     def _check_length(self, state: Mapping[str, Any], remedy: str) -> None:
         if state.get("seq_length") != self.seq_length:
@@ -239,63 +228,3 @@ class SampleStream:
                 f" {state.get('seq_length')}, this run {self.seq_length}; a resumed run must read"
                 f" the same samples; {remedy}"
             )
-
-
-@dataclass(frozen=True)
-class ValidationSet:
-    """Windows that are only evaluated: in the order of the data, the same at each evaluation."""
-
-    name: str
-    """Name in tables and metrics."""
-    source: Source
-    """Where the windows come from."""
-
-    def num_global_batches(self, requested: int, *, global_batch_size: int) -> int:
-        """Return how many whole global batches an evaluation takes: requested, or what exists.
-
-        Raises:
-            DataError: Not even one exists. Ask once before training, not only at the first
-                evaluation.
-        """
-        windows = self.source.num_windows
-        if windows is None:
-            return requested
-        if windows < global_batch_size:
-            raise DataError(
-                f"validation set {self.name!r} has {windows} windows of {self.source.seq_length}"
-                f" tokens, but one global batch takes {global_batch_size}; it must fill at least"
-                " one; give it more data, or lower --global-batch-size"
-            )
-        return min(requested, windows // global_batch_size)
-
-    def batches(
-        self,
-        num_global_batches: int,
-        *,
-        global_batch_size: int,
-        micro_batch_size: int,
-        data_parallel_rank: int,
-        data_parallel_size: int,
-    ) -> Iterator[list[Batch]]:
-        """Yield this rank's micro-batches of each global batch, from the set's start.
-
-        Args:
-            num_global_batches: At most how many; fewer when the set ends before.
-            global_batch_size: Samples in a global batch.
-            micro_batch_size: Samples in a micro-batch (b).
-            data_parallel_rank: This rank.
-            data_parallel_size: Ranks that share a global batch.
-
-        Raises:
-            ConfigError: As `split_global_batch`.
-            DataError: As `num_global_batches`.
-        """
-        mine = split_global_batch(
-            global_batch_size=global_batch_size,
-            micro_batch_size=micro_batch_size,
-            data_parallel_rank=data_parallel_rank,
-            data_parallel_size=data_parallel_size,
-        )
-        count = self.num_global_batches(num_global_batches, global_batch_size=global_batch_size)
-        for start in range(0, count * global_batch_size, global_batch_size):
-            yield [make_batch([self.source.sequential(start + n) for n in part]) for part in mine]

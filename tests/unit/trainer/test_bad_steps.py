@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.trainer.data.stream import Batch
+from megatron.trainer.data.batch import Batch
 from megatron.trainer.errors import StepRefusedError
 from megatron.trainer.hooks.base import Hook, Record, RecordError, append_record, read_records
 from megatron.trainer.loop import Upkeep, train
@@ -137,7 +137,7 @@ def test_skipped_step_counts_but_changes_nothing(
     truth = make_state(**flags_)
     for step in range(5):
         if step == 2:
-            truth.train_data.leave_out({"mock": BATCH})
+            truth.train_data.skip({"mock": BATCH})
             truth.iteration += 1
         else:
             train_step(truth, language_model_step)
@@ -226,7 +226,7 @@ def test_rewind_is_the_run_from_the_checkpoint_without_those_samples(
     truth = make_state(**settings, save=tmp_path / "other", load=directory, ckpt_step=6)
     resume(truth, recipe_model(truth))
     assert (truth.iteration, truth.guard.skipped_in_row) == (6, 1)
-    truth.train_data.leave_out({"mock": BATCH})
+    truth.train_data.skip({"mock": BATCH})
     expected = run(truth, tmp_path / "other", range(0))
 
     assert losses(taken)[6:] == losses(expected) and len(expected) == 2

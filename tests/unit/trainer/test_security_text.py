@@ -14,7 +14,7 @@ import yaml
 from megatron.trainer.checkpoint import FoundCheckpoint, layout
 from megatron.trainer.config.recipe import read_recipe, schema_of
 from megatron.trainer.config.schema import LoggingConfig, RunConfig
-from megatron.trainer.data.sampler import read_records
+from megatron.trainer.data.phase_records import read_records
 from megatron.trainer.errors import CheckpointError, ConfigError, DataError, printable
 from megatron.trainer.hooks import base
 from megatron.trainer.optim.scheduler import check_schedule

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron.trainer.data.stream import Batch, SampleStream, make_batch
+from megatron.trainer.data.batch import Batch, make_batch
+from megatron.trainer.data.stream import SampleStream
 from megatron.trainer.errors import TrainingError
 from megatron.trainer.state import TrainState
 from megatron.trainer.step import evaluate, language_model_step, train_step

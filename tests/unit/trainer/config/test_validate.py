@@ -260,6 +260,7 @@ OPTIMIZER_RULES: list[tuple[int, dict[str, Any], str]] = [
         " use fewer warm-up steps, or raise lr_decay_iters",
     ),
     (1, {"lr_warmup_iters": -1}, "lr_warmup_iters (-1) must be at least 0; use 0 or more"),
+    (1, {"num_workers": -1}, "num_workers (-1) must be at least 0; use 0 or more"),
     (
         1,
         {"lr": float("inf")},

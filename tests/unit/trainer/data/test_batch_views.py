@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron.trainer.data.batch import Batch
 from megatron.trainer.data.batch_views import DocumentRule, separate_documents, share_positions
-from megatron.trainer.data.stream import Batch
 from moe_ext.attention.context_parallel import chunk_order, query_parts
 
 EOD = 0

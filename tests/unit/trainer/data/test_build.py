@@ -87,7 +87,7 @@ def test_training_reads_no_validation_token(tmp_path: Path) -> None:
             seen |= set(batch.tokens.flatten().tolist()) | set(batch.labels.flatten().tolist())
     assert max(seen) < 88
     valid = bundle.validation["a"].source
-    assert valid.sequential(0).tolist() == [88, 89, 90, 91, 92]
+    assert valid.read_window(0).tolist() == [88, 89, 90, 91, 92]
 
 
 def test_named_validation_files_are_used_whole_beside_the_split(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_permutation_refuses_an_empty_range() -> None:
 
 def test_windows_are_consecutive_overlap_by_the_label_and_drop_the_remainder() -> None:
     # 15 tokens, 4 a window and 1 label: windows at 0, 4, 8; the 4th would need a 17th token.
-    windows = [source(15).sequential(n).tolist() for n in range(3)]
+    windows = [source(15).read_window(n).tolist() for n in range(3)]
     assert windows == [[10, 11, 12, 13, 14], [14, 15, 16, 17, 18], [18, 19, 20, 21, 22]]
     assert source(15).num_windows == 3
     assert [source(n).num_windows for n in (5, 8, 9, 16, 17)] == [1, 1, 2, 3, 4]
@@ -100,28 +100,28 @@ def test_windows_are_consecutive_overlap_by_the_label_and_drop_the_remainder() -
 @pytest.mark.parametrize("n", [-1, 3])
 def test_there_is_no_window_past_the_end(n: int) -> None:
     with pytest.raises(IndexError, match=re.escape(f"window {n} of source 'x': it has 3")):
-        source(15).sequential(n)
+        source(15).read_window(n)
 
 
 def test_every_epoch_visits_every_window_once_in_an_order_of_its_own() -> None:
     drawn = source(4 * 50 + 1)
-    epochs = [[int(drawn.window(50 * e + i)[0]) for i in range(50)] for e in range(3)]
+    epochs = [drawn.windows_of(np.arange(50 * e, 50 * e + 50)).tolist() for e in range(3)]
     for epoch in epochs:
-        assert sorted(epoch) == list(range(10, 210, 4))
+        assert sorted(epoch) == list(range(50))
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
-def test_a_shuffled_window_is_a_whole_window() -> None:
+def test_samples_of_many_epochs_in_any_order_are_what_each_is_alone() -> None:
     drawn = source(4 * 50 + 1)
-    for n in (0, 49, 50, 1234):
-        window = drawn.window(n)
-        assert window.dtype == np.int64
-        assert (window - window[0]).tolist() == [0, 1, 2, 3, 4]
+    samples = np.array([1234, 0, 49, 50, 99, 0, 51, 1234])
+    alone = [int(drawn.windows_of(samples[i : i + 1])[0]) for i in range(len(samples))]
+    assert drawn.windows_of(samples).tolist() == alone
+    assert alone[0] == alone[-1] and alone[1] == alone[5]
 
 
 def test_seed_and_name_change_the_order() -> None:
     def order(drawn: WindowSource) -> list[int]:
-        return [int(drawn.window(i)[0]) for i in range(50)]
+        return drawn.windows_of(np.arange(50)).tolist()
 
     base = source(201)
     assert order(base) == order(source(201))
@@ -141,15 +141,15 @@ def test_source_shorter_than_a_window_is_refused_with_both_numbers() -> None:
 def test_mock_samples_follow_from_seed_and_number_and_fill_the_vocabulary() -> None:
     mock = MockSource(vocab_size=7, seq_length=500, seed=1)
     assert (
-        mock.window(3).tolist()
-        == MockSource(vocab_size=7, seq_length=500, seed=1).window(3).tolist()
+        mock.read_window(3).tolist()
+        == MockSource(vocab_size=7, seq_length=500, seed=1).read_window(3).tolist()
     )
-    assert mock.window(3).tolist() == mock.sequential(3).tolist()
-    assert mock.window(3).tolist() != mock.window(4).tolist()
+    assert mock.windows_of(np.array([3, 9])).tolist() == [3, 9]
+    assert mock.read_window(3).tolist() != mock.read_window(4).tolist()
     other = MockSource(vocab_size=7, seq_length=500, seed=2)
-    assert mock.window(3).tolist() != other.window(3).tolist()
-    assert mock.window(3).shape == (501,)
-    assert set(mock.window(3).tolist()) == set(range(7))
+    assert mock.read_window(3).tolist() != other.read_window(3).tolist()
+    assert mock.read_window(3).shape == (501,)
+    assert set(mock.read_window(3).tolist()) == set(range(7))
     assert mock.num_windows is None
 
 
@@ -159,7 +159,7 @@ def test_every_prefix_is_within_one_of_its_shares(weights: list[float], n: int) 
     blend = Blend(weights)
     shares = np.array(weights) / sum(weights)
     for drawn in range(1, n + 1):
-        blend.draw()
+        blend.draw(1)
         # 1e-9: rounding of weight * n and of the deadlines, at most a few ulp of n = 400.
         assert np.abs(blend.counts - shares * drawn).max() < 1 + 1e-9
     assert blend.num_drawn == n
@@ -170,7 +170,7 @@ def test_blend_keeps_the_bound_where_serving_the_largest_deficit_does_not() -> N
     blend, greedy = Blend(weights), np.zeros(6)
     worst, worst_greedy = 0.0, 0.0
     for n in range(1, sum(weights) + 1):
-        blend.draw()
+        blend.draw(1)
         greedy[np.argmax(blend.weights * n - greedy)] += 1
         worst = max(worst, np.abs(blend.counts - blend.weights * n).max())
         worst_greedy = max(worst_greedy, np.abs(greedy - blend.weights * n).max())
@@ -180,14 +180,14 @@ def test_blend_keeps_the_bound_where_serving_the_largest_deficit_does_not() -> N
 
 def test_blend_numbers_the_samples_of_each_source_from_0() -> None:
     blend = Blend([3, 1])
-    drawn = [blend.draw() for _ in range(400)]
+    sources, numbers = blend.draw(400)
     for index, count in ((0, 300), (1, 100)):
-        assert [n for which, n in drawn if which == index] == list(range(count))
+        assert numbers[sources == index].tolist() == list(range(count))
 
 
 def test_only_ratios_of_weights_matter() -> None:
     one, other = Blend([0.5, 0.25, 0.25]), Blend([2, 1, 1])
-    assert [one.draw() for _ in range(200)] == [other.draw() for _ in range(200)]
+    assert np.array_equal(one.draw(200), other.draw(200))
 
 
 @pytest.mark.parametrize("weights", [[], [1.0, 0.0], [1.0, -2.0], [float("nan")], [float("inf")]])
@@ -213,13 +213,12 @@ def test_window_outside_the_vocabulary_is_refused_where_it_is_drawn() -> None:
     message = "source 'web': token 4 has id 99, but the vocabulary has 50 ids"
     for n in (0, 1):  # the label of the first window, the first token of the second
         with pytest.raises(DataError, match=re.escape(message)) as caught:
-            source.sequential(n)
+            source.read_window(n)
         assert caught.value.is_local
 
 
-def test_weights_whose_sum_overflows_still_deal_evenly() -> None:
+def test_weights_whose_sum_overflows_are_drawn_evenly() -> None:
     blend = Blend([1e308, 1e308])
     assert blend.weights.tolist() == [0.5, 0.5]
-    for _ in range(10):
-        blend.draw()
+    blend.draw(10)
     assert blend.counts.tolist() == [5, 5]

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.trainer.data.sampler import Dealer, Phase, read_records
+from megatron.trainer.data.batch import Batch
+from megatron.trainer.data.phase_records import read_records
+from megatron.trainer.data.sampler import Phase, Sampler
 from megatron.trainer.data.source import WindowSource
-from megatron.trainer.data.stream import Batch, SampleStream
+from megatron.trainer.data.stream import SampleStream
 from megatron.trainer.errors import DataError
 
 S = 4
@@ -52,6 +54,12 @@ def ids(batches: list[Batch]) -> list[int]:
     return [int(first) for batch in batches for first in batch.tokens[:, 0]]
 
 
+def draw_samples(sampler: Sampler, n: int) -> list[tuple[str, int]]:
+    """Source name and number of the next n samples."""
+    sources, numbers = sampler.draw(n)
+    return [(sampler.names[s], int(number)) for s, number in zip(sources, numbers, strict=True)]
+
+
 def draw(drawn: SampleStream, steps: int, **sizes: Any) -> list[int]:
     return [id_ for _ in range(steps) for id_ in ids(drawn.next_global_batch(**{**ALONE, **sizes}))]
 
@@ -80,29 +88,29 @@ def test_every_prefix_of_every_phase_is_within_one_of_its_shares(
         )
         for index, (length, parts) in enumerate(zip(lengths, weights, strict=False))
     ]
-    dealer = Dealer(phases, seed=1, windows={f"s{n}": 7 for n in range(5)})
+    sampler = Sampler(phases, seed=1, windows={f"s{n}": 7 for n in range(5)})
     numbers: Counter[str] = Counter()
     for phase in phases:
-        dealt: Counter[str] = Counter()
+        drawn: Counter[str] = Counter()
         for n in range(1, (phase.num_samples or 0) + 1):
-            name, number = dealer.draw()
-            assert dealer.phase is phase
-            # Numbered over all phases without a gap: nothing is lost or dealt twice.
+            ((name, number),) = draw_samples(sampler, 1)
+            assert sampler.phase is phase
+            # Numbered over all phases without a gap: nothing is lost or drawn twice.
             assert number == numbers[name]
             numbers[name] += 1
-            dealt[name] += 1
+            drawn[name] += 1
             for source_name, weight in zip(phase.sources, phase.weights, strict=True):
                 share = weight / sum(phase.weights)
                 # 1e-9 for the rounding of weight * n, as in the blend's own test.
-                assert abs(dealt[source_name] - share * n) < 1 + 1e-9
-    assert dealer.drawn_per_source() == {
+                assert abs(drawn[source_name] - share * n) < 1 + 1e-9
+    assert sampler.drawn_per_source() == {
         name: numbers[name]
         for name in dict.fromkeys(name for phase in phases for name in phase.sources)
     }
     with pytest.raises(
         DataError, match=f"^all {len(phases)} phases are used up after {sum(lengths)}"
     ):
-        dealer.draw()
+        sampler.draw(1)
 
 
 def test_no_window_comes_twice_before_its_epoch_ends_whatever_the_phase() -> None:
@@ -195,13 +203,13 @@ def changed(phase: Phase, **fields: Any) -> Phase:
         (
             3,
             (changed(STABLE, num_samples=16), DECAY),
-            "phase 1 (stable) num_samples: the checkpoint has dealt 24, this run 16",
+            "phase 1 (stable) num_samples: the checkpoint has drawn 24, this run 16",
         ),
         (
             8,
             (changed(STABLE, num_samples=88),),
             "phase 1 (stable) num_samples: checkpoint 48, this run 88;"
-            " phase 2 (decay) has dealt 16 samples, this run has no such phase",
+            " phase 2 (decay) has drawn 16 samples, this run has no such phase",
         ),
     ],
 )
@@ -253,8 +261,8 @@ def test_branch_under_the_same_seed_goes_on_where_the_trunk_stopped() -> None:
     plain = Phase(sources=("web", "code"), weights=(0.7, 0.3))
     branch = stream(changed(DECAY, name=None))
     assert branch.inherit(after(6, plain)) == [
-        "web: goes on at sample 34",
-        "code: goes on at sample 14",
+        "web: continues at sample 34",
+        "code: continues at sample 14",
         "math: from its first sample",
     ]
     assert draw(branch, 5) == draw(stream(), 11)[48:]
@@ -295,7 +303,7 @@ def test_branch_of_a_branch_goes_on_after_both() -> None:
     one.inherit(trunk)
     draw(one, 3)
     two = stream(changed(DECAY, num_samples=16))
-    assert two.inherit(moved(one.state_dict()))[0] == "web: goes on at sample 44"
+    assert two.inherit(moved(one.state_dict()))[0] == "web: continues at sample 44"
     assert [record["inherited"] for record in two.state_dict()["phases"]] == [True, True, False]
     assert two.consumed_samples == 72
 
@@ -303,7 +311,7 @@ def test_branch_of_a_branch_goes_on_after_both() -> None:
 def test_branch_over_a_changed_file_or_length_is_refused() -> None:
     message = (
         "source 'web' had 50 windows per epoch in the run that is branched from, here it has 51; a"
-        " source that goes on must be the same; restore it, or shuffle anew with another --seed"
+        " source that continues must be the same; restore it, or shuffle anew with another --seed"
     )
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         stream(DECAY, windows={"web": 51}).inherit(after(6))
@@ -325,40 +333,39 @@ def test_state_whose_phases_begin_out_of_order_is_refused() -> None:
     "phases",
     [[], [changed(STABLE, num_samples=None), DECAY], [changed(STABLE, num_samples=0)]],
 )
-def test_phases_that_cannot_be_dealt_are_refused(phases: list[Phase]) -> None:
+def test_phases_that_cannot_be_drawn_are_refused(phases: list[Phase]) -> None:
     with pytest.raises(ValueError, match="phase"):
-        Dealer(phases, seed=1, windows=WINDOWS)
+        Sampler(phases, seed=1, windows=WINDOWS)
 
 
-def test_what_was_read_on_both_sides_of_a_border_can_be_left_out() -> None:
+def test_what_was_read_on_both_sides_of_a_border_can_be_skipped() -> None:
     """web and code are in both phases, math in the second alone; the numbers of samples tell."""
 
-    def dealer(state: list[dict[str, Any]] | None = None) -> Dealer:
-        made = Dealer((STABLE, DECAY), seed=3, windows=WINDOWS)
+    def sampler(state: list[dict[str, Any]] | None = None) -> Sampler:
+        made = Sampler((STABLE, DECAY), seed=3, windows=WINDOWS)
         if state is not None:
             total = sum(sum(record["consumed"]) for record in state)
             made.load_state_dict(read_records({"phases": state, "consumed_samples": total}))
         return made
 
-    first = dealer()
-    for _ in range(32):
-        first.draw()
+    first = sampler()
+    first.draw(32)
     saved, kept = json.loads(json.dumps(first.state_dict())), first.drawn_per_source()
-    read = [first.draw() for _ in range(32)]
+    read = draw_samples(first, 32)
     assert {name for name, _ in read[:16]} == {"web", "code"} and ("math", 0) in read
 
-    again = dealer(saved)
+    again = sampler(saved)
     read_to = first.drawn_per_source()
-    again.leave_out({name: count - kept.get(name, 0) for name, count in read_to.items()})
+    again.skip({name: count - kept.get(name, 0) for name, count in read_to.items()})
     assert again.drawn_per_source() == read_to
-    dealt = [again.draw() for _ in range(8)]
+    drawn = draw_samples(again, 8)
     # Saved and resumed, too, before the second phase begins.
-    resumed = dealer(json.loads(json.dumps(again.state_dict())))
-    rest = [resumed.draw() for _ in range(48)]
-    assert [again.draw() for _ in range(48)] == rest
+    resumed = sampler(json.loads(json.dumps(again.state_dict())))
+    rest = draw_samples(resumed, 48)
+    assert draw_samples(again, 48) == rest
     # Every source goes on right behind what was read.
     for name, count in read_to.items():
-        numbers = [number for other, number in dealt + rest if other == name]
+        numbers = [number for other, number in drawn + rest if other == name]
         assert numbers == list(range(count, count + len(numbers)))
     # Both phases have their length, and their shares.
     assert resumed.phase.name == "decay"
@@ -367,11 +374,11 @@ def test_what_was_read_on_both_sides_of_a_border_can_be_left_out() -> None:
         assert fresh.sum() == samples
         assert np.abs(fresh - samples * np.array(phase["weights"])).max() < 1
     with pytest.raises(DataError, match="phases are used up"):
-        resumed.draw()
+        resumed.draw(1)
 
 
 @pytest.mark.parametrize("left_out", [8, [8], [-1, 0], [0, 99], [True, 0], "12"])
-def test_state_that_leaves_out_what_cannot_be_is_refused(left_out: Any) -> None:
+def test_state_that_skips_what_cannot_be_is_refused(left_out: Any) -> None:
     state = after(4)
     state["phases"][0]["left_out"] = left_out
     with pytest.raises(DataError, match="the checkpoint's data state has phases"):

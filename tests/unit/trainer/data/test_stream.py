@@ -8,15 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from megatron.trainer.data.batch import Batch, make_batch, split_global_batch
 from megatron.trainer.data.sampler import Phase
 from megatron.trainer.data.source import WindowSource
-from megatron.trainer.data.stream import (
-    Batch,
-    SampleStream,
-    ValidationSet,
-    make_batch,
-    split_global_batch,
-)
+from megatron.trainer.data.stream import SampleStream
+from megatron.trainer.data.validation import ValidationSet
 from megatron.trainer.errors import ConfigError, DataError
 
 S = 4

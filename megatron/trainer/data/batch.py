@@ -1,0 +1,108 @@
+"""Holds micro-batches, and says which samples of a global batch are a rank's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megatron.trainer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Holds one micro-batch of next-token prediction."""
+
+    tokens: Tensor
+    """[b, s] int64 input ids."""
+    labels: Tensor
+    """[b, s] int64, the token that follows each position."""
+    loss_mask: Tensor
+    """[b, s] float32, 1 where the loss counts."""
+    position_ids: Tensor
+    """[b, s] int64, where each token stands in its document; [1, s] when all rows are alike."""
+
+    documents: Tensor | None = None
+    """[b, s of the whole sequence] int64 numbers of the documents that attention keeps apart; None
+    lets it cross them."""
+    loss_tokens: Tensor | None = None
+    """[] float32, what the sum of losses is divided by; None means the sum of loss_mask."""
+    places: Tensor | None = None
+    """[s] int64, where this rank's positions stand in the sequence; None means all of it."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the same batch on a device; from page-locked memory to a GPU without blocking."""
+        to_gpu = torch.device(device).type == "cuda"
+        present = {name: value for name, value in vars(self).items() if value is not None}
+        moved = {name: value.to(device, non_blocking=to_gpu) for name, value in present.items()}
+        return Batch(**moved)
+
+    def attention_mask(self) -> Tensor | None:
+        """Return [b, 1, s, s of the whole sequence] bool, True where a query must not look.
+
+        None where plain causal attention says it all.
+        """
+        if self.documents is None:
+            return None
+        everywhere = torch.arange(self.documents.shape[1], device=self.documents.device)
+        places = everywhere if self.places is None else self.places
+        others = self.documents[:, places, None] != self.documents[:, None, :]  # [b, s, s whole]
+        future = everywhere[None, :] > places[:, None]  # [s, s whole]
+        return (others | future)[:, None]
+
+
+def make_batch(windows: Sequence[npt.NDArray[np.integer]], *, pin_memory: bool = False) -> Batch:
+    """Stack windows of [s + 1] tokens each into a micro-batch of [b, s].
+
+    Args:
+        windows: Token ids of any integer type.
+        pin_memory: Put the batch in page-locked memory, from which a GPU copies without blocking.
+    """
+    shape = (len(windows), len(windows[0]) - 1)
+    tokens = torch.empty(shape, dtype=torch.int64, pin_memory=pin_memory)  # [b, s]
+    labels = torch.empty(shape, dtype=torch.int64, pin_memory=pin_memory)  # [b, s]
+    loss_mask = torch.empty(shape, dtype=torch.float32, pin_memory=pin_memory)  # [b, s]
+    position_ids = torch.empty((1, shape[1]), dtype=torch.int64, pin_memory=pin_memory)
+    # By numpy: torch would start threads of its own beside those that compute.
+    rows = zip(tokens.numpy(), labels.numpy(), windows, strict=True)
+    for row_tokens, row_labels, window in rows:
+        row_tokens[:] = window[:-1]
+        row_labels[:] = window[1:]
+    loss_mask.numpy()[:] = 1.0
+    position_ids.numpy()[:] = np.arange(shape[1])
+    return Batch(tokens=tokens, labels=labels, loss_mask=loss_mask, position_ids=position_ids)
+
+
+def split_global_batch(
+    *,
+    global_batch_size: int,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+) -> list[range]:
+    """Return which samples of a global batch are this rank's, one range a micro-batch.
+
+    Micro-batch j of rank r holds samples (j * data_parallel_size + r) * micro_batch_size and on.
+    The micro-batches are thus the same sets of samples for every data parallel size, only computed
+    elsewhere, and losses that are not linear in the batch (load balancing) stay comparable.
+
+    Raises:
+        ConfigError: The sizes do not divide, or the rank does not exist.
+    """
+    if not 0 <= data_parallel_rank < data_parallel_size:
+        raise ConfigError(
+            f"data parallel rank {data_parallel_rank} does not exist among {data_parallel_size}"
+            f" ranks; it must be 0 to {data_parallel_size - 1}; pass the rank in its own group"
+        )
+    step = micro_batch_size * data_parallel_size
+    if step < 1 or global_batch_size < 1 or global_batch_size % step:
+        raise ConfigError(
+            f"global_batch_size ({global_batch_size}) must be a multiple of micro_batch_size x data"
+            f" parallel size ({micro_batch_size} x {data_parallel_size} = {step}); change"
+            " --global-batch-size, --micro-batch-size or the number of ranks"
+        )
+    first = data_parallel_rank * micro_batch_size
+    starts = range(first, global_batch_size, step)
+    return [range(start, start + micro_batch_size) for start in starts]
