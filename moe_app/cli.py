@@ -14,12 +14,9 @@ Argv = Sequence[str] | None
 
 def pretrain(argv: Argv = None) -> int:
     """Run `moe_app.pretrain`."""
-    from megatron.trainer.runtime import signals
+    from moe_app.pretrain import start
 
-    signals.listen()
-    from moe_app.pretrain.pretrain import main
-
-    return main(argv)
+    return start(argv)
 
 
 def build_corpus(argv: Argv = None) -> int:

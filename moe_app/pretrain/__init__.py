@@ -2,3 +2,15 @@
 
 The loop, the step and checkpoints are in `megatron.trainer`.
 """
+
+from collections.abc import Sequence
+
+from megatron.trainer.runtime import signals
+
+
+def start(argv: Sequence[str] | None = None) -> int:
+    """Listen for signals, then import the command, which takes seconds, and run it."""
+    signals.listen()
+    from moe_app.pretrain.pretrain import main
+
+    return main(argv)

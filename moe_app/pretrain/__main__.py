@@ -2,7 +2,7 @@
 
 import sys
 
-from moe_app.cli import pretrain
+from moe_app.pretrain import start
 
 if __name__ == "__main__":
-    sys.exit(pretrain())
+    sys.exit(start())
