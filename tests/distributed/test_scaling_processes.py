@@ -1,4 +1,4 @@
-"""The processes sweep of benchmarks/scaling.py at a toy size."""
+"""Runs the processes sweep of benchmarks/scaling at a toy size."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.scaling_processes import layout_flags, worlds
+from benchmarks.scaling.processes import layout_flags, worlds
 from benchmarks.shapes import SHAPES
 from tests.distributed.launcher import REPO
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from torch.distributed import ProcessGroup
 
-from benchmarks import scaling
 from benchmarks.collectives import recording
-from benchmarks.scaling_plots import plot_processes
-from benchmarks.scaling_points import BLOCK, points
-from benchmarks.scaling_processes import PROCESS_BLOCK, _compare_losses, layout_flags
+from benchmarks.scaling import cli
+from benchmarks.scaling.plots import plot_processes
+from benchmarks.scaling.points import BLOCK, points
+from benchmarks.scaling.processes import PROCESS_BLOCK, _compare_losses, layout_flags
 from benchmarks.session import DifferentMathsError
 from moe_app.pretrain.config import parse_recipe
 from moe_ext.counting import count_parameters, training_flops_per_token
@@ -65,7 +65,7 @@ def test_recording_leaves_torch_as_it_was() -> None:
 def run(tmp_path: Path, *flags: str) -> dict[str, Any]:
     file = tmp_path / "found.json"
     common = ["--json", str(file), "--plot-dir", str(tmp_path), "--rounds", "2"]
-    assert scaling.main([*common, *flags]) == 0
+    assert cli.main([*common, *flags]) == 0
     found: dict[str, Any] = json.loads(file.read_text("utf-8"))
     png = (tmp_path / f"scaling_{found['sweep']}.png").read_bytes()
     assert png.startswith(b"\x89PNG")

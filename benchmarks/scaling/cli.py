@@ -1,4 +1,4 @@
-"""What a training step costs over tokens, experts, layers and processes; and on paper, over GPUs.
+"""Measures a training step over tokens, experts, layers and processes; models it over GPUs.
 
     python -m benchmarks.scaling --sweep tokens --json tokens.json --plot-dir plots
     python -m benchmarks.scaling --sweep experts --json experts.json --plot-dir plots
@@ -6,13 +6,12 @@
     python -m benchmarks.scaling --sweep processes --json processes.json --plot-dir plots
     python -m benchmarks.scaling --sweep model --gpu-tflops 400 --intra-gbps 450 --inter-gbps 50
 
-Experts get finer at the same k * f and e * f: parameters and active FLOPs stay the same. Processes
-have one thread each; the others use torch's threads. docs/scaling.md says what the model assumes.
-The imports stand in functions because every worker process imports this file, and few need all.
+The experts sweep keeps k * f and e * f, so parameters and active FLOPs stay the same. The processes
+sweep gives each process one thread; the others use torch's threads. docs/scaling.md says what the
+model assumes. Each sweep imports what it needs, so that the model runs without the measured ones.
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,20 +93,20 @@ def _add_model_flags(model: argparse._ArgumentGroup) -> None:
 
 def sweep_points(args: argparse.Namespace) -> Mapping[str, Any]:
     """Tokens, experts or layers."""
-    from benchmarks import scaling_points
+    from benchmarks.scaling import points
 
-    shapes = scaling_points.points(
+    shapes = points.points(
         args.sweep,
-        scaling_points.base_shape(args.shape),
-        args.values or scaling_points.DEFAULT_VALUES[args.sweep],
+        points.base_shape(args.shape),
+        args.values or points.DEFAULT_VALUES[args.sweep],
     )
     found = {
         "sweep": args.sweep,
         "arguments": vars(args),
         "machine": describe_machine(),
-        **scaling_points.measure(
+        **points.measure(
             shapes,
-            scaling_points.Measurement(
+            points.Measurement(
                 rounds=args.rounds,
                 warmup=args.warmup,
                 num_threads=args.threads,
@@ -116,9 +115,9 @@ def sweep_points(args: argparse.Namespace) -> Mapping[str, Any]:
             ),
         ),
     }
-    print(scaling_points.table(args.sweep, found))
+    print(points.table(args.sweep, found))
     if args.plot_dir is not None:
-        from benchmarks.scaling_plots import plot_points
+        from benchmarks.scaling.plots import plot_points
 
         plot_points(args.sweep, found, _plot(args))
     return found
@@ -126,22 +125,22 @@ def sweep_points(args: argparse.Namespace) -> Mapping[str, Any]:
 
 def sweep_processes(args: argparse.Namespace) -> Mapping[str, Any]:
     """One and more processes."""
-    from benchmarks import scaling_processes
+    from benchmarks.scaling import processes
 
     found = {
         "sweep": args.sweep,
         "arguments": vars(args),
-        **scaling_processes.measure(
-            SHAPES[args.shape] if args.shape else scaling_processes.PROCESS_BLOCK,
+        **processes.measure(
+            SHAPES[args.shape] if args.shape else processes.PROCESS_BLOCK,
             args.values or (1, 2, 4),
             args.layouts,
             rounds=args.rounds,
             steps=args.steps,
         ),
     }
-    print(scaling_processes.table(found))
+    print(processes.table(found))
     if args.plot_dir is not None:
-        from benchmarks.scaling_plots import plot_processes
+        from benchmarks.scaling.plots import plot_processes
 
         plot_processes(found, _plot(args))
     return found
@@ -149,12 +148,12 @@ def sweep_processes(args: argparse.Namespace) -> Mapping[str, Any]:
 
 def sweep_model(args: argparse.Namespace) -> Mapping[str, Any]:
     """GPUs, on paper."""
-    from benchmarks import scaling_model
+    from benchmarks.scaling import model
     from moe_ext.config import MoEModelConfig
     from moe_ext.cost.cluster import Cluster
     from moe_ext.presets import PRESETS
 
-    run = scaling_model.Run(
+    run = model.Run(
         model=MoEModelConfig(**PRESETS[args.preset]),
         gpus=args.values or _GPUS,
         expert=args.ep,
@@ -171,12 +170,12 @@ def sweep_model(args: argparse.Namespace) -> Mapping[str, Any]:
             latency_s=1e-6 * args.latency_us,
         ),
     )
-    rows = scaling_model.rows(run)
-    print(f"{scaling_model.table(rows)}\n\n{args.preset}: {scaling_model.assumptions(run)}")
+    rows = model.rows(run)
+    print(f"{model.table(rows)}\n\n{args.preset}: {model.assumptions(run)}")
     if args.plot_dir is not None:
-        from benchmarks.scaling_plots import plot_model
+        from benchmarks.scaling.plots import plot_model
 
-        plot_model(rows, f"{args.preset}: {scaling_model.assumptions(run)}", _plot(args))
+        plot_model(rows, f"{args.preset}: {model.assumptions(run)}", _plot(args))
     return {"sweep": args.sweep, "arguments": vars(args), "rows": rows}
 
 
@@ -192,7 +191,3 @@ SWEEPS: Mapping[str, Callable[[argparse.Namespace], Mapping[str, Any]]] = {
     "model": sweep_model,
 }
 """By the name that --sweep takes."""
-
-
-if __name__ == "__main__":
-    sys.exit(main())

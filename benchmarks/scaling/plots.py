@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scaling_points import NATIVE, PEER
+from benchmarks.scaling.points import NATIVE, PEER
 from megatron.trainer.hooks.plots import write_figure
 
 _COLOURS = ("#2E3168", "#F0539B", "#43C5E0", "#E0A100", "#B11BE8", "#8A8A8A", "#4FA36B")

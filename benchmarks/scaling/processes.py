@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import describe_machine
-from benchmarks.scaling_points import BLOCK, spread
+from benchmarks.scaling.points import BLOCK, spread
 from benchmarks.session import DifferentMathsError
 from benchmarks.shapes import Shape
 from benchmarks.timing import interleave, paired_ratio, summarize
 from moe_ext.config import MoEModelConfig
 
-REPO = Path(__file__).resolve().parents[1]
-_RANK = "benchmarks.scaling_rank"
+REPO = Path(__file__).resolve().parents[2]
+_RANK = "benchmarks.scaling.rank"
 _LOSS_LIMIT = 1e-4
 _PATIENCE_S = 1.0
 
@@ -89,7 +89,7 @@ class World:
         self._connections = [by_rank[rank] for rank in range(self._num_ranks)]
 
     def ask(self, flags: Sequence[str], steps: int) -> list[dict[str, Any]]:
-        """Have every rank do `scaling_rank.visit`.
+        """Have every rank do `rank.visit`.
 
         Raises:
             RuntimeError: a rank failed; the message is its traceback.

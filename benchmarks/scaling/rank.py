@@ -1,6 +1,6 @@
 """A rank of the processes sweep: trains a few steps under whatever layout it is told.
 
-    torchrun ... benchmarks/scaling_rank.py SOCKET
+    torchrun ... -m benchmarks.scaling.rank SOCKET
 
 Connects to SOCKET, says which rank it is, and answers each request until the other side hangs up.
 While another world is visited it waits and computes nothing.
