@@ -9,7 +9,7 @@ from megatron.trainer.config.parallel_layout import Layout, resolve_layout
 from megatron.trainer.config.schema import ParallelConfig
 from megatron.trainer.errors import ConfigError
 from moe_ext.config import MoEModelConfig
-from moe_ext.cost.cluster import TERMS, Cluster, of_purposes, step_seconds
+from moe_ext.cost.cluster import TERMS, Cluster, select_purposes, step_seconds
 from moe_ext.cost.collective import Collective
 from moe_ext.cost.traffic import Batch, step_collectives
 
@@ -86,7 +86,7 @@ def describe(run: Run, layout: Layout, batch: Batch) -> dict[str, Any]:
     """Counts, bytes and seconds of a step of a rank on the first pipeline stage."""
     collectives = step_collectives(run.model, layout, batch)
     seconds = step_seconds(run.model, layout, batch, run.cluster)
-    bytes_of = {term: _bytes(of_purposes(collectives, TERMS[term])) for term in EXCHANGES}
+    bytes_of = {term: _bytes(select_purposes(collectives, TERMS[term])) for term in EXCHANGES}
     num_gpus = layout.tensor * layout.context * layout.data * layout.pipeline
     routed = batch.seq_length * batch.micro_batch_size * batch.num_microbatches
     routed //= layout.tensor * layout.context  # tokens whose routing is this rank's

@@ -1,4 +1,6 @@
-"""What a layout needs and exchanges: activations, memory, collectives, time; the planner's model.
+"""Predict what a layout needs and exchanges: activations, memory, collectives, step time.
 
-Describes a step without running it, and is held to measured runs.
+The planner's cost model: it describes a step without running it, and tests check it against
+measured runs.
+
 """

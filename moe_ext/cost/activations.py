@@ -1,9 +1,10 @@
-"""What a micro-batch keeps between its forward and its backward pass, from configs alone.
+"""Compute the bytes a micro-batch keeps from its forward to its backward pass, from configs alone.
 
-Every function lists bytes of one rank by what they are for. They are counted by storage, as memory
-is: a view that is kept keeps all it is a view of. What a GPU and a CPU keep differs in the norms,
-which a GPU computes in one kernel.
-`tests/distributed/test_plan_measured.py` holds all of it to what autograd is given to keep.
+Every function lists the bytes of one rank by purpose, counted by storage as an allocator does: a
+saved view keeps its whole base tensor. GPU and CPU differ only in the norms, which a GPU computes
+in one fused kernel.
+`tests/distributed/test_plan_measured.py` compares all of it with what autograd saves.
+
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,133 +20,134 @@ _FP32, _INT64, _BOOL = 4, 8, 1
 
 @dataclass(frozen=True, kw_only=True)
 class Step(Batch):
-    """A step, with what memory depends on besides traffic."""
+    """Describes a training step, with the settings that memory depends on besides traffic."""
 
     recompute_method: Literal["uniform", "block"] = "uniform"
-    """Which layers `recompute` "full" takes."""
+    """How `recompute` "full" picks layers."""
     recompute_num_layers: int = 1
-    """uniform: layers of a unit; block: layers of a chunk that are computed again, one by one."""
+    """uniform: layers per recomputed unit; block: recomputed layers per chunk, one at a time."""
     recompute_core_attention: bool = False
-    """Whether scores and what they select are computed again."""
+    """Whether core attention is recomputed in backward."""
     keeps_activation: bool = False
-    """Whether the expert backend keeps more than tokens and projections (`ExpertBackend`)."""
+    """Whether the expert backend saves more than tokens and projections (`ExpertBackend`)."""
     converts_bf16: bool = False
-    """Whether products of bf16 are computed in fp32, as on a CPU without instructions for them."""
+    """Whether bf16 matrix products are computed in fp32, as on a CPU without bf16 instructions."""
     has_positions: bool = False
-    """Whether each row of a micro-batch counts its positions by itself."""
+    """Whether each sequence of a micro-batch has position ids of its own."""
     has_mask: bool = False
-    """Whether documents are kept apart by an explicit mask."""
+    """Whether an explicit attention mask separates documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRank(Rank):
-    """A rank of a run, its step known as far as memory depends on it."""
+    """Adds to a rank the step settings that memory depends on."""
 
     batch: Step
 
 
-class Item(NamedTuple):
-    """Bytes that are kept for one purpose."""
+class KeptBytes(NamedTuple):
+    """Counts the bytes kept for one purpose."""
 
     part: str
-    """What for."""
-    size: float
-    """Bytes; a fraction where routing is not even."""
+    """The purpose."""
+    num_bytes: float
+    """Bytes; fractional where routing is unbalanced."""
 
 
-def total(items: Iterable[Item]) -> float:
-    """All their bytes."""
-    return sum(item.size for item in items)
+def total_bytes(items: Iterable[KeptBytes]) -> float:
+    """Sum the bytes of all items."""
+    return sum(item.num_bytes for item in items)
 
 
-def by_part(items: Iterable[Item]) -> dict[str, float]:
-    """Their bytes by purpose."""
+def bytes_by_part(items: Iterable[KeptBytes]) -> dict[str, float]:
+    """Sum the bytes of the items by purpose."""
     found: dict[str, float] = {}
     for item in items:
-        found[item.part] = found.get(item.part, 0.0) + item.size
+        found[item.part] = found.get(item.part, 0.0) + item.num_bytes
     return found
 
 
 def received_rows(rank: StepRank) -> float:
-    """Rows that this rank's experts compute for a micro-batch: those of the busiest rank."""
+    """Return the rows this rank's experts compute per micro-batch, on the busiest rank."""
     rows = rank.own_tokens * rank.model.moe_router_topk * rank.layout.expert_tensor
     return rows * (rank.batch.imbalance if rank.layout.expert > 1 else 1.0)
 
 
-def is_local(rank: StepRank) -> bool:
-    """Whether the rank holds all experts of a layer whole, so that no token leaves it."""
+def holds_all_experts(rank: StepRank) -> bool:
+    """Return whether the rank holds every expert of a layer whole, so that no token leaves it."""
     return rank.layout.expert * rank.layout.expert_tensor == 1
 
 
-def layer(rank: StepRank) -> Iterator[Item]:
-    """One layer, nothing of it computed again but what the step says of its parts."""
+def layer(rank: StepRank) -> Iterator[KeptBytes]:
+    """List what one layer keeps, recomputing only the parts that the step names."""
     yield from attention_layer(rank)
     if rank.model.num_experts is None:
         yield from dense_layer(rank)
     elif rank.batch.recompute == "moe":
         yield from norm(rank)
-        yield Item("experts", rank.own_tokens * rank.model.hidden_size * rank.width)
+        yield KeptBytes("experts", rank.own_tokens * rank.model.hidden_size * rank.width)
     else:
         yield from norm(rank)
         yield from experts_layer(rank, experts=rank.model.num_experts)
 
 
-def layer_total(rank: StepRank) -> float:
-    """All that one layer keeps."""
-    return total(layer(rank))
+def layer_bytes(rank: StepRank) -> float:
+    """Return the bytes that one layer keeps."""
+    return total_bytes(layer(rank))
 
 
-def norm(rank: StepRank) -> Iterator[Item]:
-    """RMSNorm of the hidden states, its result not counted.
+def norm(rank: StepRank) -> Iterator[KeptBytes]:
+    """List what RMSNorm of the hidden states keeps, without its output.
 
-    Kept are the input (a CPU keeps it converted to fp32), its root mean square, and the input
-    divided by that.
+    It keeps the input (converted to fp32 on a CPU), its root mean square, and the normalized input.
+
     """
     of_input = _FP32 if rank.batch.device_type == "cpu" else rank.width
     size = rank.model.hidden_size * (of_input + rank.width) + _FP32
-    yield Item("norms", rank.own_tokens * size)
+    yield KeptBytes("norms", rank.own_tokens * size)
 
 
-def attention_layer(rank: StepRank) -> Iterator[Item]:
-    """The norm before a self-attention, and the attention."""
+def attention_layer(rank: StepRank) -> Iterator[KeptBytes]:
+    """List what self-attention keeps, with the norm before it."""
     yield from norm(rank)
-    yield Item("attention", rank.own_tokens * rank.model.hidden_size * rank.width)
+    yield KeptBytes("attention", rank.own_tokens * rank.model.hidden_size * rank.width)
     if rank.model.attention_experts is not None:
         yield from _moa(rank, experts=rank.model.attention_experts)
         return
     model, tensor = rank.model, rank.layout.tensor
     queries, keys = (width // tensor for width in head_widths(model))
-    # Values are a view of the product that made all three, unless they are gathered.
-    is_product_kept = rank.layout.context == 1
+    # Values are a view of the fused QKV output, unless they are gathered.
+    keeps_qkv_output = rank.layout.context == 1
     if model.attention == "full_width_qk_norm":
         yield from _qk_norm(rank, widths=(queries, keys))
-        is_product_kept |= _is_view(rank)
-    if is_product_kept:
-        yield Item("attention", rank.tokens * (queries + 2 * keys) * rank.width)
+        keeps_qkv_output |= _norms_keep_views(rank)
+    if keeps_qkv_output:
+        yield KeptBytes("attention", rank.tokens * (queries + 2 * keys) * rank.width)
     yield from _core_attention(rank, queries=queries, keys=keys)
 
 
-def _qk_norm(rank: StepRank, *, widths: tuple[int, int]) -> Iterator[Item]:
-    """The norms of queries and of keys, as `norm`; over several ranks nothing is converted."""
-    of_input = _FP32 if _is_converted(rank) else rank.width
-    if _is_view(rank):
+def _qk_norm(rank: StepRank, *, widths: tuple[int, int]) -> Iterator[KeptBytes]:
+    """List what the query and key norms keep, as `norm`; across TP ranks nothing is converted."""
+    of_input = _FP32 if _converts_norm_inputs(rank) else rank.width
+    if _norms_keep_views(rank):
         of_input = 0
     for width in widths:
-        yield Item("norms", rank.tokens * (width * (of_input + rank.width) + _FP32))
+        yield KeptBytes("norms", rank.tokens * (width * (of_input + rank.width) + _FP32))
 
 
-def _is_view(rank: StepRank) -> bool:
-    """Whether these norms keep their inputs where they lie: one group's heads lie together."""
+def _norms_keep_views(rank: StepRank) -> bool:
+    """Return whether the query and key norms save views: all heads of the rank are one group."""
     groups = rank.model.num_query_groups or rank.model.num_attention_heads
-    return groups == rank.layout.tensor and not _is_converted(rank)
+    return groups == rank.layout.tensor and not _converts_norm_inputs(rank)
 
 
-def _is_converted(rank: StepRank) -> bool:
+def _converts_norm_inputs(rank: StepRank) -> bool:
+    """Return whether the query and key norms convert their inputs to fp32."""
     return rank.layout.tensor == 1 and rank.batch.device_type == "cpu" and rank.batch.bf16
 
 
-def _core_attention(rank: StepRank, *, queries: int, keys: int) -> Iterator[Item]:
-    """Rotated queries and keys, and what attention makes of them; values are the caller's.
+def _core_attention(rank: StepRank, *, queries: int, keys: int) -> Iterator[KeptBytes]:
+    """List rotated queries and keys and the attention output; values are counted by the caller.
 
     Args:
         rank: the rank.
@@ -154,33 +156,34 @@ def _core_attention(rank: StepRank, *, queries: int, keys: int) -> Iterator[Item
     """
     model, width, tokens = rank.model, rank.width, rank.tokens
     head_size = model.kv_channels or model.hidden_size // model.num_attention_heads
-    # Cosines and sines of each angle, once for queries and once for keys.
-    yield Item("attention", 4 * positions(rank) * head_size * width)
-    yield Item("attention", tokens * queries * width)
+    # cos and sin of each angle, once for queries and once for keys.
+    yield KeptBytes("attention", 4 * rotary_rows(rank) * head_size * width)
+    yield KeptBytes("attention", tokens * queries * width)
     if rank.layout.context == 1:
-        yield Item("attention", tokens * keys * width)
+        yield KeptBytes("attention", tokens * keys * width)
     else:
         whole = rank.batch.seq_length * rank.batch.micro_batch_size
-        yield Item("attention", whole * 2 * keys * width)
+        yield KeptBytes("attention", whole * 2 * keys * width)
     found = tokens * queries * width
     if rank.batch.recompute_core_attention:
-        yield Item("attention", found)
+        yield KeptBytes("attention", found)
         return
     heads = model.num_attention_heads // rank.layout.tensor
-    yield Item("attention", found + tokens * heads * _FP32)  # and the sums of exponentials
+    yield KeptBytes("attention", found + tokens * heads * _FP32)  # and the sums of exponentials
     if rank.layout.context > 1 or (rank.batch.device_type == "cuda" and not rank.batch.bf16):
-        yield Item("attention", found)  # a copy: both chunks in one, or by position
+        yield KeptBytes("attention", found)  # a copy: chunks concatenated, or transposed
     if rank.batch.has_mask:
-        yield Item("attention", rank.batch.micro_batch_size * _table(rank) * width)
+        yield KeptBytes("attention", rank.batch.micro_batch_size * _mask_entries(rank) * width)
     elif rank.layout.context > 1 and rank.batch.device_type == "cpu":
-        yield Item("attention", _table(rank) * width)  # a GPU's kernels need none
+        yield KeptBytes("attention", _mask_entries(rank) * width)  # GPU kernels need no mask
 
 
-def _table(rank: StepRank) -> int:
-    """Pairs of a query on this rank and a key that an explicit mask speaks of, a sequence.
+def _mask_entries(rank: StepRank) -> int:
+    """Count the entries of an explicit mask per sequence: this rank's queries times visible keys.
 
-    Under context parallelism those of an early chunk of queries and of a late one with the keys
-    before their ends.
+    Under context parallelism a rank has an early and a late chunk of queries, each with the keys up
+    to its end.
+
     """
     if rank.layout.context == 1:
         return rank.batch.seq_length**2
@@ -188,143 +191,144 @@ def _table(rank: StepRank) -> int:
     return (rank.batch.seq_length // chunks) ** 2 * (chunks + 1)
 
 
-def positions(rank: StepRank) -> int:
-    """Angles' rows: one a position where all sequences count alike."""
+def rotary_rows(rank: StepRank) -> int:
+    """Return the rows of rotary angles: one per position where all sequences count alike."""
     rows = rank.batch.micro_batch_size if rank.batch.has_positions else 1
     return rank.batch.seq_length // rank.layout.context * rows
 
 
-def _moa(rank: StepRank, *, experts: int) -> Iterator[Item]:
-    """A mixture of attention heads: all experts are on the rank, with some heads of each."""
+def _moa(rank: StepRank, *, experts: int) -> Iterator[KeptBytes]:
+    """List what moa keeps; the rank holds all experts, with some heads of each."""
     model, width, tokens = rank.model, rank.width, rank.tokens
     topk, keys = model.attention_topk, head_widths(model)[1] // rank.layout.tensor
     yield from router(rank, experts=experts, topk=topk)
     yield _selection(rank, experts=experts)
     if rank.is_split:
-        yield Item("attention", tokens * model.hidden_size * width)
+        yield KeptBytes("attention", tokens * model.hidden_size * width)
     rows = tokens * topk
-    yield Item("attention", rows * (3 * _INT64 + _FP32))  # the order of rows, and gates
-    yield Item("attention", rows * model.hidden_size * width)  # tokens, once a slot
+    yield KeptBytes("attention", rows * (3 * _INT64 + _FP32))  # row indices and gates
+    yield KeptBytes("attention", rows * model.hidden_size * width)  # tokens, one row per slot
     if rank.layout.context == 1:
-        yield Item("attention", tokens * 2 * keys * width)  # keys and values, in one
+        yield KeptBytes("attention", tokens * 2 * keys * width)  # keys and values in one tensor
     yield from _core_attention(rank, queries=topk * keys, keys=keys)
-    yield Item("attention", rows * keys * width)  # gated
+    yield KeptBytes("attention", rows * keys * width)  # gated
 
 
-def router(rank: StepRank, *, experts: int, topk: int) -> Iterator[Item]:
-    """Logits, probabilities and both losses."""
+def router(rank: StepRank, *, experts: int, topk: int) -> Iterator[KeptBytes]:
+    """List what logits, probabilities and both auxiliary losses keep."""
     tokens, model = rank.own_tokens, rank.model
     if model.moe_router_dtype == "fp32" and rank.width < _FP32:
-        yield Item("router", (tokens + experts) * model.hidden_size * _FP32)
-    # Probabilities, logits, their sums; each expert's share, and the loss.
-    yield Item("router", (tokens * (2 * experts + 1) + experts + 1) * _FP32)
+        yield KeptBytes("router", (tokens + experts) * model.hidden_size * _FP32)
+    # Probabilities, logits and their log-sum-exp; each expert's share, and the loss.
+    yield KeptBytes("router", (tokens * (2 * experts + 1) + experts + 1) * _FP32)
     if model.router == "topk_softmax":
-        yield Item("router", tokens * topk * (_INT64 + _FP32))
+        yield KeptBytes("router", tokens * topk * (_INT64 + _FP32))
     else:
-        yield Item("router", tokens * experts * _BOOL)
+        yield KeptBytes("router", tokens * experts * _BOOL)
 
 
-def _selection(rank: StepRank, *, experts: int) -> Item:
-    """A token's experts and probabilities as lists, of all sorted by choice; experts' counts."""
-    return Item("router", experts * (rank.own_tokens * (_INT64 + _FP32) + _INT64))
+def _selection(rank: StepRank, *, experts: int) -> KeptBytes:
+    """Count the indices and probabilities [t, e], sorted by choice, and the tokens per expert."""
+    return KeptBytes("router", experts * (rank.own_tokens * (_INT64 + _FP32) + _INT64))
 
 
-def experts_layer(rank: StepRank, *, experts: int) -> Iterator[Item]:
-    """Router, dispatch, experts; the norm before them is not counted, its result is."""
+def experts_layer(rank: StepRank, *, experts: int) -> Iterator[KeptBytes]:
+    """List what router, dispatch and experts keep, including the output of the norm before them."""
     model, width, tokens = rank.model, rank.width, rank.own_tokens
     hidden = tokens * model.hidden_size * width
     yield from router(rank, experts=experts, topk=model.moe_router_topk)
-    if is_local(rank):
+    if holds_all_experts(rank):
         yield _selection(rank, experts=experts)
-        yield Item("experts", tokens * expert_activation_bytes(model, element_bytes=width))
+        yield KeptBytes("experts", tokens * expert_activation_bytes(model, element_bytes=width))
         rows = float(tokens * model.moe_router_topk)
         if rank.batch.keeps_activation:
-            yield Item("experts", rows * model.hidden_size * width)
+            yield KeptBytes("experts", rows * model.hidden_size * width)
     else:
-        yield Item("router", hidden)
+        yield KeptBytes("router", hidden)
         rows = received_rows(rank)
         yield from _dispatch(rank, rows=rows, experts=experts)
         ffn = model.moe_ffn_hidden_size // rank.layout.expert_tensor
-        yield Item("experts", rows * ((model.hidden_size + 2 * ffn) * width + _FP32))
+        yield KeptBytes("experts", rows * ((model.hidden_size + 2 * ffn) * width + _FP32))
     if rank.batch.keeps_activation:
         ffn = model.moe_ffn_hidden_size // rank.layout.expert_tensor
-        yield Item("experts", rows * 3 * ffn * width)
+        yield KeptBytes("experts", rows * 3 * ffn * width)
 
 
-def _dispatch(rank: StepRank, *, rows: float, experts: int) -> Iterator[Item]:
-    """megatron-core's dispatchers: probabilities and choices by expert, the order of rows."""
+def _dispatch(rank: StepRank, *, rows: float, experts: int) -> Iterator[KeptBytes]:
+    """List what megatron-core's dispatchers keep: probabilities, routing map and row indices."""
     layout = rank.layout
     if rank.model.moe_token_dispatcher_type == "allgather":
         tokens = rank.own_tokens * layout.expert * layout.expert_tensor
         local = experts // layout.expert
-        yield Item("dispatch", tokens * local * (_FP32 + _BOOL) + rows * _INT64)
+        yield KeptBytes("dispatch", tokens * local * (_FP32 + _BOOL) + rows * _INT64)
         return
     tokens = rank.own_tokens
-    yield Item("dispatch", tokens * experts * (_FP32 + _BOOL))
-    yield Item("dispatch", tokens * rank.model.moe_router_topk * _INT64)
+    yield KeptBytes("dispatch", tokens * experts * (_FP32 + _BOOL))
+    yield KeptBytes("dispatch", tokens * rank.model.moe_router_topk * _INT64)
 
 
-def dense_layer(rank: StepRank) -> Iterator[Item]:
-    """Norm, both projections, SwiGLU."""
+def dense_layer(rank: StepRank) -> Iterator[KeptBytes]:
+    """List what a dense SwiGLU layer keeps, with the norm before it."""
     model = rank.model
     ffn = (model.ffn_hidden_size or 0) // rank.layout.tensor
     yield from norm(rank)
-    yield Item("feed_forward", rank.own_tokens * model.hidden_size * rank.width)
-    # Both projections, the gate's silu, the other half by itself, and their product.
-    yield Item("feed_forward", rank.tokens * 5 * ffn * rank.width)
+    yield KeptBytes("feed_forward", rank.own_tokens * model.hidden_size * rank.width)
+    # Both projections, SiLU of the gate, a copy of the other half, and their product.
+    yield KeptBytes("feed_forward", rank.tokens * 5 * ffn * rank.width)
 
 
-def ends(rank: StepRank, chunk: Chunk) -> Iterator[Item]:
-    """What the model's first and last chunk keep besides layers."""
+def embedding_and_head(rank: StepRank, chunk: Chunk) -> Iterator[KeptBytes]:
+    """List what the model's first and last chunk keep besides layers."""
     tokens, model = rank.tokens, rank.model
     if chunk.has_embedding and rank.layout.tensor > 1:
-        yield Item("embedding", tokens * (_INT64 + _BOOL))
+        yield KeptBytes("embedding", tokens * (_INT64 + _BOOL))
     if not chunk.has_head:
         return
     yield from norm(rank)
-    yield Item("head", tokens * model.hidden_size * (rank.width + _FP32))  # and their gradient
-    yield Item("head", head_gradient(rank))
+    # Hidden states and their fp32 gradient.
+    yield KeptBytes("head", tokens * model.hidden_size * (rank.width + _FP32))
+    yield KeptBytes("head", head_gradient(rank))
     if rank.batch.micro_batch_size > 1:
-        yield Item("head", tokens * (_INT64 + _FP32))  # labels and weights, by position
+        yield KeptBytes("head", tokens * (_INT64 + _FP32))  # labels and loss weights, transposed
 
 
 def head_gradient(rank: StepRank) -> int:
-    """Bytes of the output layer's gradient, which its forward pass makes."""
+    """Return the bytes of the output layer's weight gradient, computed in its forward pass."""
     rows = rank.model.padded_vocab_size // rank.layout.tensor
     return rows * rank.model.hidden_size * _FP32
 
 
-class Layers(NamedTuple):
-    """What becomes of a chunk's layers between forward and backward."""
+class RecomputePlan(NamedTuple):
+    """Counts a chunk's layers by what is kept of them between forward and backward."""
 
-    whole: int
-    """Kept whole."""
-    inputs: int
-    """Of which an input is kept."""
-    again: int
-    """Computed again at a time."""
+    kept: int
+    """Layers whose activations are all kept."""
+    checkpointed: int
+    """Inputs that are kept to recompute from."""
+    recomputed: int
+    """Layers recomputed at a time."""
 
 
-def layers_of(rank: StepRank) -> Layers:
-    """Of any chunk; all have as many layers."""
+def recompute_plan(rank: StepRank) -> RecomputePlan:
+    """Return the plan of a chunk; every chunk has the same number of layers."""
     number = rank.num_layers // rank.layout.virtual_stages
     if rank.batch.recompute != "full":
-        return Layers(whole=number, inputs=0, again=0)
+        return RecomputePlan(kept=number, checkpointed=0, recomputed=0)
     count = rank.batch.recompute_num_layers
     if rank.batch.recompute_method == "uniform":
-        return Layers(whole=0, inputs=number // count, again=count)
-    return Layers(whole=number - count, inputs=count, again=1)
+        return RecomputePlan(kept=0, checkpointed=number // count, recomputed=count)
+    return RecomputePlan(kept=number - count, checkpointed=count, recomputed=1)
 
 
 def micro_batch(rank: StepRank, chunk: Chunk) -> float:
-    """Bytes that a chunk keeps of one micro-batch."""
-    layers = layers_of(rank)
+    """Return the bytes that a chunk keeps of one micro-batch."""
+    layers = recompute_plan(rank)
     hidden = rank.own_tokens * rank.model.hidden_size * rank.width
-    kept = layers.whole * layer_total(rank) + layers.inputs * hidden
-    if layers.inputs:
+    kept = layers.kept * layer_bytes(rank) + layers.checkpointed * hidden
+    if layers.checkpointed:
         model = rank.model
         head_size = model.kv_channels or model.hidden_size // model.num_attention_heads
-        kept += positions(rank) * head_size * _FP32  # angles
+        kept += rotary_rows(rank) * head_size * _FP32  # angles
         if rank.batch.has_mask:
             kept += rank.tokens * rank.batch.seq_length * _BOOL
-    return kept + total(ends(rank, chunk))
+    return kept + total_bytes(embedding_and_head(rank, chunk))

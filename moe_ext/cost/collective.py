@@ -1,4 +1,4 @@
-"""Collectives as numbers: kind, group, bytes, and what of them leaves a rank."""
+"""Describe a collective by kind, group and bytes, and compute what it sends over the wire."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,37 +21,37 @@ Purpose = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """A kind of call that a rank makes several times a step."""
+    """Describes a collective that a rank calls a number of times per step."""
 
     kind: Kind
-    """What is done; a send and a receive are one message each."""
+    """The operation; a send and a receive are one message each."""
     group: Group
-    """Among whom."""
+    """The process group."""
     num_ranks: int
     """Ranks of that group."""
     count: int
-    """Calls a step."""
+    """Calls per step."""
     payload_bytes: float
-    """Of one call: what is reduced, the gathered whole, what is scattered, what a rank hands to an
-    all-to-all (its own part of it included), a message."""
+    """Of one call: the tensor reduced, the gathered result, the tensor scattered, the input of an
+    all-to-all (the rank's own part included), or a message."""
     purpose: Purpose
-    """What for."""
+    """The part of the step that calls it."""
 
     @property
     def wire_bytes(self) -> float:
-        """What leaves this rank in one call: ring algorithms, and pairs for an all-to-all."""
+        """Return the bytes this rank sends per call: ring algorithms, pairwise for all-to-all."""
         others = (self.num_ranks - 1) / self.num_ranks
         factors = {"all_reduce": 2 * others, "send": 1.0, "receive": 0.0}
         return factors.get(self.kind, others) * self.payload_bytes
 
     @property
     def step_bytes(self) -> float:
-        """What leaves this rank in a step."""
+        """Return the bytes this rank sends per step."""
         return self.count * self.wire_bytes
 
 
 def group_size(layout: Layout, group: Group) -> int:
-    """Ranks in a group of the layout."""
+    """Return the number of ranks in a group of the layout."""
     tensor, experts = layout.tensor, layout.expert_tensor * layout.expert
     world = tensor * layout.context * layout.data * layout.pipeline
     return {
@@ -76,7 +76,7 @@ def group_size(layout: Layout, group: Group) -> int:
 def make_collective(
     layout: Layout, kind: Kind, group: Group, count: int, size: float, purpose: Purpose
 ) -> Collective:
-    """`count` calls a step of `size` bytes each, in a group of the layout."""
+    """Build a collective of `count` calls per step, of `size` bytes each."""
     return Collective(
         kind=kind,
         group=group,

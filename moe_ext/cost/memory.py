@@ -1,4 +1,4 @@
-"""What a layer of experts keeps for its backward pass, from the config alone."""
+"""Compute what a layer of experts keeps for its backward pass, from the config alone."""
 
 from moe_ext.config import MoEModelConfig
 
@@ -7,17 +7,17 @@ _GATE_BYTES = 4
 
 
 def expert_activation_bytes(model: MoEModelConfig, *, element_bytes: int) -> int:
-    """Bytes a token that the experts of one feed-forward layer keep between forward and backward.
+    """Return the bytes per token that one feed-forward layer's experts keep for backward.
 
-    Of the backends that keep no activation (`grouped`, `triton`), where a rank holds all experts:
-    the tokens, which the norm before them has made and nobody else keeps; both projections of each
-    of the k rows; the router's weights; and the order of the rows, there and back and by token.
+    For the backends that keep no activation (`grouped`, `triton`), where a rank holds all experts:
+    the tokens, which the norm before them computed and nothing else keeps; both projections of
+    each of the k rows; the gates; and the row permutation, its inverse and the token indices.
 
-        h w + 2 f k w + 4 k + 3 * 8 k    with w bytes an element
+        h w + 2 f k w + 4 k + 3 * 8 k    with w bytes per element
 
-    Nothing of it grows with the number of experts. The router's own tensors [t, e] are not
-    counted, nor buffers that are free again when a pass ends: a row of h for each of the k slots
-    in forward, the same and no more in backward.
+    It does not grow with the number of experts. Not counted are the router's own tensors [t, e] and
+    buffers that are freed within a pass: a row of h for each of the k slots in forward, and no more
+    than that in backward.
 
     Args:
         model: with experts.
@@ -25,6 +25,7 @@ def expert_activation_bytes(model: MoEModelConfig, *, element_bytes: int) -> int
 
     Raises:
         ValueError: the model has no experts.
+
     """
     if model.num_experts is None:
         raise ValueError("the model is dense (num_experts None); ask for one with experts")

@@ -1,6 +1,7 @@
-"""Parameters that a rank holds, and the buckets their gradients are reduced in; from configs alone.
+"""List the parameters that a rank holds and their gradient buckets, from configs alone.
 
-The order is that of `named_parameters` of a built chunk, which megatron-core fills its buckets by.
+The order is that of `named_parameters` of a built chunk, in which megatron-core fills its buckets.
+
 """
 
 import math
@@ -11,75 +12,76 @@ from typing import Protocol
 from moe_ext.config import MoEModelConfig
 
 _ALIGNMENT = 64
-"""The distributed optimizer starts each parameter at a multiple of this many numbers,"""
+"""The distributed optimizer starts each parameter at a multiple of this many elements,"""
 _BUCKET_ALIGNMENT = 128
-"""and each bucket at a common multiple of this and of the ranks it is shared by."""
+"""and each bucket at a common multiple of this and of the ranks that share it."""
 _SMALLEST_BUCKET = 40_000_000
-"""megatron-core's bucket when reduction overlaps, in numbers, unless a million a rank is more."""
+"""megatron-core's bucket size in elements when reduction overlaps, unless a million per rank is
+more."""
 
 
 class Layout(Protocol):
-    """How many ranks each kind of group has, as the trainer's `parallel_layout.Layout`."""
+    """Counts the ranks of each kind of group, as the trainer's `parallel_layout.Layout`."""
 
     @property
     def tensor(self) -> int:
-        """Ranks that share an attention or embedding matrix (TP)."""
+        """Return the ranks that share an attention or embedding matrix (TP)."""
 
     @property
     def pipeline(self) -> int:
-        """Pipeline stages (PP)."""
+        """Return the pipeline stages (PP)."""
 
     @property
     def virtual_stages(self) -> int:
-        """Model chunks per pipeline rank."""
+        """Return the model chunks per pipeline rank."""
 
     @property
     def context(self) -> int:
-        """Ranks that share each sequence (CP)."""
+        """Return the ranks that share each sequence (CP)."""
 
     @property
     def expert(self) -> int:
-        """Ranks a layer's experts are spread over (EP)."""
+        """Return the ranks that hold a layer's experts between them (EP)."""
 
     @property
     def expert_tensor(self) -> int:
-        """Ranks that share each expert's matrices (ETP)."""
+        """Return the ranks that share each expert's matrices (ETP)."""
 
     @property
     def data(self) -> int:
-        """Ranks that hold the same dense parameters and read different samples (DP)."""
+        """Return the ranks that hold the same dense parameters and read different samples (DP)."""
 
     @property
     def expert_data(self) -> int:
-        """Ranks that hold the same experts."""
+        """Return the ranks that hold the same experts."""
 
     @property
     def sequence_parallel(self) -> bool:
-        """Whether activations are split along the sequence outside the matrices."""
+        """Return whether activations are split along the sequence between the matrices."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One parameter on one rank."""
+    """Describes the part of one parameter that a rank holds."""
 
     name: str
-    """Within its layer, or within the model if it is in none."""
-    numbers: int
-    """Values on this rank."""
+    """Within its layer, or within the model if it belongs to none."""
+    numel: int
+    """Elements on this rank."""
     is_expert: bool = False
     """Reduced over the ranks that hold the same experts."""
     is_split_sequence: bool = False
-    """Under sequence parallelism a rank's gradient is of its part of the sequence alone."""
+    """Under sequence parallelism a rank's gradient covers its part of the sequence only."""
     is_tied: bool = False
-    """The embedding or its copy on the last stage, one matrix with it."""
+    """The embedding, or its copy on the last stage that is tied to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """One of a rank's model chunks."""
+    """Lists the parameters of one of a rank's model chunks."""
 
     index: int
-    """Which of the rank's, from 0."""
+    """Which of the rank's chunks, from 0."""
     has_embedding: bool
     """Whether it is the model's first."""
     has_head: bool
@@ -89,7 +91,7 @@ class Chunk:
 
 
 def model_chunks(model: MoEModelConfig, layout: Layout, stage: int) -> list[Chunk]:
-    """The chunks of a rank on pipeline stage `stage`, which counts from 0."""
+    """Return the chunks of a rank on pipeline stage `stage`, counted from 0."""
     number = layout.virtual_stages
     num_layers = model.num_layers // (layout.pipeline * number)
     found = []
@@ -108,31 +110,31 @@ def model_chunks(model: MoEModelConfig, layout: Layout, stage: int) -> list[Chun
 
 
 def layer_shards(model: MoEModelConfig, layout: Layout) -> Iterator[Shard]:
-    """The parameters of one layer on one rank."""
+    """Yield the parameters of one layer on one rank."""
     h = model.hidden_size
-    yield Shard(name="input_layernorm", numbers=h, is_split_sequence=True)
+    yield Shard(name="input_layernorm", numel=h, is_split_sequence=True)
     if model.attention_experts is not None:
         yield from _moa(model, layout, experts=model.attention_experts)
     else:
         yield from _self_attention(model, layout)
-    yield Shard(name="pre_mlp_layernorm", numbers=h, is_split_sequence=True)
+    yield Shard(name="pre_mlp_layernorm", numel=h, is_split_sequence=True)
     if model.num_experts is None:
         ffn = (model.ffn_hidden_size or 0) // layout.tensor
-        yield Shard(name="mlp.linear_fc1", numbers=2 * ffn * h)
-        yield Shard(name="mlp.linear_fc2", numbers=h * ffn)
+        yield Shard(name="mlp.linear_fc1", numel=2 * ffn * h)
+        yield Shard(name="mlp.linear_fc2", numel=h * ffn)
         return
     if model.moe_output_bias:
-        yield Shard(name="mlp.output_bias", numbers=h, is_split_sequence=True)
-    yield Shard(name="mlp.router", numbers=model.num_experts * h, is_split_sequence=True)
+        yield Shard(name="mlp.output_bias", numel=h, is_split_sequence=True)
+    yield Shard(name="mlp.router", numel=model.num_experts * h, is_split_sequence=True)
     matrix = (
         model.num_experts // layout.expert * h * (model.moe_ffn_hidden_size // layout.expert_tensor)
     )
-    yield Shard(name="mlp.experts.weight1", numbers=2 * matrix, is_expert=True)
-    yield Shard(name="mlp.experts.weight2", numbers=matrix, is_expert=True)
+    yield Shard(name="mlp.experts.weight1", numel=2 * matrix, is_expert=True)
+    yield Shard(name="mlp.experts.weight2", numel=matrix, is_expert=True)
 
 
 def head_widths(model: MoEModelConfig) -> tuple[int, int]:
-    """Width of all query heads and of all key heads; a moa attention's are those of one expert."""
+    """Return the width of all query heads and of all key heads; for moa, those of one expert."""
     groups = model.num_query_groups or model.num_attention_heads
     size = model.kv_channels or model.hidden_size // model.num_attention_heads
     heads = groups if model.attention_experts is not None else model.num_attention_heads
@@ -141,47 +143,48 @@ def head_widths(model: MoEModelConfig) -> tuple[int, int]:
 
 def _self_attention(model: MoEModelConfig, layout: Layout) -> Iterator[Shard]:
     queries, keys = (width // layout.tensor for width in head_widths(model))
-    yield Shard(name="self_attention.linear_proj", numbers=model.hidden_size * queries)
-    yield Shard(name="self_attention.linear_qkv", numbers=(queries + 2 * keys) * model.hidden_size)
+    yield Shard(name="self_attention.linear_proj", numel=model.hidden_size * queries)
+    yield Shard(name="self_attention.linear_qkv", numel=(queries + 2 * keys) * model.hidden_size)
     if model.attention == "full_width_qk_norm":
-        yield Shard(name="self_attention.q_norm", numbers=queries)
-        yield Shard(name="self_attention.k_norm", numbers=keys)
+        yield Shard(name="self_attention.q_norm", numel=queries)
+        yield Shard(name="self_attention.k_norm", numel=keys)
 
 
 def _moa(model: MoEModelConfig, layout: Layout, *, experts: int) -> Iterator[Shard]:
     h, width = model.hidden_size, head_widths(model)[1] // layout.tensor
-    yield Shard(name="self_attention.output_bias", numbers=h, is_split_sequence=True)
-    yield Shard(name="self_attention.router", numbers=experts * h, is_split_sequence=True)
-    yield Shard(name="self_attention.linear_kv", numbers=2 * width * h)
-    yield Shard(name="self_attention.experts.weight_q", numbers=experts * width * h)
-    yield Shard(name="self_attention.experts.weight_o", numbers=experts * h * width)
+    yield Shard(name="self_attention.output_bias", numel=h, is_split_sequence=True)
+    yield Shard(name="self_attention.router", numel=experts * h, is_split_sequence=True)
+    yield Shard(name="self_attention.linear_kv", numel=2 * width * h)
+    yield Shard(name="self_attention.experts.weight_q", numel=experts * width * h)
+    yield Shard(name="self_attention.experts.weight_o", numel=experts * h * width)
 
 
 def _embedding(model: MoEModelConfig, layout: Layout) -> Iterator[Shard]:
     is_tied = not model.untie_embeddings_and_output_weights and layout.pipeline > 1
     rows = model.padded_vocab_size // layout.tensor
-    yield Shard(name="embedding", numbers=rows * model.hidden_size, is_tied=is_tied)
+    yield Shard(name="embedding", numel=rows * model.hidden_size, is_tied=is_tied)
 
 
 def _head(model: MoEModelConfig, layout: Layout, *, is_first: bool) -> Iterator[Shard]:
-    yield Shard(name="final_layernorm", numbers=model.hidden_size, is_split_sequence=True)
+    yield Shard(name="final_layernorm", numel=model.hidden_size, is_split_sequence=True)
     is_tied = not model.untie_embeddings_and_output_weights
     if not (is_tied and is_first):
         rows = model.padded_vocab_size // layout.tensor
-        yield Shard(name="output_layer", numbers=rows * model.hidden_size, is_tied=is_tied)
+        yield Shard(name="output_layer", numel=rows * model.hidden_size, is_tied=is_tied)
 
 
 def bucket_sizes(
     shards: Sequence[Shard], *, num_ranks: int, is_sharded: bool, limit: int | None
 ) -> list[int]:
-    """Numbers in each bucket of one buffer, padding included.
+    """Return the elements of each bucket of one buffer, padding included.
 
     Args:
-        shards: what the buffer holds, in the model's order; it is filled from the back.
+        shards: the parameters in the buffer, in the model's order; it is filled from the back.
         num_ranks: ranks that reduce the buffer.
-        is_sharded: whether a distributed optimizer owns it, which pads, and keeps a tied embedding
-            apart.
-        limit: numbers after which a bucket ends; None means never.
+        is_sharded: whether a distributed optimizer owns it, which pads, and gives a tied embedding
+            a bucket of its own.
+        limit: elements after which a bucket ends; None means never.
+
     """
 
     def padded(number: int, step: int) -> int:
@@ -191,13 +194,13 @@ def bucket_sizes(
     start = end = 0
     for shard in reversed(shards):
         begin = padded(end, _ALIGNMENT)
-        is_apart = shard.is_tied and is_sharded
-        if is_apart and end > start:
+        has_own_bucket = shard.is_tied and is_sharded
+        if has_own_bucket and end > start:
             closed = padded(begin, math.lcm(num_ranks, _BUCKET_ALIGNMENT))
             found.append(closed - start)
             start = begin = closed
-        end = begin + shard.numbers
-        if is_apart or (limit is not None and end - start >= limit):
+        end = begin + shard.numel
+        if has_own_bucket or (limit is not None and end - start >= limit):
             closed = padded(end, math.lcm(num_ranks, _BUCKET_ALIGNMENT))
             found.append(closed - start)
             start = end = closed
@@ -207,9 +210,10 @@ def bucket_sizes(
 
 
 def bucket_limit(chunk: Chunk, layout: Layout, *, stage: int, is_overlapped: bool) -> int | None:
-    """The `limit` of `bucket_sizes` that megatron-core sets for a chunk.
+    """Return the `limit` of `bucket_sizes` that megatron-core sets for a chunk.
 
-    Only the first chunk of the first stage is cut up: the others wait for it anyway.
+    Only the first chunk of the first stage is split: the others' reductions wait for it anyway.
+
     """
     if not is_overlapped or stage > 0 or chunk.index > 0:
         return None

@@ -1,8 +1,9 @@
-"""What one rank exchanges with others in one training step, computed from configs alone.
+"""List what one rank exchanges with others in one training step, from configs alone.
 
-Each part of the model and of the step has a function that lists its collectives. What they say is
-held to what real runs on gloo do by `tests/distributed/test_traffic.py`, call by call and byte by
+Each part of the model and of the step has a function that lists its collectives.
+`tests/distributed/test_traffic.py` compares them with real runs on gloo, call by call and byte by
 byte.
+
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ _FP32, _INT64, _FP64, _BOOL = 4, 8, 8, 1
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What a step does besides the model and the layout."""
+    """Describes a step: its batch, and the settings that its collectives depend on."""
 
     seq_length: int
     """Tokens per sequence (s of the whole sequence)."""
@@ -42,20 +43,21 @@ class Batch:
     overlap_grad_reduce: bool = False
     """Whether gradients are reduced bucket by bucket."""
     recompute: Literal["full", "moe"] | None = None
-    """What is computed again in backward: every layer, or the layers of experts."""
+    """What backward recomputes: every layer, or the layers of experts."""
     imbalance: float = 1.0
-    """Assignments of the busiest expert parallel rank over the mean rank's. Bytes of dispatch and
-    combine are those of that rank; 1 is balanced routing, where all have the same."""
+    """Assignments of the busiest expert parallel rank over those of the average rank; dispatch and
+    combine bytes are those of the busiest. 1 is balanced routing."""
     device_type: Literal["cpu", "cuda"] = "cuda"
-    """Decides in how many chunks the head makes its logits."""
+    """Decides in how many chunks the head computes its logits."""
 
 
 def step_collectives(
     model: MoEModelConfig, layout: Layout, batch: Batch, *, stage: int = 0
 ) -> list[Collective]:
-    """Every collective of one training step of a rank on pipeline stage `stage`, from 0.
+    """List every collective of one training step of a rank on pipeline stage `stage`, from 0.
 
-    Groups of one rank are left out: nothing moves in them. All ranks of a stage do the same.
+    Groups of one rank are left out: they move nothing. All ranks of a stage do the same.
+
     """
     rank = Rank(model=model, layout=layout, batch=batch, stage=stage)
     found = [
@@ -73,7 +75,7 @@ def step_collectives(
 
 
 def record_collectives(model: MoEModelConfig, layout: Layout) -> list[Collective]:
-    """What a record of the routers' measurements adds, once in `log_interval` steps."""
+    """List the collectives that log the routers' metrics, once every `log_interval` steps."""
     found = []
     for experts in (model.num_experts, model.attention_experts):
         if experts is not None:
@@ -84,7 +86,7 @@ def record_collectives(model: MoEModelConfig, layout: Layout) -> list[Collective
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
-    """A rank of a run, and the sizes that its collectives are made of."""
+    """Describes a rank of a run and computes the sizes its collectives depend on."""
 
     model: MoEModelConfig
     layout: Layout
@@ -93,58 +95,58 @@ class Rank:
 
     @cached_property
     def chunks(self) -> list[Chunk]:
-        """Its part of the model."""
+        """Return the rank's model chunks."""
         return model_chunks(self.model, self.layout, self.stage)
 
     @property
     def is_split(self) -> bool:
-        """Whether activations between the matrices are split along the sequence."""
+        """Return whether activations between the matrices are split along the sequence."""
         return self.layout.sequence_parallel and self.layout.tensor > 1
 
     @property
     def num_layers(self) -> int:
-        """Layers on this rank."""
+        """Return the layers on this rank."""
         return self.model.num_layers // self.layout.pipeline
 
     @property
     def layer_runs(self) -> int:
-        """Layers times micro-batches."""
+        """Return layers times micro-batches."""
         return self.num_layers * self.batch.num_microbatches
 
     @property
     def width(self) -> int:
-        """Bytes of a parameter or activation."""
+        """Return the bytes per element of a parameter or activation."""
         return 2 if self.batch.bf16 else 4
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch, within the matrices of attention."""
+        """Return the tokens per micro-batch inside the attention matrices."""
         return self.batch.seq_length // self.layout.context * self.batch.micro_batch_size
 
     @property
     def own_tokens(self) -> int:
-        """Of a micro-batch, between those matrices: what this rank routes."""
+        """Return the tokens per micro-batch between the matrices: those that this rank routes."""
         return self.tokens // (self.layout.tensor if self.is_split else 1)
 
     @property
     def hidden_bytes(self) -> int:
-        """Of the hidden states [tokens, h]."""
+        """Return the bytes of the hidden states [tokens, h]."""
         return self.tokens * self.model.hidden_size * self.width
 
     def forward_passes(self, part: Literal["attention", "experts"]) -> int:
-        """How often a part of a layer is computed: 2 if backward computes it again."""
+        """Return how often a part of a layer is computed: twice if backward recomputes it."""
         again = ("full", "moe") if part == "experts" else ("full",)
         return 2 if self.batch.recompute in again else 1
 
     def call(
         self, kind: Kind, group: Group, count: int, size: float, purpose: Purpose
     ) -> Collective:
-        """`count` calls a step, of `size` bytes each."""
+        """Build a collective of `count` calls per step of `size` bytes each."""
         return make_collective(self.layout, kind, group, count, size, purpose)
 
 
 def layers(rank: Rank) -> Iterator[Collective]:
-    """All layers of this rank."""
+    """List the collectives of all layers of this rank."""
     model = rank.model
     if model.attention_experts is not None:
         yield from moa(rank, experts=model.attention_experts)
@@ -165,7 +167,7 @@ def layers(rank: Rank) -> Iterator[Collective]:
 
 
 def column_linear(rank: Rank, purpose: Purpose, *, passes: int) -> Iterator[Collective]:
-    """A matrix whose rows are split: its input is gathered, and gathered again for backward."""
+    """List those of a column-parallel matrix: its input is gathered, and again for backward."""
     runs, size = rank.layer_runs, rank.hidden_bytes
     if rank.is_split:
         yield rank.call("all_gather", "tp", runs * (passes + 1), size, purpose)
@@ -175,7 +177,7 @@ def column_linear(rank: Rank, purpose: Purpose, *, passes: int) -> Iterator[Coll
 
 
 def row_linear(rank: Rank, purpose: Purpose, *, passes: int) -> Iterator[Collective]:
-    """A matrix whose columns are split: its outputs are summed."""
+    """List those of a row-parallel matrix: its outputs are summed."""
     runs, size = rank.layer_runs, rank.hidden_bytes
     if rank.is_split:
         yield rank.call("reduce_scatter", "tp", runs * passes, size, purpose)
@@ -185,13 +187,13 @@ def row_linear(rank: Rank, purpose: Purpose, *, passes: int) -> Iterator[Collect
 
 
 def qk_norm(rank: Rank) -> Iterator[Collective]:
-    """Queries and keys each need one sum a token, forward and backward."""
+    """List those of the query and key norms: one sum per token each, forward and backward."""
     count = 2 * rank.layer_runs * (rank.forward_passes("attention") + 1)
     yield rank.call("all_reduce", "tp", count, rank.tokens * _FP32, "qk_norm")
 
 
 def moa(rank: Rank, *, experts: int) -> Iterator[Collective]:
-    """Every rank has some heads of every expert, and needs all tokens and their routing."""
+    """List those of moa: every rank has some heads of all experts, and needs all tokens."""
     runs, passes = rank.layer_runs, rank.forward_passes("attention")
     slots = rank.tokens * rank.model.attention_topk
     yield router_counts(rank, experts=experts)
@@ -207,7 +209,7 @@ def moa(rank: Rank, *, experts: int) -> Iterator[Collective]:
 
 
 def context_parallel(rank: Rank) -> Iterator[Collective]:
-    """Keys and values of the whole sequence, in one; their gradients are summed back."""
+    """List the all-gather of keys and values, and the reduce-scatter of their gradients."""
     keys = head_widths(rank.model)[1] // rank.layout.tensor
     size = rank.batch.seq_length * rank.batch.micro_batch_size * 2 * keys * rank.width
     passes = rank.forward_passes("attention")
@@ -216,32 +218,33 @@ def context_parallel(rank: Rank) -> Iterator[Collective]:
 
 
 def router_counts(rank: Rank, *, experts: int) -> Collective:
-    """Tokens per expert over the ranks that share a micro-batch; not where no loss is computed."""
+    """Return the all-reduce of tokens per expert over the ranks that share a micro-batch."""
     group: Group = "tp_cp" if rank.layout.sequence_parallel else "cp"
     return rank.call("all_reduce", group, rank.layer_runs, experts * _INT64, "router")
 
 
 def dispatcher(rank: Rank, *, experts: int) -> Iterator[Collective]:
-    """Tokens to the ranks of their experts and back; nothing where all experts are on the rank."""
+    """List those that move tokens to expert ranks and back; none where a rank holds all experts."""
     if rank.layout.expert * rank.layout.expert_tensor == 1:
         return
-    lists: dict[str, Callable[..., Iterator[Collective]]] = {
+    dispatchers: dict[str, Callable[..., Iterator[Collective]]] = {
         "alltoall": alltoall_dispatcher,
         "allgather": allgather_dispatcher,
     }
     kind = rank.model.moe_token_dispatcher_type
-    if kind not in lists:
+    if kind not in dispatchers:
         raise ValueError(
             f"moe_token_dispatcher_type is '{kind}', whose traffic is inside its own kernels; use"
-            f" {' or '.join(lists)}"
+            f" {' or '.join(dispatchers)}"
         )
-    yield from lists[kind](rank, experts=experts)
+    yield from dispatchers[kind](rank, experts=experts)
 
 
 def alltoall_dispatcher(rank: Rank, *, experts: int) -> Iterator[Collective]:
-    """Rows of tokens and their gates go to expert ranks; under ETP these share what they got.
+    """List those of the all-to-all dispatcher: rows and gates, then shared by ETP ranks.
 
-    Under ETP megatron-core adds the results up in the gates' precision, fp32, whatever the model's.
+    Under ETP megatron-core sums the results in the gates' precision, fp32, whatever the model's.
+
     """
     runs, passes = rank.layer_runs, rank.forward_passes("experts")
     shared = rank.layout.expert_tensor
@@ -260,7 +263,7 @@ def alltoall_dispatcher(rank: Rank, *, experts: int) -> Iterator[Collective]:
 
 
 def allgather_dispatcher(rank: Rank, *, experts: int) -> Iterator[Collective]:
-    """Every rank gets all tokens, gates and choices; results are added up in fp32."""
+    """List those of the all-gather dispatcher: all tokens, gates and routing; fp32 sums back."""
     runs, passes = rank.layer_runs, rank.forward_passes("experts")
     tokens = rank.own_tokens * rank.layout.expert * rank.layout.expert_tensor
     h = rank.model.hidden_size
@@ -273,7 +276,7 @@ def allgather_dispatcher(rank: Rank, *, experts: int) -> Iterator[Collective]:
 
 
 def embedding(rank: Rank) -> Iterator[Collective]:
-    """Each rank looks up its rows."""
+    """List the reduction of the embedding lookup, whose rows are split over TP ranks."""
     if not rank.chunks[0].has_embedding:
         return
     count, size = rank.batch.num_microbatches, rank.hidden_bytes
@@ -285,7 +288,7 @@ def embedding(rank: Rank) -> Iterator[Collective]:
 
 
 def head(rank: Rank) -> Iterator[Collective]:
-    """Output layer and cross-entropy: the hidden states, then two sums for each chunk of tokens."""
+    """List those of output layer and cross-entropy: hidden states, and two sums per token chunk."""
     if not rank.chunks[-1].has_head:
         return
     count, size = rank.batch.num_microbatches, rank.hidden_bytes
@@ -298,12 +301,12 @@ def head(rank: Rank) -> Iterator[Collective]:
     largest = tokens_per_chunk(rank.tokens, rows, rank.batch.device_type)
     whole, rest = divmod(rank.tokens, largest)
     for number, tokens in ((whole, largest), (1 if rest else 0, rest)):
-        for values in (1, 2):  # the largest logit; the sum of exponentials and the label's logit
+        for values in (1, 2):  # max logit; then sum of exponentials and label logit
             yield rank.call("all_reduce", "tp", count * number, values * tokens * _FP32, "head")
 
 
 def pipeline(rank: Rank) -> Iterator[Collective]:
-    """Hidden states from chunk to chunk, and their gradients back."""
+    """List the sends and receives of hidden states between chunks, and of their gradients."""
     size = rank.own_tokens * rank.model.hidden_size * rank.width
     behind = sum(not chunk.has_embedding for chunk in rank.chunks)
     ahead = sum(not chunk.has_head for chunk in rank.chunks)
@@ -313,10 +316,11 @@ def pipeline(rank: Rank) -> Iterator[Collective]:
 
 
 def gradients(rank: Rank) -> Iterator[Collective]:
-    """Gradients over the ranks that hold the same parameters, and parameters to them afterwards.
+    """List the gradient reductions, and the parameter gathers of the distributed optimizer.
 
-    The experts' optimizer is another than that of all other parameters, and each of the two
-    distributed optimizers has all parameters gathered, its own or not: everything moves twice.
+    Experts and the other parameters have separate optimizers, and each of the two distributed
+    optimizers gathers all parameters, its own or not: everything moves twice.
+
     """
     is_sharded = rank.batch.use_distributed_optimizer
     num_optimizers = 1 if rank.model.num_experts is None else 2
@@ -333,34 +337,34 @@ def gradients(rank: Rank) -> Iterator[Collective]:
                 ),
             )  # fmt: skip
             if chunk.index > 0:
-                buckets = [sum(buckets)]  # those of later chunks go into one call
-            for numbers in filter(None, buckets):
+                buckets = [sum(buckets)]  # later chunks reduce all buckets in one call
+            for numel in filter(None, buckets):
                 if not is_sharded:
-                    yield rank.call("all_reduce", group, 1, numbers * _FP32, "gradients")
+                    yield rank.call("all_reduce", group, 1, numel * _FP32, "gradients")
                     continue
-                yield rank.call("reduce_scatter", group, 1, numbers * _FP32, "gradients")
-                size = numbers * rank.width
+                yield rank.call("reduce_scatter", group, 1, numel * _FP32, "gradients")
+                size = numel * rank.width
                 yield rank.call("all_gather", group, num_optimizers, size, "parameters")
 
 
 def tied_embedding(rank: Rank) -> Iterator[Collective]:
-    """The embedding's gradient and that of its copy on the last stage."""
+    """List the all-reduce of the embedding's gradient with its copy on the last stage."""
     for chunk in rank.chunks:
         for shard in chunk.shards:
             if shard.is_tied and rank.layout.pipeline > 1:
-                yield rank.call("all_reduce", "embd", 1, shard.numbers * _FP32, "gradients")
+                yield rank.call("all_reduce", "embd", 1, shard.numel * _FP32, "gradients")
 
 
 def split_sequence_gradients(rank: Rank) -> Iterator[Collective]:
-    """Of what every tensor parallel rank holds whole, in one call."""
+    """List the one all-reduce for gradients of parameters replicated over TP ranks."""
     if rank.is_split:
         shards = [shard for chunk in rank.chunks for shard in chunk.shards]
-        numbers = sum(shard.numbers for shard in shards if shard.is_split_sequence)
-        yield rank.call("all_reduce", "tp", 1, numbers * _FP32, "gradients")
+        numel = sum(shard.numel for shard in shards if shard.is_split_sequence)
+        yield rank.call("all_reduce", "tp", 1, numel * _FP32, "gradients")
 
 
 def optimizer(rank: Rank) -> Iterator[Collective]:
-    """The gradient norm."""
+    """List the all-reduces of the gradient norm."""
     if rank.batch.use_distributed_optimizer:
         yield rank.call("all_reduce", "dist_opt", 1, _FP32, "grad_norm")
         return
@@ -370,6 +374,6 @@ def optimizer(rank: Rank) -> Iterator[Collective]:
 
 
 def loss(rank: Rank) -> Iterator[Collective]:
-    """How many tokens count, before the step; sum and number of their losses, after it."""
+    """List those of the loss: the token count before the step, loss sum and count after it."""
     yield rank.call("all_reduce", "dp", 1, _FP64, "loss")
     yield rank.call("all_reduce", "world", 1, 2 * _FP64, "loss")

@@ -1,17 +1,18 @@
-"""Tensors that exist for a moment of a step only, beside what is kept: an estimate, term by term.
+"""Estimate temporary tensors, alive for a moment of a step beside kept activations, term by term.
 
-A term counts the tensors that are alive at once where a pass needs most; which pass of a layer that
-is depends on the sizes, so the largest term is taken.
+A term counts the tensors that are alive at the peak of a pass; which pass of a layer peaks highest
+depends on the sizes, so the largest term is taken.
+
 """
 
 from moe_ext.cost.activations import (
     StepRank,
     experts_layer,
-    is_local,
-    layer_total,
-    layers_of,
+    holds_all_experts,
+    layer_bytes,
     received_rows,
-    total,
+    recompute_plan,
+    total_bytes,
 )
 from moe_ext.cost.param_shards import head_widths
 from moe_ext.layers.head import tokens_per_chunk
@@ -19,21 +20,22 @@ from moe_ext.layers.head import tokens_per_chunk
 _FP32 = 4
 
 
-def recomputed(rank: StepRank) -> float:
-    """What backward has computed again when it begins with its first layer."""
-    again = layers_of(rank).again
-    if again:
-        return again * layer_total(rank)
+def recomputed_activations(rank: StepRank) -> float:
+    """Return the bytes that backward has recomputed before it runs the first layer backward."""
+    count = recompute_plan(rank).recomputed
+    if count:
+        return count * layer_bytes(rank)
     if rank.batch.recompute == "moe" and rank.model.num_experts is not None:
         hidden = rank.own_tokens * rank.model.hidden_size * rank.width
-        return total(experts_layer(rank, experts=rank.model.num_experts)) - hidden
+        return total_bytes(experts_layer(rank, experts=rank.model.num_experts)) - hidden
     return 0.0
 
 
 def head_forward(rank: StepRank) -> float:
-    """A chunk of logits, its gradient as it is multiplied, and the product that is added.
+    """Return the bytes of a chunk of logits, its gradient and the weight gradient it adds.
 
-    In fp32 the gradient is the logits' memory, and the product goes straight to its place.
+    In fp32 the gradient overwrites the logits, and the weight gradient accumulates in place.
+
     """
     rows = rank.model.padded_vocab_size // rank.layout.tensor
     logits = tokens_per_chunk(rank.tokens, rows, rank.batch.device_type) * rows
@@ -48,7 +50,7 @@ def head_forward(rank: StepRank) -> float:
 
 
 def head_backward(rank: StepRank) -> float:
-    """The hidden states' gradient, scaled and rounded; and a placeholder for the weight's."""
+    """Return the bytes of the hidden states' gradient, scaled and rounded, and of a placeholder."""
     rows = rank.model.padded_vocab_size // rank.layout.tensor
     hidden = rank.tokens * rank.model.hidden_size
     placeholder = (
@@ -58,7 +60,7 @@ def head_backward(rank: StepRank) -> float:
 
 
 def layer_workspace(rank: StepRank) -> float:
-    """Backward of one layer, the gradient that flows through it included."""
+    """Return the bytes one layer needs in backward, the gradient flowing through it included."""
     hidden = rank.own_tokens * rank.model.hidden_size * rank.width
     middle = _attention(rank)
     if rank.model.num_experts is not None:
@@ -69,7 +71,7 @@ def layer_workspace(rank: StepRank) -> float:
 
 
 def _attention(rank: StepRank) -> float:
-    """Gradients of what attention found, of queries, keys and values, before and after RoPE."""
+    """Return the bytes of the gradients of output, queries, keys and values, around RoPE."""
     queries, keys = (width // rank.layout.tensor for width in head_widths(rank.model))
     if rank.model.attention_experts is not None:
         queries *= rank.model.attention_topk
@@ -78,27 +80,27 @@ def _attention(rank: StepRank) -> float:
 
 
 def _dense(rank: StepRank) -> float:
-    """Gradients of both halves; what is kept of them goes as they come."""
+    """Return the bytes of the gradients of both halves; kept activations are freed on the way."""
     ffn = (rank.model.ffn_hidden_size or 0) // rank.layout.tensor
     return float(rank.tokens * 2 * ffn * rank.width)
 
 
 def expert_workspace(rank: StepRank) -> float:
-    """Backward of a layer's experts: all at once (GPU), or one after the other (CPU)."""
+    """Return the bytes experts need in backward: all at once (GPU), or one by one (CPU)."""
     model, width = rank.model, rank.width
     ffn = model.moe_ffn_hidden_size // rank.layout.expert_tensor
     local = (model.num_experts or 0) // rank.layout.expert
     rows = received_rows(rank)
     of_rows = rows * model.hidden_size * width
-    # Rows on their way from and to other ranks.
-    moving = 0.0 if is_local(rank) else 2 * of_rows
+    # Rows sent to and received from other ranks.
+    moving = 0.0 if holds_all_experts(rank) else 2 * of_rows
     matrix = local * ffn * model.hidden_size * width
     if rank.batch.device_type == "cpu":
         block = rows / local * (2 * model.hidden_size + 8 * ffn) * _FP32
         converted = 3 * ffn * model.hidden_size * _FP32 if rank.batch.bf16 else 0
         return of_rows + moving + block + converted
     gate = of_rows + rows * ffn * (7 * width + _FP32)
-    # The product of weight1's gradient, placeholders of both, gathered rows.
+    # The weight1 gradient before it is accumulated, placeholders of both, gathered rows.
     weights = 5 * matrix + of_rows + 2 * rows * ffn * width
     tokens = 3 * matrix + 2 * of_rows + 2 * rows * ffn * width
     return moving + max(gate, weights, tokens)

@@ -1,9 +1,10 @@
-"""Takes one training step of each case, and writes down what the ranks' tensors hold.
+"""Measure what tensors of each rank hold in one training step of each case.
 
 Usage: torchrun ... plan_worker.py CASES.json OUT
 
 CASES.json: [{"name": ..., "flags": [...]}]. For each case OUT/NAME.rankR.json gets the bytes of
 weights, gradients and optimizer, and what each forward pass keeps for its backward pass.
+
 """
 
 import json

@@ -1,8 +1,9 @@
-"""`moe_ext.cost.footprint` against the tensors and the memory of real training steps on gloo.
+"""Compare `moe_ext.cost.footprint` with the memory of real training steps on gloo.
 
-Weights, gradients, optimizer state and what passes keep are compared byte by byte, every rank of
-every case. Routing is balanced by a router of the worker's; where it is learned, the sum over ranks
-is compared. A larger run is compared by the memory that the system gave it.
+Weights, gradients, optimizer state and kept activations are compared byte by byte, on every rank of
+every case. A worker's router balances the routing; where it is learned, the sum over ranks is
+compared. A larger run is compared with the resident memory that the system reports.
+
 """
 
 import functools
@@ -17,7 +18,7 @@ from megatron.trainer.config.parallel_layout import Layout, resolve_layout
 from moe_app.planner.search import make_step
 from moe_app.pretrain.config import PretrainConfig, parse_recipe
 from moe_ext.cost.activations import Step, StepRank, micro_batch
-from moe_ext.cost.footprint import in_flight, state_of
+from moe_ext.cost.footprint import in_flight, model_state
 from tests.distributed import jetmoe_cases
 from tests.distributed.launcher import HERE, flags, torchrun
 
@@ -93,7 +94,7 @@ in_every_case = pytest.mark.parametrize(("num_ranks", "name"), NAMES)
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """By number of ranks and name: what each rank holds."""
+    """Return what each rank holds, by number of ranks and case."""
     found: dict[str, list[dict[str, Any]]] = {}
     for num_ranks, cases in CASES.items():
         out = tmp_path_factory.mktemp(f"ranks{num_ranks}")
@@ -114,8 +115,8 @@ def case_flags(num_ranks: int, name: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Paper:
-    """What the model is told of a case."""
+class Prediction:
+    """Holds what the cost model predicts of a case."""
 
     cfg: PretrainConfig
     layout: Layout
@@ -128,73 +129,75 @@ class Paper:
 
 
 @functools.cache
-def paper(num_ranks: int, name: str) -> Paper:
+def predict(num_ranks: int, name: str) -> Prediction:
     cfg = parse_recipe(case_flags(num_ranks, name), prog="test", description="")
     layout = resolve_layout(cfg.parallel, num_ranks)
-    return Paper(cfg, layout, make_step(cfg, layout, device_type="cpu"), num_ranks)
+    return Prediction(cfg, layout, make_step(cfg, layout, device_type="cpu"), num_ranks)
 
 
 @in_every_case
-def test_state_is_foretold_to_the_byte(
+def test_state_is_predicted_to_the_byte(
     num_ranks: int, name: str, measured: dict[str, list[dict[str, Any]]]
 ) -> None:
-    told = paper(num_ranks, name)
+    predicted = predict(num_ranks, name)
     for number, found in enumerate(measured[f"{num_ranks}:{name}"]):
-        rank = told.rank(number)
-        state = state_of(rank)
+        rank = predicted.rank(number)
+        state = model_state(rank)
         assert found["state"]["weights"] == state.weights
         assert found["state"]["gradients"] == state.gradients
-        # Where it is sharded a rank's part may be padding, of which there is no state.
-        used = sum(shard.numbers for chunk in rank.chunks for shard in chunk.shards)
-        padding = (state.gradients // 4 - used) * (12 if told.step.bf16 else 8)
+        # Padding in a rank's shard has no optimizer state.
+        used = sum(shard.numel for chunk in rank.chunks for shard in chunk.shards)
+        padding = (state.gradients // 4 - used) * (12 if predicted.step.bf16 else 8)
         assert 0 <= state.optimizer - found["state"]["optimizer"] <= padding
-        assert padding == 0 or told.step.use_distributed_optimizer
+        assert padding == 0 or predicted.step.use_distributed_optimizer
 
 
 @in_every_case
-def test_kept_activations_are_foretold_to_the_byte(
+def test_kept_activations_are_predicted_to_the_byte(
     num_ranks: int, name: str, measured: dict[str, list[dict[str, Any]]]
 ) -> None:
-    told = paper(num_ranks, name)
+    predicted = predict(num_ranks, name)
     ranks = measured[f"{num_ranks}:{name}"]
     is_even = "learned" not in name
-    per_stage = num_ranks // told.layout.pipeline
+    per_stage = num_ranks // predicted.layout.pipeline
     for first in range(0, num_ranks, per_stage):
-        rank = told.rank(first)
+        rank = predicted.rank(first)
         each = [micro_batch(rank, chunk) for chunk in rank.chunks]
         stage = [found["passes"] for found in ranks[first : first + per_stage]]
         for passes in zip(*stage, strict=True):
             (chunk,) = {chunk for chunk, _ in passes}
             sizes = [size for _, size in passes]
-            # The schedules' tensors of one number, and what is split unevenly by context.
+            # The schedules' scalars, and what context parallelism splits unevenly.
             assert max(sizes) - min(sizes) <= (0.005 if is_even else 0.2) * each[chunk]
             most = max(sizes) if is_even else sum(sizes) / len(sizes)
-            assert most == pytest.approx(each[chunk], abs=4 * told.cfg.model.num_layers)
+            assert most == pytest.approx(each[chunk], abs=4 * predicted.cfg.model.num_layers)
 
 
 @in_every_case
-def test_micro_batches_in_flight_are_foretold(
+def test_micro_batches_in_flight_are_predicted(
     num_ranks: int, name: str, measured: dict[str, list[dict[str, Any]]]
 ) -> None:
-    told = paper(num_ranks, name)
+    predicted = predict(num_ranks, name)
     for number, found in enumerate(measured[f"{num_ranks}:{name}"]):
-        rank = told.rank(number)
+        rank = predicted.rank(number)
         each = [micro_batch(rank, chunk) for chunk in rank.chunks]
         highest = max(
             sum(each[chunk] * count for chunk, count in counts.items())
-            for counts in in_flight(told.layout, told.step.num_microbatches, stage=rank.stage)
+            for counts in in_flight(
+                predicted.layout, predicted.step.num_microbatches, stage=rank.stage
+            )
         )
         tolerance = 0.2 if "learned" in name else 0.005
         assert found["highest"] == pytest.approx(highest, rel=tolerance)
-        if told.layout.pipeline > 1 and rank.stage == 0:
+        if predicted.layout.pipeline > 1 and rank.stage == 0:
             assert found["highest"] > 1.5 * max(each)
 
 
-def test_memory_of_a_run_is_foretold_within_15_percent() -> None:
+def test_memory_of_a_run_is_predicted_within_15_percent() -> None:
     case = {"expert-model-parallel-size": 2, "use-distributed-optimizer": True}
     smaller = {"num-layers": 2, "seq-length": 512, "global-batch-size": 4}
     for found in plan.measure(2, {**smaller, **case}):
-        told = found["footprint"]
-        assert told["state"]["weights"] == found["held"]["weights"]
-        assert told["activations"] + told["workspace"] > 0.1 * told["peak"]
-        assert told["peak"] == pytest.approx(found["resident"], rel=0.15)
+        predicted = found["footprint"]
+        assert predicted["state"]["weights"] == found["held"]["weights"]
+        assert predicted["activations"] + predicted["workspace"] > 0.1 * predicted["peak"]
+        assert predicted["peak"] == pytest.approx(found["resident"], rel=0.15)

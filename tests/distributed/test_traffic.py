@@ -1,8 +1,9 @@
-"""`moe_ext.cost.traffic` against every collective of real training steps on gloo.
+"""Compare `moe_ext.cost.traffic` with every collective of real training steps on gloo.
 
-Routing is balanced by a router of the worker's, so that all-to-alls can be compared byte by byte on
-every rank. One case routes by learned weights; there a rank sends what its tokens chose, and the
-sum over the ranks is compared.
+A worker's router balances the routing, so that all-to-alls can be compared byte by byte on every
+rank. One case routes by learned weights; there a rank sends what its tokens chose, and the sum over
+the ranks is compared.
+
 """
 
 import json
@@ -75,7 +76,7 @@ CASES: dict[int, dict[str, Case]] = {
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Calls]]:
-    """By number of ranks and name: what each rank did."""
+    """Return the calls of each rank, by number of ranks and case."""
     found: dict[str, list[Calls]] = {}
     for num_ranks in CASES:
         found |= record(num_ranks, tmp_path_factory.mktemp(f"ranks{num_ranks}"))
@@ -108,7 +109,7 @@ def read_calls(file: Path) -> Calls:
 
 
 def predicted(case: Case, num_ranks: int) -> list[list[Collective]]:
-    """What each rank is said to do."""
+    """Return the collectives predicted for each rank."""
     cfg = parse_recipe(case_flags(case, num_ranks), prog="test", description="")
     layout = resolve_layout(cfg.parallel, num_ranks)
     granularity = cfg.training.recompute_granularity
@@ -132,11 +133,12 @@ def predicted(case: Case, num_ranks: int) -> list[list[Collective]]:
     ]
 
 
-def as_calls(collectives: list[Collective]) -> Calls:
-    """By call, as gloo makes it.
+def count_calls(collectives: list[Collective]) -> Calls:
+    """Count the calls that gloo makes for these collectives.
 
-    gloo cannot reduce and scatter parts that may be unequal; `cpu_backend` has ranks that
-    share an expert exchange the parts instead, which hands over the same bytes.
+    gloo has no reduce-scatter of unequal parts; in `cpu_backend` the ranks that share an expert
+    exchange the parts instead, which moves the same bytes.
+
     """
     calls: Calls = Counter()
     for each in collectives:
@@ -152,16 +154,16 @@ NAMES = [(num_ranks, name) for num_ranks, cases in CASES.items() for name in cas
 @pytest.mark.parametrize(
     ("num_ranks", "name"), [(ranks, name) for ranks, name in NAMES if "learned" not in name]
 )
-def test_every_call_of_every_rank_is_foretold(
+def test_every_call_of_every_rank_is_predicted(
     num_ranks: int, name: str, recorded: dict[str, list[Calls]]
 ) -> None:
     expected = predicted(CASES[num_ranks][name], num_ranks)
     for found, wanted in zip(recorded[f"{num_ranks}:{name}"], expected, strict=True):
-        assert found == as_calls(wanted)
+        assert found == count_calls(wanted)
         assert len(found) >= 3
 
 
-def test_learned_routing_sends_in_sum_what_balanced_routing_does(
+def test_learned_routing_sends_the_same_total_as_balanced_routing(
     recorded: dict[str, list[Calls]],
 ) -> None:
     learned, balanced = recorded["2:ep2_learned"], recorded["2:ep2"]

@@ -1,9 +1,10 @@
-"""Takes one recorded training step of each case, in the ranks that torchrun started.
+"""Record one training step of each case, in the ranks that torchrun started.
 
 Usage: torchrun ... worker_traffic.py CASES.json OUT
 
 CASES.json: [{"name": ..., "flags": [...]}]. For each case OUT/NAME.rankR.json gets every rank's
 collectives: [kind, group, payload bytes, calls]. The step ends with a record of the routers.
+
 """
 
 import json
@@ -24,7 +25,7 @@ from moe_ext.routers import MoERouter, register_router
 
 
 class RoundRobinRouter(MoERouter):
-    """Token i goes to the k experts from i * k on, so that all get the same number of tokens."""
+    """Sends token i to the k experts from i * k on, so that all get the same number of tokens."""
 
     def select(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         num_tokens, num_experts = logits.shape
@@ -48,7 +49,7 @@ def run_case(flags: list[str], out: Path, name: str) -> None:
 
 
 def run_cases(run: Callable[[list[str], Path, str], None]) -> None:
-    """Do what the command line asks for, with the router above for who names it."""
+    """Run the cases of the command line, with the router above registered."""
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     configure_logging(environment_rank())
     register_router("round_robin", RoundRobinRouter)

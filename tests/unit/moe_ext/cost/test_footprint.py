@@ -1,4 +1,4 @@
-"""Memory on paper against parameter counts, schedules written out, and an allocator's account."""
+"""Compare predicted memory with parameter counts, simulated schedules and an allocator."""
 
 import dataclasses
 from collections import Counter
@@ -11,8 +11,8 @@ from benchmarks.plan_rank import largest_growth
 from megatron.trainer.config.parallel_layout import Layout, resolve_layout
 from megatron.trainer.config.schema import ParallelConfig
 from moe_ext.config import MoEModelConfig
-from moe_ext.cost.activations import Step, StepRank, by_part, layer, micro_batch
-from moe_ext.cost.footprint import footprint, in_flight, stage_footprint, state_of
+from moe_ext.cost.activations import Step, StepRank, bytes_by_part, layer, micro_batch
+from moe_ext.cost.footprint import footprint, in_flight, model_state, stage_footprint
 from moe_ext.cost.workspace import expert_workspace
 from moe_ext.counting import count_parameters
 from moe_ext.experts.grouped_gemm import grouped_gemm_routed
@@ -44,33 +44,33 @@ def rank_of(model: MoEModelConfig, layout: Layout, stage: int = 0, **changes: An
 
 
 @pytest.mark.parametrize("model", [OLMOE, JETMOE, DENSE])
-def test_state_of_one_rank_is_that_of_all_parameters(model: MoEModelConfig) -> None:
+def test_one_rank_holds_the_state_of_all_parameters(model: MoEModelConfig) -> None:
     total = count_parameters(model).total
-    state = state_of(rank_of(model, layout_of(1)))
+    state = model_state(rank_of(model, layout_of(1)))
     assert (state.weights, state.gradients, state.optimizer) == (2 * total, 4 * total, 12 * total)
-    exact = state_of(rank_of(model, layout_of(1), bf16=False))
+    exact = model_state(rank_of(model, layout_of(1), bf16=False))
     assert (exact.weights, exact.gradients, exact.optimizer) == (4 * total, 4 * total, 8 * total)
 
 
-def test_sharded_state_of_all_ranks_is_that_of_all_parameters_once() -> None:
+def test_sharded_optimizer_state_sums_to_one_copy_over_ranks() -> None:
     layout = layout_of(16, expert_model=8)
-    state = state_of(rank_of(OLMOE, layout, use_distributed_optimizer=True))
-    whole = state_of(rank_of(OLMOE, layout))
+    state = model_state(rank_of(OLMOE, layout, use_distributed_optimizer=True))
+    whole = model_state(rank_of(OLMOE, layout))
     assert 16 * state.optimizer == pytest.approx(12 * count_parameters(OLMOE).total, rel=1e-5)
     assert state.optimizer < whole.optimizer / 2
     assert state.gradients == pytest.approx(whole.gradients, rel=1e-5)
 
 
-def test_stages_share_the_parameters() -> None:
+def test_stage_weights_sum_to_the_model() -> None:
     layout = layout_of(4, pipeline_model=4)
-    ranks = [state_of(rank_of(OLMOE, layout, stage=stage)) for stage in range(4)]
+    ranks = [model_state(rank_of(OLMOE, layout, stage=stage)) for stage in range(4)]
     assert sum(state.weights for state in ranks) == 2 * count_parameters(OLMOE).total
-    tied = [state_of(rank_of(JETMOE, layout, stage=stage)).weights for stage in range(4)]
+    tied = [model_state(rank_of(JETMOE, layout, stage=stage)).weights for stage in range(4)]
     copy = 2 * JETMOE.padded_vocab_size * JETMOE.hidden_size
     assert sum(tied) == 2 * count_parameters(JETMOE).total + copy
 
 
-def test_schedule_without_interleaving_is_as_far_ahead_as_stages_are_behind() -> None:
+def test_1f1b_keeps_one_micro_batch_for_each_later_stage() -> None:
     layout = layout_of(4, pipeline_model=4)
     found = [in_flight(layout, 8, stage=stage) for stage in range(4)]
     assert found == [[Counter({0: 4})], [Counter({0: 3})], [Counter({0: 2})], [Counter({0: 1})]]
@@ -80,7 +80,7 @@ def test_schedule_without_interleaving_is_as_far_ahead_as_stages_are_behind() ->
 @pytest.mark.parametrize(
     ("pipeline", "virtual", "micro_batches"), [(2, 2, 4), (4, 2, 8), (2, 3, 2)]
 )
-def test_interleaved_schedule_is_the_one_written_out(
+def test_interleaved_schedule_matches_a_simulated_one(
     pipeline: int, virtual: int, micro_batches: int
 ) -> None:
     layout = layout_of(pipeline, pipeline_model=pipeline, virtual=virtual)
@@ -99,9 +99,9 @@ def test_interleaved_schedule_is_the_one_written_out(
         assert max(map(Counter.total, found)) == min(ahead + 1, len(forward))
 
 
-def test_devices_differ_in_what_norms_keep() -> None:
+def test_devices_differ_only_in_norm_activations() -> None:
     parts = {
-        device: by_part(layer(rank_of(OLMOE, layout_of(1), device_type=device)))
+        device: bytes_by_part(layer(rank_of(OLMOE, layout_of(1), device_type=device)))
         for device in ("cpu", "cuda")
     }
     norms = {device: found.pop("norms") for device, found in parts.items()}
@@ -110,7 +110,7 @@ def test_devices_differ_in_what_norms_keep() -> None:
     assert norms["cpu"] - norms["cuda"] == 512 * 4 * OLMOE.hidden_size * 2
 
 
-def test_kept_bytes_follow_tokens_and_layers() -> None:
+def test_kept_bytes_scale_with_tokens_and_layers() -> None:
     one = rank_of(OLMOE, layout_of(1))
     (chunk,) = one.chunks
     kept = micro_batch(one, chunk)
@@ -121,19 +121,20 @@ def test_kept_bytes_follow_tokens_and_layers() -> None:
     assert micro_batch(by_context, chunk) == pytest.approx((kept + fixed) / 2, rel=0.05)
 
 
-def test_busiest_rank_keeps_its_rows_and_no_other_rank_more() -> None:
+def test_imbalance_adds_rows_to_the_busiest_rank_only() -> None:
     even, busy = (
         rank_of(OLMOE, layout_of(8, expert_model=8), imbalance=imbalance)
         for imbalance in (1.0, 1.5)
     )
     rows = 512 * 8
     row = 2 * (OLMOE.hidden_size + 2 * OLMOE.moe_ffn_hidden_size) + 4
-    difference = sum(by_part(layer(busy)).values()) - sum(by_part(layer(even)).values())
+    difference = sum(bytes_by_part(layer(busy)).values()) - sum(bytes_by_part(layer(even)).values())
     assert difference == 0.5 * rows * row
-    alone, still = (
-        by_part(layer(rank_of(OLMOE, layout_of(8), imbalance=imbalance))) for imbalance in (1, 1.5)
+    balanced, skewed = (
+        bytes_by_part(layer(rank_of(OLMOE, layout_of(8), imbalance=imbalance)))
+        for imbalance in (1, 1.5)
     )
-    assert alone == still
+    assert balanced == skewed
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_busiest_rank_keeps_its_rows_and_no_other_rank_more() -> None:
         (DENSE, {"seq_length": 512}, "head forward"),
     ],
 )
-def test_peak_is_at_the_moment_that_needs_most(
+def test_peak_is_the_moment_with_the_most_memory(
     model: MoEModelConfig, changes: dict[str, Any], moment: str
 ) -> None:
     found = footprint(model, layout_of(1), step_of(**changes))
@@ -152,7 +153,7 @@ def test_peak_is_at_the_moment_that_needs_most(
     assert found.peak == found.state.total + found.activations + found.workspace
 
 
-def test_worst_stage_is_taken() -> None:
+def test_footprint_is_that_of_the_largest_stage() -> None:
     layout = layout_of(4, pipeline_model=4)
     stages = [stage_footprint(OLMOE, layout, step_of(), stage=stage) for stage in range(4)]
     worst = footprint(OLMOE, layout, step_of())
@@ -160,7 +161,7 @@ def test_worst_stage_is_taken() -> None:
     assert len({each.peak for each in stages}) == 4
 
 
-def test_recomputation_trades_what_is_kept() -> None:
+def test_recomputation_lowers_the_peak_in_order() -> None:
     def peak(**changes: Any) -> float:
         step = step_of(seq_length=4096, micro_batch_size=4, **changes)
         return footprint(OLMOE, layout_of(8, expert_model=8), step).peak
@@ -172,8 +173,8 @@ def test_recomputation_trades_what_is_kept() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "experts"), [(2048, 4), (512, 32)])
-def test_grouped_gemm_takes_the_memory_it_is_said_to(tokens: int, experts: int) -> None:
-    """Rows or weights; buffers are bf16, or a CPU would convert what is added to them."""
+def test_grouped_gemm_workspace_matches_the_allocator(tokens: int, experts: int) -> None:
+    """Compare in bf16 buffers, because a CPU would convert what is added to fp32 ones."""
     width, ffn, topk = 256, 128, 4
     model = dataclasses.replace(
         OLMOE,
@@ -193,6 +194,6 @@ def test_grouped_gemm_takes_the_memory_it_is_said_to(tokens: int, experts: int) 
     output = grouped_gemm_routed(hidden, weight1, weight2, order, gates)
     upstream = torch.randn_like(output)
     found = largest_growth(lambda: output.backward(upstream))
-    told = expert_workspace(rank_of(model, layout_of(1), seq_length=tokens))
+    predicted = expert_workspace(rank_of(model, layout_of(1), seq_length=tokens))
     # It does convert a product of bf16 and fp32.
-    assert found == pytest.approx(told, rel=0.12)
+    assert found == pytest.approx(predicted, rel=0.12)

@@ -1,4 +1,4 @@
-"""The formula of kept activations against what autograd was given to keep."""
+"""Compare the formula of kept activations with what autograd saves."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ TOKENS = 24
 
 @pytest.mark.parametrize("backend", ["grouped", "grouped_gemm", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backends_keep_what_the_formula_says(dtype: torch.dtype, backend: str) -> None:
+def test_backends_keep_the_bytes_of_the_formula(dtype: torch.dtype, backend: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton", reason="triton has no wheel for this platform")
     if backend == "grouped_gemm" and dtype != torch.bfloat16:
@@ -47,7 +47,7 @@ def test_backends_keep_what_the_formula_says(dtype: torch.dtype, backend: str) -
     assert found == TOKENS * expected
 
 
-def test_a_dense_model_has_none() -> None:
+def test_dense_model_is_refused() -> None:
     with pytest.raises(ValueError, match="dense"):
         expert_activation_bytes(
             MoEModelConfig(num_experts=None, ffn_hidden_size=8), element_bytes=2

@@ -1,6 +1,7 @@
-"""The paper model of a step's traffic against built models, simulations and sums by hand.
+"""Compare predicted traffic with built models, simulations and sums by hand.
 
 Real runs of several ranks are compared in tests/distributed/test_traffic.py.
+
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from megatron.trainer.config.parallel_layout import Layout, resolve_layout
 from megatron.trainer.config.schema import ParallelConfig
 from moe_ext.builder import build_model
 from moe_ext.config import MoEModelConfig
-from moe_ext.cost.cluster import TERMS, Cluster, call_seconds, ranks_on_node, step_seconds
+from moe_ext.cost.cluster import TERMS, Cluster, collective_seconds, ranks_on_node, step_seconds
 from moe_ext.cost.collective import Collective, Kind, make_collective
 from moe_ext.cost.param_shards import Shard, bucket_sizes, model_chunks
 from moe_ext.cost.traffic import Batch, step_collectives
@@ -78,12 +79,12 @@ def moved(collectives: list[Collective], *purposes: str) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("shards", [{}, {"use_distributed_optimizer": True}])
-def test_a_single_rank_exchanges_nothing(name: str, shards: dict[str, bool]) -> None:
+def test_single_rank_exchanges_nothing(name: str, shards: dict[str, bool]) -> None:
     assert step_collectives(MODELS[name], layout(1), batch(**shards)) == []
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_parameters_are_those_of_a_built_model_in_its_order(
+def test_parameters_match_a_built_model_in_order(
     name: str, single_rank: ProcessGroupCollection
 ) -> None:
     model = MODELS[name]
@@ -99,14 +100,14 @@ def test_parameters_are_those_of_a_built_model_in_its_order(
         (weight.numel(), not getattr(weight, "allreduce", True))
         for weight in built.chunks[0].parameters()
     ]
-    assert [(shard.numbers, shard.is_expert) for shard in chunk.shards] == found
+    assert [(shard.numel, shard.is_expert) for shard in chunk.shards] == found
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "sizes", [{"tp": 2, "etp": 1}, {"tp": 2}, {"pp": 2}, {"ep": 2}, {"pp": 2, "ep": 2}]
 )
-def test_all_ranks_together_hold_the_model(name: str, sizes: dict[str, int]) -> None:
+def test_shards_of_all_ranks_sum_to_the_model(name: str, sizes: dict[str, int]) -> None:
     model = MODELS[name]
     if model.num_experts is None and "ep" in sizes:
         pytest.skip("a dense model has no experts to spread")
@@ -117,7 +118,7 @@ def test_all_ranks_together_hold_the_model(name: str, sizes: dict[str, int]) -> 
             for shard in chunk.shards:
                 is_copy = shard.is_split_sequence
                 copies = cut.expert * cut.expert_tensor if shard.is_expert else cut.tensor
-                held += shard.numbers * (1 if is_copy else copies)
+                held += shard.numel * (1 if is_copy else copies)
     expected = count_parameters(model).total
     if not model.untie_embeddings_and_output_weights and cut.pipeline > 1:
         expected += model.padded_vocab_size * model.hidden_size  # the last stage's copy
@@ -127,7 +128,7 @@ def test_all_ranks_together_hold_the_model(name: str, sizes: dict[str, int]) -> 
 @pytest.mark.parametrize("limit", [None, 700, 10**9])
 @pytest.mark.parametrize("is_sharded", [False, True])
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_buckets_are_those_megatron_core_makes(
+def test_buckets_match_megatron_core(
     limit: int | None, is_sharded: bool, is_tied: bool, single_rank: ProcessGroupCollection
 ) -> None:
     numbers = [300, 64, 129, 500, 7, 1000, 64, 33]
@@ -149,7 +150,7 @@ def test_buckets_are_those_megatron_core_makes(
         single_rank,
     )
     shards = [
-        Shard(name="", numbers=number, is_tied=is_tied and index in (0, len(numbers) - 1))
+        Shard(name="", numel=number, is_tied=is_tied and index in (0, len(numbers) - 1))
         for index, number in enumerate(numbers)
     ]
     found = bucket_sizes(shards, num_ranks=1, is_sharded=is_sharded, limit=limit)
@@ -158,7 +159,7 @@ def test_buckets_are_those_megatron_core_makes(
 
 
 def ring_all_gather(parts: list[int]) -> list[int]:
-    """Bytes that each rank sends when every part goes once around a ring."""
+    """Return the bytes that each rank sends when every part goes once around a ring."""
     number = len(parts)
     sent = [0] * number
     for start, size in enumerate(parts):
@@ -168,7 +169,7 @@ def ring_all_gather(parts: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("number", [2, 3, 8])
-def test_wire_bytes_are_those_of_a_ring_walked_step_by_step(number: int) -> None:
+def test_wire_bytes_match_a_simulated_ring(number: int) -> None:
     once = ring_all_gather([100] * number)[0]
     cut = layout(number)
 
@@ -182,8 +183,8 @@ def test_wire_bytes_are_those_of_a_ring_walked_step_by_step(number: int) -> None
     assert (wire("send"), wire("receive")) == (100 * number, 0)
 
 
-def test_dispatch_of_olmoe_by_hand() -> None:
-    """8 rows of 2,048 bf16 numbers and an fp32 gate; there and back, forward and backward."""
+def test_olmoe_dispatch_bytes_match_a_sum_by_hand() -> None:
+    """Count 8 rows of 2,048 bf16 values and an fp32 gate; there and back, forward and backward."""
     found = step_collectives(OLMOE, layout(8, ep=8), batch(seq_length=4096))
     tokens, layers, away = 4096 * 2 * 3, 16, 7 / 8
     hidden, gates = 4 * 8 * 2048 * 2, 2 * 8 * 4
@@ -192,8 +193,8 @@ def test_dispatch_of_olmoe_by_hand() -> None:
     assert sum(each.count for each in found if each.kind == "all_to_all") == 3 * layers * 6
 
 
-def test_imbalance_is_the_busiest_ranks_share_of_a_simulated_routing() -> None:
-    """It receives in dispatch what it sends in combine; nothing else depends on the routing."""
+def test_imbalance_scales_all_to_all_as_a_simulated_routing_does() -> None:
+    """Check that a rank receives in dispatch what it sends in combine, and nothing else changes."""
     model, tokens, ranks = MODELS["olmoe"], 32, 2
     generator = torch.Generator().manual_seed(3)
     scores = torch.rand(ranks, tokens, 6, generator=generator) + torch.arange(6) / 6
@@ -211,7 +212,7 @@ def test_imbalance_is_the_busiest_ranks_share_of_a_simulated_routing() -> None:
         assert other.payload_bytes == pytest.approx(factor * one.payload_bytes)
 
 
-def test_more_micro_batches_repeat_the_layers_and_not_the_gradients() -> None:
+def test_micro_batches_repeat_layers_but_not_gradients() -> None:
     cut = layout(8, tp=2, pp=2, ep=2, etp=1)
     one, three = (
         step_collectives(MODELS["olmoe"], cut, batch(num_microbatches=number)) for number in (1, 3)
@@ -222,7 +223,7 @@ def test_more_micro_batches_repeat_the_layers_and_not_the_gradients() -> None:
         assert many.payload_bytes == few.payload_bytes
 
 
-def test_bf16_halves_activations_and_leaves_gradients_gates_and_counts_alone() -> None:
+def test_bf16_halves_activations_but_not_gradients_gates_or_counts() -> None:
     cut = layout(4, tp=2, ep=2)
     wide, narrow = (
         step_collectives(MODELS["olmoe"], cut, batch(bf16=bf16)) for bf16 in (False, True)
@@ -252,7 +253,7 @@ def test_distributed_optimizer_moves_gradients_once_and_all_parameters_twice() -
 
 
 @pytest.mark.parametrize(("stages", "virtual"), [(1, 1), (2, 1), (4, 1), (2, 2)])
-def test_what_stages_send_others_receive(stages: int, virtual: int) -> None:
+def test_pipeline_sends_equal_receives(stages: int, virtual: int) -> None:
     cut = layout(4, pp=stages, num_virtual_stages_per_pipeline_rank=virtual)
     messages: Counter[str] = Counter()
     for stage in range(stages):
@@ -276,10 +277,10 @@ CLUSTER = Cluster(
 
 
 @pytest.mark.parametrize("sizes", [{}, {"tp": 2}, {"tp": 2, "cp": 2}, {"pp": 4}, {"ep": 4}])
-def test_ranks_on_a_node_are_those_of_the_groups_laid_out_one_by_one(
+def test_ranks_on_node_match_groups_enumerated_on_a_grid(
     sizes: dict[str, int],
 ) -> None:
-    """Rank 0's groups, its node being ranks 0 to 7 of 32."""
+    """Check rank 0's groups, its node being ranks 0 to 7 of 32."""
     cut = layout(32, **sizes)
     grid = torch.arange(32).view(cut.pipeline, cut.data, cut.context, cut.tensor)
     experts = torch.arange(32).view(cut.pipeline, cut.expert_data, cut.expert, cut.expert_tensor)
@@ -303,26 +304,26 @@ def test_ranks_on_a_node_are_those_of_the_groups_laid_out_one_by_one(
         assert ranks_on_node(cut, group, 8) == int((ranks < 8).sum()), group
 
 
-def test_a_call_takes_its_bytes_over_the_slowest_link() -> None:
+def test_collective_time_is_bytes_over_the_slowest_link() -> None:
     one_node, nodes = layout(8), layout(32)
     near = make_collective(one_node, "all_reduce", "dp", 1, 8e9, "gradients")
-    assert call_seconds(near, CLUSTER, one_node) == pytest.approx(14e9 / 8e11)
+    assert collective_seconds(near, CLUSTER, one_node) == pytest.approx(14e9 / 8e11)
     # A ring over four nodes of eight leaves each through eight adapters.
     far = make_collective(nodes, "all_gather", "dp", 1, 32e9, "parameters")
-    assert call_seconds(far, CLUSTER, nodes) == pytest.approx(31e9 / (8 * 5e10))
+    assert collective_seconds(far, CLUSTER, nodes) == pytest.approx(31e9 / (8 * 5e10))
     # Experts in a node: their copies are one a node, and have one adapter.
     spread = layout(32, ep=8)
     lone = make_collective(spread, "all_gather", "expt_dp", 1, 4e9, "parameters")
-    assert call_seconds(lone, CLUSTER, spread) == pytest.approx(3e9 / 5e10)
+    assert collective_seconds(lone, CLUSTER, spread) == pytest.approx(3e9 / 5e10)
     # An all-to-all over all: 24 of 32 parts leave the node.
     wide = layout(32, ep=32)
     exchange = make_collective(wide, "all_to_all", "ep", 1, 32e6, "dispatch")
-    assert call_seconds(exchange, CLUSTER, wide) == pytest.approx(24e6 / 5e10)
+    assert collective_seconds(exchange, CLUSTER, wide) == pytest.approx(24e6 / 5e10)
     slow = dataclasses.replace(CLUSTER, latency_s=1.0)
-    assert call_seconds(near, slow, one_node) == pytest.approx(1.0175)
+    assert collective_seconds(near, slow, one_node) == pytest.approx(1.0175)
 
 
-def test_a_lone_gpu_computes_and_nothing_else() -> None:
+def test_single_gpu_only_computes() -> None:
     found = step_seconds(OLMOE, layout(1), batch(), CLUSTER)
     flops = training_flops_per_token(OLMOE, 16) * 16 * 2 * 3
     assert found["compute"] == pytest.approx(flops / 1e14)
@@ -332,7 +333,7 @@ def test_a_lone_gpu_computes_and_nothing_else() -> None:
     assert again["compute"] == pytest.approx(found["compute"] * 4 / 3)
 
 
-def test_every_purpose_has_its_term() -> None:
+def test_every_purpose_belongs_to_one_term() -> None:
     found = step_collectives(
         MODELS["olmoe"], layout(32, tp=2, cp=2, pp=2, ep=2), batch(use_distributed_optimizer=True)
     )
@@ -346,7 +347,7 @@ def test_every_purpose_has_its_term() -> None:
     assert seconds["bubble"] == pytest.approx(busy / 3)
 
 
-def test_an_imbalanced_rank_computes_and_exchanges_more() -> None:
+def test_imbalanced_rank_computes_and_exchanges_more() -> None:
     cut = layout(8, ep=8)
     even, skewed = (
         step_seconds(OLMOE, cut, batch(imbalance=imbalance), CLUSTER) for imbalance in (1.0, 2.0)
