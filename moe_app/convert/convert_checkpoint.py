@@ -61,7 +61,7 @@ from moe_app.convert.files import hf_files, native_files, read_companions
 from moe_app.convert.weights import Progress, TensorDigests, export_weights, import_weights
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert import Family, Layout, Piece, family_for, family_of
+from moe_ext.convert import Family, Layout, Piece, family_for_model, family_from_config
 
 logger = logging.getLogger("convert")
 
@@ -207,7 +207,7 @@ def run_import(args: argparse.Namespace) -> Conversion:
         family, model = _read_architecture(source, args.make_vocab_size_divisible_by)
         total = sum(entry.num_bytes for entry in source.tensors.values())
         check_size(model, total, config=source.path / "config.json")
-        form = family.layout_of(source.tensors)
+        form = family.detect_layout(source.tensors)
         shapes = family.hf_tensors(model, form)
         dtype = check_tensors(source, shapes, args.dtype)
         pieces = list(family.pieces(model, form))
@@ -324,7 +324,7 @@ def _read_architecture(source: HFDirectory, divisor: int) -> tuple[Family, MoEMo
         CheckpointError: we have no such family, or it has something that we have not.
     """
     try:
-        family = family_of(source.config)
+        family = family_from_config(source.config)
         return family, family.model_config(source.config, make_vocab_size_divisible_by=divisor)
     except ValueError as error:
         raise CheckpointError(f"{source.path / 'config.json'}: {error}") from error
@@ -340,7 +340,7 @@ def _cut(
         ConfigError: the family has no such layout.
     """
     try:
-        family = family_for(model)
+        family = family_for_model(model)
     except ValueError as error:
         raise CheckpointError(f"{found.path} cannot be exported: {error}") from error
     form = wanted or family.layouts[0]

@@ -28,7 +28,7 @@ from megatron.trainer.resume import load_weights
 from megatron.trainer.runtime.launch import initialize, shut_down
 from moe_app.pretrain.build import build_chunks
 from moe_app.pretrain.config import PretrainConfig
-from moe_ext.convert import family_of
+from moe_ext.convert import family_from_config
 from moe_ext.counting import count_parameters
 
 logger = logging.getLogger("verify")
@@ -266,7 +266,7 @@ def _read_config(hf: Path) -> dict[str, Any]:
     """
     config = read_json(hf, "config.json")
     try:
-        family_of(config).model_config(config)
+        family_from_config(config).model_config(config)
     except ValueError as error:
         raise CheckpointError(f"{hf / 'config.json'}: {error}") from error
     if os.path.lexists(hf / _ADAPTER_NAME):

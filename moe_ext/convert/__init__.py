@@ -1,4 +1,4 @@
-"""Hugging Face <-> native: names, shapes, pure transforms and config fields, by model family."""
+"""Map Hugging Face models to native ones: names, shapes, pure transforms and config, by family."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +13,8 @@ FAMILIES: dict[str, Family] = {"olmoe": OLMOE, "jetmoe": JETMOE}
 """What `model_type` of config.json can name."""
 
 
-def family_of(hf_config: Mapping[str, Any]) -> Family:
-    """The family of a Hugging Face config.
+def family_from_config(hf_config: Mapping[str, Any]) -> Family:
+    """Return the family of a Hugging Face config.
 
     Raises:
         ValueError: `model_type` is missing or names no family we have.
@@ -28,8 +28,8 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
     )
 
 
-def family_for(model: MoEModelConfig) -> Family:
-    """The family whose Hugging Face form can express a native model.
+def family_for_model(model: MoEModelConfig) -> Family:
+    """Return the family whose Hugging Face form can express a native model.
 
     Raises:
         ValueError: there is none; the message names the fields that keep each family from it.
@@ -43,4 +43,12 @@ def family_for(model: MoEModelConfig) -> Family:
     raise ValueError(f"no Hugging Face family can express this model. {'. '.join(reasons)}")
 
 
-__all__ = ["FAMILIES", "Family", "Layout", "Piece", "Slice", "family_for", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Layout",
+    "Piece",
+    "Slice",
+    "family_for_model",
+    "family_from_config",
+]

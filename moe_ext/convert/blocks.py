@@ -1,4 +1,4 @@
-"""Pieces that both families are made of.
+"""Build the pieces that both families share.
 
 Letters are those of docs/glossary.md. Native tensors of a layer are stacked, [L, ...]; those of an
 expert twice, [L, e, ...].
@@ -11,39 +11,39 @@ import torch
 from torch import Tensor
 
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert.pieces import Piece, Slice, one_row, same_numbers, zeros
+from moe_ext.convert.pieces import Piece, Slice, one_row, padding_piece, reshape_piece
 
-_VOCABULARY_ROWS = 8192
+_VOCABULARY_ROWS_PER_PIECE = 8192
 """Embedding rows in a piece: 32 MB in bf16 at a width of 2048."""
 
 EXPERTS = "decoder.layers.mlp.experts"
-"""What the names of the feed-forward experts' native weights begin with."""
+"""Prefix of the names of the feed-forward experts' native weights."""
 
 
-def vocabulary(key: str, name: str, model: MoEModelConfig) -> Iterator[Piece]:
-    """An embedding or output matrix: native [padded v, h], Hugging Face [v, h]."""
+def vocabulary_pieces(key: str, name: str, model: MoEModelConfig) -> Iterator[Piece]:
+    """Yield the pieces of an embedding or output matrix: native [padded v, h], HF [v, h]."""
     shape = (model.padded_vocab_size, model.hidden_size)
     hf_shape = (model.vocab_size, model.hidden_size)
-    for start in range(0, model.vocab_size, _VOCABULARY_ROWS):
-        count = min(_VOCABULARY_ROWS, model.vocab_size - start)
+    for start in range(0, model.vocab_size, _VOCABULARY_ROWS_PER_PIECE):
+        count = min(_VOCABULARY_ROWS_PER_PIECE, model.vocab_size - start)
         source = Slice(name=name, shape=hf_shape, start=start, count=count)
-        yield same_numbers(
+        yield reshape_piece(
             key, source, shape=shape, offset=(start, 0), block=(count, model.hidden_size)
         )
     if model.padded_vocab_size > model.vocab_size:
-        yield zeros(key, shape=shape, offset=(model.vocab_size, 0))
+        yield padding_piece(key, shape=shape, offset=(model.vocab_size, 0))
 
 
-def vector(key: str, source: Slice) -> Piece:
-    """A tensor that belongs to no layer and is the same in both forms."""
-    return same_numbers(
+def unstacked_piece(key: str, source: Slice) -> Piece:
+    """Map a tensor outside the layers that is equal in both forms."""
+    return reshape_piece(
         key, source, shape=source.shape, offset=(0,) * len(source.shape), block=source.shape
     )
 
 
-def of_layer(key: str, source: Slice, *, layer: int, num_layers: int) -> Piece:
-    """A layer's tensor that is the same in both forms: native [L, ...]."""
-    return same_numbers(
+def layer_piece(key: str, source: Slice, *, layer: int, num_layers: int) -> Piece:
+    """Map a layer's tensor that is equal in both forms: native [L, ...]."""
+    return reshape_piece(
         key,
         source,
         shape=(num_layers, *source.shape),
@@ -52,7 +52,7 @@ def of_layer(key: str, source: Slice, *, layer: int, num_layers: int) -> Piece:
     )
 
 
-def of_expert(
+def expert_piece(
     key: str,
     source: Slice,
     *,
@@ -60,7 +60,7 @@ def of_expert(
     stack: tuple[int, int],
     shape: tuple[int, ...],
 ) -> Piece:
-    """One expert's tensor that holds the same numbers in both forms: native [L, e, ...].
+    """Map one expert's tensor that holds the same values in both forms: native [L, e, ...].
 
     Args:
         key: native name.
@@ -69,7 +69,7 @@ def of_expert(
         stack: layers and experts per layer.
         shape: of the expert's native tensor.
     """
-    return same_numbers(
+    return reshape_piece(
         key,
         source,
         shape=(*stack, *shape),
@@ -78,7 +78,7 @@ def of_expert(
     )
 
 
-def stacked_experts(
+def expert_pieces(
     key: str,
     name: str,
     *,
@@ -87,7 +87,7 @@ def stacked_experts(
     hf_shape: tuple[int, ...],
     shape: tuple[int, ...],
 ) -> Iterator[Piece]:
-    """The experts of a layer whose matrices are one tensor in both forms, an expert a piece.
+    """Yield one piece per expert of a layer whose matrices are one tensor in both forms.
 
     Args:
         key: native name; native [L, e, ...].
@@ -99,13 +99,13 @@ def stacked_experts(
     """
     for expert in range(stack[1]):
         source = one_row(name, expert, stack[1], *hf_shape)
-        yield of_expert(key, source, at=(layer, expert), stack=stack, shape=shape)
+        yield expert_piece(key, source, at=(layer, expert), stack=stack, shape=shape)
 
 
-def gate_and_up(
+def gate_up_piece(
     sources: tuple[Slice, Slice], *, at: tuple[int, int], stack: tuple[int, int]
 ) -> Piece:
-    """One expert's two input matrices [f, h], gate then up: native [L, e, 2, f, h].
+    """Map one expert's two input matrices [f, h], gate then up: native [L, e, 2, f, h].
 
     Args:
         sources: gate, up.
@@ -124,7 +124,7 @@ def gate_and_up(
     )
 
 
-def by_head_group(
+def head_group_piece(
     key: str,
     sources: tuple[Slice, ...],
     *,
@@ -132,11 +132,11 @@ def by_head_group(
     num_layers: int,
     num_groups: int,
 ) -> Piece:
-    """Projections in one matrix whose rows are sorted by head group: native [L, rows, h].
+    """Map projections that share one matrix, rows sorted by head group: native [L, rows, h].
 
     Of every source [groups x n_i, h], group 0's rows come first, those of all sources together,
-    then group 1's: q heads of a query group, its k head, its v head. Any number of tensor parallel
-    ranks that divides the groups then cuts the matrix between heads.
+    then group 1's: the q heads of a query group, its k head, its v head. Any tensor parallel size
+    that divides the groups then splits the matrix between heads.
 
     Args:
         key: native name.
@@ -160,23 +160,23 @@ def by_head_group(
 
 
 def _stack_pair(sources: Sequence[Tensor]) -> Tensor:
-    """[f, h] twice -> [1, 1, 2, f, h]."""
+    """Stack [f, h] twice -> [1, 1, 2, f, h]."""
     gate, up = sources
     return torch.stack((gate, up))[None, None]
 
 
 def _split_pair(block: Tensor) -> list[Tensor]:
-    """[1, 1, 2, f, h] -> [f, h] twice."""
+    """Split [1, 1, 2, f, h] -> [f, h] twice."""
     return [block[0, 0, 0], block[0, 0, 1]]
 
 
 def _interleave(sources: Sequence[Tensor], *, num_groups: int) -> Tensor:
-    """[groups x n_i, h] each -> [1, groups x sum of n_i, h]."""
+    """Interleave by group: [groups x n_i, h] each -> [1, groups x sum of n_i, h]."""
     grouped = [source.unflatten(0, (num_groups, -1)) for source in sources]  # [groups, n_i, h]
     return torch.cat(grouped, dim=1).flatten(0, 1)[None]
 
 
 def _separate(block: Tensor, *, num_groups: int, rows: tuple[int, ...]) -> list[Tensor]:
-    """[1, groups x sum of n_i, h] -> [groups x n_i, h] each."""
+    """Undo `_interleave`: [1, groups x sum of n_i, h] -> [groups x n_i, h] each."""
     grouped = block[0].unflatten(0, (num_groups, -1))  # [groups, sum of n_i, h]
     return [part.flatten(0, 1) for part in grouped.split(rows, dim=1)]

@@ -1,4 +1,4 @@
-"""What a model family knows about its Hugging Face form."""
+"""Define what a model family implements to convert to and from Hugging Face."""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ TokenIds = int | list[int] | None
 
 
 def common_problems(model: MoEModelConfig) -> list[str]:
-    """What keeps `model` from being expressed in any family's form."""
+    """List what prevents `model` from being expressed in any family."""
     if model.num_experts is None:
         return ["num_experts is None, a dense model, and the family has experts in every layer"]
     return []
 
 
 class WriteConfig(Protocol):
-    """Write a Hugging Face config."""
+    """Writes a Hugging Face config."""
 
     def __call__(
         self,
@@ -31,15 +31,15 @@ class WriteConfig(Protocol):
         eos_token_id: TokenIds,
         pad_token_id: int | None,
     ) -> dict[str, Any]:
-        """The contents of config.json.
+        """Return the contents of config.json.
 
         Args:
             model: what to describe.
             max_position_embeddings: longest sequence, in tokens.
             dtype: of the weights on disk, "float32" or "bfloat16".
-            bos_token_id: begins a sequence.
+            bos_token_id: starts a sequence.
             eos_token_id: ends one.
-            pad_token_id: fills one up.
+            pad_token_id: pads one.
 
         Raises:
             ValueError: the family cannot express the model; the message names the field.
@@ -48,12 +48,12 @@ class WriteConfig(Protocol):
 
 
 class ReadConfig(Protocol):
-    """Read a Hugging Face config."""
+    """Reads a Hugging Face config."""
 
     def __call__(
         self, hf_config: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 128
     ) -> MoEModelConfig:
-        """The architecture that config.json describes.
+        """Return the architecture that config.json describes.
 
         Args:
             hf_config: the parsed file.
@@ -61,51 +61,52 @@ class ReadConfig(Protocol):
                 parallel ranks can share it; 1 pads nothing.
 
         Raises:
-            ValueError: a field is missing, unknown or has a value that the native model has not.
+            ValueError: a field is missing, unknown or has a value that the native model does not
+                support.
         """
         ...
 
 
-class Pieces(Protocol):
-    """Cut a model into pieces."""
+class MakePieces(Protocol):
+    """Splits a model into pieces."""
 
     def __call__(self, model: MoEModelConfig, layout: Layout) -> Iterator[Piece]:
-        """Every native tensor's blocks, each exactly once, in the order of the HF tensors."""
+        """Yield every block of every native tensor once, in the order of the HF tensors."""
         ...
 
 
-class Problems(Protocol):
-    """Say what keeps a native model from being expressed in the family's form."""
+class FindProblems(Protocol):
+    """Lists what prevents a native model from being expressed in the family's form."""
 
     def __call__(self, model: MoEModelConfig) -> list[str]:
-        """One message a field, naming it; empty when there is nothing."""
+        """Return one message per field, naming it; empty if there is none."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A model family: config.json <-> MoEModelConfig, and the weights of both."""
+    """Converts a model family: config.json <-> MoEModelConfig, and the weights of both."""
 
     name: str
     """`model_type` of config.json."""
     layouts: tuple[Layout, ...]
-    """Layouts its checkpoints come in; the first is the one to write unless told otherwise."""
+    """Layouts of its checkpoints; the first is the default for writing."""
     expert_names: Mapping[Layout, str]
-    """A tensor name of layer 0 that tells the layouts apart."""
-    problems: Problems
-    """What keeps a native model from being expressed."""
+    """A tensor name of layer 0 that identifies the layout."""
+    problems: FindProblems
+    """Lists what prevents a native model from being expressed."""
     model_config: ReadConfig
     """config.json -> architecture."""
     hf_config: WriteConfig
     """Architecture -> config.json."""
-    cut: Pieces
-    """Architecture -> pieces, for a layout that the family has."""
+    make_pieces: MakePieces
+    """Architecture -> pieces, in one of the family's layouts."""
 
     def pieces(self, model: MoEModelConfig, layout: Layout) -> Iterator[Piece]:
-        """Every native tensor's blocks, each exactly once, in the order of the HF tensors.
+        """Yield every block of every native tensor once, in the order of the HF tensors.
 
         Raises:
-            ValueError: the family does not come in this layout, or cannot express the model.
+            ValueError: the family has no such layout, or cannot express the model.
         """
         if layout not in self.layouts:
             raise ValueError(
@@ -115,13 +116,13 @@ class Family:
         problems = self.problems(model)
         if problems:
             raise ValueError(f"{self.name} cannot express this model: {'; '.join(problems)}")
-        return self.cut(model, layout)
+        return self.make_pieces(model, layout)
 
     def hf_tensors(self, model: MoEModelConfig, layout: Layout) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor of the Hugging Face checkpoint, in the order to write.
+        """Return name and shape of every tensor of the Hugging Face checkpoint, in writing order.
 
         Raises:
-            ValueError: as `pieces`.
+            ValueError: see `pieces`.
         """
         return {
             source.name: source.shape
@@ -130,18 +131,18 @@ class Family:
         }
 
     def native_tensors(self, model: MoEModelConfig) -> dict[str, tuple[int, ...]]:
-        """Global name and shape of every weight of a native checkpoint.
+        """Return global name and shape of every weight of a native checkpoint.
 
         Raises:
-            ValueError: as `pieces`.
+            ValueError: see `pieces`.
         """
         return {piece.key: piece.shape for piece in self.pieces(model, self.layouts[0])}
 
-    def layout_of(self, names: Collection[str]) -> Layout:
-        """The layout of a checkpoint that holds tensors called `names`.
+    def detect_layout(self, names: Collection[str]) -> Layout:
+        """Return the layout of a checkpoint that holds tensors called `names`.
 
-        Names that fit no layout give the first one; what is missing shows when they are compared
-        with `hf_tensors`.
+        Names that fit no layout give the first one; the comparison with `hf_tensors` then shows
+        what is missing.
         """
         for layout in self.layouts:
             if self.expert_names[layout] in names:

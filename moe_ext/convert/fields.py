@@ -1,12 +1,12 @@
-"""Read config.json strictly: every field is understood, known not to matter, or refused."""
+"""Read config.json strictly: every field is interpreted, known to be harmless, or refused."""
 
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-_HARMLESS = frozenset(
+_IGNORED_FIELDS = frozenset(
     {
-        # What wrote the file, and which class reads it.
+        # Who wrote the file, and which class reads it.
         "_commit_hash",
         "_name_or_path",
         "architectures",
@@ -15,7 +15,7 @@ _HARMLESS = frozenset(
         "name_or_path",
         "tokenizer_class",
         "transformers_version",
-        # How weights are stored or computed with; none of it changes what is computed.
+        # Storage and implementation; these do not change what is computed.
         "attn_implementation",
         "chunk_size_feed_forward",
         "dtype",
@@ -24,13 +24,13 @@ _HARMLESS = frozenset(
         "torchscript",
         "use_cache",
         "use_bfloat16",
-        # What a call returns beside the logits.
+        # Extra outputs of a forward call.
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",
         "return_dict",
         "use_return_dict",
-        # Token ids, and the longest sequence; the tokenizer and the run config hold theirs.
+        # Token ids and maximum length; the tokenizer and the run config have their own.
         "bos_token_id",
         "decoder_start_token_id",
         "eos_token_id",
@@ -38,7 +38,7 @@ _HARMLESS = frozenset(
         "n_positions",
         "pad_token_id",
         "sep_token_id",
-        # How text is drawn from the logits.
+        # Sampling of text.
         "do_sample",
         "max_length",
         "max_new_tokens",
@@ -62,7 +62,7 @@ _HARMLESS = frozenset(
 
 
 class Fields:
-    """The fields of one config.json; a field that is missing or null has transformers' default.
+    """Reads the fields of one config.json; a missing or null field has transformers' default.
 
     Args:
         config: the parsed file.
@@ -72,22 +72,22 @@ class Fields:
     def __init__(self, config: Mapping[str, Any], *, family: str) -> None:
         self._config = {name: value for name, value in config.items() if value is not None}
         self._family = family
-        self._seen: set[str] = set()
+        self._read: set[str] = set()
 
     def has(self, name: str) -> bool:
-        """Whether the field is there and not null."""
+        """Return whether the field is present and not null."""
         return name in self._config
 
     def take(self, name: str) -> Any:
-        """The field as it stands, None when it is missing; it counts as understood."""
-        self._seen.add(name)
+        """Return the field as it is, None when it is missing, and mark it as read."""
+        self._read.add(name)
         return self._config.get(name)
 
-    def size(self, name: str, default: int) -> int:
-        """A whole number of at least 1.
+    def positive_int(self, name: str, default: int) -> int:
+        """Return an integer of at least 1.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: it is not.
         """
         value = self.take(name)
         if value is None:
@@ -96,11 +96,11 @@ class Fields:
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
         return value
 
-    def number(self, name: str, default: float) -> float:
-        """A finite number of at least 0.
+    def non_negative(self, name: str, default: float) -> float:
+        """Return a finite number of at least 0.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: it is not.
         """
         value = self.take(name)
         if value is None:
@@ -111,10 +111,10 @@ class Fields:
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """True or false.
+        """Return a boolean.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: it is not.
         """
         value = self.take(name)
         if value is None:
@@ -127,7 +127,7 @@ class Fields:
         """Accept the field only when it is missing, null, or one of `allowed`.
 
         Raises:
-            ValueError: it has another value; `why` says what the native model lacks.
+            ValueError: it has another value; `why` names what is not supported.
         """
         value = self.take(name)
         if value is not None and value not in allowed:
@@ -145,12 +145,12 @@ class Fields:
         given = self.take(name)
         if given is not None and given != value:
             raise ValueError(
-                f"{name} is {given!r}, but {with_} is {value!r}; transformers goes by the second;"
-                f" correct the one that is wrong, or remove {name}"
+                f"{name} is {given!r}, but {with_} is {value!r}; transformers reads the second;"
+                f" correct the wrong one, or remove {name}"
             )
 
     def rope_theta(self, default: float) -> float:
-        """RoPE's base, spelled as transformers 4 (`rope_theta`) or 5 (`rope_parameters`) does.
+        """Return RoPE's base, spelled as in transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
 
         Raises:
             ValueError: the frequencies are scaled, or the spellings disagree.
@@ -171,15 +171,15 @@ class Fields:
             self._check_rope(name, given)
             inner = Fields(given, family=self._family)
             if inner.has("rope_theta"):
-                theta = inner.number("rope_theta", default)
-        self.must_be("partial_rotary_factor", 1.0, why="RoPE turns every channel of a head here")
+                theta = inner.non_negative("rope_theta", default)
+        self.must_be("partial_rotary_factor", 1.0, why="partial RoPE is not supported")
         if theta is not None:
             self.must_agree("rope_theta", theta, with_="rope_theta in rope_parameters")
             return theta
-        return self.number("rope_theta", default)
+        return self.non_negative("rope_theta", default)
 
     def _check_rope(self, name: str, given: Mapping[str, Any]) -> None:
-        """Refuse every kind of RoPE but the plain one."""
+        """Refuse every kind of RoPE but the default."""
         plain: dict[str, Any] = {
             "type": "default",
             "rope_type": "default",
@@ -191,16 +191,16 @@ class Fields:
             if key not in plain or value != plain[key]:
                 raise ValueError(
                     f"{name} has {key} {value!r}; rope_type must be 'default', with rope_theta and"
-                    " nothing else: RoPE frequencies are not scaled here; such a model cannot be"
+                    " nothing else: RoPE scaling is not supported; such a model cannot be"
                     " converted"
                 )
 
     def finish(self) -> None:
-        """Refuse what nobody asked about.
+        """Refuse fields that were not read.
 
         Raises:
-            ValueError: fields are left that are not known to be harmless, or a special token is
-                no id.
+            ValueError: a field is neither read nor known to be harmless, or a special token is
+                not an id.
         """
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             given = self._config.get(name, [])
@@ -209,7 +209,7 @@ class Fields:
                 raise ValueError(
                     f"{name} is {given!r}; it must be null, a number or a list of them"
                 )
-        left = sorted(self._config.keys() - self._seen - _HARMLESS)
+        left = sorted(self._config.keys() - self._read - _IGNORED_FIELDS)
         if left:
             raise ValueError(
                 f"config.json has fields that {self._family} models are not known to have:"

@@ -1,9 +1,9 @@
-"""JetMoE: names, shapes and config fields of `JetMoeForCausalLM`.
+"""Map names, shapes and config fields of JetMoE (`JetMoeForCausalLM`).
 
 There is one layout, "fused": the Hub and every version of transformers store all experts of a
 layer in one tensor. Rows of a query expert are in the order of the key and value heads in both
-forms, so the heads need no reordering; only keys and values, stored one after the other on the Hub,
-are interleaved head by head.
+forms, so the heads need no reordering; only keys and values, which the Hub stores one after the
+other, are interleaved head by head.
 """
 
 from collections.abc import Iterator
@@ -11,52 +11,57 @@ from collections.abc import Iterator
 from moe_ext.config import MoEModelConfig
 from moe_ext.convert.blocks import (
     EXPERTS,
-    by_head_group,
-    of_layer,
-    stacked_experts,
-    vector,
-    vocabulary,
+    expert_pieces,
+    head_group_piece,
+    layer_piece,
+    unstacked_piece,
+    vocabulary_pieces,
 )
 from moe_ext.convert.family import Family
-from moe_ext.convert.jetmoe_config import expression_problems, read_config, write_config
-from moe_ext.convert.pieces import Layout, Piece, Slice, whole
+from moe_ext.convert.jetmoe_config import conversion_problems, read_config, write_config
+from moe_ext.convert.pieces import Layout, Piece, Slice, all_rows
 
 
-def cut(model: MoEModelConfig, layout: Layout) -> Iterator[Piece]:
-    """Every native tensor's blocks, each exactly once, in the order of the HF tensors."""
-    yield from vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight", model)
+def make_pieces(model: MoEModelConfig, layout: Layout) -> Iterator[Piece]:
+    """Yield every block of every native tensor once, in the order of the HF tensors."""
+    yield from vocabulary_pieces(
+        "embedding.word_embeddings.weight", "model.embed_tokens.weight", model
+    )
     for layer in range(model.num_layers):
         yield from _norms(model, layer)
         yield from _attention(model, layer)
         yield from _experts(model, layer)
-    yield vector("decoder.final_layernorm.weight", whole("model.norm.weight", model.hidden_size))
+    yield unstacked_piece(
+        "decoder.final_layernorm.weight", all_rows("model.norm.weight", model.hidden_size)
+    )
     if model.untie_embeddings_and_output_weights:
-        yield from vocabulary("output_layer.weight", "lm_head.weight", model)
+        yield from vocabulary_pieces("output_layer.weight", "lm_head.weight", model)
 
 
 def _norms(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
+    """Yield the pieces of one layer's norms."""
     for key, name in (
         ("input_layernorm", "input_layernorm"),
         ("pre_mlp_layernorm", "post_attention_layernorm"),
     ):
-        source = whole(f"model.layers.{layer}.{name}.weight", model.hidden_size)
+        source = all_rows(f"model.layers.{layer}.{name}.weight", model.hidden_size)
         key = f"decoder.layers.{key}.weight"
-        yield of_layer(key, source, layer=layer, num_layers=model.num_layers)
+        yield layer_piece(key, source, layer=layer, num_layers=model.num_layers)
 
 
 def _attention(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
-    """Mixture of attention heads of one layer."""
+    """Yield the pieces of one layer's mixture of attention heads."""
     native, hf = "decoder.layers.self_attention", f"model.layers.{layer}.self_attention"
     at = {"layer": layer, "num_layers": model.num_layers}
     h, e = model.hidden_size, model.attention_experts or 0
     ng = model.num_query_groups or model.num_attention_heads
     width = ng * (model.kv_channels or 0)
-    yield of_layer(f"{native}.output_bias", whole(f"{hf}.experts.bias", h), **at)
+    yield layer_piece(f"{native}.output_bias", all_rows(f"{hf}.experts.bias", h), **at)
     for key, name, shape in (
         ("weight_q", "input_linear", (width, h)),
         ("weight_o", "output_linear", (h, width)),
     ):
-        yield from stacked_experts(
+        yield from expert_pieces(
             f"{native}.experts.{key}",
             f"{hf}.experts.{name}.weight",
             layer=layer,
@@ -64,10 +69,10 @@ def _attention(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
             hf_shape=shape,
             shape=shape,
         )
-    router = whole(f"{hf}.experts.router.layer.weight", e, h)
-    yield of_layer(f"{native}.router.weight", router, **at)
+    router = all_rows(f"{hf}.experts.router.layer.weight", e, h)
+    yield layer_piece(f"{native}.router.weight", router, **at)
     name, shape = f"{hf}.kv_proj.weight", (2 * width, h)
-    yield by_head_group(
+    yield head_group_piece(
         f"{native}.linear_kv.weight",
         (
             Slice(name=name, shape=shape, start=0, count=width),  # keys
@@ -79,16 +84,16 @@ def _attention(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
 
 
 def _experts(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
-    """The feed-forward experts of one layer."""
+    """Yield the pieces of one layer's feed-forward experts."""
     native, hf = "decoder.layers.mlp", f"model.layers.{layer}.mlp"
     at = {"layer": layer, "num_layers": model.num_layers}
     h, f, e = model.hidden_size, model.moe_ffn_hidden_size, model.num_experts or 0
-    yield of_layer(f"{native}.output_bias", whole(f"{hf}.bias", h), **at)
+    yield layer_piece(f"{native}.output_bias", all_rows(f"{hf}.bias", h), **at)
     for key, name, hf_shape, shape in (
         ("weight1", "input_linear", (2 * f, h), (2, f, h)),
         ("weight2", "output_linear", (h, f), (h, f)),
     ):
-        yield from stacked_experts(
+        yield from expert_pieces(
             f"{EXPERTS}.{key}",
             f"{hf}.{name}.weight",
             layer=layer,
@@ -96,16 +101,16 @@ def _experts(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
             hf_shape=hf_shape,
             shape=shape,
         )
-    router = whole(f"{hf}.router.layer.weight", e, h)
-    yield of_layer(f"{native}.router.weight", router, **at)
+    router = all_rows(f"{hf}.router.layer.weight", e, h)
+    yield layer_piece(f"{native}.router.weight", router, **at)
 
 
 JETMOE = Family(
     name="jetmoe",
     layouts=("fused",),
     expert_names={"fused": "model.layers.0.mlp.input_linear.weight"},
-    problems=expression_problems,
+    problems=conversion_problems,
     model_config=read_config,
     hf_config=write_config,
-    cut=cut,
+    make_pieces=make_pieces,
 )

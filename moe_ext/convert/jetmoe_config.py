@@ -1,6 +1,6 @@
-"""config.json of `JetMoeForCausalLM` <-> MoEModelConfig.
+"""Translate config.json of `JetMoeForCausalLM` to and from MoEModelConfig.
 
-Defaults are those of transformers' `JetMoeConfig`, which are what a missing field means.
+Missing fields have the defaults of transformers' `JetMoeConfig`.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from moe_ext.convert.family import TokenIds, common_problems
 from moe_ext.convert.fields import Fields
 
 LAYER_NORM_EPSILON = 1.0e-6
-"""Epsilon of every norm inside a layer. transformers, every version of it, builds these norms
-without a word of the config; `rms_norm_eps` reaches the final norm alone."""
+"""Epsilon of every norm inside a layer. Every version of transformers builds these norms without
+reading the config; `rms_norm_eps` reaches only the final norm."""
 
 _HUB_NAMES = {
     "moe_num_experts": "num_local_experts",
@@ -20,42 +20,42 @@ _HUB_NAMES = {
     "ffn_hidden_size": "intermediate_size",
     "num_layers": "num_hidden_layers",
 }
-"""The first release's spelling -> transformers', which does not know the first."""
+"""The first release's field names -> those of transformers, which ignores the first."""
 
 
 def read_config(
     hf_config: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 128
 ) -> MoEModelConfig:
-    """The architecture that config.json describes.
+    """Return the architecture that config.json describes.
 
     Args:
         hf_config: the parsed file.
         make_vocab_size_divisible_by: pad the vocabulary to a multiple of this; 1 pads nothing.
 
     Raises:
-        ValueError: a field is unknown, has a value that the native model has not, or says what
-            transformers would not go by.
+        ValueError: a field is unknown, has a value that the native model does not support, or
+            contradicts what transformers reads.
     """
     fields = Fields(hf_config, family="jetmoe")
     sizes = {
-        "num_hidden_layers": fields.size("num_hidden_layers", 12),
-        "num_local_experts": fields.size("num_local_experts", 8),
-        "num_experts_per_tok": fields.size("num_experts_per_tok", 2),
-        "intermediate_size": fields.size("intermediate_size", 5632),
+        "num_hidden_layers": fields.positive_int("num_hidden_layers", 12),
+        "num_local_experts": fields.positive_int("num_local_experts", 8),
+        "num_experts_per_tok": fields.positive_int("num_experts_per_tok", 2),
+        "intermediate_size": fields.positive_int("intermediate_size", 5632),
     }
     _compare_hub_names(fields, sizes)
-    groups, topk = fields.size("num_key_value_heads", 16), sizes["num_experts_per_tok"]
-    head_size = fields.size("kv_channels", fields.size("head_dim", 128))
+    groups, topk = fields.positive_int("num_key_value_heads", 16), sizes["num_experts_per_tok"]
+    head_size = fields.positive_int("kv_channels", fields.positive_int("head_dim", 128))
     fields.must_agree("head_dim", head_size, with_="kv_channels")
     fields.must_agree(
         "num_attention_heads", groups * topk, with_="num_key_value_heads x num_experts_per_tok"
     )
-    _refuse_what_we_lack(fields)
-    vocab_size = fields.size("vocab_size", 32000)
-    final_epsilon = fields.number("rms_norm_eps", 1.0e-6)
+    _refuse_unsupported(fields)
+    vocab_size = fields.positive_int("vocab_size", 32000)
+    final_epsilon = fields.non_negative("rms_norm_eps", 1.0e-6)
     model = MoEModelConfig(
         num_layers=sizes["num_hidden_layers"],
-        hidden_size=fields.size("hidden_size", 2048),
+        hidden_size=fields.positive_int("hidden_size", 2048),
         num_attention_heads=groups * topk,
         num_query_groups=groups,
         kv_channels=head_size,
@@ -70,9 +70,9 @@ def read_config(
         final_norm_epsilon=None if final_epsilon == LAYER_NORM_EPSILON else final_epsilon,
         attention=MOA,
         untie_embeddings_and_output_weights=not fields.flag("tie_word_embeddings", True),
-        init_method_std=fields.number("initializer_range", 0.01),
+        init_method_std=fields.non_negative("initializer_range", 0.01),
         router="topk_softmax",
-        moe_aux_loss_coeff=fields.number("aux_loss_coef", 0.01),
+        moe_aux_loss_coeff=fields.non_negative("aux_loss_coef", 0.01),
         moe_loss_convention="per_layer",
     )
     fields.finish()
@@ -83,29 +83,30 @@ def read_config(
 
 
 def _compare_hub_names(fields: Fields, sizes: Mapping[str, int]) -> None:
-    """Accept the first release's spelling only where it says what transformers goes by.
+    """Check that fields with the first release's names agree with those transformers reads.
 
     Raises:
-        ValueError: it says something else; transformers would build another model without a word.
+        ValueError: the two differ; transformers would silently build another model.
     """
     for old, new in _HUB_NAMES.items():
         given = fields.take(old)
         if given is not None and given != sizes[new]:
-            source = "which is" if fields.has(new) else "which is missing and so means"
+            source = "which is" if fields.has(new) else "which is missing and defaults to"
             raise ValueError(
-                f"{old} is {given!r}, but transformers does not know that name: it goes by {new},"
-                f" {source} {sizes[new]}; write the right number under the name {new}"
+                f"{old} is {given!r}, but transformers does not know that name: it reads {new},"
+                f" {source} {sizes[new]}; set {new} to the right value"
             )
 
 
-def _refuse_what_we_lack(fields: Fields) -> None:
-    fields.must_be("activation_function", "silu", "swish", why="experts are SwiGLU here")
-    fields.must_be("attention_dropout", 0, 0.0, why="nothing is dropped out here")
+def _refuse_unsupported(fields: Fields) -> None:
+    """Refuse fields that change the model in a way it does not support."""
+    fields.must_be("activation_function", "silu", "swish", why="experts are SwiGLU")
+    fields.must_be("attention_dropout", 0, 0.0, why="dropout is not supported")
     fields.must_be("bias", True, why="transformers always adds the output biases")
-    fields.must_be("glu", True, why="experts are SwiGLU here")
-    fields.must_be("rotary_percent", 1.0, why="RoPE turns every channel of a head here")
-    fields.must_be("sliding_window", why="attention reaches back over the whole sequence here")
-    fields.take("layer_norm_epsilon")  # read by no version of transformers
+    fields.must_be("glu", True, why="experts are SwiGLU")
+    fields.must_be("rotary_percent", 1.0, why="partial RoPE is not supported")
+    fields.must_be("sliding_window", why="sliding-window attention is not supported")
+    fields.take("layer_norm_epsilon")  # no version of transformers reads it
 
 
 def write_config(
@@ -117,7 +118,7 @@ def write_config(
     eos_token_id: TokenIds,
     pad_token_id: int | None,
 ) -> dict[str, Any]:
-    """The contents of config.json, in the spelling of transformers 4 and of 5.
+    """Return the contents of config.json, in the spelling of transformers 4 and of 5.
 
     Args:
         model: what to describe.
@@ -130,7 +131,7 @@ def write_config(
     Raises:
         ValueError: JetMoE cannot express the model; the message names the field.
     """
-    problems = expression_problems(model)
+    problems = conversion_problems(model)
     if problems:
         raise ValueError(f"jetmoe cannot express this model: {'; '.join(problems)}")
     final_epsilon = model.final_norm_epsilon
@@ -164,8 +165,8 @@ def write_config(
     }
 
 
-def expression_problems(model: MoEModelConfig) -> list[str]:
-    """What keeps `model` from being a JetMoE model, one message a field; empty when nothing."""
+def conversion_problems(model: MoEModelConfig) -> list[str]:
+    """List what prevents `model` from being a JetMoE model, one message per field."""
     if model.attention != MOA:
         return [f"attention is '{model.attention}', and JetMoE's is '{MOA}'"]
     found = common_problems(model)

@@ -1,4 +1,4 @@
-"""OLMoE: names, shapes and config fields of `OlmoeForCausalLM`.
+"""Map names, shapes and config fields of OLMoE (`OlmoeForCausalLM`).
 
 Layouts: "per-expert" is what every release on the Hub has and what transformers writes; "fused"
 is how transformers 5 holds the weights in memory, `gate_up_proj` [e, 2f, h] and `down_proj`
@@ -10,32 +10,36 @@ from collections.abc import Iterator
 from moe_ext.config import MoEModelConfig
 from moe_ext.convert.blocks import (
     EXPERTS,
-    by_head_group,
-    gate_and_up,
-    of_expert,
-    of_layer,
-    stacked_experts,
-    vector,
-    vocabulary,
+    expert_piece,
+    expert_pieces,
+    gate_up_piece,
+    head_group_piece,
+    layer_piece,
+    unstacked_piece,
+    vocabulary_pieces,
 )
 from moe_ext.convert.family import Family
-from moe_ext.convert.olmoe_config import expression_problems, read_config, write_config
-from moe_ext.convert.pieces import Layout, Piece, whole
+from moe_ext.convert.olmoe_config import conversion_problems, read_config, write_config
+from moe_ext.convert.pieces import Layout, Piece, all_rows
 
 
-def cut(model: MoEModelConfig, layout: Layout) -> Iterator[Piece]:
-    """Every native tensor's blocks, each exactly once, in the order of the HF tensors."""
-    yield from vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight", model)
+def make_pieces(model: MoEModelConfig, layout: Layout) -> Iterator[Piece]:
+    """Yield every block of every native tensor once, in the order of the HF tensors."""
+    yield from vocabulary_pieces(
+        "embedding.word_embeddings.weight", "model.embed_tokens.weight", model
+    )
     for layer in range(model.num_layers):
         yield from _attention(model, layer)
         yield from _experts(model, layer, layout)
-    yield vector("decoder.final_layernorm.weight", whole("model.norm.weight", model.hidden_size))
+    yield unstacked_piece(
+        "decoder.final_layernorm.weight", all_rows("model.norm.weight", model.hidden_size)
+    )
     if model.untie_embeddings_and_output_weights:
-        yield from vocabulary("output_layer.weight", "lm_head.weight", model)
+        yield from vocabulary_pieces("output_layer.weight", "lm_head.weight", model)
 
 
 def _attention(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
-    """The norms and the attention of one layer."""
+    """Yield the pieces of one layer's norms and attention."""
     native, hf = "decoder.layers", f"model.layers.{layer}"
     stack = {"layer": layer, "num_layers": model.num_layers}
     h = model.hidden_size
@@ -48,14 +52,14 @@ def _attention(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
         ("self_attention.k_norm", "self_attn.k_norm", kv),
         ("self_attention.linear_proj", "self_attn.o_proj", h, h),
     ):
-        source = whole(f"{hf}.{name}.weight", *shape)
-        yield of_layer(f"{native}.{key}.weight", source, **stack)
-    yield by_head_group(
+        source = all_rows(f"{hf}.{name}.weight", *shape)
+        yield layer_piece(f"{native}.{key}.weight", source, **stack)
+    yield head_group_piece(
         f"{native}.self_attention.linear_qkv.weight",
         (
-            whole(f"{hf}.self_attn.q_proj.weight", h, h),
-            whole(f"{hf}.self_attn.k_proj.weight", kv, h),
-            whole(f"{hf}.self_attn.v_proj.weight", kv, h),
+            all_rows(f"{hf}.self_attn.q_proj.weight", h, h),
+            all_rows(f"{hf}.self_attn.k_proj.weight", kv, h),
+            all_rows(f"{hf}.self_attn.v_proj.weight", kv, h),
         ),
         num_groups=ng,
         **stack,
@@ -63,18 +67,18 @@ def _attention(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
 
 
 def _experts(model: MoEModelConfig, layer: int, layout: Layout) -> Iterator[Piece]:
-    """The router and the experts of one layer."""
+    """Yield the pieces of one layer's router and experts."""
     hf = f"model.layers.{layer}.mlp"
     h, f, e = model.hidden_size, model.moe_ffn_hidden_size, model.num_experts or 0
-    yield of_layer(
+    yield layer_piece(
         "decoder.layers.mlp.router.weight",
-        whole(f"{hf}.gate.weight", e, h),
+        all_rows(f"{hf}.gate.weight", e, h),
         layer=layer,
         num_layers=model.num_layers,
     )
     stack = (model.num_layers, e)
     if layout == "fused":
-        yield from stacked_experts(
+        yield from expert_pieces(
             f"{EXPERTS}.weight1",
             f"{hf}.experts.gate_up_proj",
             layer=layer,
@@ -82,7 +86,7 @@ def _experts(model: MoEModelConfig, layer: int, layout: Layout) -> Iterator[Piec
             hf_shape=(2 * f, h),
             shape=(2, f, h),
         )
-        yield from stacked_experts(
+        yield from expert_pieces(
             f"{EXPERTS}.weight2",
             f"{hf}.experts.down_proj",
             layer=layer,
@@ -93,13 +97,13 @@ def _experts(model: MoEModelConfig, layer: int, layout: Layout) -> Iterator[Piec
         return
     for expert in range(e):
         at, own = (layer, expert), f"{hf}.experts.{expert}"
-        yield gate_and_up(
-            (whole(f"{own}.gate_proj.weight", f, h), whole(f"{own}.up_proj.weight", f, h)),
+        yield gate_up_piece(
+            (all_rows(f"{own}.gate_proj.weight", f, h), all_rows(f"{own}.up_proj.weight", f, h)),
             at=at,
             stack=stack,
         )
-        down = whole(f"{own}.down_proj.weight", h, f)
-        yield of_expert(f"{EXPERTS}.weight2", down, at=at, stack=stack, shape=(h, f))
+        down = all_rows(f"{own}.down_proj.weight", h, f)
+        yield expert_piece(f"{EXPERTS}.weight2", down, at=at, stack=stack, shape=(h, f))
 
 
 OLMOE = Family(
@@ -109,8 +113,8 @@ OLMOE = Family(
         "per-expert": "model.layers.0.mlp.experts.0.gate_proj.weight",
         "fused": "model.layers.0.mlp.experts.gate_up_proj",
     },
-    problems=expression_problems,
+    problems=conversion_problems,
     model_config=read_config,
     hf_config=write_config,
-    cut=cut,
+    make_pieces=make_pieces,
 )

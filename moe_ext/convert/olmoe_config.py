@@ -1,6 +1,6 @@
-"""config.json of `OlmoeForCausalLM` <-> MoEModelConfig.
+"""Translate config.json of `OlmoeForCausalLM` to and from MoEModelConfig.
 
-Defaults are those of transformers' `OlmoeConfig`, which are what a missing field means.
+Missing fields have the defaults of transformers' `OlmoeConfig`.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from moe_ext.convert.fields import Fields
 def read_config(
     hf_config: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 128
 ) -> MoEModelConfig:
-    """The architecture that config.json describes.
+    """Return the architecture that config.json describes.
 
     `norm_topk_prob` is the router `topk_softmax`: a softmax over the selected logits is the softmax
     over all of them, renormalised over the selected.
@@ -24,35 +24,35 @@ def read_config(
         make_vocab_size_divisible_by: pad the vocabulary to a multiple of this; 1 pads nothing.
 
     Raises:
-        ValueError: a field is unknown or has a value that the native model has not.
+        ValueError: a field is unknown or has a value that the native model does not support.
     """
     fields = Fields(hf_config, family="olmoe")
-    heads = fields.size("num_attention_heads", 16)
-    groups = fields.size("num_key_value_heads", heads)
-    hidden = fields.size("hidden_size", 2048)
-    experts = fields.size("num_experts", fields.size("num_local_experts", 64))
+    heads = fields.positive_int("num_attention_heads", 16)
+    groups = fields.positive_int("num_key_value_heads", heads)
+    hidden = fields.positive_int("hidden_size", 2048)
+    experts = fields.positive_int("num_experts", fields.positive_int("num_local_experts", 64))
     fields.must_agree("num_local_experts", experts, with_="num_experts")
     if hidden % heads == 0:
         fields.must_agree("head_dim", hidden // heads, with_="hidden_size / num_attention_heads")
-    _refuse_what_we_lack(fields)
-    vocab_size = fields.size("vocab_size", 50304)
+    _refuse_unsupported(fields)
+    vocab_size = fields.positive_int("vocab_size", 50304)
     model = MoEModelConfig(
-        num_layers=fields.size("num_hidden_layers", 16),
+        num_layers=fields.positive_int("num_hidden_layers", 16),
         hidden_size=hidden,
         num_attention_heads=heads,
         num_query_groups=None if groups == heads else groups,
         num_experts=experts,
-        moe_router_topk=fields.size("num_experts_per_tok", 8),
-        moe_ffn_hidden_size=fields.size("intermediate_size", 2048),
+        moe_router_topk=fields.positive_int("num_experts_per_tok", 8),
+        moe_ffn_hidden_size=fields.positive_int("intermediate_size", 2048),
         vocab_size=vocab_size,
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
         rotary_base=fields.rope_theta(10000.0),
-        norm_epsilon=fields.number("rms_norm_eps", 1.0e-5),
+        norm_epsilon=fields.non_negative("rms_norm_eps", 1.0e-5),
         attention="full_width_qk_norm",
         untie_embeddings_and_output_weights=not fields.flag("tie_word_embeddings", False),
-        init_method_std=fields.number("initializer_range", 0.02),
+        init_method_std=fields.non_negative("initializer_range", 0.02),
         router="topk_softmax" if fields.flag("norm_topk_prob", False) else "softmax_topk",
-        moe_aux_loss_coeff=fields.number("router_aux_loss_coef", 0.01),
+        moe_aux_loss_coeff=fields.non_negative("router_aux_loss_coef", 0.01),
     )
     fields.finish()
     problems = model.problems()
@@ -61,12 +61,13 @@ def read_config(
     return model
 
 
-def _refuse_what_we_lack(fields: Fields) -> None:
-    fields.must_be("attention_bias", False, why="attention projections have no bias here")
-    fields.must_be("attention_dropout", 0, 0.0, why="nothing is dropped out here")
-    fields.must_be("clip_qkv", why="queries, keys and values are not clipped here")
-    fields.must_be("hidden_act", "silu", "swish", why="experts are SwiGLU here")
-    fields.must_be("sliding_window", why="attention reaches back over the whole sequence here")
+def _refuse_unsupported(fields: Fields) -> None:
+    """Refuse fields that change the model in a way it does not support."""
+    fields.must_be("attention_bias", False, why="attention projections have no bias")
+    fields.must_be("attention_dropout", 0, 0.0, why="dropout is not supported")
+    fields.must_be("clip_qkv", why="QKV clipping is not supported")
+    fields.must_be("hidden_act", "silu", "swish", why="experts are SwiGLU")
+    fields.must_be("sliding_window", why="sliding-window attention is not supported")
 
 
 def write_config(
@@ -78,7 +79,7 @@ def write_config(
     eos_token_id: TokenIds,
     pad_token_id: int | None,
 ) -> dict[str, Any]:
-    """The contents of config.json, in the spelling of transformers 4 and of 5.
+    """Return the contents of config.json, in the spelling of transformers 4 and of 5.
 
     Args:
         model: what to describe.
@@ -91,7 +92,7 @@ def write_config(
     Raises:
         ValueError: OLMoE cannot express the model; the message names the field.
     """
-    problems = expression_problems(model)
+    problems = conversion_problems(model)
     if problems:
         raise ValueError(f"olmoe cannot express this model: {'; '.join(problems)}")
     return {
@@ -126,8 +127,8 @@ def write_config(
     }
 
 
-def expression_problems(model: MoEModelConfig) -> list[str]:
-    """What keeps `model` from being an OLMoE model, one message a field; empty when nothing."""
+def conversion_problems(model: MoEModelConfig) -> list[str]:
+    """List what prevents `model` from being an OLMoE model, one message per field."""
     found = common_problems(model)
     if model.attention != "full_width_qk_norm":
         found.append(f"attention is '{model.attention}', and OLMoE's is 'full_width_qk_norm'")

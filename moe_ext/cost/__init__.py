@@ -2,5 +2,4 @@
 
 The planner's cost model: it describes a step without running it, and tests check it against
 measured runs.
-
 """

@@ -4,7 +4,6 @@ Every function lists the bytes of one rank by purpose, counted by storage as an 
 saved view keeps its whole base tensor. GPU and CPU differ only in the norms, which a GPU computes
 in one fused kernel.
 `tests/distributed/test_plan_measured.py` compares all of it with what autograd saves.
-
 """
 
 from collections.abc import Iterable, Iterator
@@ -100,7 +99,6 @@ def norm(rank: StepRank) -> Iterator[KeptBytes]:
     """List what RMSNorm of the hidden states keeps, without its output.
 
     It keeps the input (converted to fp32 on a CPU), its root mean square, and the normalized input.
-
     """
     of_input = _FP32 if rank.batch.device_type == "cpu" else rank.width
     size = rank.model.hidden_size * (of_input + rank.width) + _FP32
@@ -183,7 +181,6 @@ def _mask_entries(rank: StepRank) -> int:
 
     Under context parallelism a rank has an early and a late chunk of queries, each with the keys up
     to its end.
-
     """
     if rank.layout.context == 1:
         return rank.batch.seq_length**2

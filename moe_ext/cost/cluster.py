@@ -2,7 +2,6 @@
 
 Nothing overlaps, every rank is as busy as the average one (dispatch and experts: as the busiest),
 and a collective moves its bytes over the slowest link it must cross, plus a constant latency.
-
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,7 +46,6 @@ def ranks_on_node(layout: Layout, group: Group, gpus_per_node: int) -> int:
 
     megatron-core numbers ranks by TP, then CP, DP and PP; for experts by ETP, EP, expert data
     parallel rank and PP. So the ranks of a group lie at a constant stride.
-
     """
     tensor, experts = layout.tensor, layout.expert_tensor * layout.expert
     stage = group_size(layout, "world") // layout.pipeline
@@ -75,7 +73,6 @@ def collective_seconds(collective: Collective, cluster: Cluster, layout: Layout)
     * ring: each rank sends its part over the node's links; where the group spans nodes, the ring
       leaves a node through the adapters of all its ranks there.
     * a message takes one link; waiting for it is the pipeline bubble, so receiving is free.
-
     """
     if collective.kind == "receive":
         return 0.0

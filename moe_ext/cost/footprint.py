@@ -6,7 +6,6 @@
 The workspace is estimated, the rest is counted: `tests/distributed/test_plan_measured.py` compares
 it with real runs. Left out is what belongs to no tensor: the process, the CUDA context, NCCL, and
 memory lost to fragmentation.
-
 """
 
 from collections import Counter
@@ -101,7 +100,6 @@ def model_state(rank: StepRank) -> ModelState:
 
     Under the distributed optimizer each rank owns an equal part of each bucket, padding included;
     the last rank's part may be padding and have less state.
-
     """
     is_sharded = rank.batch.use_distributed_optimizer
     of_state = 2 * _FP32 + (_FP32 if rank.batch.bf16 else 0)
@@ -180,7 +178,6 @@ def _boundary_activations(rank: StepRank, chunk: Chunk) -> int:
     """Return the bytes the schedule holds of a micro-batch: what a chunk sent and what it received.
 
     What was received is the input of the first norm. A CPU keeps an fp32 copy of that beside it.
-
     """
     hidden = rank.own_tokens * rank.model.hidden_size * rank.width
     step = rank.batch
@@ -194,7 +191,6 @@ def in_flight(layout: Layout, num_microbatches: int, *, stage: int) -> Sequence[
 
     Follows megatron-core's schedules: 1F1B, where an earlier stage is ahead by one micro-batch for
     each stage after it, and the interleaved one.
-
     """
     behind = layout.pipeline - stage - 1
     chunks = layout.virtual_stages

@@ -25,7 +25,6 @@ def expert_activation_bytes(model: MoEModelConfig, *, element_bytes: int) -> int
 
     Raises:
         ValueError: the model has no experts.
-
     """
     if model.num_experts is None:
         raise ValueError("the model is dense (num_experts None); ask for one with experts")

@@ -1,7 +1,6 @@
 """List the parameters that a rank holds and their gradient buckets, from configs alone.
 
 The order is that of `named_parameters` of a built chunk, in which megatron-core fills its buckets.
-
 """
 
 import math
@@ -184,7 +183,6 @@ def bucket_sizes(
         is_sharded: whether a distributed optimizer owns it, which pads, and gives a tied embedding
             a bucket of its own.
         limit: elements after which a bucket ends; None means never.
-
     """
 
     def padded(number: int, step: int) -> int:
@@ -213,7 +211,6 @@ def bucket_limit(chunk: Chunk, layout: Layout, *, stage: int, is_overlapped: boo
     """Return the `limit` of `bucket_sizes` that megatron-core sets for a chunk.
 
     Only the first chunk of the first stage is split: the others' reductions wait for it anyway.
-
     """
     if not is_overlapped or stage > 0 or chunk.index > 0:
         return None

@@ -3,7 +3,6 @@
 Each part of the model and of the step has a function that lists its collectives.
 `tests/distributed/test_traffic.py` compares them with real runs on gloo, call by call and byte by
 byte.
-
 """
 
 from collections.abc import Callable, Iterator
@@ -57,7 +56,6 @@ def step_collectives(
     """List every collective of one training step of a rank on pipeline stage `stage`, from 0.
 
     Groups of one rank are left out: they move nothing. All ranks of a stage do the same.
-
     """
     rank = Rank(model=model, layout=layout, batch=batch, stage=stage)
     found = [
@@ -244,7 +242,6 @@ def alltoall_dispatcher(rank: Rank, *, experts: int) -> Iterator[Collective]:
     """List those of the all-to-all dispatcher: rows and gates, then shared by ETP ranks.
 
     Under ETP megatron-core sums the results in the gates' precision, fp32, whatever the model's.
-
     """
     runs, passes = rank.layer_runs, rank.forward_passes("experts")
     shared = rank.layout.expert_tensor
@@ -320,7 +317,6 @@ def gradients(rank: Rank) -> Iterator[Collective]:
 
     Experts and the other parameters have separate optimizers, and each of the two distributed
     optimizers gathers all parameters, its own or not: everything moves twice.
-
     """
     is_sharded = rank.batch.use_distributed_optimizer
     num_optimizers = 1 if rank.model.num_experts is None else 2

@@ -2,7 +2,6 @@
 
 A term counts the tensors that are alive at the peak of a pass; which pass of a layer peaks highest
 depends on the sizes, so the largest term is taken.
-
 """
 
 from moe_ext.cost.activations import (
@@ -35,7 +34,6 @@ def head_forward(rank: StepRank) -> float:
     """Return the bytes of a chunk of logits, its gradient and the weight gradient it adds.
 
     In fp32 the gradient overwrites the logits, and the weight gradient accumulates in place.
-
     """
     rows = rank.model.padded_vocab_size // rank.layout.tensor
     logits = tokens_per_chunk(rank.tokens, rows, rank.batch.device_type) * rows

@@ -1,4 +1,4 @@
-"""Random transformers models, and their weights in native ones, through the converter's pieces."""
+"""Make random transformers models, and copy their weights to native ones through the converter."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -45,7 +45,7 @@ JETMOE_TINY: dict[str, Any] = {
 
 
 def random_model(family: str, *, seed: int = 0, **config: Any) -> PreTrainedModel:
-    """A transformers model whose every weight matters: no matrix is small, no norm all ones."""
+    """Make a transformers model whose every weight matters: no small matrix, no norm of ones."""
     if family == "olmoe":
         # The plain loop over experts; the default, a grouped product, refuses odd widths.
         plain = OlmoeConfig(**{**OLMOE_TINY, "experts_implementation": "eager", **config})
@@ -65,20 +65,20 @@ def random_model(family: str, *, seed: int = 0, **config: Any) -> PreTrainedMode
 
 
 def random_tokens(config: Any, *, batch: int, length: int, seed: int = 1) -> Tensor:
-    """Token ids [b, s]."""
+    """Draw token ids [b, s]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(config.vocab_size, (batch, length), generator=generator)
 
 
 def window(piece: Piece) -> tuple[slice, ...]:
-    """The piece's place in its native tensor."""
+    """Return the piece's index range in its native tensor."""
     return tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.block, strict=True))
 
 
 def to_native(
     family: str, model: MoEModelConfig, layout: Layout, hf: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Whole native tensors out of Hugging Face ones; an element set twice or never fails."""
+    """Convert all tensors to native ones; fails if an element is set twice or never."""
     found: dict[str, Tensor] = {}
     times_set: dict[str, Tensor] = {}
     for piece in FAMILIES[family].pieces(model, layout):
@@ -96,7 +96,7 @@ def to_native(
 def to_hf(
     family: str, model: MoEModelConfig, layout: Layout, native: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Whole Hugging Face tensors out of native ones."""
+    """Convert all native tensors to Hugging Face ones."""
     found: dict[str, Tensor] = {}
     for piece in FAMILIES[family].pieces(model, layout):
         block = native[piece.key][window(piece)]
@@ -109,7 +109,7 @@ def to_hf(
 
 
 def shards(chunks: Sequence[nn.Module]) -> Iterator[ShardedTensor]:
-    """Every weight of the model chunks with its place in the whole."""
+    """Yield every weight of the model chunks with its place in the global tensor."""
     for chunk in chunks:
         for value in nested_values(chunk.sharded_state_dict()):  # type: ignore[operator]
             built = value.build() if isinstance(value, ShardedTensorFactory) else value
@@ -119,7 +119,7 @@ def shards(chunks: Sequence[nn.Module]) -> Iterator[ShardedTensor]:
 
 
 def place(shard: ShardedTensor) -> tuple[int | slice, ...]:
-    """Indices of the shard in the whole tensor; the stacked layer is left out of its shape."""
+    """Return the indices of the shard in the global tensor; its shape lacks the layer axis."""
     stacked = shard.prepend_axis_num
     local = shard.data.shape
     return (
@@ -129,7 +129,7 @@ def place(shard: ShardedTensor) -> tuple[int | slice, ...]:
 
 
 def fill(chunks: Sequence[nn.Module], native: Mapping[str, Tensor]) -> None:
-    """Give each weight its part of the whole native tensors; every tensor must be wanted."""
+    """Copy to each weight its part of the global native tensors; every name must be known."""
     wanted = set()
     with torch.no_grad():
         for shard in shards(chunks):
@@ -140,7 +140,7 @@ def fill(chunks: Sequence[nn.Module], native: Mapping[str, Tensor]) -> None:
 
 
 def gradients(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """Whole gradient of every native weight, for chunks that one rank holds entirely."""
+    """Return the full gradient of every native weight, for chunks that one rank holds entirely."""
     parameters = {
         parameter.data_ptr(): parameter for chunk in chunks for parameter in chunk.parameters()
     }

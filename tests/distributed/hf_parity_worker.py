@@ -25,7 +25,7 @@ from megatron.trainer.runtime.launch import RunContext, environment_rank, initia
 from megatron.trainer.runtime.log import configure_logging
 from moe_app.pretrain.build import build_chunks
 from moe_app.pretrain.config import PretrainConfig, parse_recipe
-from moe_ext.convert import family_of
+from moe_ext.convert import family_from_config
 from tests.distributed.hf_models import fill, to_native
 
 
@@ -39,7 +39,7 @@ def build(given: dict[str, Any], ctx: RunContext, cfg: PretrainConfig) -> list[n
 
 def configure(case: dict[str, Any], given: dict[str, Any], length: int) -> PretrainConfig:
     """The case's flags with the model that transformers' config describes."""
-    model = family_of(given["config"]).model_config(given["config"])
+    model = family_from_config(given["config"]).model_config(given["config"])
     flags = []
     for name, value in vars(model).items():
         flag = f"--{name.replace('_', '-')}"

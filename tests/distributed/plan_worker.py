@@ -4,7 +4,6 @@ Usage: torchrun ... plan_worker.py CASES.json OUT
 
 CASES.json: [{"name": ..., "flags": [...]}]. For each case OUT/NAME.rankR.json gets the bytes of
 weights, gradients and optimizer, and what each forward pass keeps for its backward pass.
-
 """
 
 import json

@@ -3,7 +3,6 @@
 Weights, gradients, optimizer state and kept activations are compared byte by byte, on every rank of
 every case. A worker's router balances the routing; where it is learned, the sum over ranks is
 compared. A larger run is compared with the resident memory that the system reports.
-
 """
 
 import functools

@@ -3,7 +3,6 @@
 A worker's router balances the routing, so that all-to-alls can be compared byte by byte on every
 rank. One case routes by learned weights; there a rank sends what its tokens chose, and the sum over
 the ranks is compared.
-
 """
 
 import json
@@ -138,7 +137,6 @@ def count_calls(collectives: list[Collective]) -> Calls:
 
     gloo has no reduce-scatter of unequal parts; in `cpu_backend` the ranks that share an expert
     exchange the parts instead, which moves the same bytes.
-
     """
     calls: Calls = Counter()
     for each in collectives:

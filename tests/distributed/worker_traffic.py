@@ -4,7 +4,6 @@ Usage: torchrun ... worker_traffic.py CASES.json OUT
 
 CASES.json: [{"name": ..., "flags": [...]}]. For each case OUT/NAME.rankR.json gets every rank's
 collectives: [kind, group, payload bytes, calls]. The step ends with a record of the routers.
-
 """
 
 import json

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_app.convert import convert_checkpoint, hf_verify, weights
 from moe_app.convert.checks import holds
-from moe_ext.convert import family_of
+from moe_ext.convert import family_from_config
 from tests.distributed.convert_models import make_hf
 
 OLMOE = {"model_type": "olmoe", "vocab_size": 96}
@@ -99,7 +99,7 @@ def test_a_tied_model_with_an_output_layer_is_told_what_to_change(
 def test_odd_fields_are_refused(fields: dict[str, Any], message: str) -> None:
     config = {**OLMOE, **fields}
     with pytest.raises(ValueError, match=re.escape(message)):
-        family_of(config).model_config(config)
+        family_from_config(config).model_config(config)
 
 
 @pytest.mark.parametrize("request_to_end", [signal.SIGINT, signal.SIGTERM])

@@ -1,4 +1,4 @@
-"""config.json and MoEModelConfig: the papers' files, transformers' own reading, refusals."""
+"""Compare config.json and MoEModelConfig: published files, transformers' own reading, refusals."""
 
 import json
 import math
@@ -10,10 +10,10 @@ import pytest
 from transformers import JetMoeConfig, OlmoeConfig, PreTrainedConfig
 
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert import FAMILIES, family_for, family_of
+from moe_ext.convert import FAMILIES, family_for_model, family_from_config
 from moe_ext.presets import PRESETS
 
-# As it stands on the Hub, but for the class names (transformers 4.43, September 2024).
+# As on the Hub, except the class names (transformers 4.43, September 2024).
 OLMOE_0924: dict[str, Any] = {
     "architectures": ["OlmoeForCausalLM"],
     "attention_bias": False,
@@ -43,7 +43,7 @@ OLMOE_0924: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 50304,
 }
-# The release's own spelling (2024), which transformers' class does not know in part.
+# The release's own spelling (2024), part of which transformers' class does not know.
 JETMOE_8B: dict[str, Any] = {
     "activation_function": "silu",
     "architectures": ["JetMoEForCausalLM"],
@@ -112,7 +112,7 @@ ODD: dict[str, dict[str, Any]] = {
 
 
 def read(config: dict[str, Any]) -> MoEModelConfig:
-    return family_of(config).model_config(config)
+    return family_from_config(config).model_config(config)
 
 
 def written(family: str, model: MoEModelConfig) -> dict[str, Any]:
@@ -127,18 +127,18 @@ def written(family: str, model: MoEModelConfig) -> dict[str, Any]:
     return dict(json.loads(json.dumps(config)))
 
 
-def test_olmoe_1b_7b_is_our_preset() -> None:
+def test_olmoe_1b_7b_config_gives_the_preset() -> None:
     assert read(OLMOE_0924) == MoEModelConfig(**PRESETS["olmoe_1b_7b"])
 
 
-def test_jetmoe_8b_is_our_preset() -> None:
+def test_jetmoe_8b_config_gives_the_preset() -> None:
     preset = MoEModelConfig(**PRESETS["jetmoe_8b"])
     assert read(JETMOE_8B).architecture() == preset.architecture()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("form", ["to_dict", "to_diff_dict"])
-def test_transformers_own_files_are_read(family: str, form: str) -> None:
+def test_configs_written_by_transformers_are_read(family: str, form: str) -> None:
     config = CLASSES[family](**ODD[family])
     model = read(getattr(config, form)())
     assert model.num_layers == 3
@@ -153,12 +153,12 @@ def test_transformers_own_files_are_read(family: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_missing_field_means_what_transformers_takes_it_to_mean(family: str) -> None:
+def test_missing_fields_have_the_defaults_of_transformers(family: str) -> None:
     assert read({"model_type": family}) == read(CLASSES[family]().to_dict())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_spellings_of_rope_mean_the_same(family: str) -> None:
+def test_both_rope_spellings_are_equivalent(family: str) -> None:
     four = read({"model_type": family, "rope_theta": 500000, "rope_scaling": None})
     five = {"rope_type": "default", "rope_theta": 500000}
     assert four == read({"model_type": family, "rope_parameters": five})
@@ -166,7 +166,7 @@ def test_both_spellings_of_rope_mean_the_same(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_written_is_read_back_by_us_and_by_transformers(family: str) -> None:
+def test_written_config_is_read_back_by_us_and_by_transformers(family: str) -> None:
     theirs = CLASSES[family](**ODD[family])
     model = read(theirs.to_dict())
     config = written(family, model)
@@ -183,15 +183,15 @@ def test_what_is_written_is_read_back_by_us_and_by_transformers(family: str) -> 
     assert config["rope_theta"] == 123.5  # transformers 4
 
 
-def test_names_of_the_first_jetmoe_release_may_not_say_something_else() -> None:
+def test_first_jetmoe_release_names_must_agree_with_current_ones() -> None:
     for old, value, new, default in (
         ("moe_num_experts", 16, "num_local_experts", 8),
         ("moe_top_k", 3, "num_experts_per_tok", 2),
         ("ffn_hidden_size", 100, "intermediate_size", 5632),
     ):
         message = (
-            f"{old} is {value}, but transformers does not know that name: it goes by {new}, which"
-            f" is missing and so means {default}; write the right number under the name {new}"
+            f"{old} is {value}, but transformers does not know that name: it reads {new}, which"
+            f" is missing and defaults to {default}; set {new} to the right value"
         )
         with pytest.raises(ValueError, match=re.escape(message)):
             read({"model_type": "jetmoe", old: value})
@@ -199,12 +199,12 @@ def test_names_of_the_first_jetmoe_release_may_not_say_something_else() -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0; it must be null: queries, keys and values are"),
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0; it must be null: QKV clipping is not"),
     ("olmoe", {"attention_bias": True}, "attention_bias is True; it must be False: attention"),
-    ("olmoe", {"attention_dropout": 0.1}, "attention_dropout is 0.1; it must be 0 or 0.0: nothing"),
+    ("olmoe", {"attention_dropout": 0.1}, "attention_dropout is 0.1; it must be 0 or 0.0: dropout"),
     ("olmoe", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be 'silu' or 'swish':"),
     ("jetmoe", {"activation_function": "gelu"}, "activation_function is 'gelu'; it must be 'silu'"),
-    ("olmoe", {"sliding_window": 4096}, "sliding_window is 4096; it must be null: attention"),
+    ("olmoe", {"sliding_window": 4096}, "sliding_window is 4096; it must be null: sliding-window"),
     (
         "olmoe",
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
@@ -223,7 +223,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "olmoe",
         {"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 6.0},
-        "rope_theta is 6.0, but rope_theta in rope_parameters is 5.0; transformers goes by the",
+        "rope_theta is 6.0, but rope_theta in rope_parameters is 5.0; transformers reads the",
     ),
     ("olmoe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; it must be 1.0"),
     ("jetmoe", {"rotary_percent": 0.5}, "rotary_percent is 0.5; it must be 1.0"),
@@ -253,18 +253,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("family", "fields", "message"), REFUSED)
-def test_what_the_native_model_lacks_is_refused(
-    family: str, fields: dict[str, Any], message: str
-) -> None:
+def test_unsupported_fields_are_refused(family: str, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         read({"model_type": family, **fields})
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", None, ["olmoe"]])
-def test_another_family_is_refused_with_the_names_of_ours(model_type: Any) -> None:
+def test_unknown_family_is_refused_listing_known_ones(model_type: Any) -> None:
     message = f"model_type is {model_type!r}; it must be one of jetmoe, olmoe, the families"
     with pytest.raises(ValueError, match=re.escape(message)):
-        family_of({"model_type": model_type})
+        family_from_config({"model_type": model_type})
 
 
 NATIVE: dict[str, Any] = {"vocab_size": 120, "make_vocab_size_divisible_by": 8}
@@ -273,7 +271,7 @@ JETMOE_NATIVE: dict[str, Any] = {
     **{"attention": "moa", "num_query_groups": 4, "kv_channels": 32, "num_attention_heads": 32},
     **{"router": "topk_softmax", "moe_output_bias": True, "norm_epsilon": 1e-6},
 }
-# For every field of the architecture another value, and more fields where it cannot stand alone.
+# Another value for every architecture field, with the fields it requires.
 OTHER: dict[str, dict[str, dict[str, Any]]] = {
     "olmoe": {
         "num_layers": {"num_layers": 5},
@@ -324,8 +322,8 @@ OTHER: dict[str, dict[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_field_of_the_architecture_is_lost_in_silence(family: str) -> None:
-    """Whoever adds a field must say here what becomes of it."""
+def test_every_architecture_field_is_written_or_refused(family: str) -> None:
+    """Fail when a new field is added without deciding here how it converts."""
     base = MoEModelConfig(**(NATIVE if family == "olmoe" else JETMOE_NATIVE))
     assert FAMILIES[family].problems(base) == []
     known = {*OTHER[family], "make_vocab_size_divisible_by"}  # rows that are stripped
@@ -355,15 +353,15 @@ INEXPRESSIBLE: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "message"), INEXPRESSIBLE)
-def test_a_model_that_no_family_can_express_is_refused_naming_the_field(
+def test_inexpressible_model_is_refused_naming_the_field(
     fields: dict[str, Any], message: str
 ) -> None:
     model = MoEModelConfig(**{**NATIVE, **fields})
     if not message:
-        assert family_for(model) is FAMILIES["jetmoe" if "attention" in fields else "olmoe"]
+        assert family_for_model(model) is FAMILIES["jetmoe" if "attention" in fields else "olmoe"]
         return
     with pytest.raises(ValueError, match=re.escape(message)):
-        family_for(model)
+        family_for_model(model)
     name = message.partition(":")[0]
     with pytest.raises(ValueError, match=f"{name} cannot express this model"):
         written(name, model)

@@ -1,4 +1,4 @@
-"""Native models against transformers' own, with the same weights: logits, loss, gradients."""
+"""Compare native models with transformers' own at equal weights: logits, loss, gradients."""
 
 from typing import Any
 
@@ -71,7 +71,7 @@ LENGTHS = (1, 2, 17, 128)
 def native_model(
     family: str, reference: PreTrainedModel, groups: ProcessGroupCollection, *, bf16: bool = False
 ) -> tuple[MoEModelConfig, nn.Module]:
-    """A native model with the reference's weights, without auxiliary losses."""
+    """Build a native model with the reference's weights, without auxiliary losses."""
     described: MoEModelConfig = FAMILIES[family].model_config(reference.config.to_diff_dict())
     changed = {**vars(described), "moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": 0.0}
     model = MoEModelConfig(**changed)
@@ -85,22 +85,18 @@ def native_model(
 
 
 def native_logits(model: nn.Module, tokens: Tensor, vocab_size: int) -> Tensor:
-    """[b, s, v], padding stripped."""
+    """Compute logits [b, s, v] without padding rows."""
     positions = torch.arange(tokens.shape[1])[None]
     return model(tokens, positions, None)[..., :vocab_size]
 
 
 @pytest.mark.parametrize("name", OLMOE_SHAPES)
-def test_olmoe_logits_are_those_of_transformers(
-    name: str, single_rank: ProcessGroupCollection
-) -> None:
+def test_olmoe_logits_match_transformers(name: str, single_rank: ProcessGroupCollection) -> None:
     compare_logits("olmoe", OLMOE_SHAPES[name], single_rank)
 
 
 @pytest.mark.parametrize("name", JETMOE_SHAPES)
-def test_jetmoe_logits_are_those_of_transformers(
-    name: str, single_rank: ProcessGroupCollection
-) -> None:
+def test_jetmoe_logits_match_transformers(name: str, single_rank: ProcessGroupCollection) -> None:
     compare_logits("jetmoe", JETMOE_SHAPES[name], single_rank)
 
 
@@ -117,14 +113,14 @@ def compare_logits(family: str, shape: dict[str, Any], groups: ProcessGroupColle
 
 
 @pytest.mark.parametrize("name", OLMOE_SHAPES)
-def test_olmoe_loss_and_every_gradient_are_those_of_transformers(
+def test_olmoe_loss_and_every_gradient_match_transformers(
     name: str, single_rank: ProcessGroupCollection
 ) -> None:
     compare_gradients("olmoe", OLMOE_SHAPES[name], single_rank)
 
 
 @pytest.mark.parametrize("name", JETMOE_SHAPES)
-def test_jetmoe_loss_and_every_gradient_are_those_of_transformers(
+def test_jetmoe_loss_and_every_gradient_match_transformers(
     name: str, single_rank: ProcessGroupCollection
 ) -> None:
     compare_gradients("jetmoe", JETMOE_SHAPES[name], single_rank)
@@ -164,7 +160,7 @@ def compare_gradients(family: str, shape: dict[str, Any], groups: ProcessGroupCo
         ("jetmoe", {"num_hidden_layers": 5, "num_experts_per_tok": 1}),
     ],
 )
-def test_bf16_logits_are_as_near_to_fp32_as_those_of_transformers(
+def test_bf16_logits_are_as_close_to_fp32_as_those_of_transformers(
     family: str, shape: dict[str, Any], single_rank: ProcessGroupCollection
 ) -> None:
     reference = random_model(family, **shape)

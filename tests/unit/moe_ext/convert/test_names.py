@@ -1,4 +1,4 @@
-"""The converter's names, shapes and transforms, against models and files of both sides."""
+"""Compare the converter's names, shapes and transforms with models and files of both sides."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe_ext.builder import build_model
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert import FAMILIES, Layout, family_for, family_of
+from moe_ext.convert import FAMILIES, Layout, family_for_model, family_from_config
 from moe_ext.layers.transformer import transformer_config
 from moe_ext.presets import PRESETS
 from tests.distributed.hf_models import fill, random_model, shards, to_hf, to_native
@@ -33,25 +33,25 @@ def described(family: str, reference: PreTrainedModel, **changes: Any) -> MoEMod
 
 
 def saved(reference: PreTrainedModel, layout: Layout, path: Path) -> dict[str, Tensor]:
-    """What transformers itself writes to disk."""
+    """Return the tensors that transformers itself writes to disk."""
     reference.save_pretrained(path, save_original_format=layout == "per-expert")
     return load_file(path / "model.safetensors")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_names_and_shapes_are_those_that_transformers_writes(case: str, tmp_path: Path) -> None:
+def test_names_and_shapes_match_what_transformers_writes(case: str, tmp_path: Path) -> None:
     family, layout, changes = CASES[case]
     reference = random_model(family, **changes)
     on_disk = saved(reference, layout, tmp_path)
     model = described(family, reference)
     expected = {name: tuple(tensor.shape) for name, tensor in on_disk.items()}
     assert FAMILIES[family].hf_tensors(model, layout) == expected
-    assert FAMILIES[family].layout_of(on_disk.keys()) == layout
+    assert FAMILIES[family].detect_layout(on_disk.keys()) == layout
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_number_comes_back_in_its_place(
+def test_every_weight_survives_the_round_trip(
     case: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     family, layout, changes = CASES[case]
@@ -67,7 +67,7 @@ def test_every_number_comes_back_in_its_place(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_native_names_and_shapes_are_those_of_the_model(
+def test_native_names_and_shapes_match_a_built_model(
     case: str, single_rank: ProcessGroupCollection
 ) -> None:
     family, _, changes = CASES[case]
@@ -87,7 +87,7 @@ def test_native_names_and_shapes_are_those_of_the_model(
 
 
 @pytest.mark.parametrize("layout", FAMILIES["olmoe"].layouts)
-def test_both_layouts_are_read_into_the_same_native_tensors(layout: Layout, tmp_path: Path) -> None:
+def test_both_layouts_give_the_same_native_tensors(layout: Layout, tmp_path: Path) -> None:
     reference = random_model("olmoe")
     model = described("olmoe", reference)
     on_disk = saved(reference, layout, tmp_path)
@@ -97,7 +97,7 @@ def test_both_layouts_are_read_into_the_same_native_tensors(layout: Layout, tmp_
 
 
 @pytest.mark.parametrize("case", ["olmoe per-expert", "olmoe fused", "jetmoe"])
-def test_transformers_loads_what_the_pieces_give_back(case: str, tmp_path: Path) -> None:
+def test_transformers_loads_exported_tensors(case: str, tmp_path: Path) -> None:
     family, layout, changes = CASES[case]
     reference = random_model(family, **changes)
     model = described(family, reference)
@@ -109,7 +109,7 @@ def test_transformers_loads_what_the_pieces_give_back(case: str, tmp_path: Path)
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
-def test_padding_rows_are_zero_and_belong_to_no_hugging_face_tensor() -> None:
+def test_padding_rows_are_zero_and_not_exported() -> None:
     reference = random_model("olmoe")
     model = described("olmoe", reference, make_vocab_size_divisible_by=32)
     assert (model.vocab_size, model.padded_vocab_size) == (120, 128)
@@ -121,7 +121,7 @@ def test_padding_rows_are_zero_and_belong_to_no_hugging_face_tensor() -> None:
     assert torch.equal(back["lm_head.weight"], reference.state_dict()["lm_head.weight"])
 
 
-def test_vocabularies_are_padded_to_the_multiple_asked_for() -> None:
+def test_vocabulary_is_padded_to_the_requested_multiple() -> None:
     for vocab_size, divisor, rows in (
         (50304, 128, 50304),
         (32000, 128, 32000),
@@ -129,9 +129,11 @@ def test_vocabularies_are_padded_to_the_multiple_asked_for() -> None:
         (50257, 1, 50257),
     ):
         config = {"model_type": "olmoe", "vocab_size": vocab_size}
-        model = family_of(config).model_config(config, make_vocab_size_divisible_by=divisor)
+        model = family_from_config(config).model_config(
+            config, make_vocab_size_divisible_by=divisor
+        )
         assert model.padded_vocab_size == rows
-        assert family_of(config).model_config(config).make_vocab_size_divisible_by == 128
+        assert family_from_config(config).model_config(config).make_vocab_size_divisible_by == 128
 
 
 # arXiv 2409.02060 and 2404.07413, counted by transformers on the meta device.
@@ -143,25 +145,25 @@ def test_vocabularies_are_padded_to_the_multiple_asked_for() -> None:
         ("jetmoe_8b", "fused", 266, 8_522_237_952),
     ],
 )
-def test_a_paper_model_is_cut_into_small_pieces(
+def test_published_models_convert_in_small_pieces(
     preset: str, layout: Layout, num_tensors: int, num_parameters: int
 ) -> None:
     model = MoEModelConfig(**PRESETS[preset])
-    family = family_for(model)
+    family = family_for_model(model)
     shapes = family.hf_tensors(model, layout)
     assert len(shapes) == num_tensors
     assert sum(math.prod(shape) for shape in shapes.values()) == num_parameters
     sizes = [math.prod(piece.block) for piece in family.pieces(model, layout)]
     assert sum(sizes) == sum(math.prod(s) for s in family.native_tensors(model).values())
     assert max(sizes) <= 24_000_000  # 100 MB in fp32
-    # A writer that appends never has to go back.
+    # A writer can append without seeking back.
     parts = [part for piece in family.pieces(model, layout) for part in piece.sources]
     order = list(shapes)
     places = [(order.index(part.name), part.start) for part in parts]
     assert places == sorted(places)
 
 
-def test_a_layout_that_the_family_lacks_is_refused() -> None:
+def test_unknown_layout_is_refused() -> None:
     model = described("jetmoe", random_model("jetmoe"))
     message = "jetmoe checkpoints have no layout 'per-expert'; use fused"
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -1,7 +1,6 @@
 """Compare predicted traffic with built models, simulations and sums by hand.
 
 Real runs of several ranks are compared in tests/distributed/test_traffic.py.
-
 """
 
 import dataclasses
