@@ -8,18 +8,44 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
 
 from megatron.trainer.records.history import RunHistory, RunState, duration, validation_results
+from moe_app.view.curve_figure import curve_figure
+from moe_app.view.figure_style import TEMPLATES
+from moe_app.view.load_figure import load_figure
 from moe_app.view.page_data import chosen_events, page_data
 
-ASSETS = Path(__file__).parent / "assets"
+STYLE = Path(__file__).parent / "assets" / "page.css"
+_SCRIPT = """
+const { figures, templates } = JSON.parse(document.getElementById("data").textContent);
+const darkness = matchMedia("(prefers-color-scheme: dark)");
+const tools = [["toImage"], ["zoom2d", "pan2d"], ["autoScale2d", "resetScale2d"]];
+const settings = { responsive: true, displaylogo: false, modeBarButtons: tools };
+const template = (isDark) => (isDark ? templates.dark : templates.light);
+figures.forEach(({ data, layout }, number) => {
+  const themed = { ...layout, template: template(darkness.matches) };
+  Plotly.newPlot(`figure-${number}`, data, themed, settings);
+});
+const restyle = (isDark) => figures.forEach((_, number) =>
+  Plotly.relayout(`figure-${number}`, { template: template(isDark) }));
+darkness.addEventListener("change", () => restyle(darkness.matches));
+addEventListener("beforeprint", () => restyle(false));
+addEventListener("afterprint", () => restyle(darkness.matches));
+"""
+_HELP = (
+    "Drag across a chart to look closer, click twice to see the whole run again; a click on a run's"
+    " name hides it, two clicks hide the others. Events: | saves, \u25b6 starts and resumes, \u00d7"
+    " skipped steps, \u25c0 rewinds, \u25a0 ends."
+)
 Runs = Sequence[tuple[str, RunHistory]]
 _MAX_VALUE_LETTERS = 2000
 
 
 def make_page(runs: Runs, states: Sequence[RunState], *, title: str, written: str) -> str:
-    """The page.
+    """Write the page.
 
     Args:
         runs: names and histories, see `report_data.page_data`.
@@ -27,15 +53,15 @@ def make_page(runs: Runs, states: Sequence[RunState], *, title: str, written: st
         title: of the page.
         written: when, for the reader.
     """
-    style = (ASSETS / "page.css").read_text(encoding="utf-8")
-    script = "".join(
-        (ASSETS / name).read_text(encoding="utf-8") for name in ("charts.js", "page.js")
-    )
+    library = get_plotlyjs()
+    # Scripts are known by their digests. plotly styles what it draws inline, and draws heat maps
+    # into images.
     policy = (
-        f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)};"
-        " base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src {_digest(library)} {_digest(_SCRIPT)};"
+        " style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
     names = [name for name, _ in runs]
+    drawn = _figures(runs)
     parts = [
         "<!DOCTYPE html>",
         '<html lang="en">',
@@ -44,29 +70,57 @@ def make_page(runs: Runs, states: Sequence[RunState], *, title: str, written: st
         f'<meta http-equiv="Content-Security-Policy" content="{_text(policy)}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{_text(title)}</title>",
-        f"<style>{style}</style>",
+        f"<style>{STYLE.read_text(encoding='utf-8')}</style>",
         "</head>",
         "<body>",
         f"<h1>{_text(title)}</h1>",
         f'<p class="quiet">written {_text(written)}</p>',
         "<h2>Summary</h2>",
         _table(["", *names], summary_rows(runs, states)),
-        '<div id="controls"></div>',
-        '<div id="charts"></div>',
         '<noscript><p class="failed">The curves need JavaScript.</p></noscript>',
-        '<p class="quiet only-screen">Drag across a chart to look closer; the first chart marks'
-        " saves as ticks, and ▶ starts and resumes, &times; skipped steps, ◀ rewinds, ■ ends.</p>",
-        "<h2>Expert load</h2>",
-        '<div id="maps"></div>',
+        *_figure_places(drawn),
         "<h2>Events</h2>",
         _events(runs),
         *_settings(runs),
-        f'<script type="application/json" id="data">{_json(page_data(runs))}</script>',
-        f"<script>{script}</script>",
+        f"<script>{library}</script>",
+        f'<script type="application/json" id="data">{_data(drawn)}</script>',
+        f"<script>{_SCRIPT}</script>",
         "</body>",
         "</html>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _figures(runs: Runs) -> list[tuple[str, go.Figure]]:
+    """Draw everything; each figure with the name of the run that it is about, "" for all runs."""
+    data = page_data(runs)
+    drawn = [("", curve_figure(data))] if data["charts"] else []
+    for run in data["runs"]:
+        if run["loads"] or run["layers"]:
+            drawn.append((run["name"], load_figure(run)))
+    return drawn
+
+
+def _figure_places(drawn: Sequence[tuple[str, go.Figure]]) -> list[str]:
+    """Where each figure goes, under a heading of its run."""
+    parts = ["<h2>Curves</h2>"] if drawn and not drawn[0][0] else []
+    has_maps = False
+    for number, (name, _) in enumerate(drawn):
+        if name and not has_maps:
+            has_maps = True
+            parts.append("<h2>Expert load</h2>")
+        parts += [f"<h3>{_text(name)}</h3>"] if name else []
+        parts.append(f'<div class="figure" id="figure-{number}"></div>')
+        if not name:
+            parts.append(f'<p class="quiet only-screen">{_HELP}</p>')
+    return parts if has_maps else [*parts, "<h2>Expert load</h2>", "<p>No run has experts.</p>"]
+
+
+def _data(drawn: Sequence[tuple[str, go.Figure]]) -> str:
+    """The figures in JSON that no HTML parser finds an end tag or a comment in."""
+    values = {"figures": [figure.to_plotly_json() for _, figure in drawn], "templates": TEMPLATES}
+    text = json.dumps(values, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def summary_rows(runs: Runs, states: Sequence[RunState]) -> list[list[str]]:
@@ -222,12 +276,6 @@ def _text(value: str) -> str:
     if len(value) > _MAX_VALUE_LETTERS:
         value = f"{value[:_MAX_VALUE_LETTERS]} … ({len(value):,} characters)"
     return html.escape(value, quote=True)
-
-
-def _json(value: Any) -> str:
-    """JSON that no HTML parser finds an end tag or a comment in."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _digest(text: str) -> str:

@@ -23,7 +23,7 @@ MAX_COLUMNS = 120
 """Columns of a heat map over time."""
 MAX_LOADS = 48
 """Records of which every expert's load is kept."""
-MAX_LOAD_NUMBERS = 100_000
+MAX_LOAD_NUMBERS = 50_000
 """Numbers in all of those together, unless three records have more."""
 MAX_EVENTS = 400
 """Events of a run; the newest, and saves only where there is room."""

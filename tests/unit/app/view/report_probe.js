@@ -1,69 +1,84 @@
 // What test_report_browser.py asks of the page in a browser; the answers replace the page.
-const told = { errors: window.told };
-const charts = [...document.querySelectorAll("svg.chart")];
-const input = (name) => document.querySelector(`input[name="${name}"]`);
-const countPaths = () => document.querySelectorAll("path.curve[data-run]").length;
+const plot = document.getElementById("figure-0");
+const maps = document.getElementById("figure-1");
+const all = (root, selector) => [...root.querySelectorAll(selector)];
+const axes = (letter) =>
+  Object.keys(plot._fullLayout).filter((name) => new RegExp(`^${letter}axis\\d*$`).test(name));
+const ranges = () => axes("x").map((name) => plot._fullLayout[name].range.map(Math.round));
+const types = (names) => names.map((name) => plot._fullLayout[name].type);
+const press = (menu, button) => {
+  const { method, args } = plot.layout.updatemenus[menu].buttons[button];
+  return Plotly[method](plot, ...args);
+};
+const countCurves = () => all(plot, ".js-line").length;
 
-function point(name, target, across, down) {
-  const box = target.getBoundingClientRect();
-  const at = { clientX: box.left + across * box.width, clientY: box.top + down * box.height };
-  const mouse = { pointerType: "mouse", button: 0, bubbles: true };
-  target.dispatchEvent(new PointerEvent(name, { ...at, ...mouse }));
+// Labels of a chart's y axis and where they are, in the chart's own pixels.
+function axisOf(name) {
+  const offset = plot._fullLayout[name.replace("y", "yaxis")]._offset;
+  const labels = all(plot, `.${name}tick text`);
+  return labels.map((text) => {
+    const [, y] = text.getAttribute("transform")?.match(/translate\(0,([\d.-]+)\)/) ?? [];
+    return [text.textContent.replace("\u2212", "-"), Number(y) - offset];
+  });
 }
 
-function pointAt(target, across, down) {
-  point("pointermove", target, across, down);
-  return [...document.querySelectorAll("#tip div")].map((row) => row.textContent);
-}
-
-function pixels() {
-  const canvas = document.querySelector(".map canvas");
+// The colours of a heat map's cells, row by row.
+async function cells() {
+  const image = all(maps, ".heatmaplayer image")[0];
+  const picture = new Image();
+  picture.src = image.getAttribute("href") ?? image.getAttribute("xlink:href");
+  await picture.decode();
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [picture.width, picture.height];
   const context = canvas.getContext("2d");
-  return [...context.getImageData(0, 0, canvas.width, canvas.height).data];
+  context.drawImage(picture, 0, 0);
+  const rows = maps.data[0].z.length;
+  const columns = maps.data[0].z[0].length;
+  const found = [];
+  for (let row = 0; row < rows; row++)
+    for (let column = 0; column < columns; column++) {
+      const across = ((column + 0.5) / columns) * picture.width;
+      const down = ((row + 0.5) / rows) * picture.height;
+      const pixel = context.getImageData(Math.floor(across), Math.floor(down), 1, 1);
+      found.push([...pixel.data].slice(0, 3));
+    }
+  return found;
 }
 
-// Labels of the y axis and where they are.
-function axisOf(chart) {
-  const labels = [...chart.querySelectorAll("text[text-anchor=end]")];
-  return labels
-    .filter((label) => Number(label.getAttribute("x")) < 50)
-    .map((label) => [label.textContent, Number(label.getAttribute("y")) - 4]);
+async function probe() {
+  const told = { errors: window.told };
+  told.fits = document.documentElement.scrollWidth <= innerWidth;
+  told.resources = performance.getEntriesByType("resource").map((each) => each.name);
+  const labels = ["training", "gradient norm"];
+  const named = (chart, run) =>
+    plot._fullData.find(
+      ({ meta, legendgroup }) =>
+        meta?.chart === chart && labels.includes(meta.label) && legendgroup === `run ${run}`,
+    );
+  const pathOf = (trace) =>
+    all(plot, `.trace${trace.uid} .js-line`).map((line) => line.getAttribute("d")).join("");
+  told.paths = ["loss", "norm"].map((chart) => [0, 1].map((run) => pathOf(named(chart, run))));
+  told.axis = ["loss", "norm"].map((chart) => axisOf(named(chart, 0).yaxis));
+  told.curves = countCurves();
+  await Plotly.relayout(plot, { "xaxis3.range": [3200, 6400] });
+  told.zoomed = ranges();
+  await press(0, 1);
+  told.over_iterations = ranges();
+  await press(1, 0);
+  told.log_x = types(axes("x"));
+  await press(2, 0);
+  const charts = plot._fullData.filter((each) => each.meta?.chart);
+  told.log_y = types(charts.map((each) => each.yaxis.replace("y", "yaxis")));
+  const second = plot.data.flatMap((each, number) => (each.legendgroup === "run 1" ? [number] : []));
+  await Plotly.restyle(plot, { visible: "legendonly" }, second);
+  told.curves_hidden = countCurves();
+  told.last_pixels = await cells();
+  const [slider] = maps.layout.sliders;
+  await Plotly.restyle(maps, ...slider.steps[0].args);
+  told.first_pixels = await cells();
+  return told;
 }
 
-told.fits = document.documentElement.scrollWidth <= innerWidth;
-told.end = pointAt(charts[0], 1 - 11 / charts[0].viewBox.baseVal.width, 0.5);
-told.map = pointAt(document.querySelector(".map canvas"), 0.9, 0.1);
-told.axis = charts.map(axisOf);
-told.curves = [...document.querySelectorAll("path.curve[data-run]")].map((path) => [
-  charts.indexOf(path.closest("svg")),
-  Number(path.dataset.run),
-  path.dataset.label,
-  path.getAttribute("d"),
-]);
-told.marks = charts[0].querySelectorAll(".mark").length;
-told.gaps = charts[0].querySelectorAll(".gap").length;
-told.last_pixels = pixels();
-const slider = document.querySelector("input[type=range]");
-slider.value = 0;
-slider.dispatchEvent(new Event("input"));
-told.first_pixels = pixels();
-told.paths = [countPaths()];
-input("run-1").click();
-told.paths.push(countPaths());
-document.querySelectorAll('input[name="x"]')[1].click();
-input("log-x").click();
-input("log-y").click();
-told.paths.push(countPaths());
-input("log-x").click();
-
-// Drag over the right half, then point at its left end; no pointer is there to be captured.
-Element.prototype.setPointerCapture = () => {};
-const first = () => document.querySelector("svg.chart");
-const middle = (52 + (first().viewBox.baseVal.width - 10)) / 2 / first().viewBox.baseVal.width;
-point("pointerdown", first(), middle, 0.5);
-point("pointerup", first(), 0.999, 0.5);
-told.zoomed = pointAt(first(), 52 / first().viewBox.baseVal.width, 0.5);
-document.querySelector("#controls button").click();
-told.whole = pointAt(first(), 52 / first().viewBox.baseVal.width, 0.5);
-told.errors_later = window.told;
-document.body.replaceChildren(JSON.stringify(told));
+probe()
+  .catch((error) => ({ errors: [String(error), error.stack] }))
+  .then((told) => document.body.replaceChildren(JSON.stringify(told)));

@@ -95,8 +95,32 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
     @property
+    def own_length(self) -> int:
+        """Letters without plotly's."""
+        return len(self.text) - len(self.contents["script"][0])
+
+    @property
     def data(self) -> dict[str, Any]:
-        return json.loads(self.contents["script"][0])
+        return json.loads(self.contents["script"][1])
+
+    @property
+    def curves(self) -> dict[str, Any]:
+        """The figure of the curves."""
+        return self.data["figures"][0]
+
+    def traces(self, key: str, run: int) -> list[dict[str, Any]]:
+        """What is drawn of a run and has `key` in its meta."""
+        traces = self.curves["data"]
+        own = [each for each in traces if each.get("legendgroup") == f"run {run}"]
+        return [each for each in own if key in each.get("meta", {})]
+
+    def curve(self, run: int, chart: str, label: str) -> list[tuple[Any, Any, Any]]:
+        """Iterations, tokens and values of a curve over tokens."""
+        named = {"chart": chart, "label": label}
+        (found,) = (each for each in self.traces("chart", run) if each["meta"] == named)
+        where = found["customdata"]
+        iterations = [each[0] if isinstance(each, list) else each for each in where]
+        return list(zip(iterations, found["x"], found["y"], strict=True))
 
     def row(self, question: str) -> list[str]:
         (found,) = (row[1:] for row in self.rows if row[0] == question)

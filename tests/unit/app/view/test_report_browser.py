@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.trainer.hooks.base import read_records
+from megatron.trainer.hooks.base import append_record, read_records
 from tests.unit.app.view.report_samples import make_page, make_run, step
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -18,6 +18,11 @@ PROBE = Path(__file__).with_name("report_probe.js")
 
 def browse(page: Path, *flags: str) -> str:
     """The document as a browser leaves it."""
+    return browse_with_log(page, *flags)[0]
+
+
+def browse_with_log(page: Path, *flags: str) -> tuple[str, str]:
+    """The document as a browser leaves it, and what the browser says."""
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if browser is None:
         pytest.skip(f"NO BROWSER: none of {', '.join(BROWSERS)} is installed; the page is not run")
@@ -39,7 +44,7 @@ def browse(page: Path, *flags: str) -> str:
         check=True,
         timeout=120,
     )
-    return done.stdout
+    return done.stdout, done.stderr
 
 
 def body_text(document: str) -> str:
@@ -61,49 +66,56 @@ def test_browser_draws_what_the_records_say(tmp_path: Path, width: int) -> None:
     text = re.sub(r"<meta http-equiv[^>]*>", errors, text)
     probed.write_text(text.replace("</body>", f"<script>{PROBE.read_text()}</script></body>"))
     told = json.loads(body_text(browse(probed, f"--window-size={width},900")))
-    assert told["errors"] == told["errors_later"] == []
+    assert told["errors"] == []
     assert told["fits"]
-    assert told["paths"][1] < told["paths"][0] and told["paths"][2] == told["paths"][1]
+    assert told["resources"] == []
 
-    assert told["zoomed"][0] == "100 iterations, 6,400 tokens"
-    assert told["whole"][0] == "10 iterations, 640 tokens"
-
-    # The last record of both runs, where the pointer is.
-    assert told["end"][0] == "200 iterations, 12,800 tokens"
-    for seed, name in enumerate("ab"):
-        loss = f"{step(200, seed)['lm_loss']:.6g}"
-        assert f"{name}, training{float(loss):g}" in "\n".join(told["end"]), told["end"]
-    for chart, run, label, path in told["curves"]:
-        if label not in ("training", "gradient norm"):
-            continue
-        key = {"training": "lm_loss", "gradient norm": "grad_norm"}[label]
-        records = [step(iteration, run) for iteration in range(10, 201, 10)]
-        values = [record[key] for record in records if record[key] is not None]
-        axis = [(float(text), y) for text, y in told["axis"][chart]]
+    # Heights of the training loss and of the gradient norm by the labels of their axes.
+    for chart, key in ((0, "lm_loss"), (1, "grad_norm")):
+        axis = [(float(label), y) for label, y in told["axis"][chart]]
         assert axis[0][0] < axis[-1][0] and axis[0][1] > axis[-1][1]  # upwards is more
-        heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.-]+)", path)]
-        expected = [pixel_at(axis, value) for value in values]
-        assert heights == pytest.approx(expected, abs=1.5)
-        assert path.count("M") == (2 if label == "training" else 1)  # the gap at a lost step
-    assert told["gaps"] >= 2
-    assert told["marks"] == 10
+        for run in (0, 1):
+            records = [step(iteration, run) for iteration in range(10, 201, 10)]
+            values = [record[key] for record in records if record[key] is not None]
+            path = told["paths"][chart][run]
+            heights = [float(y) for y in re.findall(r"[ML][\d.-]+,([\d.-]+)", path)]
+            expected = [pixel_at(axis, value) for value in values]
+            assert heights == pytest.approx(expected, abs=1.5)
+            assert path.count("M") == (2 if key == "lm_loss" else 1)  # the gap at a lost step
 
-    # The heat map is blue below an even share and red above.
+    # All charts follow the zoom of one, the buttons change all axes, a run can be hidden.
+    assert len(told["zoomed"]) > 5 and told["zoomed"] == [[3200, 6400]] * len(told["zoomed"])
+    assert {end for _, end in told["over_iterations"]} == {told["over_iterations"][0][1]}
+    assert 200 <= told["over_iterations"][0][1] < 230
+    assert set(told["log_x"]) == {"log"} and set(told["log_y"]) == {"log"}
+    assert told["curves_hidden"] < told["curves"]
+
+    # The heat map is blue below an even share and red above; the slider picks the record.
     written = read_records(folders[0] / "expert_load.jsonl")
     for record, pixels in ((written[-1], "last_pixels"), (written[0], "first_pixels")):
         loads = [load for row in record["load"] for load in row]
-        colours = [told[pixels][4 * index : 4 * index + 3] for index in range(len(loads))]
-        for load, (red, _, blue) in zip(loads, colours, strict=True):
+        for load, (red, _, blue) in zip(loads, told[pixels], strict=True):
             assert load == pytest.approx(1.0, abs=0.08) or (red > blue) == (load > 1), load
-    loads = written[-1]["load"]
-    assert told["map"] == ["layer 1, expert 3", f"{loads[0][3]:g}"]
 
 
-def test_browser_runs_no_other_script_in_the_page(tmp_path: Path) -> None:
-    make_page(make_run(tmp_path / "a"))
+def test_browser_follows_no_link_of_a_run_and_runs_no_other_script(tmp_path: Path) -> None:
+    link = "<a href='https://x.example'>x</a><b>y</b>"
+    run = make_run(tmp_path / "a")
+    sources = {link: 1, "code": 2}
+    append_record(run / "metrics.jsonl", {**step(210), "consumed_tokens_per_source": sources})
+    make_page(run)
     page = tmp_path / "report.html"
     hostile = '<script>document.title = "owned"</script><img src="x" onerror="document.title=2">'
+    hostile += '<img src="https://x.example/y.png">'
     page.write_text(page.read_text().replace("</body>", f"{hostile}</body>"))
-    dumped = browse(page)
+    dumped, said = browse_with_log(page, "--enable-logging=stderr")
     assert "<title>a</title>" in dumped
-    assert 'path class="curve"' in dumped
+    assert 'class="js-line"' in dumped
+    drawn = "".join(re.findall(r"<svg.*?</svg>", dumped, re.DOTALL))
+    assert html.escape(link, quote=False) in drawn
+    assert "x.example" not in re.sub(r"<text.*?</text>", "", drawn, flags=re.DOTALL)
+    assert 'xlink:href="http' not in drawn
+    # The page itself asks for nothing that its policy refuses.
+    refused = [line for line in said.splitlines() if "Content Security Policy" in line]
+    assert refused and all("script-src" in line or "img-src" in line for line in refused), refused
+    assert len(refused) == 4, refused
