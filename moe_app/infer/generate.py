@@ -1,4 +1,4 @@
-"""Continue prompts with a trained model, alone or under torchrun, whatever layout trained it.
+"""Continue prompts with a trained model, alone or under torchrun, under any layout.
 
     python tools/generate.py --load runs/quickstart --prompt "def main(" --prompt "import "
 
@@ -19,9 +19,14 @@ import torch.distributed as dist
 
 from megatron.trainer.data.tokenizer import Tokenizer
 from megatron.trainer.errors import ConfigError
-from megatron.trainer.inference.decode import Prompt, capacity_of, generate
-from megatron.trainer.inference.lines import WholeFile, read_tokens
-from megatron.trainer.inference.sampling import Choice, check_sampling, greedy_token, next_token
+from megatron.trainer.inference.decode import Prompt, cache_capacity, generate
+from megatron.trainer.inference.lines import AtomicFile, read_tokens
+from megatron.trainer.inference.sampling import (
+    TokenSampler,
+    check_sampling,
+    greedy_token,
+    next_token,
+)
 from megatron.trainer.runtime.launch import agree, environment_rank, run_main
 from megatron.trainer.runtime.log import configure_logging
 from moe_app.command_line import program
@@ -30,29 +35,29 @@ from moe_ext.attention.cache import KeyValueCache, use_cache
 
 logger = logging.getLogger("generate")
 
-WRITTEN = ("completion", "completion_tokens", "finish_reason")
+OUTPUT_KEYS = ("completion", "completion_tokens", "finish_reason")
 """The keys that `--output` adds to each object."""
 _LARGEST_SEED = 1 << 62
-_IDLE = Prompt(ids=[0], choose=greedy_token, max_new_tokens=0)
+_DUMMY_PROMPT = Prompt(ids=[0], sample=greedy_token, max_new_tokens=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """A prompt, and where its continuation goes."""
+class GenerationTask:
+    """Holds a prompt, and the record its continuation is added to."""
 
     prompt: Prompt
-    """What to continue."""
+    """The prompt to continue."""
     record: dict[str, Any]
     """The object that the output keeps."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Generate as `argv` says; returns the exit status."""
+    """Generate as `argv` says; return the exit status."""
     return run_main(lambda: run(open_model.parse(make_parser(), argv)))
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the command-line parser."""
     parser = argparse.ArgumentParser(
         prog=program("generate"),
         description="Continue prompts with a trained model, alone or under torchrun.",
@@ -88,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """How much text, and how each token is picked."""
+    """Add the flags for length and sampling."""
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add (%(default)s)"
@@ -127,11 +132,11 @@ def run(args: argparse.Namespace) -> None:
     """Load the model and continue every prompt.
 
     Raises:
-        UserError: a flag, the input, the checkpoint or the tokenizer is wrong.
+        UserError: a flag, the input, the checkpoint or the tokenizer is invalid.
     """
     configure_logging(environment_rank())
     check_arguments(args)
-    with open_model.ranks(args), contextlib.ExitStack() as stack:
+    with open_model.joined_ranks(args), contextlib.ExitStack() as stack:
         opened = open_model.open_checkpoint(args, prog=program("generate"))
         tokenizer = agree(lambda: open_model.open_tokenizer(args, opened))
         seq_length = opened.saved.training.seq_length
@@ -143,28 +148,28 @@ def run(args: argparse.Namespace) -> None:
         per_round = args.batch_size * loaded.ctx.layout.data
         for start in range(0, len(tasks), per_round):
             some = tasks[start : start + per_round]
-            added = continue_round(loaded, [task.prompt for task in some], tokenizer)
-            agree(functools.partial(show_round, start, some, added, tokenizer, output))
+            added = generate_round(loaded, [task.prompt for task in some], tokenizer)
+            agree(functools.partial(write_round, start, some, added, tokenizer, output))
         agree(lambda: output.finish() if output is not None else None)
 
 
-def continue_round(
+def generate_round(
     loaded: open_model.LoadedModel, prompts: Sequence[Prompt], tokenizer: Tokenizer
 ) -> list[list[int]]:
     """Continue a few prompts on all ranks; a collective call.
 
     Args:
         loaded: the model.
-        prompts: dealt to the data parallel ranks in turn.
-        tokenizer: tells which id ends a text, and which ids mean something.
+        prompts: distributed to the data parallel ranks round-robin.
+        tokenizer: gives the end-of-document id and the vocabulary size.
 
     Returns:
         Each prompt's new tokens, on every rank.
     """
     ctx = loaded.ctx
     numbers = range(ctx.data_parallel_rank, len(prompts), ctx.layout.data)
-    mine = [prompts[number] for number in numbers] or [_IDLE]
-    cache = KeyValueCache(batch_size=len(mine), capacity=capacity_of(mine))
+    mine = [prompts[number] for number in numbers] or [_DUMMY_PROMPT]
+    cache = KeyValueCache(batch_size=len(mine), capacity=cache_capacity(mine))
     with use_cache(loaded.module, cache):
         new = generate(
             open_model.CachedModel(loaded, cache),
@@ -172,30 +177,34 @@ def continue_round(
             stop_id=tokenizer.eod,
             vocab_size=tokenizer.vocab_size,
         )
-    found = dict(zip(numbers, new, strict=False)) if loaded.staged.is_speaker else {}
+    found = dict(zip(numbers, new, strict=False)) if loaded.parallel.is_output_rank else {}
     everyone: list[dict[int, list[int]]] = [{} for _ in range(ctx.world_size)]
     dist.all_gather_object(everyone, found)
     merged = {number: ids for each in everyone for number, ids in each.items()}
     return [merged[number] for number in range(len(prompts))]
 
 
-def show_round(
+def write_round(
     start: int,
-    tasks: Sequence[Task],
+    tasks: Sequence[GenerationTask],
     added: Sequence[list[int]],
     tokenizer: Tokenizer,
-    output: WholeFile | None,
+    output: AtomicFile | None,
 ) -> None:
-    """Print or write some tasks, after the `start` ones before them; on rank 0 alone."""
+    """Write the completions of some tasks, numbered after `start`; on rank 0 only."""
     if environment_rank() == 0:
         for number, (task, new) in enumerate(zip(tasks, added, strict=True), start=start + 1):
-            show(number, task, new, tokenizer, output)
+            write_completion(number, task, new, tokenizer, output)
 
 
-def show(
-    number: int, task: Task, new: list[int], tokenizer: Tokenizer, output: WholeFile | None
+def write_completion(
+    number: int,
+    task: GenerationTask,
+    new: list[int],
+    tokenizer: Tokenizer,
+    output: AtomicFile | None,
 ) -> None:
-    """Print or write prompt `number`, counted from 1, and its new tokens as text."""
+    """Write prompt `number`, counted from 1, and its new tokens as text."""
     ids = task.prompt.ids
     has_ended = bool(new) and new[-1] == tokenizer.eod
     text = tokenizer.decode(ids + (new[:-1] if has_ended else new))
@@ -221,10 +230,10 @@ def show(
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse flags that are wrong whatever the checkpoint holds.
+    """Refuse flags that are invalid for any checkpoint.
 
     Raises:
-        ConfigError: one of them is.
+        ConfigError: one is.
     """
     check_sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
     if args.max_new_tokens < 1:
@@ -233,18 +242,20 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if not 0 <= args.seed <= _LARGEST_SEED:
         raise ConfigError(
-            f"--seed is {args.seed}; it must be 0 to 2^62, with room for a number a prompt; use a"
-            " smaller one"
+            f"--seed is {args.seed}; it must be 0 to 2^62, leaving room for one seed per prompt;"
+            " use a smaller one"
         )
 
 
-def read_tasks(args: argparse.Namespace, tokenizer: Tokenizer, *, seq_length: int) -> list[Task]:
-    """Every prompt, with a generator of its own.
+def read_tasks(
+    args: argparse.Namespace, tokenizer: Tokenizer, *, seq_length: int
+) -> list[GenerationTask]:
+    """Return every prompt, each with its own generator.
 
     Raises:
         ConfigError: a prompt is empty, or too long to be continued within `seq_length`, the
             length that the model was trained on.
-        DataError: the same of a line of `--input`, or it is no prompt at all.
+        DataError: the same for a line of `--input`, or it is not a prompt.
     """
     if args.input is None:
         records = [{"prompt": text} for text in args.prompt]
@@ -259,10 +270,10 @@ def read_tasks(args: argparse.Namespace, tokenizer: Tokenizer, *, seq_length: in
                 text_key="prompt",
                 encode=tokenizer.encode,
                 vocab_size=tokenizer.vocab_size,
-                most_tokens=seq_length - args.max_new_tokens,
+                max_tokens=seq_length - args.max_new_tokens,
                 rule=f"because with --max-new-tokens {args.max_new_tokens} they must fit into"
                 f" {seq_length}, the --seq-length of training",
-                written_keys=WRITTEN,
+                written_keys=OUTPUT_KEYS,
             )
         )
         if not lines:
@@ -272,11 +283,11 @@ def read_tasks(args: argparse.Namespace, tokenizer: Tokenizer, *, seq_length: in
         records = [line.record for line in lines]
         prompts = [line.ids for line in lines]
     return [
-        Task(
+        GenerationTask(
             record=record,
             prompt=Prompt(
                 ids=ids,
-                choose=make_choice(args, torch.Generator().manual_seed(args.seed + index)),
+                sample=make_sampler(args, torch.Generator().manual_seed(args.seed + index)),
                 max_new_tokens=args.max_new_tokens,
             ),
         )
@@ -287,14 +298,14 @@ def read_tasks(args: argparse.Namespace, tokenizer: Tokenizer, *, seq_length: in
 def encode_prompt(
     args: argparse.Namespace, tokenizer: Tokenizer, number: int, *, seq_length: int
 ) -> list[int]:
-    """Tokens of `--prompt` number `number`, counted from 1; see `read_tasks`."""
+    """Return the tokens of `--prompt` number `number`, counted from 1; see `read_tasks`."""
     text = args.prompt[number - 1]
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ConfigError(
-            f"--prompt number {number} ({text!r}) is not UTF-8 at character {error.start}; a"
-            " prompt must be; encode it so"
+            f"--prompt number {number} ({text!r}) is not UTF-8 at character {error.start};"
+            " prompts must be valid UTF-8; re-encode it"
         ) from error
     ids = tokenizer.encode(text)
     if not ids:
@@ -311,8 +322,8 @@ def encode_prompt(
     return ids
 
 
-def make_choice(args: argparse.Namespace, generator: torch.Generator) -> Choice:
-    """How tokens are picked."""
+def make_sampler(args: argparse.Namespace, generator: torch.Generator) -> TokenSampler:
+    """Return the function that picks tokens."""
     if args.greedy:
         return greedy_token
     return lambda logits: next_token(
@@ -324,8 +335,8 @@ def make_choice(args: argparse.Namespace, generator: torch.Generator) -> Choice:
     )
 
 
-def open_output(args: argparse.Namespace) -> WholeFile | None:
-    """The output file, on rank 0, if there is to be one."""
+def open_output(args: argparse.Namespace) -> AtomicFile | None:
+    """Open the output file on rank 0, if one is requested."""
     if args.output is None or environment_rank() != 0:
         return None
-    return WholeFile(args.output)
+    return AtomicFile(args.output)

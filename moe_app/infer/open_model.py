@@ -1,4 +1,4 @@
-"""What generate.py and score.py share: their flags, the checkpoint, the model under any layout."""
+"""Open a checkpoint and load its model under any layout, for generate and score."""
 
 import argparse
 import contextlib
@@ -16,7 +16,7 @@ from megatron.trainer.config.cli import load_config
 from megatron.trainer.config.schema import DataConfig, ParallelConfig, TrainingConfig
 from megatron.trainer.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
 from megatron.trainer.errors import ConfigError
-from megatron.trainer.inference.staged import StagedModel
+from megatron.trainer.inference.parallel_model import ParallelModel
 from megatron.trainer.records.run_dir import CONFIG_NAME
 from megatron.trainer.resume import load_weights
 from megatron.trainer.runtime.launch import (
@@ -38,7 +38,7 @@ logger = logging.getLogger("inference")
 _LAYOUT_HELP = {
     "tensor_model_parallel_size": "ranks that share each matrix",
     "pipeline_model_parallel_size": "stages the layers are cut into",
-    "expert_model_parallel_size": "ranks a layer's experts are spread over",
+    "expert_model_parallel_size": "ranks that share a layer's experts",
     "expert_tensor_parallel_size": "ranks that share an expert (the tensor parallel size)",
     "threads_per_rank": "CPU threads of a rank (OMP_NUM_THREADS, or cores / ranks)",
     "distributed_timeout_minutes": "how long to wait for a lost rank",
@@ -46,52 +46,52 @@ _LAYOUT_HELP = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
-    """A checkpoint whose model is not built yet."""
+class OpenedCheckpoint:
+    """Holds a checkpoint whose model is not built yet."""
 
     found: FoundCheckpoint
-    """Where it is."""
+    """Its location."""
     saved: PretrainConfig
     """The config of the run that wrote it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A checkpoint's model, ready to compute."""
+    """Holds a checkpoint's model, ready to compute."""
 
     module: torch.nn.Module
     """This rank's part."""
-    staged: StagedModel
-    """A pass over all parts."""
+    parallel: ParallelModel
+    """Forward passes over all ranks."""
     ctx: RunContext
-    """This rank's place."""
+    """This rank's context."""
 
 
 class CachedModel:
-    """A model that remembers what it took in: the `Decoder` of one batch.
+    """Computes logits with a key-value cache: the `Decoder` of one batch.
 
     Args:
-        loaded: the model, which must be using `cache`.
-        cache: what remembers.
+        loaded: the model, with `cache` installed.
+        cache: keys and values of earlier tokens.
     """
 
     def __init__(self, loaded: LoadedModel, cache: KeyValueCache) -> None:
-        self._staged = loaded.staged
+        self._parallel_model = loaded.parallel
         self._device = loaded.ctx.device
         self._cache = cache
-        self.share = loaded.staged.share
-        self.most = loaded.staged.most
+        self.broadcast = loaded.parallel.broadcast
+        self.all_reduce_max = loaded.parallel.all_reduce_max
 
     def next_logits(
         self, tokens: torch.Tensor, position_ids: torch.Tensor, last: torch.Tensor
     ) -> torch.Tensor | None:
-        """See `StagedModel.next_logits`."""
+        """Compute the next logits, see `ParallelModel.next_logits`."""
         self._cache.place(position_ids.to(self._device))
-        return self._staged.next_logits(tokens, position_ids, last)
+        return self._parallel_model.next_logits(tokens, position_ids, last)
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Which model, with which tokenizer, in which precision and layout."""
+    """Add the flags for model, tokenizer, precision and layout."""
     model = parser.add_argument_group("model")
     model.add_argument("--load", required=True, metavar="DIR", help="a run's --save directory")
     model.add_argument(
@@ -133,14 +133,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """A flag's whole number from 1 on, for argparse."""
+    """Parse an integer of at least 1, for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
     return int(text)
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; on ranks other than 0 without a word."""
+    """Read the command line; print only on rank 0."""
     with contextlib.ExitStack() as stack:
         if environment_rank() != 0:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -149,31 +149,31 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 
 @contextlib.contextmanager
-def ranks(args: argparse.Namespace) -> Iterator[None]:
-    """Join the other ranks, for a while."""
-    connect(_parallel(args))
+def joined_ranks(args: argparse.Namespace) -> Iterator[None]:
+    """Connect the ranks within the context."""
+    connect(parallel_config(args))
     try:
         yield
     finally:
         shut_down()
 
 
-def open_checkpoint(args: argparse.Namespace, *, prog: str) -> Opened:
+def open_checkpoint(args: argparse.Namespace, *, prog: str) -> OpenedCheckpoint:
     """Find the checkpoint and read its config; a collective call.
 
     Raises:
-        CheckpointError: there is no whole one, or its config is of a larger model.
+        CheckpointError: there is no valid one, or its config describes a larger model.
     """
     found = find_checkpoint(Path(args.load), iteration=args.ckpt_step)
     config = ["--config", str(found.path / CONFIG_NAME)]
     saved = agree(lambda: load_config(PretrainConfig, config, prog=prog, description=""))
     shards = [shard.stat().st_size for shard in found.path.glob("*.distcp")]
     agree(lambda: check_size(saved.model, sum(shards), config=found.path / CONFIG_NAME))
-    return Opened(found=found, saved=saved)
+    return OpenedCheckpoint(found=found, saved=saved)
 
 
-def open_tokenizer(args: argparse.Namespace, opened: Opened) -> Tokenizer:
-    """The tokenizer to use with a checkpoint.
+def open_tokenizer(args: argparse.Namespace, opened: OpenedCheckpoint) -> Tokenizer:
+    """Return the tokenizer to use with a checkpoint.
 
     Raises:
         ConfigError: there is none, or it has ids that the model does not know.
@@ -191,7 +191,7 @@ def open_tokenizer(args: argparse.Namespace, opened: Opened) -> Tokenizer:
 
 
 def find_tokenizer(data: DataConfig, found: FoundCheckpoint, args: argparse.Namespace) -> Tokenizer:
-    """The tokenizer that was named, or else the one in the checkpoint.
+    """Return the requested tokenizer, or else the one in the checkpoint.
 
     Args:
         data: of the run that wrote the checkpoint.
@@ -208,46 +208,46 @@ def find_tokenizer(data: DataConfig, found: FoundCheckpoint, args: argparse.Name
     if data.tokenizer_model is None or data.mock_data:
         why = "its data were --mock-data" if data.mock_data else "its run had no --tokenizer-model"
         raise ConfigError(
-            f"{found.path} brings no tokenizer, because {why}; text needs"
+            f"{found.path} has no tokenizer, because {why}; text needs"
             " one; name the tokenizer that made the training data with --tokenizer-model"
         )
     return load_tokenizer(kind, str(found.path / Path(data.tokenizer_model).name))
 
 
-def load_model(args: argparse.Namespace, opened: Opened) -> LoadedModel:
+def load_model(args: argparse.Namespace, opened: OpenedCheckpoint) -> LoadedModel:
     """Build the model under the layout that `args` asks for; a collective call.
 
     Raises:
-        ConfigError: the ranks, or the model, cannot be divided so.
+        ConfigError: the layout does not divide the ranks or the model.
         CheckpointError: the weights do not fit.
     """
     saved = opened.saved
     bf16 = saved.training.bf16 if args.bf16 is None else args.bf16
     cfg = PretrainConfig(
-        # The other dispatchers want batches of the same shape on all data parallel ranks.
+        # The other dispatchers need equal batch shapes on all data parallel ranks.
         model=dataclasses.replace(
             saved.model, moe_token_dispatcher_type="alltoall", expert_backend="auto"
         ),
-        parallel=_parallel(args),
+        parallel=parallel_config(args),
         training=TrainingConfig(
             seq_length=saved.training.seq_length,
             bf16=bf16,
-            global_batch_size=environment_world_size(),  # whatever the layout, a multiple of DP
+            global_batch_size=environment_world_size(),  # a multiple of DP under any layout
         ),
     )
     ctx = initialize(cfg, is_training=False)
     (module,) = build_chunks(cfg, ctx, seed=None).chunks
     if bf16:
-        module.bfloat16()  # every parameter, as training has it
+        module.bfloat16()  # every parameter, as in training
     load_weights([module], opened.found)
     module.eval()
-    logger.info("took the weights of %s, to compute in %s", opened.found.path, _precision(bf16))
-    staged = StagedModel(module, ctx, vocab_size=saved.model.vocab_size)
-    return LoadedModel(module=module, staged=staged, ctx=ctx)
+    logger.info("loaded the weights of %s, computing in %s", opened.found.path, _precision(bf16))
+    parallel = ParallelModel(module, ctx, vocab_size=saved.model.vocab_size)
+    return LoadedModel(module=module, parallel=parallel, ctx=ctx)
 
 
-def _parallel(args: argparse.Namespace) -> ParallelConfig:
-    """The layout; sequence parallelism is off, for one new token cannot be split."""
+def parallel_config(args: argparse.Namespace) -> ParallelConfig:
+    """Return the layout; sequence parallelism is off, because one new token cannot be split."""
     sizes = {name: getattr(args, name) for name in _LAYOUT_HELP}
     return ParallelConfig(device=args.device, sequence_parallel=False, **sizes)
 

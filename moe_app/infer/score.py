@@ -1,9 +1,9 @@
-"""Log-probabilities of texts under a trained model, alone or under torchrun.
+"""Compute log-probabilities of texts under a trained model, alone or under torchrun.
 
     python tools/score.py --load runs/quickstart --input texts.jsonl --output scored.jsonl
 
 Each line of the input is an object with a text or a list of tokens; the output has the same lines
-with `token_logprobs`, `sum_logprob` and `num_tokens` added. docs/inference.md says what they are.
+with `token_logprobs`, `sum_logprob` and `num_tokens` added. docs/inference.md defines them.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.trainer.errors import CheckpointError, ConfigError
-from megatron.trainer.inference.lines import Line, WholeFile, read_tokens
+from megatron.trainer.inference.lines import AtomicFile, Line, read_tokens
 from megatron.trainer.inference.scoring import compute_logits, score
 from megatron.trainer.runtime.launch import agree, environment_rank, run_main
 from megatron.trainer.runtime.log import configure_logging
@@ -33,31 +33,31 @@ logger = logging.getLogger("score")
 
 T = TypeVar("T")
 
-WRITTEN = ("token_logprobs", "sum_logprob", "num_tokens")
+OUTPUT_KEYS = ("token_logprobs", "sum_logprob", "num_tokens")
 """The keys that are added to each object."""
 LOGITS_LIMIT_BYTES = 1 << 30
-"""The largest array of `--logits`, which is put together in memory."""
+"""The largest array of `--logits`, which is assembled in memory."""
 TOKENS_PER_ROUND = 1 << 19
-"""About how many tokens are read, sorted by length, scored and written at a time."""
+"""Approximate number of tokens read, sorted by length, scored and written at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Survey:
-    """What is in an input all of whose lines are sound."""
+class InputStats:
+    """Summarizes an input whose lines are all valid."""
 
     num_lines: int
-    """Lines."""
+    """Number of lines."""
     longest: int
-    """Tokens of the longest."""
+    """Tokens of the longest line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Score as `argv` says; returns the exit status."""
+    """Score as `argv` says; return the exit status."""
     return run_main(lambda: run(open_model.parse(make_parser(), argv)))
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the command-line parser."""
     parser = argparse.ArgumentParser(
         prog=program("score"),
         description="Log-probabilities of texts under a trained model, alone or under torchrun.",
@@ -93,34 +93,36 @@ def run(args: argparse.Namespace) -> None:
     """Load the model and score every line.
 
     Raises:
-        UserError: a flag, the input, the checkpoint or the tokenizer is wrong.
+        UserError: a flag, the input, the checkpoint or the tokenizer is invalid.
     """
     configure_logging(environment_rank())
-    with open_model.ranks(args), contextlib.ExitStack() as stack:
+    with open_model.joined_ranks(args), contextlib.ExitStack() as stack:
         opened = open_model.open_checkpoint(args, prog=program("score"))
         reader = InputReader(args, opened)
-        survey = agree(reader.survey)
-        agree(lambda: check_logits(args, survey, opened.saved.model.vocab_size))
+        stats = agree(reader.measure)
+        agree(lambda: check_logits(args, stats, opened.saved.model.vocab_size))
         output = agree(lambda: open_output(args.output))
         logits_output = agree(lambda: open_output(args.logits))
         for file in (output, logits_output):
             if file is not None:
                 stack.enter_context(file)
         loaded = open_model.load_model(args, opened)
-        writer = Writer(output, logits_output, survey, opened.saved.model.vocab_size)
-        for lines in rounds(reader):
+        writer = ScoreWriter(output, logits_output, stats, opened.saved.model.vocab_size)
+        for lines in read_rounds(reader):
             rows = {number: line.ids for number, line in enumerate(lines)}
-            scores = collect(score(loaded.staged, rows, **_share(args, loaded)))
+            scores = gather_on_rank_0(score(loaded.parallel, rows, **_sharding(args, loaded)))
             agree(functools.partial(writer.write, lines, scores))
             if args.logits is not None:
-                logits = collect(compute_logits(loaded.staged, rows, **_share(args, loaded)))
-                writer.take_logits(logits)
-            writer.count(lines)
+                logits = gather_on_rank_0(
+                    compute_logits(loaded.parallel, rows, **_sharding(args, loaded))
+                )
+                writer.add_logits(logits)
+            writer.advance(lines)
         agree(writer.finish)
 
 
-def _share(args: argparse.Namespace, loaded: open_model.LoadedModel) -> dict[str, int]:
-    """How the rows of a round are dealt."""
+def _sharding(args: argparse.Namespace, loaded: open_model.LoadedModel) -> dict[str, int]:
+    """Return how the rows of a round are split into batches and over ranks."""
     return {
         "tokens_per_batch": args.tokens_per_batch,
         "data_parallel_rank": loaded.ctx.data_parallel_rank,
@@ -129,14 +131,14 @@ def _share(args: argparse.Namespace, loaded: open_model.LoadedModel) -> dict[str
 
 
 class InputReader:
-    """Reads the input, as often as it is asked to; the tokenizer is opened when a text needs it.
+    """Reads the input as often as requested; opens the tokenizer when a text needs it.
 
     Args:
         args: the command line.
         opened: the checkpoint.
     """
 
-    def __init__(self, args: argparse.Namespace, opened: open_model.Opened) -> None:
+    def __init__(self, args: argparse.Namespace, opened: open_model.OpenedCheckpoint) -> None:
         self._path = args.input
         self._seq_length = opened.saved.training.seq_length
         self._vocab_size = opened.saved.model.vocab_size
@@ -146,58 +148,58 @@ class InputReader:
         """Yield the lines.
 
         Raises:
-            ConfigError: a text needs a tokenizer, and there is none.
-            DataError: a line is wrong.
+            ConfigError: a text needs a tokenizer, and none is available.
+            DataError: a line is invalid.
         """
         yield from read_tokens(
             self._path,
             text_key="text",
             encode=lambda text: self._tokenizer().encode(text),
             vocab_size=self._vocab_size,
-            most_tokens=self._seq_length + 1,
+            max_tokens=self._seq_length + 1,
             rule=f"one more than {self._seq_length}, the --seq-length of training",
-            written_keys=WRITTEN,
+            written_keys=OUTPUT_KEYS,
         )
 
-    def survey(self) -> Survey:
-        """Look at every line once.
+    def measure(self) -> InputStats:
+        """Read and check every line once.
 
         Raises:
-            UserError: as when reading; or there are no lines.
+            UserError: a line is invalid, or there are none.
         """
         lengths = [len(line.ids) for line in self]
         if not lengths:
             raise ConfigError(
                 f"{self._path} has no lines; there is nothing to score; name another --input"
             )
-        return Survey(num_lines=len(lengths), longest=max(lengths))
+        return InputStats(num_lines=len(lengths), longest=max(lengths))
 
 
-class Writer:
-    """Puts results into the output files; does nothing where there are none, on ranks above 0.
+class ScoreWriter:
+    """Writes results to the output files; does nothing on ranks above 0, which have none.
 
     Args:
-        output: for the lines.
-        logits_output: for the logits, if they are wanted.
-        survey: of the input.
+        output: file for the lines.
+        logits_output: file for the logits, if requested.
+        stats: the input's size.
         vocab_size: v.
     """
 
     def __init__(
         self,
-        output: WholeFile | None,
-        logits_output: WholeFile | None,
-        survey: Survey,
+        output: AtomicFile | None,
+        logits_output: AtomicFile | None,
+        stats: InputStats,
         vocab_size: int,
     ) -> None:
         self._output = output
         self._logits_output = logits_output
-        self._survey = survey
+        self._stats = stats
         self._num_lines = 0
         self._num_scored = 0
         self._sum = 0.0
         self._started = time.perf_counter()
-        shape = (survey.num_lines, survey.longest - 1, vocab_size)
+        shape = (stats.num_lines, stats.longest - 1, vocab_size)
         self._logits = None if logits_output is None else np.full(shape, np.nan, dtype=np.float32)
 
     def write(self, lines: Sequence[Line], scores: Mapping[int, list[float]]) -> None:
@@ -213,8 +215,8 @@ class Writer:
             values = scores.get(number, [])
             if not all(math.isfinite(value) for value in values):
                 raise CheckpointError(
-                    f"{line.where}: a log-probability is not finite; a sound model gives finite"
-                    " ones, so its weights are broken; take an earlier checkpoint with --ckpt-step"
+                    f"{line.where}: a log-probability is not finite; a valid model gives finite"
+                    " ones, so its weights are corrupt; take an earlier checkpoint with --ckpt-step"
                 )
             total = math.fsum(values)
             added = {
@@ -226,19 +228,19 @@ class Writer:
             self._sum += total
             self._num_scored += len(values)
 
-    def take_logits(self, logits: Mapping[int, torch.Tensor]) -> None:
-        """Keep the logits [tokens - 1, v] of the lines that `count` will count next."""
+    def add_logits(self, logits: Mapping[int, torch.Tensor]) -> None:
+        """Store the logits [tokens - 1, v] of the lines that `advance` counts next."""
         if self._logits is not None:
             for number, values in logits.items():
                 self._logits[self._num_lines + number, : len(values)] = values.numpy()
 
-    def count(self, lines: Sequence[Line]) -> None:
-        """Note that these are done."""
+    def advance(self, lines: Sequence[Line]) -> None:
+        """Count lines as done and log progress."""
         self._num_lines += len(lines)
-        logger.info("scored %d of %d lines", self._num_lines, self._survey.num_lines)
+        logger.info("scored %d of %d lines", self._num_lines, self._stats.num_lines)
 
     def finish(self) -> None:
-        """Put the files in their places.
+        """Move the files to their final paths.
 
         Raises:
             DataError: they cannot be written.
@@ -257,15 +259,15 @@ class Writer:
             )
 
 
-def rounds(reader: InputReader) -> Iterator[list[Line]]:
-    """Lines in groups of about TOKENS_PER_ROUND tokens; a collective call for each group."""
+def read_rounds(reader: InputReader) -> Iterator[list[Line]]:
+    """Yield lines in groups of about TOKENS_PER_ROUND tokens; a collective call for each group."""
     lines = iter(reader)
-    while group := agree(functools.partial(_take, lines)):
+    while group := agree(functools.partial(_next_group, lines)):
         yield group
 
 
-def _take(lines: Iterator[Line]) -> list[Line]:
-    """The next group; empty at the end."""
+def _next_group(lines: Iterator[Line]) -> list[Line]:
+    """Return the next group of lines; empty at the end."""
     group: list[Line] = []
     tokens = 0
     for line in lines:
@@ -276,34 +278,34 @@ def _take(lines: Iterator[Line]) -> list[Line]:
     return group
 
 
-def collect(found: dict[int, T]) -> dict[int, T]:
-    """What the ranks found, on rank 0; elsewhere nothing. A collective call."""
+def gather_on_rank_0(found: dict[int, T]) -> dict[int, T]:
+    """Gather the results of all ranks on rank 0; empty elsewhere. A collective call."""
     is_first = dist.get_rank() == 0
     everyone: list[dict[int, T]] = [{} for _ in range(dist.get_world_size())]
     dist.gather_object(found, everyone if is_first else None)
     return {number: value for each in everyone for number, value in each.items()}
 
 
-def check_logits(args: argparse.Namespace, survey: Survey, vocab_size: int) -> None:
-    """Refuse logits that would be too many, or go where the lines go.
+def check_logits(args: argparse.Namespace, stats: InputStats, vocab_size: int) -> None:
+    """Refuse logits that are too large, or share a file with the lines.
 
     Raises:
-        ConfigError: they are, or do.
+        ConfigError: either is the case.
     """
     if args.logits is not None and os.path.realpath(args.logits) == os.path.realpath(args.output):
         raise ConfigError(
             f"--output and --logits are both {args.logits}; each needs a file of its own; name"
             " another one"
         )
-    size = survey.num_lines * (survey.longest - 1) * vocab_size * 4
+    size = stats.num_lines * (stats.longest - 1) * vocab_size * 4
     if args.logits is not None and size > LOGITS_LIMIT_BYTES:
         raise ConfigError(
-            f"--logits would be {size:,} bytes ({survey.num_lines} lines x {survey.longest - 1} x"
+            f"--logits would be {size:,} bytes ({stats.num_lines} lines x {stats.longest - 1} x"
             f" {vocab_size} x 4); it must be at most {LOGITS_LIMIT_BYTES:,}; give fewer or shorter"
             " lines"
         )
 
 
-def open_output(path: str | None) -> WholeFile | None:
-    """An output file, on rank 0, if there is to be one."""
-    return None if path is None or environment_rank() != 0 else WholeFile(path)
+def open_output(path: str | None) -> AtomicFile | None:
+    """Open an output file on rank 0, if one is requested."""
+    return None if path is None or environment_rank() != 0 else AtomicFile(path)

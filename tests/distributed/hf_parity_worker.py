@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
-from megatron.trainer.inference.staged import StagedModel
+from megatron.trainer.inference.parallel_model import ParallelModel
 from megatron.trainer.runtime.launch import RunContext, environment_rank, initialize, shut_down
 from megatron.trainer.runtime.log import configure_logging
 from moe_app.pretrain.build import build_chunks
@@ -98,10 +98,10 @@ def inferred_logits(case: dict[str, Any], given: dict[str, Any]) -> dict[int, Te
     cfg = configure({**case, "flags": flags}, given, max(given["tokens"]))
     ctx = initialize(cfg, is_training=False)
     (chunk,) = build(given, ctx, cfg)
-    staged = StagedModel(chunk, ctx, vocab_size=cfg.model.vocab_size)
+    model = ParallelModel(chunk, ctx, vocab_size=cfg.model.vocab_size)
     found = {}
     for length, tokens in given["tokens"].items():
-        logits = staged.logits(tokens, torch.arange(length)[None])
+        logits = model.logits(tokens, torch.arange(length)[None])
         if logits is not None:
             found[length] = logits
     shut_down(keep_world=True)

@@ -1,4 +1,4 @@
-"""Every layout says and scores what one process does, and what plain whole passes do."""
+"""Compare generation and scoring under every layout with full forward passes in one process."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from moe_app.infer import open_model
 from moe_app.pretrain import pretrain
 from tests.distributed.launcher import HERE, flags, ranks
 
-# Of torch while it reads a checkpoint, and of megatron-core about its own embedding and loss.
+# From torch when it reads a checkpoint, and from megatron-core about its embedding and loss.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Please use DTensor:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning"),
@@ -58,15 +58,15 @@ def random_rows(*lengths: int, seed: int) -> list[list[int]]:
     return [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
-# Five prompts in batches of two: the data parallel ranks hold unequal numbers of them, and the
-# last round leaves one rank without any.
+# Five prompts in batches of two: data parallel ranks hold unequal numbers of them, and in the
+# last round one rank has none.
 PROMPTS = random_rows(3, 9, 1, 14, 6, seed=1)
 ROWS = random_rows(12, 5, 1, 33, 2, 20, 20, seed=2)
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of each family, of one step in one process; its weights are large enough to matter."""
+    """Train one step of each family, with weights large enough to matter."""
     # torch.device("meta") looks its factories up once: before they are redirected to the CPU.
     torch.utils._device._device_constructors()
     runs = {}
@@ -86,26 +86,26 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def truth(checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    """What whole passes in this process say, token after token."""
-    return {family: say(run) for family, run in checkpoints.items()}
+    """Compute results by full forward passes in this process, token by token."""
+    return {family: reference_results(run) for family, run in checkpoints.items()}
 
 
-def say(run: Path) -> dict[str, Any]:
+def reference_results(run: Path) -> dict[str, Any]:
     args = parse(["--load", str(run)])
-    connect(open_model._parallel(args))
+    connect(open_model.parallel_config(args))
     try:
         loaded = open_model.load_model(args, open_model.open_checkpoint(args, prog="test"))
         module = loaded.module
-        texts = [continue_plainly(module, ids) for ids in PROMPTS]
+        texts = [generate_without_cache(module, ids) for ids in PROMPTS]
         scores = []
         for row in ROWS:
-            log_probs = whole_pass(module, row).log_softmax(dim=-1)[:-1]
+            log_probs = full_forward(module, row).log_softmax(dim=-1)[:-1]
             labels = torch.tensor(row[1:], dtype=torch.int64)[:, None]
             scores.append(log_probs.gather(1, labels)[:, 0].tolist())
         return {
             "greedy": texts,
             "scores": scores,
-            "logits": whole_pass(module, ROWS[-1])[:-1],
+            "logits": full_forward(module, ROWS[-1])[:-1],
         }
     finally:
         shut_down()
@@ -118,17 +118,17 @@ def parse(arguments: list[str]) -> Any:
 
 
 @torch.no_grad()
-def whole_pass(module: nn.Module, ids: list[int]) -> Tensor:
-    """Logits [s, v] of the real vocabulary."""
+def full_forward(module: nn.Module, ids: list[int]) -> Tensor:
+    """Return logits [s, v] of the real vocabulary."""
     positions = torch.arange(len(ids))[None]
     logits: Tensor = module(torch.tensor([ids]), positions, None)[0, :, :VOCAB]
     return logits.float()
 
 
-def continue_plainly(module: nn.Module, ids: list[int]) -> list[int]:
+def generate_without_cache(module: nn.Module, ids: list[int]) -> list[int]:
     text = list(ids)
     for _ in range(NEW):
-        text.append(int(whole_pass(module, text)[-1].argmax()))
+        text.append(int(full_forward(module, text)[-1].argmax()))
     return text[len(ids) :]
 
 
@@ -173,14 +173,16 @@ def compare(found: dict[str, Any], truth: dict[str, Any]) -> None:
     assert found["greedy"] == truth["greedy"]
     for values, expected in zip(found["scores"], truth["scores"], strict=True):
         assert values == pytest.approx(expected, abs=TOLERANCE, rel=0)
-    # One rank's logits are not finite: all ranks end with it, none waits.
-    assert found["broken"].startswith(f"{VOCAB} of {VOCAB} logits are not finite; a sound model")
+    # When one rank's logits are not finite, all ranks raise and none hangs.
+    assert found["non_finite_error"].startswith(
+        f"{VOCAB} of {VOCAB} logits are not finite; a valid model"
+    )
     logits = torch.tensor(found["logits"])
     torch.testing.assert_close(logits, truth["logits"], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_process_says_what_whole_passes_do(
+def test_one_process_match_full_forward_passes(
     family: str, one: dict[str, Any], truth: dict[str, Any]
 ) -> None:
     compare(one[f"{family}_one"], truth[family])
@@ -189,7 +191,7 @@ def test_one_process_says_what_whole_passes_do(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", TWO_RANKS)
-def test_two_ranks_say_what_whole_passes_do(
+def test_two_ranks_match_full_forward_passes(
     family: str, layout: str, one: dict[str, Any], two: dict[str, Any], truth: dict[str, Any]
 ) -> None:
     compare(two[f"{family}_{layout}"], truth[family])
@@ -198,7 +200,7 @@ def test_two_ranks_say_what_whole_passes_do(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", FOUR_RANKS)
-def test_four_ranks_say_what_whole_passes_do(
+def test_four_ranks_match_full_forward_passes(
     family: str, layout: str, one: dict[str, Any], four: dict[str, Any], truth: dict[str, Any]
 ) -> None:
     compare(four[f"{family}_{layout}"], truth[family])

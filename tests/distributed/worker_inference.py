@@ -1,11 +1,11 @@
-"""Generates and scores under several layouts, in the ranks that torchrun started.
+"""Generate and score under several layouts, in the ranks that torchrun started.
 
 Usage: torchrun ... worker_inference.py TASK.json OUT
 
 TASK.json: {"prompts": [[id, ...]], "rows": [[id, ...]], "stop_id": id, "new": number of tokens,
-"cases": {NAME: [flag, ...]}}. For each case OUT/NAME.json gets what rank 0 knows in
-the end: greedy and sampled tokens, scores by row, the logits of the last row, and the error that a
-broken rank ends in.
+"cases": {NAME: [flag, ...]}}. For each case OUT/NAME.json gets what rank 0 has in the end: greedy
+and sampled tokens, scores by row, the logits of the last row, and the error raised when one rank's
+logits are not finite.
 """
 
 import json
@@ -32,7 +32,7 @@ def main() -> None:
     for name, flags in task["cases"].items():
         # Any prompt will do here: the tool's own are not read.
         args = generate.make_parser().parse_args([*flags, "--prompt", ""])
-        connect(open_model._parallel(args))
+        connect(open_model.parallel_config(args))
         found = run_case(args, task)
         if environment_rank() == 0:
             (out / f"{name}.json").write_text(json.dumps(found))
@@ -47,44 +47,44 @@ def run_case(args: Any, task: dict[str, Any]) -> dict[str, Any]:
         "data_parallel_rank": loaded.ctx.data_parallel_rank,
         "data_parallel_size": loaded.ctx.layout.data,
     }
-    scores = score.collect(score_rows(loaded.staged, rows, **share))
+    scores = score.gather_on_rank_0(score_rows(loaded.parallel, rows, **share))
     last = {0: task["rows"][-1]}
-    logits = score.collect(compute_logits(loaded.staged, last, **share))
+    logits = score.gather_on_rank_0(compute_logits(loaded.parallel, last, **share))
     return {
-        "greedy": in_rounds(loaded, task, args.batch_size, is_greedy=True),
-        "sampled": in_rounds(loaded, task, args.batch_size, is_greedy=False),
+        "greedy": generate_in_rounds(loaded, task, args.batch_size, is_greedy=True),
+        "sampled": generate_in_rounds(loaded, task, args.batch_size, is_greedy=False),
         "scores": [scores.get(number, []) for number in rows],
         "logits": logits[0].tolist() if logits else None,
         "sequence_parallel": cast(Any, loaded.module).config.sequence_parallel,
-        "broken": error_when_broken(loaded, task, args.batch_size),
+        "non_finite_error": error_of_non_finite_rank(loaded, task, args.batch_size),
     }
 
 
-def error_when_broken(
+def error_of_non_finite_rank(
     loaded: open_model.LoadedModel, task: dict[str, Any], size: int
 ) -> str | None:
-    """What rank 0 hears when only the last data parallel rank's logits are not finite."""
+    """Return rank 0's error when only the last data parallel rank's logits are not finite."""
     is_last_share = loaded.ctx.data_parallel_rank == loaded.ctx.layout.data - 1
-    if loaded.staged.is_last and is_last_share:
+    if loaded.parallel.is_last and is_last_share:
         cast(Any, loaded.module).decoder.final_layernorm.weight.data.fill_(torch.nan)
     try:
-        in_rounds(loaded, task, size, is_greedy=True)
+        generate_in_rounds(loaded, task, size, is_greedy=True)
     except CheckpointError as error:
         return str(error)
     return None
 
 
-def in_rounds(
+def generate_in_rounds(
     loaded: open_model.LoadedModel, task: dict[str, Any], size: int, *, is_greedy: bool
 ) -> list[list[int]]:
-    vocab_size = loaded.staged.vocab_size
+    vocab_size = loaded.parallel.vocab_size
     tokenizer = cast(Any, SimpleNamespace(eod=task["stop_id"], vocab_size=vocab_size))
     prompts = [make_prompt(ids, task["new"], i, is_greedy) for i, ids in enumerate(task["prompts"])]
     per_round = size * loaded.ctx.layout.data
     new: list[list[int]] = []
     for start in range(0, len(prompts), per_round):
         some = prompts[start : start + per_round]
-        new += generate.continue_round(loaded, some, tokenizer)
+        new += generate.generate_round(loaded, some, tokenizer)
     return new
 
 
@@ -94,7 +94,7 @@ def make_prompt(ids: list[int], count: int, seed: int, is_greedy: bool) -> Promp
     def draw(logits: torch.Tensor) -> int:
         return next_token(logits, temperature=1.0, top_p=0.9, top_k=50, generator=generator)
 
-    return Prompt(ids=ids, choose=greedy_token if is_greedy else draw, max_new_tokens=count)
+    return Prompt(ids=ids, sample=greedy_token if is_greedy else draw, max_new_tokens=count)
 
 
 if __name__ == "__main__":

@@ -159,13 +159,13 @@ def test_sampled_text_follows_the_seed(run: Path, capsys: pytest.CaptureFixture[
         ),
         (
             ["--prompt", "one\udcff"],
-            "ConfigError: --prompt number 1 ('one\\udcff') is not UTF-8 at character 3; a prompt"
-            " must be; encode it so",
+            "ConfigError: --prompt number 1 ('one\\udcff') is not UTF-8 at character 3; prompts"
+            " must be valid UTF-8; re-encode it",
         ),
         (
             ["--prompt", "one", "--seed", "-1"],
-            "ConfigError: --seed is -1; it must be 0 to 2^62, with room for a number a prompt; use"
-            " a smaller one",
+            "ConfigError: --seed is -1; it must be 0 to 2^62, leaving room for one seed per"
+            " prompt; use a smaller one",
         ),
         (
             ["--prompt", "one", "--top-p", "2"],
@@ -197,21 +197,21 @@ def arguments_of(**settings: str | None) -> argparse.Namespace:
 def test_run_without_a_tokenizer_needs_one_named(tmp_path: Path) -> None:
     found = FoundCheckpoint(path=tmp_path / "iter_0000001", iteration=1)
     message = (
-        f"{found.path} brings no tokenizer, because its run had no --tokenizer-model; text needs"
+        f"{found.path} has no tokenizer, because its run had no --tokenizer-model; text needs"
         " one; name the tokenizer that made the training data with --tokenizer-model"
     )
     with pytest.raises(ConfigError, match=re.escape(message)):
         open_model.find_tokenizer(DataConfig(), found, arguments_of())
-    # A run with mock data carries none along, even when its config names one.
+    # A run on mock data saves no tokenizer, even when its config names one.
     mock = DataConfig(mock_data=True, tokenizer_model="tokenizer.json")
-    with pytest.raises(ConfigError, match="brings no tokenizer, because its data were --mock-data"):
+    with pytest.raises(ConfigError, match="has no tokenizer, because its data were --mock-data"):
         open_model.find_tokenizer(mock, found, arguments_of())
 
 
 def test_lines_and_logits_need_files_of_their_own(tmp_path: Path) -> None:
     args = argparse.Namespace(output=f"{tmp_path}/a", logits=f"{tmp_path}/./a")
     with pytest.raises(ConfigError, match="--output and --logits are both"):
-        score.check_logits(args, score.Survey(num_lines=1, longest=2), 3)
+        score.check_logits(args, score.InputStats(num_lines=1, longest=2), 3)
 
 
 def test_tokenizer_of_the_checkpoint_yields_to_a_named_one(run: Path, tmp_path: Path) -> None:

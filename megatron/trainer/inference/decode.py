@@ -1,4 +1,4 @@
-"""Continuing prompts, a batch at a time; each token is computed once."""
+"""Continue prompts in batches with a key-value cache, so that each token is computed once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,52 +7,53 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron.trainer.inference.sampling import Choice, broken_logits, count_broken
+from megatron.trainer.inference.sampling import TokenSampler, count_non_finite, non_finite_error
 
 
 class Decoder(Protocol):
-    """A model that remembers the tokens of earlier passes, on one rank or over many."""
+    """Computes next-token logits with a cache of earlier tokens, on one rank or many."""
 
     def next_logits(self, tokens: Tensor, position_ids: Tensor, last: Tensor) -> Tensor | None:
-        """Take in tokens, and say what may follow.
+        """Process tokens, and return the logits that follow.
 
         Args:
             tokens: [b, n] int64 on the CPU.
-            position_ids: [b, n] where they stand in their rows.
-            last: [b] which of the n tokens the logits are wanted after.
+            position_ids: [b, n] positions in their rows.
+            last: [b] index of the token after which logits are computed.
 
         Returns:
-            [b, v], v padded or not; None on a rank that the logits do not reach.
+            [b, v], v padded or not; None on a rank without logits.
         """
         ...
 
-    def share(self, values: list[int] | None, *, count: int) -> list[int]:
-        """The `count` numbers of the rank that chose, on all ranks that share these prompts.
+    def broadcast(self, values: list[int] | None, *, count: int) -> list[int]:
+        """Return the `count` integers of the output rank, on all ranks that share these prompts.
 
-        Every rank to which `next_logits` gave logits offers values, the others None.
+        Every rank to which `next_logits` gave logits passes values, the others None.
         """
         ...
 
-    def most(self, values: list[int]) -> list[int]:
-        """The largest of each number over all ranks of the run."""
+    def all_reduce_max(self, values: list[int]) -> list[int]:
+        """Return the maximum of each value over all ranks of the run."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt, and how the text goes on from it."""
+    """Holds a prompt, and how to continue it."""
 
     ids: list[int]
-    """Its tokens, at least one."""
-    choose: Choice
-    """Picks each next token; called in order on the ranks that have logits, of which one counts."""
+    """Prompt tokens, at least one."""
+    sample: TokenSampler
+    """Samples each next token; called in order on the ranks that have logits, one of which
+    decides."""
     max_new_tokens: int
-    """Most tokens to add; 0 for a row that only keeps other ranks company."""
+    """Maximum tokens to add; 0 for a dummy row that keeps collectives matched."""
 
 
 @dataclass(kw_only=True)
 class _Row:
-    """How far a prompt has come."""
+    """Tracks the continuation of a prompt."""
 
     prompt: Prompt
     stop_id: int
@@ -72,8 +73,8 @@ class _Row:
         return len(self.prompt.ids) + len(self.new) - 1
 
 
-def capacity_of(prompts: Sequence[Prompt]) -> int:
-    """Positions that the longest prompt and its continuation take."""
+def cache_capacity(prompts: Sequence[Prompt]) -> int:
+    """Return the positions that the longest prompt and its continuation take."""
     return max(len(prompt.ids) + prompt.max_new_tokens for prompt in prompts)
 
 
@@ -81,18 +82,17 @@ def capacity_of(prompts: Sequence[Prompt]) -> int:
 def generate(
     model: Decoder, prompts: Sequence[Prompt], *, stop_id: int, vocab_size: int
 ) -> list[list[int]]:
-    """Continue prompts side by side; a collective call.
+    """Continue a batch of prompts; a collective call.
 
-    The first pass takes in all prompts, padded on the right; then each pass takes one token of
-    every row. All ranks of the run make the same number of passes, as long as any row of any rank
-    is not done: with expert parallelism each pass needs everyone.
+    The first pass processes all prompts, padded on the right; each later pass processes one token
+    of every row. All ranks of the run make the same number of passes, until every row of every rank
+    is done, because under expert parallelism each pass is collective.
 
     Args:
-        model: with nothing remembered yet.
-        prompts: this data parallel rank's, at least one.
+        model: with an empty cache.
+        prompts: those of this data parallel rank, at least one.
         stop_id: id that ends a text, such as the end of a document.
-        vocab_size: ids that mean something; logits from there on belong to padding of the
-            embedding and are never chosen.
+        vocab_size: real token ids; logits beyond are embedding padding and never sampled.
 
     Returns:
         Each prompt's new tokens; `stop_id` is last if the text ended by itself.
@@ -104,15 +104,17 @@ def generate(
     tokens, position_ids, last = _first_pass(prompts)
     while True:
         logits = model.next_logits(tokens, position_ids, last)
-        offered = None if logits is None else _choose(rows, logits[:, :vocab_size])
-        *chosen, broken = model.share(offered, count=len(rows) + 1)
+        offered = None if logits is None else _sample_tokens(rows, logits[:, :vocab_size])
+        *chosen, broken = model.broadcast(offered, count=len(rows) + 1)
         for row, token in zip(rows, chosen, strict=True):
             if not row.is_done:
                 row.new.append(token)
-        is_open, broken = model.most([int(any(not row.is_done for row in rows)), broken])
+        is_unfinished, broken = model.all_reduce_max(
+            [int(any(not row.is_done for row in rows)), broken]
+        )
         if broken:
-            raise broken_logits(broken, vocab_size)
-        if not is_open:
+            raise non_finite_error(broken, vocab_size)
+        if not is_unfinished:
             return [row.new for row in rows]
         tokens = torch.tensor([[row.last_token] for row in rows])  # [b, 1]
         position_ids = torch.tensor([[row.last_position] for row in rows])  # [b, 1]
@@ -120,7 +122,7 @@ def generate(
 
 
 def _first_pass(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens and positions [b, s] of the prompts, and where each ends, [b]."""
+    """Return tokens and positions [b, s] of the prompts, and the last index of each, [b]."""
     lengths = [len(prompt.ids) for prompt in prompts]
     longest = max(lengths)
     tokens = torch.tensor([prompt.ids + [0] * (longest - len(prompt.ids)) for prompt in prompts])
@@ -128,18 +130,18 @@ def _first_pass(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, Tensor]:
     return tokens, position_ids, torch.tensor(lengths) - 1
 
 
-def _choose(rows: Sequence[_Row], logits: Tensor) -> list[int]:
-    """A token for each row, and how many logits of the first broken row are not finite.
+def _sample_tokens(rows: Sequence[_Row], logits: Tensor) -> list[int]:
+    """Sample a token for each row; append the non-finite logits of the first invalid row.
 
     Args:
-        rows: b of them; those that are done get token 0.
-        logits: [b, v], on the rank that chooses and on its copies.
+        rows: b rows; finished ones get token 0.
+        logits: [b, v], on the output rank and its replicas.
     """
     values = logits.to("cpu", torch.float32)
-    open_rows = [index for index, row in enumerate(rows) if not row.is_done]
-    broken = next((count for index in open_rows if (count := count_broken(values[index]))), 0)
+    unfinished = [index for index, row in enumerate(rows) if not row.is_done]
+    broken = next((count for index in unfinished if (count := count_non_finite(values[index]))), 0)
     chosen = [0] * len(rows)
     if not broken:
-        for index in open_rows:
-            chosen[index] = rows[index].prompt.choose(values[index])
+        for index in unfinished:
+            chosen[index] = rows[index].prompt.sample(values[index])
     return [*chosen, broken]

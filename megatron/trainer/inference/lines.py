@@ -1,4 +1,4 @@
-"""Texts or tokens out of JSON Lines files, and files that appear under their name when whole."""
+"""Read texts or tokens from JSON Lines, and write files that appear only when complete."""
 
 import json
 import os
@@ -18,14 +18,14 @@ TOKENS_KEY = "tokens"
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One line of an input."""
+    """Holds one line of an input."""
 
     where: str
     """File and line, for messages."""
     record: dict[str, Any]
-    """The whole object."""
+    """The parsed object."""
     ids: list[int]
-    """Its tokens, at least one."""
+    """Tokens, at least one."""
 
 
 def read_tokens(
@@ -34,7 +34,7 @@ def read_tokens(
     text_key: str,
     encode: Callable[[str], list[int]],
     vocab_size: int,
-    most_tokens: int,
+    max_tokens: int,
     rule: str,
     written_keys: Collection[str],
 ) -> Iterator[Line]:
@@ -43,15 +43,15 @@ def read_tokens(
     Args:
         path: JSON Lines; each object has either a text or, under "tokens", a list of ids. Its
             other keys may be anything.
-        text_key: where the text is.
+        text_key: key of the text.
         encode: turns a text into ids.
-        vocab_size: ids are below it.
-        most_tokens: the longest line that is allowed.
-        rule: why no longer ones are, for the message.
-        written_keys: what will be added to the object, and must not be there.
+        vocab_size: exclusive upper bound of ids.
+        max_tokens: longest line allowed.
+        rule: why there is a limit, for the message.
+        written_keys: keys that will be added to the object, which it must not have.
 
     Raises:
-        DataError: the file is missing, or a line is wrong; names the line.
+        DataError: the file is missing or a line is invalid; names the line.
     """
     for number, line in read_lines(path):
         where = f"{path}, line {number}"
@@ -59,7 +59,7 @@ def read_tokens(
         taken = sorted(record.keys() & set(written_keys))
         if taken:
             raise DataError(
-                f"{where}: has the key {taken[0]!r}, which is to be written; nothing is"
+                f"{where}: has the key {taken[0]!r}, which the output adds; keys are not"
                 " overwritten; remove or rename it"
             )
         given = [key for key in (text_key, TOKENS_KEY) if key in record]
@@ -78,9 +78,9 @@ def read_tokens(
                 f"{where}: {given[0]!r} has no tokens; the model needs at least one; repair or"
                 " remove the line"
             )
-        if len(ids) > most_tokens:
+        if len(ids) > max_tokens:
             raise DataError(
-                f"{where}: {given[0]!r} has {len(ids)} tokens; at most {most_tokens} are possible,"
+                f"{where}: {given[0]!r} has {len(ids)} tokens; at most {max_tokens} are allowed,"
                 f" {rule}; shorten or split it"
             )
         yield Line(where=where, record=record, ids=ids)
@@ -95,43 +95,43 @@ def _checked_ids(value: object, *, vocab_size: int, where: str) -> list[int]:
     for index, token in enumerate(value):
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
             raise DataError(
-                f"{where}: {TOKENS_KEY!r} has {token!r} at place {index}; ids are whole numbers"
+                f"{where}: {TOKENS_KEY!r} has {token!r} at index {index}; ids are integers"
                 f" from 0 to {vocab_size - 1}; repair or remove the line"
             )
     return value
 
 
-class WholeFile:
-    """A file that is written beside its place and takes it, in one step, when it is complete.
+class AtomicFile:
+    """Writes a temporary file beside `path` and renames it to `path` when it is complete.
 
-    A context manager; an exception inside leaves the place as it was.
+    A context manager; an exception inside leaves `path` as it was.
 
     Args:
-        path: its place; a file there is replaced.
+        path: final path; a file there is replaced.
 
     Raises:
-        DataError: it cannot be written.
+        DataError: the file cannot be written.
     """
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
         self._temporary = self._path.with_name(f"{self._path.name}.tmp-{os.getpid()}")
         if self._path.is_dir() or not self._path.parent.is_dir():
-            what = "is a directory" if self._path.is_dir() else "lies in no directory"
+            what = "is a directory" if self._path.is_dir() else "is in no existing directory"
             raise DataError(f"output {path} {what}; name a file in a directory that exists")
         try:
             self.file: IO[bytes] = self._temporary.open("wb")
         except OSError as error:
             raise self._failure(error) from error
 
-    def __enter__(self) -> "WholeFile":
+    def __enter__(self) -> "AtomicFile":
         return self
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Append an object as a line."""
         try:
             text = json.dumps(record, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:  # a lone surrogate in a key that is only kept: as an escape
+        except UnicodeEncodeError:  # a lone surrogate in another key: write it escaped
             text = json.dumps(record).encode("ascii")
         try:
             self.file.write(text + b"\n")
@@ -139,14 +139,14 @@ class WholeFile:
             raise self._failure(error) from error
 
     def write_array(self, array: np.ndarray) -> None:
-        """Write an array as a .npy file has it."""
+        """Write an array in .npy format."""
         try:
             np.save(self.file, array, allow_pickle=False)
         except OSError as error:
             raise self._failure(error) from error
 
     def finish(self) -> None:
-        """Force it to the disk and put it in its place."""
+        """Sync the file to disk and rename it to its final path."""
         try:
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -161,7 +161,7 @@ class WholeFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Remove what was not finished."""
+        """Remove an unfinished file."""
         self.file.close()
         self._temporary.unlink(missing_ok=True)
 

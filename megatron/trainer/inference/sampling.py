@@ -1,4 +1,4 @@
-"""The choice of the next token from its logits."""
+"""Sample the next token from its logits."""
 
 from collections.abc import Callable
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 from megatron.trainer.errors import CheckpointError, ConfigError
 
-Choice = Callable[[Tensor], int]
-"""Logits [v] of the next token to its id."""
+TokenSampler = Callable[[Tensor], int]
+"""Maps logits [v] of the next token to its id."""
 
 
 def greedy_token(logits: Tensor) -> int:
-    """The likeliest token, the first of several that are equally likely.
+    """Return the likeliest token, the lowest id among ties.
 
     Args:
         logits: [v] any floating dtype, all finite.
@@ -39,11 +39,11 @@ def next_token(
 
     Args:
         logits: [v] any floating dtype, all finite.
-        temperature: divides the logits, above 0; towards 0 the likeliest token is certain.
+        temperature: divides the logits, above 0; near 0 the draw is greedy.
         top_p: probability mass to draw from, above 0; 1 draws from all tokens.
-        top_k: only so many of the likeliest tokens have any probability, at least 1; None means
-            all. `top_p` is a share of what these have.
-        generator: of the CPU; advanced by one draw.
+        top_k: draw only from this many likeliest tokens, at least 1; None means all. `top_p` is
+            a share of their probability.
+        generator: on the CPU; advanced by one draw.
 
     Raises:
         ConfigError: temperature, top_p or top_k is out of range.
@@ -53,13 +53,13 @@ def next_token(
     finite = _finite(logits)
     ordered, ids = finite.sort(descending=True, stable=True)  # [v]
     probs = ((ordered - ordered[0]) / temperature)[:top_k].softmax(dim=0)  # [k], or [v]
-    before = probs.cumsum(dim=0) - probs  # mass of the tokens that are likelier
+    before = probs.cumsum(dim=0) - probs  # mass of likelier tokens
     nucleus = probs.masked_fill(before >= top_p, 0.0)  # never all 0
     return int(ids[torch.multinomial(nucleus, 1, generator=generator)])
 
 
 def check_sampling(*, temperature: float, top_p: float, top_k: int | None = None) -> None:
-    """Refuse values that no distribution follows from.
+    """Refuse values that define no distribution.
 
     Raises:
         ConfigError: temperature is not a finite number above 0, top_p not in (0, 1], or top_k
@@ -82,23 +82,23 @@ def check_sampling(*, temperature: float, top_p: float, top_k: int | None = None
         )
 
 
-def broken_logits(count: int, size: int) -> CheckpointError:
-    """The error for `count` of `size` logits that are infinite or not a number."""
+def non_finite_error(count: int, size: int) -> CheckpointError:
+    """Return the error for `count` of `size` logits that are infinite or NaN."""
     return CheckpointError(
-        f"{count} of {size} logits are not finite; a sound model gives finite ones,"
-        " so its weights are broken; take an earlier checkpoint with --ckpt-step"
+        f"{count} of {size} logits are not finite; a valid model gives finite ones,"
+        " so its weights are corrupt; take an earlier checkpoint with --ckpt-step"
     )
 
 
-def count_broken(logits: Tensor) -> int:
-    """How many logits are infinite or not a number."""
+def count_non_finite(logits: Tensor) -> int:
+    """Count the logits that are infinite or NaN."""
     return int((~logits.isfinite()).sum())
 
 
 def _finite(logits: Tensor) -> Tensor:
-    """The logits [v] in fp64 on the CPU."""
+    """Return the logits [v] in fp64 on the CPU, refusing non-finite ones."""
     values = logits.detach().to("cpu", torch.float64)
-    broken = count_broken(values)
+    broken = count_non_finite(values)
     if broken:
-        raise broken_logits(broken, values.numel())
+        raise non_finite_error(broken, values.numel())
     return values

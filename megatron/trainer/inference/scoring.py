@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, in batches of similar lengths."""
+"""Compute log-probabilities of given tokens, in batches of similar lengths."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
@@ -6,34 +6,34 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_IDLE = (0, 0)
-"""A row for ranks that keep others company."""
+_DUMMY_ROW = (0, 0)
+"""A row for ranks without work, which keeps collectives matched."""
 
 
 class Scorer(Protocol):
-    """A model that tells probabilities, on one rank or over many."""
+    """Computes log-probabilities and logits, on one rank or many."""
 
     @property
-    def is_speaker(self) -> bool:
-        """Whether this rank hands on the results of the ranks that share a batch."""
+    def is_output_rank(self) -> bool:
+        """Return whether this rank returns the results of the ranks that share a batch."""
         ...
 
     def log_probs(self, tokens: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor | None:
-        """Log-probabilities [b, n] of `labels` [b, n], or None where they do not arrive."""
+        """Return log-probabilities [b, n] of `labels` [b, n], or None on a rank without logits."""
         ...
 
     def logits(self, tokens: Tensor, position_ids: Tensor) -> Tensor | None:
-        """Logits [b, n, v], or None where they do not arrive."""
+        """Return logits [b, n, v], or None on a rank without logits."""
         ...
 
 
 def plan_batches(lengths: Sequence[int], *, tokens_per_batch: int) -> list[list[int]]:
-    """Put rows of similar lengths together, the longest first.
+    """Group rows of similar lengths into batches, longest first.
 
     Args:
         lengths: tokens of each row that the model computes.
-        tokens_per_batch: most tokens of a batch, padding included; a longer row is a batch of its
-            own.
+        tokens_per_batch: maximum tokens of a batch, padding included; a longer row gets its own
+            batch.
 
     Returns:
         Batches of indices into `lengths`; each index is in one of them.
@@ -60,21 +60,21 @@ def score(
 
     Args:
         model: the model.
-        rows: token ids by number, the same on every rank.
+        rows: token ids by row number, the same on every rank.
         tokens_per_batch: see `plan_batches`.
-        data_parallel_rank: which share of the batches is this rank's.
-        data_parallel_size: shares.
+        data_parallel_rank: selects this rank's share of the batches.
+        data_parallel_size: number of shares.
 
     Returns:
-        On a speaker, for each of its share's rows by number, the log-probability of every token
-        from the second on. Elsewhere nothing.
+        On an output rank, the log-probability of every token from the second on, for each row of
+        its share by number. Elsewhere nothing.
     """
     scores: dict[int, list[float]] = {}
-    share = _share(rows, tokens_per_batch, data_parallel_rank, data_parallel_size)
-    for numbers, batch in share:
+    batches = _local_batches(rows, tokens_per_batch, data_parallel_rank, data_parallel_size)
+    for numbers, batch in batches:
         tokens, position_ids, labels = pad(batch)
         found = model.log_probs(tokens, position_ids, labels)
-        if found is not None and model.is_speaker:
+        if found is not None and model.is_output_rank:
             for number, row, values in zip(numbers, batch, found.tolist(), strict=False):
                 scores[number] = values[: len(row) - 1]
     return scores
@@ -88,25 +88,25 @@ def compute_logits(
     data_parallel_rank: int,
     data_parallel_size: int,
 ) -> dict[int, Tensor]:
-    """Logits of rows; arguments and collective nature as those of `score`.
+    """Compute logits of rows; a collective call with the arguments of `score`.
 
     Returns:
-        On a speaker, for each of its share's rows by number, fp32 logits [tokens - 1, v] on the
-        CPU: those after every token but the last. Elsewhere nothing.
+        On an output rank, fp32 logits [tokens - 1, v] on the CPU after every token but the last,
+        for each row of its share by number. Elsewhere nothing.
     """
     logits: dict[int, Tensor] = {}
-    share = _share(rows, tokens_per_batch, data_parallel_rank, data_parallel_size)
-    for numbers, batch in share:
+    batches = _local_batches(rows, tokens_per_batch, data_parallel_rank, data_parallel_size)
+    for numbers, batch in batches:
         tokens, position_ids, _ = pad(batch)
         found = model.logits(tokens, position_ids)
-        if found is not None and model.is_speaker:
+        if found is not None and model.is_output_rank:
             for number, row, values in zip(numbers, batch, found, strict=False):
                 logits[number] = values[: len(row) - 1].to("cpu", torch.float32)
     return logits
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs, positions and labels [b, longest row - 1], padded on the right.
+    """Return inputs, positions and labels [b, longest row - 1], padded on the right.
 
     Args:
         rows: b lists of at least two ids.
@@ -117,10 +117,10 @@ def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
     return padded[:, :-1], position_ids, padded[:, 1:]
 
 
-def _share(
+def _local_batches(
     rows: Mapping[int, Sequence[int]], tokens_per_batch: int, rank: int, size: int
 ) -> Iterator[tuple[list[int], list[Sequence[int]]]]:
-    """This rank's batches, numbers and rows; as many as every other rank's."""
+    """Yield row numbers and rows of this rank's batches; every rank yields as many."""
     numbers = [number for number, row in rows.items() if len(row) > 1]
     lengths = [len(rows[number]) - 1 for number in numbers]
     batches = plan_batches(lengths, tokens_per_batch=tokens_per_batch)
@@ -129,4 +129,4 @@ def _share(
             mine = [numbers[index] for index in batches[start + rank]]
             yield mine, [rows[number] for number in mine]
         else:
-            yield [], [_IDLE]
+            yield [], [_DUMMY_ROW]

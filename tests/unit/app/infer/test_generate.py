@@ -1,4 +1,4 @@
-"""Choosing tokens, against plain loops over probabilities; the loop around it, against a toy."""
+"""Compare sampling with plain loops over probabilities, and generation with a toy model."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron.trainer.errors import CheckpointError, ConfigError
 from megatron.trainer.inference.decode import Prompt, generate
-from megatron.trainer.inference.sampling import Choice, greedy_token, next_token
+from megatron.trainer.inference.sampling import TokenSampler, greedy_token, next_token
 
 LOGITS = torch.tensor([0.3, -1.2, 2.0, 0.3, -4.0, 1.1])
 
@@ -19,10 +19,10 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def nucleus_by_hand(
+def reference_nucleus(
     logits: list[float], temperature: float, top_p: float, top_k: int | None = None
 ) -> dict[int, float]:
-    """Probabilities of the tokens that may be drawn, one token after another."""
+    """Return the probabilities of the tokens that may be drawn, adding one token at a time."""
     least = sorted(logits, reverse=True)[:top_k][-1]  # no two logits at the cut are equal
     weights = [math.exp(logit / temperature) * (logit >= least) for logit in logits]
     probs = [weight / sum(weights) for weight in weights]
@@ -40,7 +40,7 @@ def nucleus_by_hand(
 def test_draws_follow_the_renormalised_nucleus(
     temperature: float, top_p: float, top_k: int | None
 ) -> None:
-    expected = nucleus_by_hand(LOGITS.tolist(), temperature, top_p, top_k)
+    expected = reference_nucleus(LOGITS.tolist(), temperature, top_p, top_k)
     generator, draws = seeded(3), 1000
     counts = Counter(
         next_token(LOGITS, temperature=temperature, top_p=top_p, top_k=top_k, generator=generator)
@@ -53,7 +53,7 @@ def test_draws_follow_the_renormalised_nucleus(
         assert abs(counts[token] - draws * prob) <= slack
 
 
-def test_nucleus_ends_with_the_token_that_reaches_top_p() -> None:
+def test_nucleus_is_the_smallest_set_reaching_top_p() -> None:
     # Four equal tokens of 1/4, exact in binary.
     for top_p, size in ((0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (1.0, 4)):
         generator = seeded(0)
@@ -72,12 +72,12 @@ def test_temperature_towards_zero_is_the_argmax(temperature: float) -> None:
         assert token == max(range(50), key=logits.tolist().__getitem__) == greedy_token(logits)
 
 
-def test_greedy_takes_the_first_of_equals() -> None:
+def test_greedy_breaks_ties_by_the_lowest_id() -> None:
     assert greedy_token(torch.tensor([1.0, 3.0, 3.0, 2.0])) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_draws_depend_on_values_and_seed_alone(dtype: torch.dtype) -> None:
+def test_draws_depend_only_on_values_and_seed(dtype: torch.dtype) -> None:
     logits = torch.randn(1000, generator=seeded(1)).to(torch.bfloat16)
 
     def draw(values: Tensor, seed: int) -> list[int]:
@@ -122,10 +122,10 @@ def test_top_k_out_of_range_is_refused(top_k: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
+def test_non_finite_logits_are_refused(bad: float) -> None:
     logits = torch.tensor([0.0, bad, 1.0])
     message = (
-        "1 of 3 logits are not finite; a sound model gives finite ones, so its weights are broken;"
+        "1 of 3 logits are not finite; a valid model gives finite ones, so its weights are corrupt;"
         " take an earlier checkpoint with --ckpt-step"
     )
     with pytest.raises(CheckpointError, match=re.escape(message)):
@@ -135,16 +135,16 @@ def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
 
 
 class SumModel:
-    """Remembers tokens by position; favours the sum of those up to `last`, modulo v.
+    """Predicts the sum of the tokens up to `last`, modulo v, remembering them by position.
 
-    Logits are [b, v + 2], and the two rows of padding have the largest of all.
+    Logits are [b, v + 2], and the two padding rows have the largest of all.
     """
 
     def __init__(self, vocab_size: int, *, rows: int = 1) -> None:
         self.vocab_size = vocab_size
         self.memory = torch.zeros(rows, 100, dtype=torch.int64)
         self.widths: list[int] = []
-        self.broken_row: int | None = None
+        self.non_finite_row: int | None = None
 
     def next_logits(self, tokens: Tensor, position_ids: Tensor, last: Tensor) -> Tensor:
         assert tokens.dtype == torch.int64 and tokens.shape == position_ids.shape
@@ -157,23 +157,25 @@ class SumModel:
         logits = torch.zeros(len(tokens), self.vocab_size + 2)
         logits.scatter_(1, wanted[:, None], 5.0)
         logits[:, self.vocab_size :] = 9.0
-        if self.broken_row is not None:
-            logits[self.broken_row, :3] = math.nan
+        if self.non_finite_row is not None:
+            logits[self.non_finite_row, :3] = math.nan
         return logits
 
-    def share(self, values: list[int] | None, *, count: int) -> list[int]:
+    def broadcast(self, values: list[int] | None, *, count: int) -> list[int]:
         assert values is not None and len(values) == count
         return values
 
-    def most(self, values: list[int]) -> list[int]:
+    def all_reduce_max(self, values: list[int]) -> list[int]:
         return values
 
 
-def prompt_of(ids: list[int], count: int, choose: Choice = greedy_token) -> Prompt:
-    return Prompt(ids=ids, choose=choose, max_new_tokens=count)
+def prompt_of(ids: list[int], count: int, sample: TokenSampler = greedy_token) -> Prompt:
+    return Prompt(ids=ids, sample=sample, max_new_tokens=count)
 
 
-def sum_by_hand(prompt: list[int], vocab_size: int, count: int, stop_id: int) -> list[int]:
+def reference_continuation(
+    prompt: list[int], vocab_size: int, count: int, stop_id: int
+) -> list[int]:
     tokens = list(prompt)
     while len(tokens) < len(prompt) + count:
         tokens.append(sum(tokens) % vocab_size)
@@ -184,16 +186,16 @@ def sum_by_hand(prompt: list[int], vocab_size: int, count: int, stop_id: int) ->
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12])
 @pytest.mark.parametrize("stop_id", [0, 4, 99])
-def test_generation_is_the_plain_loop(count: int, stop_id: int) -> None:
+def test_generation_matches_a_plain_loop(count: int, stop_id: int) -> None:
     prompt, vocab_size = [3, 1, 3], 11
     model = SumModel(vocab_size)
     (new,) = generate(model, [prompt_of(prompt, count)], stop_id=stop_id, vocab_size=vocab_size)
-    assert new == sum_by_hand(prompt, vocab_size, count, stop_id)
+    assert new == reference_continuation(prompt, vocab_size, count, stop_id)
     assert model.widths == [3] + [1] * (len(new) - 1)  # no token is computed twice
 
 
 @pytest.mark.parametrize("stop_id", [0, 4, 99])
-def test_row_of_a_batch_is_generated_as_alone(stop_id: int) -> None:
+def test_batched_rows_match_rows_generated_alone(stop_id: int) -> None:
     prompts = [[3, 1, 3], [7], [2, 2, 2, 2, 2, 2], [5, 5]]
     counts = [4, 9, 1, 0]
     model = SumModel(11, rows=4)
@@ -204,12 +206,12 @@ def test_row_of_a_batch_is_generated_as_alone(stop_id: int) -> None:
         vocab_size=11,
     )
     for ids, count, new in zip(prompts, counts, found, strict=True):
-        assert new == sum_by_hand(ids, 11, count, stop_id)
+        assert new == reference_continuation(ids, 11, count, stop_id)
     # The batch ends with its longest row, at most one token a pass.
     assert len(model.widths) == max(1, *(len(new) for new in found))
 
 
-def test_padding_of_the_vocabulary_is_never_drawn() -> None:
+def test_vocabulary_padding_is_never_sampled() -> None:
     generator = seeded(2)
 
     def draw(logits: Tensor) -> int:
@@ -219,9 +221,9 @@ def test_padding_of_the_vocabulary_is_never_drawn() -> None:
     assert set(new) == set(range(6))
 
 
-def test_batch_with_broken_logits_is_refused() -> None:
+def test_batch_with_non_finite_logits_is_refused() -> None:
     model = SumModel(6, rows=2)
-    model.broken_row = 1
+    model.non_finite_row = 1
     prompts = [prompt_of([1], 3), prompt_of([2], 3)]
     with pytest.raises(CheckpointError, match=re.escape("3 of 6 logits are not finite")):
         generate(model, prompts, stop_id=-1, vocab_size=6)

@@ -1,4 +1,4 @@
-"""Layouts that inference may take and training may not."""
+"""Check layouts that are valid for inference but not for training."""
 
 import dataclasses
 
@@ -17,13 +17,13 @@ CONFIG = PretrainConfig(
 )
 
 
-def test_experts_under_tensor_parallelism_need_split_sequences_to_train_alone() -> None:
+def test_moe_under_tp_needs_sequence_parallelism_only_to_train() -> None:
     validate(CONFIG, 2, is_training=False)
     with pytest.raises(ConfigError, match=r"sequence_parallel \(False\) must be on"):
         validate(CONFIG, 2)
 
 
-def test_layout_that_cannot_be_is_refused_without_training_too() -> None:
+def test_invalid_layout_is_refused_for_inference_too() -> None:
     parallel = dataclasses.replace(CONFIG.parallel, expert_model_parallel_size=3)
     cfg = dataclasses.replace(CONFIG, parallel=parallel)
     with pytest.raises(ConfigError, match=r"num_experts \(4\) must be a multiple of"):

@@ -1,4 +1,4 @@
-"""Batches, scores and their files, against plain softmaxes and plain lists."""
+"""Compare batches, scores and their files with plain softmaxes and lists."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron.trainer.errors import DataError
-from megatron.trainer.inference.lines import WholeFile, read_tokens
+from megatron.trainer.inference.lines import AtomicFile, read_tokens
 from megatron.trainer.inference.scoring import compute_logits, pad, plan_batches, score
 
 VOCAB = 7
@@ -25,7 +25,9 @@ VOCAB = 7
     lengths=st.lists(st.integers(1, 50), max_size=40),
     tokens_per_batch=st.integers(1, 120),
 )
-def test_every_row_is_in_one_batch_that_fits(lengths: list[int], tokens_per_batch: int) -> None:
+def test_every_row_is_in_exactly_one_batch_within_the_limit(
+    lengths: list[int], tokens_per_batch: int
+) -> None:
     batches = plan_batches(lengths, tokens_per_batch=tokens_per_batch)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
@@ -35,11 +37,11 @@ def test_every_row_is_in_one_batch_that_fits(lengths: list[int], tokens_per_batc
     assert ordered == sorted(lengths, reverse=True)
 
 
-def test_rows_of_a_length_fill_a_batch() -> None:
+def test_rows_of_equal_length_fill_batches() -> None:
     assert [len(batch) for batch in plan_batches([10] * 10, tokens_per_batch=40)] == [4, 4, 2]
 
 
-def test_labels_are_the_tokens_one_later() -> None:
+def test_labels_are_tokens_shifted_by_one() -> None:
     tokens, positions, labels = pad([[1, 2, 3], [4, 5]])
     assert tokens.tolist() == [[1, 2], [4, 5]]
     assert positions.tolist() == [[0, 1], [0, 1]]
@@ -47,9 +49,9 @@ def test_labels_are_the_tokens_one_later() -> None:
 
 
 class HistoryModel:
-    """Logits that depend on every token up to their own."""
+    """Computes logits that depend on every token up to their own."""
 
-    is_speaker = True
+    is_output_rank = True
 
     def __init__(self) -> None:
         self.table = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(0))
@@ -65,8 +67,8 @@ class HistoryModel:
         return log_probs.gather(2, labels[..., None])[..., 0]
 
 
-def by_hand(model: HistoryModel, row: Sequence[int]) -> list[float]:
-    """Log-probabilities of one row, by a loop over its tokens."""
+def reference_log_probs(model: HistoryModel, row: Sequence[int]) -> list[float]:
+    """Compute log-probabilities of one row by a loop over its tokens."""
     found, state = [], torch.zeros(VOCAB)
     for token, after in itertools.pairwise(row):
         state = state + model.table[token]
@@ -82,7 +84,7 @@ def rows_of(*lengths: int) -> dict[int, list[int]]:
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 9, 1000])
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_shares_of_the_ranks_are_the_scores_of_every_row(tokens_per_batch: int, size: int) -> None:
+def test_ranks_together_score_every_row_once(tokens_per_batch: int, size: int) -> None:
     rows = rows_of(4, 1, 9, 2, 4, 3)
     scores: dict[int, list[float]] = {}
     passes = set()
@@ -98,13 +100,13 @@ def test_shares_of_the_ranks_are_the_scores_of_every_row(tokens_per_batch: int, 
         assert not scores.keys() & found.keys()
         scores |= found
         passes.add(len(model.shapes))
-    assert len(passes) == 1  # expert parallel ranks meet in every pass
+    assert len(passes) == 1  # every pass is collective under expert parallelism
     assert scores.keys() == rows.keys() - {1}  # one token alone has nothing to predict
     for number, values in scores.items():
-        assert values == pytest.approx(by_hand(HistoryModel(), rows[number]), abs=1e-6)
+        assert values == pytest.approx(reference_log_probs(HistoryModel(), rows[number]), abs=1e-6)
 
 
-def test_logits_are_those_before_each_scored_token() -> None:
+def test_logits_reproduce_the_scores() -> None:
     rows = rows_of(4, 1, 9, 2)
     model = HistoryModel()
     share = {"tokens_per_batch": 20, "data_parallel_rank": 0, "data_parallel_size": 1}
@@ -117,13 +119,13 @@ def test_logits_are_those_before_each_scored_token() -> None:
         assert found.tolist() == pytest.approx(scores[number], abs=1e-6)
 
 
-def test_rank_that_does_not_speak_returns_nothing() -> None:
-    class Silent(HistoryModel):
-        is_speaker = False
+def test_rank_without_output_returns_nothing() -> None:
+    class OtherRank(HistoryModel):
+        is_output_rank = False
 
     share = {"tokens_per_batch": 20, "data_parallel_rank": 0, "data_parallel_size": 1}
-    assert score(Silent(), rows_of(3, 4), **share) == {}
-    assert compute_logits(Silent(), rows_of(3, 4), **share) == {}
+    assert score(OtherRank(), rows_of(3, 4), **share) == {}
+    assert compute_logits(OtherRank(), rows_of(3, 4), **share) == {}
 
 
 def read(path: Path, **changes: Any) -> list[tuple[dict[str, Any], list[int]]]:
@@ -131,14 +133,14 @@ def read(path: Path, **changes: Any) -> list[tuple[dict[str, Any], list[int]]]:
         "text_key": "text",
         "encode": lambda text: [ord(letter) - ord("a") for letter in text],
         "vocab_size": VOCAB,
-        "most_tokens": 5,
+        "max_tokens": 5,
         "rule": "the rule",
         "written_keys": ("sum",),
     }
     return [(line.record, line.ids) for line in read_tokens(str(path), **{**settings, **changes})]
 
 
-def test_lines_bring_text_or_tokens(tmp_path: Path) -> None:
+def test_lines_hold_text_or_tokens(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('{"text": "abc", "id": 4}\n{"tokens": [0, 6]}\n')
     assert read(path) == [
@@ -165,21 +167,21 @@ def test_lines_bring_text_or_tokens(tmp_path: Path) -> None:
         ('{"text": ""}', "'text' has no tokens; the model needs at least one"),
         ('{"tokens": []}', "'tokens' has no tokens; the model needs at least one"),
         ('{"tokens": "1 2"}', "'tokens' is a str; it must be a list of ids"),
-        ('{"tokens": [1, 7]}', "'tokens' has 7 at place 1; ids are whole numbers from 0 to 6"),
-        ('{"tokens": [-1]}', "'tokens' has -1 at place 0; ids are whole numbers from 0 to 6"),
-        ('{"tokens": [true]}', "'tokens' has True at place 0; ids are whole numbers"),
-        ('{"tokens": [1.0]}', "'tokens' has 1.0 at place 0; ids are whole numbers"),
+        ('{"tokens": [1, 7]}', "'tokens' has 7 at index 1; ids are integers from 0 to 6"),
+        ('{"tokens": [-1]}', "'tokens' has -1 at index 0; ids are integers from 0 to 6"),
+        ('{"tokens": [true]}', "'tokens' has True at index 0; ids are integers"),
+        ('{"tokens": [1.0]}', "'tokens' has 1.0 at index 0; ids are integers"),
         (
             '{"tokens": [1, 1, 1, 1, 1, 1]}',
-            "'tokens' has 6 tokens; at most 5 are possible, the rule; shorten or split it",
+            "'tokens' has 6 tokens; at most 5 are allowed, the rule; shorten or split it",
         ),
         (
             '{"text": "a", "sum": 1}',
-            "has the key 'sum', which is to be written; nothing is overwritten; remove or rename",
+            "has the key 'sum', which the output adds; keys are not overwritten; remove or rename",
         ),
     ],
 )
-def test_wrong_line_is_named(line: str, message: str, tmp_path: Path) -> None:
+def test_invalid_line_is_named(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text(f'{{"text": "a"}}\n{line}\n')
     with pytest.raises(DataError, match=re.escape(f"{path}, line 2: {message}")):
@@ -191,10 +193,10 @@ def test_missing_input_is_named(tmp_path: Path) -> None:
         read(tmp_path / "no")
 
 
-def test_file_is_there_when_it_is_whole(tmp_path: Path) -> None:
+def test_file_appears_when_finished(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text("old")
-    with WholeFile(str(path)) as output:
+    with AtomicFile(str(path)) as output:
         output.write_record({"text": "é"})
         assert path.read_text() == "old"
         output.finish()
@@ -202,19 +204,19 @@ def test_file_is_there_when_it_is_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_lone_surrogate_in_a_kept_key_is_written_back(tmp_path: Path) -> None:
+def test_lone_surrogate_in_another_key_survives(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     record = {"note": "\ud800", "tokens": [1, 2]}
-    with WholeFile(str(path)) as output:
+    with AtomicFile(str(path)) as output:
         output.write_record(record)
         output.finish()
     assert json.loads(path.read_bytes()) == record
 
 
-def test_file_that_was_not_finished_leaves_no_trace(tmp_path: Path) -> None:
+def test_unfinished_file_leaves_no_trace(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), WholeFile(str(path)) as output:
+    with pytest.raises(KeyboardInterrupt), AtomicFile(str(path)) as output:
         output.write_record({"text": "new"})
         raise KeyboardInterrupt
     assert path.read_text() == "old"
@@ -224,15 +226,15 @@ def test_file_that_was_not_finished_leaves_no_trace(tmp_path: Path) -> None:
 def test_array_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "logits.npy"
     array = np.array([[1.5, np.nan]], dtype=np.float32)
-    with WholeFile(str(path)) as output:
+    with AtomicFile(str(path)) as output:
         output.write_array(array)
         output.finish()
     np.testing.assert_array_equal(np.load(path, allow_pickle=False), array)
 
 
-def test_output_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_invalid_output_path_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=re.escape(f"output {tmp_path} is a directory")):
-        WholeFile(str(tmp_path))
+        AtomicFile(str(tmp_path))
     missing = tmp_path / "no" / "out"
-    with pytest.raises(DataError, match=re.escape(f"output {missing} lies in no directory")):
-        WholeFile(str(missing))
+    with pytest.raises(DataError, match=re.escape(f"output {missing} is in no existing directory")):
+        AtomicFile(str(missing))

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from megatron.trainer.config.parallel_layout import resolve_layout
 from megatron.trainer.config.schema import ParallelConfig
-from megatron.trainer.inference.decode import Prompt, capacity_of, generate
+from megatron.trainer.inference.decode import Prompt, cache_capacity, generate
+from megatron.trainer.inference.parallel_model import ParallelModel
 from megatron.trainer.inference.sampling import greedy_token, next_token
-from megatron.trainer.inference.staged import StagedModel
 from megatron.trainer.runtime.launch import RunContext
 from moe_app.infer.open_model import CachedModel, LoadedModel
 from moe_ext.attention.cache import KeyValueCache, use_cache
@@ -66,8 +66,8 @@ def loaded(reference: PreTrainedModel, single_rank: ProcessGroupCollection) -> L
         data_parallel_rank=0,
         num_threads=1,
     )
-    staged = StagedModel(module, ctx, vocab_size=VOCAB)
-    return LoadedModel(module=module, staged=staged, ctx=ctx)
+    parallel = ParallelModel(module, ctx, vocab_size=VOCAB)
+    return LoadedModel(module=module, parallel=parallel, ctx=ctx)
 
 
 def rows_of(*lengths: int, seed: int = 5) -> list[list[int]]:
@@ -86,20 +86,20 @@ def full_logits(module: nn.Module, ids: Sequence[int]) -> Tensor:
 def continue_all(
     loaded: LoadedModel, prompts: Sequence[Prompt], stop_id: int = NO_STOP
 ) -> list[list[int]]:
-    cache = KeyValueCache(batch_size=len(prompts), capacity=capacity_of(prompts))
+    cache = KeyValueCache(batch_size=len(prompts), capacity=cache_capacity(prompts))
     with use_cache(loaded.module, cache):
         return generate(CachedModel(loaded, cache), prompts, stop_id=stop_id, vocab_size=VOCAB)
 
 
 def greedy(ids: list[int], count: int) -> Prompt:
-    return Prompt(ids=ids, choose=greedy_token, max_new_tokens=count)
+    return Prompt(ids=ids, sample=greedy_token, max_new_tokens=count)
 
 
 def sampled(ids: list[int], count: int, seed: int) -> Prompt:
     generator = torch.Generator().manual_seed(seed)
     return Prompt(
         ids=ids,
-        choose=lambda logits: next_token(
+        sample=lambda logits: next_token(
             logits, temperature=1.0, top_p=0.9, top_k=40, generator=generator
         ),
         max_new_tokens=count,

@@ -1,4 +1,4 @@
-"""A forward pass over a model that is spread over ranks: no gradients, no micro-batch schedule."""
+"""Run a forward pass over all ranks of a model: no gradients, no micro-batch schedule."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from megatron.trainer.runtime.launch import RunContext
 
 
-class StagedModel:
-    """This rank's part of a model, and the way to the others.
+class ParallelModel:
+    """Runs forward passes of this rank's part of a model together with the other ranks.
 
-    A pipeline stage receives the hidden states from the stage before it and sends its own on, so
-    several passes can be under way, each in another stage. Results are there on the last stage.
+    A pipeline stage receives hidden states from the previous stage and sends its own to the next,
+    so several passes can be in flight, each in another stage. The last stage has the results.
     Tensor parallel ranks hold the same results. Data parallel ranks may pass batches of different
     shapes, but under expert parallelism all must make the same number of passes.
 
     Args:
         model: a GPTModel chunk in evaluation mode, built without sequence parallelism.
-        ctx: this rank's place.
+        ctx: this rank's context.
         vocab_size: rows of the vocabulary that are not padding.
     """
 
@@ -35,12 +35,12 @@ class StagedModel:
         self.is_last = self._pp.rank() == self._pp.size() - 1
 
     @property
-    def is_speaker(self) -> bool:
-        """Whether this rank hands on the results of the ranks that share a batch."""
+    def is_output_rank(self) -> bool:
+        """Return whether this rank returns the results of the ranks that share a batch."""
         return self.is_last and self._tp.rank() == 0
 
     def next_logits(self, tokens: Tensor, position_ids: Tensor, last: Tensor) -> Tensor | None:
-        """Logits after one token of each row; the others' are never computed.
+        """Compute logits after one token of each row only.
 
         Args:
             tokens: [b, n] int64.
@@ -62,12 +62,12 @@ class StagedModel:
         return None if output is None else output[:, 0]  # [b, padded v]
 
     def logits(self, tokens: Tensor, position_ids: Tensor) -> Tensor | None:
-        """Logits [b, n, v] of all tokens [b, n] on the last stage, None before it."""
+        """Return logits [b, n, v] of all tokens [b, n] on the last stage, None before it."""
         output = self._forward(tokens, position_ids, runtime_gather_output=True)
         return None if output is None else output[..., : self.vocab_size]
 
     def log_probs(self, tokens: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor | None:
-        """Natural logarithms of the probabilities of labels.
+        """Return natural-log probabilities of labels.
 
         Args:
             tokens: [b, n] int64.
@@ -80,22 +80,22 @@ class StagedModel:
         losses = self._forward(tokens, position_ids, labels=labels.to(self._device))
         return None if losses is None else -losses.float()
 
-    def share(self, values: list[int] | None, *, count: int) -> list[int]:
-        """`count` numbers of the speaker, on all ranks of its tensor and pipeline groups."""
+    def broadcast(self, values: list[int] | None, *, count: int) -> list[int]:
+        """Return the output rank's `count` integers on all its tensor and pipeline ranks."""
         shared = torch.tensor(values or [0] * count, dtype=torch.int64, device=self._device)
-        # From the last stage's first rank over tensor x pipeline ranks.
+        # Source: TP rank 0 of the last stage, in the TP x PP group.
         dist.broadcast(shared, group=self._mp, group_src=self._mp.size() - self._tp.size())
         return [int(value) for value in shared.tolist()]
 
-    def most(self, values: list[int]) -> list[int]:
-        """The largest of each number over all ranks."""
+    def all_reduce_max(self, values: list[int]) -> list[int]:
+        """Return the maximum of each value over all ranks."""
         largest = torch.tensor(values, dtype=torch.int64, device=self._device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)  # over the world
         return [int(value) for value in largest.tolist()]
 
     @contextlib.contextmanager
     def _before_output_layer(self, hook: Callable[..., Any]) -> Iterator[None]:
-        """Keep a hook on what turns hidden states into logits, on the last stage, for a while."""
+        """Install a pre-forward hook on the output layer of the last stage within the context."""
         if not self.is_last:
             yield
             return
@@ -107,7 +107,7 @@ class StagedModel:
 
     @torch.no_grad()
     def _forward(self, tokens: Tensor, position_ids: Tensor, **options: Any) -> Tensor | None:
-        """This stage's share of a pass; what it computed on the last stage, None before."""
+        """Run this stage's part of a pass; return its output on the last stage, None before it."""
         stage, config = self._pp.rank(), cast(Any, self.model).config
         if stage > 0:
             hidden = torch.empty(
