@@ -1,4 +1,4 @@
-"""Checkpoints from and to Hugging Face, with checks.
+"""Convert checkpoints from and to Hugging Face: the command, its checks and verification.
 
 Tensor names are in `moe_ext.convert`, safetensors files in `megatron.trainer.hf_files`.
 """

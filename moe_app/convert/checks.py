@@ -1,4 +1,4 @@
-"""What a conversion refuses before it writes: weights that do not fit, disks that are too small."""
+"""Check a conversion before it writes: weights that do not match, disks that are too small."""
 
 import contextlib
 import errno
@@ -22,13 +22,13 @@ from moe_ext.counting import count_parameters
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Values of --dtype."""
 
-_ROOM = 1.01
-"""Bytes on disk per byte of weights, with headers and metadata: at least this much is wanted."""
-_SHOWN = 5
+_DISK_FACTOR = 1.01
+"""Bytes required on disk per byte of weights, for headers and metadata."""
+_MAX_NAMES = 5
 
 
 def check_size(model: MoEModelConfig, num_bytes: int, *, config: Path) -> None:
-    """Refuse a config of a model that the weight files cannot hold, before its tensors are listed.
+    """Refuse a config too large for its weight files, before its tensors are listed.
 
     Args:
         model: what the config describes.
@@ -43,18 +43,18 @@ def check_size(model: MoEModelConfig, num_bytes: int, *, config: Path) -> None:
     if total > 2 * num_bytes:
         raise CheckpointError(
             f"{config} describes a model of {total:,} parameters, but the weights beside it"
-            f" have {num_bytes:,} bytes; they do not belong together, or one is damaged; get the"
-            " directory again"
+            f" have {num_bytes:,} bytes; they do not match, or one is corrupt; download or copy"
+            " the directory again"
         )
 
 
 def check_tensors(
     source: HFDirectory, shapes: Mapping[str, tuple[int, ...]], wanted: str | None
 ) -> torch.dtype:
-    """Compare the tensors with those that the config asks for; returns the type to write.
+    """Compare the tensors with those of the config; return the dtype to write.
 
     Raises:
-        CheckpointError: some are missing, too many, of another shape, or of several types.
+        CheckpointError: tensors are missing, unexpected, of another shape, or of several types.
     """
     tensors = source.tensors
     missing = [name for name in shapes if name not in tensors]
@@ -65,10 +65,10 @@ def check_tensors(
         if name in tensors and tensors[name].shape != shape
     ]
     problems = [
-        f"{len(names)} tensors {what}: {_listed(names)}"
+        f"{len(names)} tensors {what}: {_join_names(names)}"
         for names, what in (
             (missing, "are missing"),
-            (extra, "are there that the model has not"),
+            (extra, "are unexpected"),
             (other, "have another shape"),
         )
         if names
@@ -82,7 +82,7 @@ def check_tensors(
     if problems:
         raise CheckpointError(
             f"{source.path} does not hold the weights that its config.json describes:"
-            f" {'; '.join(problems)}; a part is missing, or files of two checkpoints are mixed;"
+            f" {'; '.join(problems)}; files are missing, or those of two checkpoints are mixed;"
             " download it again"
         )
     if wanted is not None:
@@ -105,9 +105,9 @@ def check_tensors(
 def choose_weights(
     reader: CheckpointReader, pieces: Sequence[Piece], wanted: str | None
 ) -> tuple[dict[str, str], torch.dtype, str]:
-    """Which of a checkpoint's tensors to take for each native one, and the type to write.
+    """Return the checkpoint tensor for each native one, the dtype to write, and a description.
 
-    fp32 is taken from the fp32 master weights where there are any: a bf16 run's own are rounded.
+    fp32 weights come from the fp32 master weights if present: a bf16 run's own are rounded.
 
     Raises:
         CheckpointError: the checkpoint lacks a weight, or has it in another shape or type.
@@ -121,7 +121,8 @@ def choose_weights(
     if wrong:
         raise CheckpointError(
             f"{reader.path} lacks {len(wrong)} tensors that its config.yaml describes, or has them"
-            f" in another shape: {_listed(wrong)}; restore config.yaml, or take another checkpoint"
+            f" in another shape: {_join_names(wrong)}; restore config.yaml, or take another"
+            " checkpoint"
         )
     kinds = {reader.tensors[key].dtype for key in shapes}
     if len(kinds) != 1 or not kinds <= set(DTYPES.values()):
@@ -140,37 +141,37 @@ def choose_weights(
         lacking = [key for key, master in masters.items() if master not in reader.tensors]
         if lacking:
             raise CheckpointError(
-                f"{reader.path} has fp32 master weights, but none of {_listed(lacking)}; take"
+                f"{reader.path} has fp32 master weights, but none of {_join_names(lacking)}; take"
                 " another checkpoint, or the bf16 weights without --dtype"
             )
         return masters, dtype, "fp32 master weights of a bf16 run"
     return {key: key for key in shapes}, dtype, f"{stored} weights"
 
 
-def holds(dtype: torch.dtype, source: torch.dtype) -> bool:
-    """Whether every number of type `source` is one of type `dtype` too."""
+def can_represent(dtype: torch.dtype, source: torch.dtype) -> bool:
+    """Return whether every value of dtype `source` is also one of `dtype`."""
     wide, narrow = torch.finfo(dtype), torch.finfo(source)
     return wide.eps <= narrow.eps and wide.max >= narrow.max
 
 
 def check_outside(out: Path, checkpoint: Path) -> None:
-    """Refuse to write into a checkpoint: what lies there must be what its manifest lists.
+    """Refuse to write into a checkpoint, whose manifest lists all of its files.
 
     Raises:
         CheckpointError: `out` is in the checkpoint.
     """
     if checkpoint.resolve() in (out.resolve(), *out.resolve().parents):
         raise CheckpointError(
-            f"{out} lies in the checkpoint {checkpoint}, into which nothing may be written; give"
-            " --hf a directory outside it"
+            f"{out} lies in the checkpoint {checkpoint}, which must not be modified; give --hf"
+            " a directory outside it"
         )
 
 
 def check_new_run(save: Path) -> None:
-    """Refuse a directory that holds anything but what a killed conversion has left.
+    """Refuse a directory that holds anything but leftovers of a killed conversion.
 
     Raises:
-        CheckpointError: it does.
+        CheckpointError: it holds something else.
     """
     if not os.path.lexists(save):
         return
@@ -182,24 +183,24 @@ def check_new_run(save: Path) -> None:
     )
     if there:
         raise CheckpointError(
-            f"{save} exists and holds {_listed(sorted(there))}; nothing is written over: give"
+            f"{save} exists and holds {_join_names(sorted(there))}; nothing is overwritten: give"
             " --save another directory"
         )
 
 
 @contextlib.contextmanager
-def room_for(
+def guard_disk_space(
     path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
 ) -> Iterator[None]:
-    """Refuse to start where the disk is too small, and tell its errors in words.
+    """Refuse to start on a too small disk, and translate disk errors.
 
     Raises:
-        CheckpointError: there is no room, or the disk fails.
+        CheckpointError: there is too little space, or the disk fails.
     """
-    needed = int(total_bytes(shapes, dtype) * _ROOM)
+    needed = int(total_bytes(shapes, dtype) * _DISK_FACTOR)
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
-    remedy = "make room, or write to another disk"
+    remedy = "free some space, or write to another disk"
     if free < needed:
         raise CheckpointError(
             f"{path} needs {needed:,} bytes, but its disk has {free:,} free; {remedy}"
@@ -220,10 +221,10 @@ def room_for(
 
 
 def total_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
-    """Of all the tensors together."""
+    """Return the bytes of all tensors together."""
     return sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+def _join_names(names: Sequence[str]) -> str:
+    more = len(names) - _MAX_NAMES
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")

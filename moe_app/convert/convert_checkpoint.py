@@ -1,10 +1,10 @@
-"""Convert OLMoE and JetMoE checkpoints between Hugging Face's form and ours.
+"""Convert OLMoE and JetMoE checkpoints between Hugging Face's format and ours.
 
     python tools/convert_checkpoint.py import --hf OLMoE-1B-7B-0924 --save runs/olmoe
     python tools/convert_checkpoint.py export --load runs/olmoe --hf OLMoE-exported
 
-One process, a piece at a time: memory does not grow with the model. Nothing is written over, and
-nothing that looks whole is left when it stops half-way. Exit status: 0; 1 when --verify finds a
+One process, a piece at a time: memory does not grow with the model. Nothing is overwritten, and an
+interrupted conversion leaves nothing that looks valid. Exit status: 0; 1 when --verify finds a
 difference above its tolerance; 2 when the conversion cannot be done; 130 when it is interrupted.
 """
 
@@ -48,16 +48,16 @@ from megatron.trainer.runtime.malloc import keep_freed_memory
 from moe_app.command_line import program
 from moe_app.convert.checks import (
     DTYPES,
+    can_represent,
     check_new_run,
     check_outside,
     check_size,
     check_tensors,
     choose_weights,
-    holds,
-    room_for,
+    guard_disk_space,
     total_bytes,
 )
-from moe_app.convert.files import hf_files, native_files, read_companions
+from moe_app.convert.files import hf_files, native_files, read_auxiliary_files
 from moe_app.convert.weights import Progress, TensorDigests, export_weights, import_weights
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.config import MoEModelConfig
@@ -69,13 +69,13 @@ REPORT_NAME = "conversion_report.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert as `argv` says; returns the exit status."""
+    """Convert as `argv` says; return the exit status."""
     args = parse_args(argv)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return run_main(lambda: run(args))
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; what was unfinished has been removed\n")
+        sys.stderr.write("interrupted; unfinished output has been removed\n")
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -90,28 +90,31 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     importing = commands.add_parser("import", help="Hugging Face -> a checkpoint to train from")
     importing.add_argument(
-        "--hf", required=True, metavar="DIR", help="config.json and safetensors, to be read"
+        "--hf",
+        required=True,
+        metavar="DIR",
+        help="directory with config.json and safetensors to read",
     )
     importing.add_argument(
-        "--save", required=True, metavar="DIR", help="run directory to make; holds no run yet"
+        "--save", required=True, metavar="DIR", help="run directory to create; must hold no run yet"
     )
     importing.add_argument(
         "--make-vocab-size-divisible-by",
         type=int,
         default=128,
         metavar="N",
-        help="pad the vocabulary, so that tensor parallel ranks can share it (%(default)s)",
+        help="pad the vocabulary to a multiple of this, for tensor parallelism (%(default)s)",
     )
     exporting = commands.add_parser("export", help="a run's checkpoint -> Hugging Face")
     exporting.add_argument("--load", required=True, metavar="DIR", help="a run's --save directory")
     exporting.add_argument(
-        "--iteration", type=int, metavar="N", help="checkpoint to take; without it the newest"
+        "--iteration", type=int, metavar="N", help="checkpoint to export; the newest by default"
     )
-    exporting.add_argument("--hf", required=True, metavar="DIR", help="directory to make")
+    exporting.add_argument("--hf", required=True, metavar="DIR", help="directory to create")
     exporting.add_argument(
         "--layout",
         choices=("per-expert", "fused"),
-        help="a tensor for each expert, or one for all of a layer (the family's own)",
+        help="one tensor per expert, or one for all experts of a layer (default: the family's)",
     )
     exporting.add_argument(
         "--like",
@@ -134,46 +137,46 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             "--verify",
             action="store_true",
             help="run both models on the same tokens and compare their logits; needs transformers;"
-            " brings --checksums with it",
+            " implies --checksums",
         )
     return parser.parse_args(argv)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What was done, for the report."""
+    """Records a finished conversion, for the report."""
 
     report: dict[str, Any]
-    """As far as it is known."""
+    """The report so far."""
     report_path: Path
-    """Where it goes."""
+    """Path of the report."""
     native: FoundCheckpoint
-    """The native side."""
+    """The native checkpoint."""
     hf: Path
-    """The Hugging Face side."""
+    """The Hugging Face directory."""
     is_exact: bool
-    """Both sides hold the same numbers; False where one is a rounding of the other."""
+    """Whether both sides hold the same values; False if one is rounded from the other."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, report, and verify if asked to; returns the exit status.
+    """Convert, write the report, and verify if requested; return the exit status.
 
     Raises:
-        UserError: a flag, the source or the disk is wrong.
+        UserError: a flag, the source or the disk is unsuitable.
     """
     configure_logging(0)
     if environment_world_size() != 1:
         raise ConfigError(
-            f"torchrun started {environment_world_size()} processes; a conversion is done by one;"
-            " start the tool with python alone"
+            f"torchrun started {environment_world_size()} processes; a conversion runs in one;"
+            " start the tool without torchrun"
         )
     if args.verify:
         from moe_app.convert.hf_verify import import_transformers, verify
 
-        import_transformers()  # or learn that it is missing now, not after the work
+        import_transformers()  # fail before the work if it is missing
     keep_freed_memory()
     began, num_threads = time.monotonic(), torch.get_num_threads()
-    torch.set_num_threads(1)  # the work is copying; more threads would only wait for each other
+    torch.set_num_threads(1)  # copying is memory-bound; more threads would only contend
     try:
         done = run_import(args) if args.command == "import" else run_export(args)
     finally:
@@ -196,10 +199,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_import(args: argparse.Namespace) -> Conversion:
-    """Hugging Face -> native.
+    """Import a Hugging Face directory as a native checkpoint.
 
     Raises:
-        UserError: the source or the disk is wrong.
+        UserError: the source or the disk is unsuitable.
     """
     save = Path(args.save)
     check_new_run(save)
@@ -215,14 +218,14 @@ def run_import(args: argparse.Namespace) -> Conversion:
         files = native_files(
             model,
             source.config,
-            read_companions(source.path),
+            read_auxiliary_files(source.path),
             checkpoint=layout.final_path(save, 0),
             is_bf16=dtype is torch.bfloat16,
             source=str(source.path),
         )
-        is_exact = all(holds(dtype, entry.dtype) for entry in source.tensors.values())
+        is_exact = all(can_represent(dtype, entry.dtype) for entry in source.tensors.values())
         with (
-            room_for(save, native, dtype),
+            guard_disk_space(save, native, dtype),
             DigestThread() as thread,
             Progress("import", total) as progress,
             streamed_checkpoint(
@@ -245,10 +248,10 @@ def run_import(args: argparse.Namespace) -> Conversion:
 
 
 def run_export(args: argparse.Namespace) -> Conversion:
-    """Native -> Hugging Face.
+    """Export a native checkpoint as a Hugging Face directory.
 
     Raises:
-        UserError: a flag, the checkpoint or the disk is wrong.
+        UserError: a flag, the checkpoint or the disk is unsuitable.
     """
     out = Path(args.hf)
     check_new(out)
@@ -263,9 +266,9 @@ def run_export(args: argparse.Namespace) -> Conversion:
     )
     with CheckpointReader(found.path) as reader:
         check_size(cfg.model, reader.num_bytes, config=found.path / CONFIG_NAME)
-        family, form, pieces = _cut(cfg.model, args.layout, found)
-        keys, dtype, taken = choose_weights(reader, pieces, args.dtype)
-        logger.info("%s: taking the %s", found.path, taken)
+        family, form, pieces = _plan_export(cfg.model, args.layout, found)
+        keys, dtype, weights_source = choose_weights(reader, pieces, args.dtype)
+        logger.info("%s: exporting the %s", found.path, weights_source)
         files = hf_files(
             family,
             cfg,
@@ -276,7 +279,7 @@ def run_export(args: argparse.Namespace) -> Conversion:
         shapes = {part.name: part.shape for piece in pieces for part in piece.sources}
         total = total_bytes(shapes, dtype)
         with (
-            room_for(out, shapes, dtype),
+            guard_disk_space(out, shapes, dtype),
             DigestThread() as thread,
             Progress("export", total) as progress,
             new_directory(out) as directory,
@@ -301,7 +304,7 @@ def run_export(args: argparse.Namespace) -> Conversion:
                 check.finish()
                 sha256 = digests.finish()
     report = _report("export", family, form, dtype, num_tensors=len(shapes), num_bytes=total)
-    report |= {"iteration": found.iteration, "weights": taken}
+    report |= {"iteration": found.iteration, "weights": weights_source}
     report |= {"sha256": sha256} if sha256 else {}
     stored = torch.bfloat16 if cfg.training.bf16 else torch.float32
     return Conversion(
@@ -309,19 +312,19 @@ def run_export(args: argparse.Namespace) -> Conversion:
         report_path=out / REPORT_NAME,
         native=found,
         hf=out,
-        is_exact=holds(dtype, stored) and all(key == kept for key, kept in keys.items()),
+        is_exact=can_represent(dtype, stored) and all(key == kept for key, kept in keys.items()),
     )
 
 
 def _read_architecture(source: HFDirectory, divisor: int) -> tuple[Family, MoEModelConfig]:
-    """The family and the native config of a Hugging Face checkpoint.
+    """Return the family and the native config of a Hugging Face checkpoint.
 
     Args:
         source: the checkpoint.
-        divisor: what to pad the vocabulary to a multiple of.
+        divisor: the vocabulary is padded to a multiple of this.
 
     Raises:
-        CheckpointError: we have no such family, or it has something that we have not.
+        CheckpointError: the family or one of its features is not supported.
     """
     try:
         family = family_from_config(source.config)
@@ -330,10 +333,10 @@ def _read_architecture(source: HFDirectory, divisor: int) -> tuple[Family, MoEMo
         raise CheckpointError(f"{source.path / 'config.json'}: {error}") from error
 
 
-def _cut(
+def _plan_export(
     model: MoEModelConfig, wanted: Layout | None, found: FoundCheckpoint
 ) -> tuple[Family, Layout, list[Piece]]:
-    """The family, layout and pieces of a native model.
+    """Return the family, layout and pieces of a native model.
 
     Raises:
         CheckpointError: no family can express it.
@@ -359,7 +362,7 @@ def _report(
     num_tensors: int,
     num_bytes: int,
 ) -> dict[str, Any]:
-    """What every conversion reports; the numbers are of the Hugging Face side."""
+    """Return what every conversion reports; sizes are of the Hugging Face side."""
     return {
         "command": command,
         "family": family.name,
@@ -371,7 +374,7 @@ def _report(
 
 
 def _write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Put the report in its place, in one step.
+    """Write the report atomically.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -384,10 +387,11 @@ def _write_report(path: Path, report: Mapping[str, Any]) -> None:
         scratch.unlink(missing_ok=True)
         raise CheckpointError(
             f"{path.parent} is complete, but its report {path.name} cannot be written:"
-            f" {error.strerror}; make room, remove the directory and convert again if you need it"
+            f" {error.strerror}; free some space, and to get a report remove the directory"
+            " and convert again"
         ) from error
 
 
 def _interrupt(*_: object) -> None:
-    """A request to end (SIGTERM) is treated as Ctrl-C."""
+    """Treat SIGTERM as Ctrl-C."""
     raise KeyboardInterrupt

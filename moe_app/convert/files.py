@@ -1,4 +1,4 @@
-"""What goes with the weights in a conversion: configs, the tokenizer, special token ids."""
+"""Convert what accompanies the weights: configs, tokenizer, special token ids."""
 
 import json
 import logging
@@ -21,8 +21,8 @@ from moe_ext.convert import Family
 
 logger = logging.getLogger("convert")
 
-KEPT_CONFIG_NAME = "hf_config.json"
-"""Under this name a native checkpoint keeps the config.json that it was imported with."""
+IMPORTED_CONFIG_NAME = "hf_config.json"
+"""File in a native checkpoint that keeps the config.json it was imported with."""
 
 _JSON_FILES = (
     "tokenizer.json",
@@ -38,27 +38,28 @@ _MAX_SEQ_LENGTH = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Companions:
-    """Files beside the weights of a Hugging Face checkpoint."""
+class AuxiliaryFiles:
+    """Holds the files beside the weights of a Hugging Face checkpoint."""
 
     files: Mapping[str, bytes]
     """Contents by name."""
     tokenizer_type: str | None
-    """The kind of the tokenizer that the trainer can use, a name in TOKENIZERS; None: none."""
+    """Type of the tokenizer that the trainer can use, a name in TOKENIZERS; None if there is
+    none."""
 
 
-def read_companions(directory: Path) -> Companions:
-    """Read the tokenizer and generation files of a checkpoint directory, of either kind.
+def read_auxiliary_files(directory: Path) -> AuxiliaryFiles:
+    """Read tokenizer and generation files of a Hugging Face or native checkpoint.
 
     Raises:
-        CheckpointError: one is damaged, or a link to a file of somebody else.
+        CheckpointError: one is corrupt, or a symlink out of the directory.
     """
     files = {}
     for name in (*_JSON_FILES, _SENTENCEPIECE, _TEMPLATE):
         path = directory / name
         if not os.path.lexists(path):
             continue
-        _check_own(path)
+        _check_link(path)
         files[name] = read_entry(directory, name)
     for name in _JSON_FILES:
         if name in files:
@@ -69,33 +70,33 @@ def read_companions(directory: Path) -> Companions:
             kind = candidate if _can_load(candidate, directory / name) else None
     if kind is None:
         logger.warning(
-            "%s brings no tokenizer that the trainer can use; name one with --tokenizer-model when"
-            " it is needed",
+            "%s has no tokenizer that the trainer can use; name one with --tokenizer-model when"
+            " one is needed",
             directory,
         )
-    return Companions(files=files, tokenizer_type=kind)
+    return AuxiliaryFiles(files=files, tokenizer_type=kind)
 
 
 def native_files(
     model: MoEModelConfig,
     hf_config: Mapping[str, Any],
-    companions: Companions,
+    auxiliary: AuxiliaryFiles,
     *,
     checkpoint: Path,
     is_bf16: bool,
     source: str,
 ) -> dict[str, str | bytes]:
-    """The small files of a native checkpoint made from a Hugging Face one.
+    """Return the small files of a native checkpoint imported from Hugging Face.
 
     Args:
         model: the architecture.
         hf_config: contents of config.json.
-        companions: files that go along.
+        auxiliary: tokenizer and generation files.
         checkpoint: where the checkpoint will be.
         is_bf16: whether its weights are bfloat16.
-        source: what it was made of, for the record.
+        source: where it was imported from, for the record.
     """
-    kind = companions.tokenizer_type
+    kind = auxiliary.tokenizer_type
     cfg = PretrainConfig(
         model=model,
         training=TrainingConfig(
@@ -111,8 +112,8 @@ def native_files(
     )
     run = {WEIGHTS_ONLY: True, "iteration": 0, "imported_from": source}
     return {
-        **companions.files,
-        KEPT_CONFIG_NAME: json.dumps(dict(hf_config), indent=2) + "\n",
+        **auxiliary.files,
+        IMPORTED_CONFIG_NAME: json.dumps(dict(hf_config), indent=2) + "\n",
         RUN_CONFIG_NAME: dump_config(cfg),
         RUN_NAME: json.dumps(run, indent=2) + "\n",
     }
@@ -126,26 +127,30 @@ def hf_files(
     like: Path | None,
     dtype: str,
 ) -> dict[str, bytes]:
-    """The small files of a Hugging Face checkpoint made from a native one.
+    """Return the small files of a Hugging Face checkpoint exported from a native one.
 
     Args:
         family: of the model.
         cfg: of the run that wrote the checkpoint.
-        checkpoint: the checkpoint; one that was imported keeps its former config.json.
+        checkpoint: the checkpoint; an imported one keeps the original config.json.
         like: a Hugging Face directory to take tokenizer and token ids from instead; may be None.
         dtype: of the weights, "float32" or "bfloat16".
 
     Raises:
-        CheckpointError: the family cannot express the model, or a file is damaged.
+        CheckpointError: the family cannot express the model, or a file is corrupt.
     """
     if like is not None:
-        known, companions = read_json(like, CONFIG_NAME), read_companions(like)
+        known, auxiliary = read_json(like, CONFIG_NAME), read_auxiliary_files(like)
     else:
-        is_kept = (checkpoint / KEPT_CONFIG_NAME).exists()
-        known = read_json(checkpoint, KEPT_CONFIG_NAME) if is_kept else {}
-        companions = read_companions(checkpoint) if is_kept else _trained_with(cfg, checkpoint)
+        was_imported = (checkpoint / IMPORTED_CONFIG_NAME).exists()
+        known = read_json(checkpoint, IMPORTED_CONFIG_NAME) if was_imported else {}
+        auxiliary = (
+            read_auxiliary_files(checkpoint)
+            if was_imported
+            else _run_tokenizer_files(cfg, checkpoint)
+        )
     ids = {f"{name}_token_id": known.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    if not known and companions.tokenizer_type is not None:
+    if not known and auxiliary.tokenizer_type is not None:
         name = Path(cfg.data.tokenizer_model or "").name
         ids["eos_token_id"] = load_tokenizer(cfg.data.tokenizer_type, str(checkpoint / name)).eod
     longest = max(_max_positions(known) or 0, cfg.training.seq_length)
@@ -160,31 +165,31 @@ def hf_files(
         )
     except ValueError as error:
         raise CheckpointError(f"{checkpoint} cannot be exported: {error}") from error
-    return {CONFIG_NAME: (json.dumps(config, indent=2) + "\n").encode(), **companions.files}
+    return {CONFIG_NAME: (json.dumps(config, indent=2) + "\n").encode(), **auxiliary.files}
 
 
-def _trained_with(cfg: PretrainConfig, checkpoint: Path) -> Companions:
-    """The tokenizer that a run of our own carried along, under the names transformers looks for."""
-    if cfg.data.tokenizer_model is None or cfg.data.mock_data:  # mock data carries none along
-        return Companions(files={}, tokenizer_type=None)
+def _run_tokenizer_files(cfg: PretrainConfig, checkpoint: Path) -> AuxiliaryFiles:
+    """Return the tokenizer saved with a run, under the names transformers expects."""
+    if cfg.data.tokenizer_model is None or cfg.data.mock_data:  # runs on mock data save none
+        return AuxiliaryFiles(files={}, tokenizer_type=None)
     kind = cfg.data.tokenizer_type
-    carried = Path(cfg.data.tokenizer_model).name
-    _check_own(checkpoint / carried)
-    files = {_TOKENIZER_FILES[kind]: read_entry(checkpoint, carried)}
+    saved_name = Path(cfg.data.tokenizer_model).name
+    _check_link(checkpoint / saved_name)
+    files = {_TOKENIZER_FILES[kind]: read_entry(checkpoint, saved_name)}
     if kind == "HFTokenizer":
-        told = {
+        settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": END_OF_DOCUMENT,
             "model_max_length": cfg.training.seq_length,
         }
-        files["tokenizer_config.json"] = (json.dumps(told, indent=2) + "\n").encode()
-    return Companions(files=files, tokenizer_type=kind)
+        files["tokenizer_config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
+    return AuxiliaryFiles(files=files, tokenizer_type=kind)
 
 
-def _check_own(path: Path) -> None:
-    """Refuse a link that leads out of the directory, unless into the blobs of a Hub cache.
+def _check_link(path: Path) -> None:
+    """Refuse a symlink out of the directory, except into the blobs of a Hub cache.
 
-    These files are copied and given back on export: a link must not smuggle in another one.
+    These files are copied and exported again: a link must not leak another file.
     """
     target, home = Path(os.path.realpath(path)), path.parent.resolve()
     if home not in target.parents and home.parent.parent / "blobs" not in target.parents:
@@ -194,20 +199,20 @@ def _check_own(path: Path) -> None:
 
 
 def _can_load(kind: str, path: Path) -> bool:
-    """Whether the trainer can use this tokenizer; says why not."""
+    """Return whether the trainer can use this tokenizer; log the reason if not."""
     try:
         TOKENIZERS[kind](str(path))
     except DataError as error:
-        logger.warning("%s is carried along, but the trainer cannot use it: %s", path.name, error)
+        logger.warning("%s is copied, but the trainer cannot use it: %s", path.name, error)
         return False
     return True
 
 
 def _max_positions(hf_config: Mapping[str, Any]) -> int | None:
-    """The longest sequence that a config names.
+    """Return the maximum sequence length of a config.
 
     Raises:
-        CheckpointError: it names something else.
+        CheckpointError: it is not a length.
     """
     value = hf_config.get("max_position_embeddings", hf_config.get("n_positions"))
     if value is None:

@@ -1,6 +1,6 @@
-"""Whether a native checkpoint and a Hugging Face directory are the same model, by their logits.
+"""Verify that a native checkpoint and a Hugging Face directory are the same model, by their logits.
 
-Both models see the same random tokens, one after the other, so that one of them is in memory at a
+Both models see the same random tokens, one after the other, so that only one is in memory at a
 time. Used by convert_checkpoint.py.
 """
 
@@ -34,11 +34,11 @@ from moe_ext.counting import count_parameters
 logger = logging.getLogger("verify")
 
 FP32_TOLERANCE = 2.0e-5
-"""Largest difference of two logits in fp32, for logits of standard deviation up to 1; in proportion
-above. Two orders of summation differ by a tenth of it."""
+"""Largest difference of two fp32 logits of standard deviation up to 1; scaled above that. Two
+summation orders differ by a tenth of it."""
 
 OLDEST_TRANSFORMERS = Version("5.3")
-"""The first release in which a config.json cannot name code to run."""
+"""The first release in which a config.json cannot execute code."""
 
 _ADAPTER_NAME = "adapter_config.json"
 
@@ -47,14 +47,14 @@ Precision = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How far apart the logits of two models are, over the same tokens."""
+    """Measures how far apart the logits of two models are, over the same tokens."""
 
     max_abs: float
     """Largest absolute difference."""
     mean_abs: float
     """Mean absolute difference."""
     std: float
-    """Standard deviation of the Hugging Face logits: the unit to judge the others by."""
+    """Standard deviation of the Hugging Face logits, the scale of the differences."""
     top1_agreement: float
     """Share of positions where both rank the same token first."""
     mean_kl: float
@@ -76,23 +76,23 @@ def verify(
 
     In float32, which holds bfloat16 weights exactly, the largest difference must be at most
     `FP32_TOLERANCE`, times the logits' standard deviation where that is above 1. In bfloat16 the
-    mean difference must be at most `bf16_tolerance`: a rounding can turn a close choice of experts,
-    and then single logits differ by much more.
+    mean difference must be at most `bf16_tolerance`: rounding can flip a close choice of experts,
+    after which single logits differ much more.
 
     Args:
         found: the native checkpoint.
         hf: directory with config.json and safetensors files.
-        precision: to compute in; None is float32, or bfloat16 where one side's weights are a
-            rounding of the other's or memory is short.
-        device: where to compute.
-        batch_size: sequences.
-        length: tokens of each, at most what either model allows.
-        seed: draws the tokens.
-        same_weights: whether both sides hold the same numbers, in whatever precision; None means
-            that they do where their precisions are the same.
+        precision: of the computation; None means float32, or bfloat16 if one side's weights are
+            rounded from the other's or memory is short.
+        device: device to compute on.
+        batch_size: number of sequences.
+        length: tokens per sequence, limited to what both models allow.
+        seed: of the random tokens.
+        same_weights: whether both sides hold the same values, in whatever precision; None means
+            yes if their precisions are equal.
 
     Returns:
-        What was compared, how and with what outcome, as JSON can hold it; `passed` is the verdict.
+        What was compared, how, and the outcome, ready for JSON; `passed` is the verdict.
 
     Raises:
         ConfigError: transformers is not installed.
@@ -107,7 +107,9 @@ def verify(
     )
     hf_config = _read_config(hf)
     precision, reason = (
-        (precision, "asked for") if precision else _choose(saved, hf_config, device, same_weights)
+        (precision, "requested")
+        if precision
+        else _choose_precision(saved, hf_config, device, same_weights)
     )
     limit = min(saved.training.seq_length, hf_config.get("max_position_embeddings") or length)
     length = min(length, limit)
@@ -161,7 +163,7 @@ def verify(
 
 
 def import_transformers() -> Any:
-    """The package.
+    """Import transformers, refusing vulnerable versions.
 
     Raises:
         ConfigError: it is not installed, or too old.
@@ -176,14 +178,14 @@ def import_transformers() -> Any:
     if Version(transformers.__version__) < OLDEST_TRANSFORMERS:
         raise ConfigError(
             f"verifying needs transformers {OLDEST_TRANSFORMERS} or newer, this is"
-            f" {transformers.__version__}, which a config.json can make to run code"
+            f" {transformers.__version__}, in which a config.json can execute code"
             " (CVE-2026-4372); install a newer one with: pip install 'megatron-moe[hf]'"
         )
     return transformers
 
 
 def compare(reference: Tensor, native: Tensor) -> Comparison:
-    """Measure the distance of two models' logits.
+    """Measure the distance between two models' logits.
 
     Args:
         reference: Hugging Face logits [b, s, v], fp32.
@@ -211,11 +213,11 @@ def compare(reference: Tensor, native: Tensor) -> Comparison:
 
 
 def bf16_tolerance(num_layers: int, std: float) -> float:
-    """Largest mean difference of logits of two correct models that compute in bfloat16.
+    """Return the largest mean difference of logits of two correct models that compute in bfloat16.
 
-    A number is rounded by up to 2^-9 of itself, in either model: 2^-8 together. About 16 roundings
-    a layer (norms, projections, attention, gates, experts, sums), independent in sign, add up as
-    the square root of their number.
+    Each model rounds a value by up to 2^-9 of itself: 2^-8 together. About 16 roundings per layer
+    (norms, projections, attention, gates, experts, sums), of independent sign, add up as the square
+    root of their number.
 
     Args:
         num_layers: L.
@@ -227,24 +229,24 @@ def bf16_tolerance(num_layers: int, std: float) -> float:
 def _criterion(
     found: Comparison, precision: Precision, num_layers: int
 ) -> tuple[float, float, str]:
-    """What must be at most how much: tolerance, value and name of the quantity."""
+    """Return tolerance, value and name of the quantity that decides."""
     if precision == "float32":
         return FP32_TOLERANCE * max(1.0, found.std), found.max_abs, "max_abs"
     return bf16_tolerance(num_layers, found.std), found.mean_abs, "mean_abs"
 
 
-def _choose(
+def _choose_precision(
     saved: PretrainConfig,
     hf_config: dict[str, Any],
     device: str,
     same_weights: bool | None,
 ) -> tuple[Precision, str]:
-    """The precision to compute in, and why."""
+    """Return the precision to compute in, and why."""
     native_dtype = "bfloat16" if saved.training.bf16 else "float32"
     hf_dtype = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or native_dtype)
     if not (hf_dtype == native_dtype if same_weights is None else same_weights):
         return "bfloat16", f"native weights are {native_dtype}, Hugging Face's {hf_dtype}"
-    needed = 5 * count_parameters(saved.model).total  # 4 bytes a weight, and room to work
+    needed = 5 * count_parameters(saved.model).total  # 4 bytes per weight, and workspace
     if device != "cpu" and torch.cuda.is_available():
         available, where = torch.cuda.mem_get_info()[0], "GPU"
     else:
@@ -257,9 +259,9 @@ def _choose(
 
 
 def _read_config(hf: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face directory, every field of which is known to be harmless.
+    """Read config.json of a Hugging Face directory, every field of which is known to be harmless.
 
-    transformers acts on fields, and on files beside, that the converter has no use for.
+    transformers acts on fields and files that the converter does not use.
 
     Raises:
         CheckpointError: it is missing, no JSON object, or has other fields.
@@ -278,7 +280,7 @@ def _read_config(hf: Path) -> dict[str, Any]:
 
 
 def _native_logits(cfg: PretrainConfig, ctx: Any, found: FoundCheckpoint, tokens: Tensor) -> Tensor:
-    """Logits [b, s, v] of the native model, fp32 on the CPU; the model is freed."""
+    """Compute logits [b, s, v] of the native model, fp32 on the CPU, and free the model."""
     (model,) = build_chunks(cfg, ctx, seed=None).chunks
     if cfg.training.bf16:
         model.bfloat16()
@@ -289,14 +291,14 @@ def _native_logits(cfg: PretrainConfig, ctx: Any, found: FoundCheckpoint, tokens
         logits = model(tokens.to(ctx.device), positions, None)
     result = logits[..., : cfg.model.vocab_size].float().cpu()
     del model, logits
-    _free()
+    _free_memory()
     return result
 
 
 def _reference_logits(
     transformers: Any, hf: Path, tokens: Tensor, precision: Precision, device: torch.device
 ) -> Tensor:
-    """Logits [b, s, v] of the Hugging Face model, fp32 on the CPU; the model is freed.
+    """Compute logits [b, s, v] of the Hugging Face model, fp32 on the CPU, and free the model.
 
     Raises:
         CheckpointError: transformers cannot load it, or computes another number of logits.
@@ -306,14 +308,14 @@ def _reference_logits(
         logits = model(tokens.to(device), use_cache=False).logits
     result = logits.float().cpu()
     del model, logits
-    _free()
+    _free_memory()
     return result
 
 
 def _load_reference(
     transformers: Any, hf: Path, precision: Precision, device: torch.device
 ) -> nn.Module:
-    """The model as transformers builds it, from safetensors; nothing in the directory is run."""
+    """Load the model with transformers from safetensors, running no code of the directory."""
     options: dict[str, Any] = {
         "dtype": getattr(torch, precision),
         "local_files_only": True,
@@ -327,9 +329,9 @@ def _load_reference(
         config = transformers.AutoConfig.from_pretrained(
             hf, local_files_only=True, trust_remote_code=False
         )
-        # Not what the file asks for: a name there may stand for code on the Hub.
+        # Ignore the value in the file: it may name code on the Hub.
         config._attn_implementation = None
-        # The loop over experts: the plain one of several ways, and it takes every width.
+        # The plain loop over experts is the reference implementation and supports any width.
         config._experts_implementation = "eager"
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             hf, config=config, **options
@@ -349,8 +351,8 @@ def _load_reference(
     return loaded
 
 
-def _free() -> None:
-    """Give memory back before the other model is loaded."""
+def _free_memory() -> None:
+    """Free memory before the other model is loaded."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Moves weights between a Hugging Face directory and a native checkpoint, a piece at a time."""
+"""Move weights between a Hugging Face directory and a native checkpoint, a piece at a time."""
 
 import logging
 import math
@@ -19,20 +19,20 @@ from moe_ext.convert import Piece
 
 logger = logging.getLogger("convert")
 
-_SECONDS_BETWEEN_LINES = 10.0
+_LOG_INTERVAL_S = 10.0
 
 
 class Progress:
-    """A bar on a terminal, a line now and then elsewhere. Use it in a `with` statement.
+    """Shows a progress bar on a terminal, or logs a line now and then; a context manager.
 
     Args:
-        what: is being done, for the line.
-        num_bytes: there are to do.
+        what: the task, for the log line.
+        num_bytes: total bytes to process.
     """
 
     def __init__(self, what: str, num_bytes: int) -> None:
         self._what, self._total, self._done = what, num_bytes, 0
-        self._began = self._spoke = time.monotonic()
+        self._started = self._logged = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
 
@@ -76,9 +76,9 @@ class Progress:
             self._bar.update(self._task, completed=self._done)
             return
         now = time.monotonic()
-        if now - self._spoke >= _SECONDS_BETWEEN_LINES:
-            self._spoke = now
-            rate = self._done / (now - self._began)
+        if now - self._logged >= _LOG_INTERVAL_S:
+            self._logged = now
+            rate = self._done / (now - self._started)
             logger.info(
                 "%s: %.1f of %.1f GB, %.2f GB/s, %.0f s left",
                 self._what,
@@ -90,10 +90,10 @@ class Progress:
 
 
 class TensorDigests:
-    """The SHA-256 of every Hugging Face tensor, its bytes as they are on disk.
+    """Computes the SHA-256 of every Hugging Face tensor's bytes on disk.
 
     Args:
-        thread: to compute them in; None computes none.
+        thread: computes the digests; None computes none.
     """
 
     def __init__(self, thread: DigestThread | None) -> None:
@@ -101,14 +101,14 @@ class TensorDigests:
         self._digests: dict[str, Digest] = {}
 
     def add(self, name: str, region: Region) -> None:
-        """A tensor that has just been read or written as a whole."""
+        """Hash a tensor that has just been read or written completely."""
         if self._thread is None:
             return
         self._digests[name] = Digest(name)
         self._thread.add(self._digests[name], region.descriptor, region.begin, region.num_bytes)
 
     def finish(self) -> dict[str, str]:
-        """Hexadecimal digests by name; none where none were asked for."""
+        """Return hexadecimal digests by name; empty if none were requested."""
         if self._thread is not None:
             self._thread.finish()
         return {name: digest.hexdigest() for name, digest in self._digests.items()}
@@ -123,14 +123,14 @@ def import_weights(
     digests: TensorDigests,
     progress: Progress,
 ) -> None:
-    """Fill a native checkpoint.
+    """Write the weights of a native checkpoint.
 
     Args:
         source: holds every tensor that the pieces name, in the shapes that they name.
         pieces: of the model, in the source's layout.
         stream: the checkpoint.
-        dtype: that it shall have.
-        digests: of the source's tensors, to be added to.
+        dtype: of the checkpoint.
+        digests: collects those of the source's tensors.
         progress: counts the source's bytes.
 
     Raises:
@@ -163,24 +163,23 @@ def export_weights(
     digests: TensorDigests,
     progress: Progress,
 ) -> None:
-    """Fill the files of a Hugging Face checkpoint.
+    """Write the weights of a Hugging Face checkpoint.
 
-    Pieces are taken in the order in which the checkpoint holds them, so that a large chunk, which
-    a single rank may have written for a layer's experts, is read once.
+    Pieces are processed in the order in which the checkpoint stores them, so that a large chunk,
+    which a single rank may have written for a layer's experts, is read once.
 
     Args:
         reader: holds every tensor, in the shapes that the pieces name.
-        check: hashes the checkpoint on the way; finished by the caller.
-        pieces: of the model, in the layout to be.
+        check: hashes the checkpoint while it is read; finished by the caller.
+        pieces: of the model, in the output layout.
         writer: the files.
-        keys: where the checkpoint holds each native tensor: its own name, or that of its fp32
-            master weights.
-        dtype: that the files have.
-        digests: of the written tensors, to be added to.
+        keys: checkpoint name of each native tensor: its own, or that of its fp32 master weights.
+        dtype: of the files.
+        digests: collects those of the written tensors.
         progress: counts written bytes.
 
     Raises:
-        CheckpointError: a weight is not a finite number, or the checkpoint is damaged.
+        CheckpointError: a weight is not a finite number, or the checkpoint is corrupt.
     """
     placed = []
     for number, piece in enumerate(pieces):
@@ -200,17 +199,17 @@ def export_weights(
 
 
 def check_finite(tensor: torch.Tensor, name: str) -> None:
-    """Refuse NaN and infinity: a model with one such weight computes nothing else.
+    """Refuse NaN and infinity, which would spread to every output of the model.
 
-    The least and the largest value tell: both are NaN where any value is.
+    Checks the minimum and maximum, which are NaN if any value is.
 
     Raises:
-        CheckpointError: there is one.
+        CheckpointError: the tensor holds one.
     """
     if tensor.numel() == 0 or all(math.isfinite(bound) for bound in torch.aminmax(tensor)):
         return
     raise CheckpointError(
         f"{name} holds {int((~tensor.isfinite()).sum())} values that are not finite (NaN or"
-        f" infinite, or too large for {tensor.dtype}); a model with such weights computes nothing;"
-        " take a checkpoint from before they broke, or --dtype fp32 where they only are too large"
+        f" infinite, or too large for {tensor.dtype}); weights must be finite; take a checkpoint"
+        " from before they diverged, or --dtype fp32 if they only overflow"
     )

@@ -1,4 +1,4 @@
-"""Commands that make training data: corpus, tokenizer, token files.
+"""Make training data: the commands for corpus, tokenizer and token files.
 
 Reading them while training is in `megatron.trainer.data`.
 """

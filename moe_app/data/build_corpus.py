@@ -32,14 +32,14 @@ _TOPICS = "pydoc_data/topics.py"
 
 @dataclass
 class Skipped:
-    """Files left out, by reason."""
+    """Counts skipped files by reason."""
 
     undecodable: int = 0
     unparsable: int = 0
 
 
 def source_files(root: Path) -> list[Path]:
-    """Return the Python sources under root worth reading, shuffled with the fixed seed."""
+    """Return the usable Python sources under root, shuffled with the fixed seed."""
     paths = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(set(subfolders) - _SKIPPED_FOLDERS)

@@ -1,4 +1,4 @@
-"""Turn JSON Lines into token files: PREFIX_KEY_document.bin and .idx.
+"""Tokenize JSON Lines into token files: PREFIX_KEY_document.bin and .idx.
 
     python tools/preprocess_data.py --input code.jsonl docs.jsonl --output-prefix data/corpus \
         --tokenizer-model data/tokenizer.model --append-eod --workers 2
@@ -32,7 +32,7 @@ _CHUNKS_AHEAD = 4
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive lines of one file, the unit of work."""
+    """Holds consecutive lines of one file, the unit of work."""
 
     path: str
     first_line: int
@@ -41,18 +41,18 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of a chunk."""
+    """Holds the tokens of a chunk."""
 
     ids: npt.NDArray[np.integer]
-    """All documents' tokens end to end."""
+    """All documents' tokens, concatenated."""
     lengths: list[int]
-    """Tokens of each document; 0 for one without text, which is not written."""
+    """Tokens per document; 0 for an empty one, which is not written."""
     text_bytes: int
     """UTF-8 bytes of text read."""
 
 
 class Encoder:
-    """A tokenizer and what to do with it; each worker process has one."""
+    """Tokenizes lines; each worker process has one."""
 
     def __init__(self, tokenizer: Tokenizer, *, key: str, append_eod: bool) -> None:
         self.tokenizer = tokenizer
@@ -80,13 +80,13 @@ class Encoder:
 
 
 class _Worker:
-    """The encoder of this worker process, set once when the process starts."""
+    """Holds the encoder of this worker process, set once when the process starts."""
 
     encoder: Encoder
 
     @classmethod
     def start(cls, tokenizer_type: str, tokenizer_model: str, key: str, append_eod: bool) -> None:
-        """Read the tokenizer."""
+        """Load the tokenizer."""
         tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
         cls.encoder = Encoder(tokenizer, key=key, append_eod=append_eod)
 
@@ -129,7 +129,7 @@ def encode_chunks(chunks: Iterable[Chunk], pool: Executor, *, workers: int) -> I
 
 
 def preprocess(args: argparse.Namespace, key: str) -> None:
-    """Write the token file of one key and report.
+    """Write the token file of one key and print a summary.
 
     Raises:
         DataError: The input or the tokenizer is missing or bad; nothing is left behind then.

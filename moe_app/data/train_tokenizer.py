@@ -1,11 +1,10 @@
-"""Train a byte-level tokenizer that gives every text back unchanged.
+"""Train a byte-level tokenizer that decodes every text back unchanged.
 
     python tools/train_tokenizer.py --input data/code.jsonl data/docs.jsonl --output-dir data
 
 Writes tokenizer.model (SentencePiece BPE with byte fallback) or tokenizer.json (byte-level BPE of
-the `tokenizers` library). Neither normalises, so spaces, tabs, newlines and any Unicode survive.
-One limit of SentencePiece: it writes a space as U+2581, so that character itself comes back as a
-space.
+the `tokenizers` library). Neither normalises, so spaces, tabs, newlines and any Unicode survive,
+except that SentencePiece stores a space as U+2581, so that character itself decodes to a space.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from moe_app.command_line import program
 
 _PIECE_BYTES = 4096
 _SENTENCEPIECE_RESERVED = "\u2581\u2585\0"
-"""Characters its trainer keeps for itself; lines with them are left out of the sample."""
+"""Characters its trainer reserves; lines that contain them are left out of the sample."""
 
 
 def sample_texts(paths: Sequence[str], *, key: str, limit_bytes: int) -> Iterator[str]:

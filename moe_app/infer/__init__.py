@@ -1,4 +1,4 @@
-"""Generation and scoring from a checkpoint.
+"""Generate and score from a checkpoint: the commands.
 
 Decoding and sampling are in `megatron.trainer.inference`.
 """

@@ -1,9 +1,9 @@
-"""Kills conversions of a tiny checkpoint at chosen moments, and says what each left.
+"""Kill conversions of a tiny checkpoint at chosen moments, and report what each left.
 
 Usage: convert_kill_worker.py WORK
 
-Prints a JSON object a line: the moment, what lies in the directory, whether readers take it for
-whole, and whether the next conversion succeeds. Each conversion runs in a forked child.
+Prints a JSON object a line: the moment, the status, whether readers accept the result as valid,
+and whether the next conversion succeeds. Each conversion runs in a forked child.
 """
 
 import json
@@ -37,8 +37,8 @@ EXPORTS: dict[str, tuple[Any, str, int]] = {
 }
 
 
-def killed_at(owner: Any, name: str, count: int) -> None:
-    """Let the process end itself at the `count`th call."""
+def kill_at_call(owner: Any, name: str, count: int) -> None:
+    """Make the process kill itself at the `count`th call."""
     original: Callable[..., Any] = getattr(owner, name)
     calls = []
 
@@ -51,15 +51,15 @@ def killed_at(owner: Any, name: str, count: int) -> None:
     setattr(owner, name, counted)
 
 
-def in_child(work: Callable[[], int]) -> int:
-    """Exit status of `work` in a fork, negative for a signal."""
+def run_in_child(work: Callable[[], int]) -> int:
+    """Return the exit status of `work` in a fork, negative for a signal."""
     child = os.fork()
     if child == 0:
         os._exit(work())
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def is_whole_run(root: Path) -> bool:
+def is_valid_run(root: Path) -> bool:
     try:
         find_checkpoint(root)
     except CheckpointError:
@@ -67,7 +67,7 @@ def is_whole_run(root: Path) -> bool:
     return True
 
 
-def is_whole_hf(path: Path) -> bool:
+def is_valid_hf(path: Path) -> bool:
     try:
         with HFDirectory(path):
             return True
@@ -84,26 +84,26 @@ def main(work: Path) -> None:
     def convert(arguments: list[str], moment: tuple[Any, str, int] | None = None) -> int:
         def work_of_child() -> int:
             if moment is not None:
-                killed_at(*moment)
+                kill_at_call(*moment)
             return convert_checkpoint.main(arguments)
 
-        return in_child(work_of_child)
+        return run_in_child(work_of_child)
 
-    def report(command: str, moment: str, status: int, whole: bool, again: int) -> None:
+    def report(command: str, moment: str, status: int, valid: bool, again: int) -> None:
         said = {"command": command, "moment": moment, "status": status}
-        print(json.dumps({**said, "whole": whole, "again": again}), flush=True)
+        print(json.dumps({**said, "valid": valid, "again": again}), flush=True)
 
     for moment, place in IMPORTS.items():
         status = convert(importing, place)
-        report("import", moment, status, is_whole_run(run), convert(importing))
-        assert is_whole_run(run)
+        report("import", moment, status, is_valid_run(run), convert(importing))
+        assert is_valid_run(run)
         shutil.rmtree(run)
     convert(importing)
     for moment, place in EXPORTS.items():
         status = convert(exporting, place)
-        whole = is_whole_hf(out)
-        report("export", moment, status, whole, convert(exporting))
-        assert is_whole_hf(out)
+        valid = is_valid_hf(out)
+        report("export", moment, status, valid, convert(exporting))
+        assert is_valid_hf(out)
         shutil.rmtree(out)
     print(json.dumps({"left": sorted(os.listdir(work))}), flush=True)
 

@@ -1,4 +1,4 @@
-"""Tiny Hugging Face checkpoints with random weights, for tests of the converter."""
+"""Make tiny Hugging Face checkpoints with random weights, for tests of the converter."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ _IDS = {"bos_token_id": 5, "eos_token_id": 7, "pad_token_id": 1}
 def make_hf(
     path: Path, family: str, form: Layout, *, dtype: torch.dtype = torch.bfloat16, **changes: Any
 ) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Write one; returns its directory and its weights."""
+    """Write a checkpoint; return its directory and its weights."""
     path.mkdir(parents=True)
     config = {**CONFIGS[family], **_IDS, **changes}
     (path / "config.json").write_text(json.dumps(config))
@@ -56,7 +56,7 @@ def make_hf(
 def hf_weights(
     family: str, form: Layout, dtype: torch.dtype, changes: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """Random tensors of every name that the checkpoint must hold."""
+    """Draw random tensors for every name the checkpoint must hold."""
     found = FAMILIES[family]
     model = found.model_config({**CONFIGS[family], **changes})
     generator = torch.Generator().manual_seed(11)

@@ -1,4 +1,4 @@
-"""One rank of test_hf_parity: the logits of models that transformers made, under many layouts.
+"""Compute logits of converted transformers models under many layouts; one rank of test_hf_parity.
 
 Usage: torchrun ... hf_parity_worker.py CASES.json OUT
 
@@ -30,7 +30,7 @@ from tests.distributed.hf_models import fill, to_native
 
 
 def build(given: dict[str, Any], ctx: RunContext, cfg: PretrainConfig) -> list[nn.Module]:
-    """This rank's chunks with the given weights, in evaluation mode."""
+    """Build this rank's chunks with the given weights, in evaluation mode."""
     chunks = list(build_chunks(cfg, ctx, seed=None).chunks)
     family = given["config"]["model_type"]
     fill(chunks, to_native(family, cfg.model, "fused", given["weights"]))
@@ -38,7 +38,7 @@ def build(given: dict[str, Any], ctx: RunContext, cfg: PretrainConfig) -> list[n
 
 
 def configure(case: dict[str, Any], given: dict[str, Any], length: int) -> PretrainConfig:
-    """The case's flags with the model that transformers' config describes."""
+    """Return the case's config with the model that transformers' config describes."""
     model = family_from_config(given["config"]).model_config(given["config"])
     flags = []
     for name, value in vars(model).items():
@@ -57,7 +57,7 @@ def configure(case: dict[str, Any], given: dict[str, Any], length: int) -> Pretr
 def step(
     batches: Iterator[Tensor], model: nn.Module, *, vocab_size: int, group: Any
 ) -> tuple[Tensor, Any]:
-    """megatron-core's forward step: logits of the whole vocabulary instead of a loss."""
+    """Run megatron-core's forward step, returning full-vocabulary logits instead of a loss."""
     tokens = next(batches)
     positions = torch.arange(tokens.shape[1])[None]
     output = model(tokens, positions, None)
@@ -69,7 +69,7 @@ def step(
 
 
 def trained_logits(case: dict[str, Any], given: dict[str, Any]) -> dict[int, Tensor]:
-    """Logits [b, s, v] by the schedule of training, of the longest batch; none before the end."""
+    """Return logits [b, s, v] of the longest batch by the training schedule; only at its end."""
     length, tokens = max(given["tokens"].items())
     batch = len(tokens)
     extra = ["--micro-batch-size", str(batch), "--global-batch-size", str(4 * batch)]
@@ -93,7 +93,7 @@ def trained_logits(case: dict[str, Any], given: dict[str, Any]) -> dict[int, Ten
 
 
 def inferred_logits(case: dict[str, Any], given: dict[str, Any]) -> dict[int, Tensor]:
-    """Logits [b, s, v] of every length by the passes of inference; none before the last stage."""
+    """Return logits [b, s, v] of every length by inference passes; empty before the last stage."""
     flags = [*case["flags"], "--no-sequence-parallel", "--global-batch-size", "4"]
     cfg = configure({**case, "flags": flags}, given, max(given["tokens"]))
     ctx = initialize(cfg, is_training=False)

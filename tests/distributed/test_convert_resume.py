@@ -1,4 +1,4 @@
-"""Imported checkpoints train under every layout, trained ones export, killed ones leave nothing."""
+"""Check that imports train under every layout, trained ones export, killed ones leave nothing."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def convert(*arguments: object) -> int:
 
 
 def training(run: Path, **settings: object) -> list[str]:
-    """Flags that go on from an imported checkpoint."""
+    """Return flags that continue from an imported checkpoint."""
     chosen = {
         "config": run / "iter_0000000" / "config.yaml",
         "load": run,
@@ -46,7 +46,7 @@ def training(run: Path, **settings: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Imported checkpoints: `olmoe` fp32, `bf16`, `jetmoe` fp32."""
+    """Import three checkpoints: `olmoe` fp32, `bf16`, `jetmoe` fp32."""
     root = tmp_path_factory.mktemp("convert")
     for name, family, form, dtype in (
         ("olmoe", "olmoe", "per-expert", torch.float32),
@@ -70,10 +70,10 @@ def outcomes(root: Path) -> dict[str, Outcome]:
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "jetmoe"])
-def test_plain_load_takes_the_imported_weights(
+def test_load_restores_the_imported_weights(
     name: str, root: Path, outcomes: dict[str, Outcome]
 ) -> None:
-    """One step leaves them as they were loaded: its learning rate is lost in the rounding."""
+    """Take one step whose learning rate is lost in rounding, so that weights stay as loaded."""
     outcome = outcomes[name]
     assert outcome.error is None
     assert outcome.series("iteration")[0] == 1
@@ -92,7 +92,7 @@ def exported(root: Path, name: str, *flags: str) -> dict[str, torch.Tensor]:
     return load_file(out / "model.safetensors")
 
 
-def test_trained_checkpoint_of_two_ranks_is_the_same_model_in_transformers(
+def test_checkpoint_trained_on_two_ranks_matches_transformers(
     root: Path, outcomes: dict[str, Outcome]
 ) -> None:
     assert outcomes["trained"].error is None
@@ -127,7 +127,7 @@ def test_fp32_export_takes_the_master_weights(root: Path, outcomes: dict[str, Ou
     }
 
 
-def test_killed_conversion_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+def test_killed_conversion_leaves_nothing_that_looks_valid(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", *program(HERE / "convert_kill_worker.py")]
     command.append(str(tmp_path))
@@ -137,7 +137,7 @@ def test_killed_conversion_leaves_nothing_that_looks_whole(tmp_path: Path) -> No
     assert len(rounds) == 10
     for found in rounds:
         assert found["status"] == -9, found
-        # A checkpoint without a tracker file is whole; it is not written over.
+        # A checkpoint without a tracker file is valid; it is not overwritten.
         is_done = found["moment"] == "before the tracker"
-        assert (found["whole"], found["again"]) == ((True, 2) if is_done else (False, 0)), found
+        assert (found["valid"], found["again"]) == ((True, 2) if is_done else (False, 0)), found
     assert end == {"left": ["hf", "run"]}

@@ -1,4 +1,4 @@
-"""transformers' logits, by native models whose weights are spread over ranks."""
+"""Compare logits of native models sharded over ranks with those of transformers."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ TOLERANCE = 5e-5
 
 @pytest.fixture(scope="module")
 def logits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    """What the ranks computed, by case and length, and transformers' own under the model's name."""
+    """Return the ranks' logits by case and length, and transformers' own under the model's name."""
     out: Path = tmp_path_factory.mktemp("hf_parity")
     found: dict[str, dict[str, Tensor]] = {}
     for name, (family, changes) in MODELS.items():
@@ -65,7 +65,7 @@ def logits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tens
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_spread_model_has_the_logits_of_transformers(
+def test_sharded_model_matches_logits_of_transformers(
     case: str, logits: dict[str, dict[str, Tensor]]
 ) -> None:
     expected = logits[case.split()[0]]

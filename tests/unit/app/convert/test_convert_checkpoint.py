@@ -1,4 +1,4 @@
-"""The converter's command on tiny checkpoints of both families, there and back."""
+"""Convert tiny checkpoints of both families, there and back."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def read_all(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+def assert_equal_tensors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert found[name].dtype is tensor.dtype, name
@@ -48,7 +48,7 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("family", "form", "changes"), CASES)
-def test_weights_come_back_bit_for_bit(
+def test_weights_survive_the_round_trip_bit_for_bit(
     family: str, form: Layout, changes: dict[str, Any], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     source, weights = make_hf(tmp_path / "hf", family, form, dtype=dtype, **changes)
@@ -56,7 +56,7 @@ def test_weights_come_back_bit_for_bit(
     out = tmp_path / "out"
     exporting = ("export", "--load", tmp_path / "run", "--hf", out, "--layout", form)
     assert convert(*exporting, "--max-shard-size", "20KB") == 0
-    assert_same(read_all(out), weights)
+    assert_equal_tensors(read_all(out), weights)
     assert len(list(out.glob("*.safetensors"))) > 1
     back = json.loads((out / "config.json").read_text())
     before = json.loads((source / "config.json").read_text())
@@ -77,7 +77,7 @@ def test_layouts_hold_the_same_experts(tmp_path: Path) -> None:
         assert torch.equal(fused["model.layers.1.mlp.experts.gate_up_proj"][expert], both)
     convert("import", "--hf", tmp_path / "fused", "--save", tmp_path / "again")
     convert("export", "--load", tmp_path / "again", "--hf", tmp_path / "out")
-    assert_same(read_all(tmp_path / "out"), weights)
+    assert_equal_tensors(read_all(tmp_path / "out"), weights)
 
 
 def test_native_checkpoint_holds_the_weights_and_zero_padding(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_native_checkpoint_holds_the_weights_and_zero_padding(tmp_path: Path) ->
             expert = weights[f"model.layers.1.mlp.experts.2.{name}.weight"]
             assert torch.equal(block[0, 0, 0], expert)
     convert("export", "--load", tmp_path / "run", "--hf", tmp_path / "out")
-    assert_same(read_all(tmp_path / "out"), weights)
+    assert_equal_tensors(read_all(tmp_path / "out"), weights)
 
 
 @pytest.mark.parametrize(
@@ -109,24 +109,24 @@ def test_native_checkpoint_holds_the_weights_and_zero_padding(tmp_path: Path) ->
         (torch.float16, "fp32", torch.float32),
     ],
 )
-def test_dtype_converts_on_import_and_on_export(
+def test_dtype_converts_on_import_and_export(
     stored: torch.dtype, flag: str, written: torch.dtype, tmp_path: Path
 ) -> None:
     source, weights = make_hf(tmp_path / "hf", "olmoe", "per-expert", dtype=stored)
     wanted = {name: tensor.to(written) for name, tensor in weights.items()}
     convert("import", "--hf", source, "--save", tmp_path / "one", "--dtype", flag)
     convert("export", "--load", tmp_path / "one", "--hf", tmp_path / "out")
-    assert_same(read_all(tmp_path / "out"), wanted)
+    assert_equal_tensors(read_all(tmp_path / "out"), wanted)
     config = (tmp_path / "one" / "iter_0000000" / "config.yaml").read_text()
     assert f"bf16: {str(written is torch.bfloat16).lower()}\n" in config
     if stored is torch.float16:
         return
     convert("import", "--hf", source, "--save", tmp_path / "two")
     convert("export", "--load", tmp_path / "two", "--hf", tmp_path / "out2", "--dtype", flag)
-    assert_same(read_all(tmp_path / "out2"), wanted)
+    assert_equal_tensors(read_all(tmp_path / "out2"), wanted)
 
 
-def test_checksums_put_the_digest_of_every_tensor_into_the_report(tmp_path: Path) -> None:
+def test_checksums_report_the_digest_of_every_tensor(tmp_path: Path) -> None:
     source, weights = make_hf(tmp_path / "hf", "olmoe", "fused")
     convert("import", "--hf", source, "--save", tmp_path / "run", "--checksums")
     out = tmp_path / "out"
@@ -149,7 +149,7 @@ def word_tokenizer(path: Path) -> None:
     Tokenizer(WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a")).save(str(path))
 
 
-def test_tokenizer_and_its_friends_go_there_and_back(tmp_path: Path) -> None:
+def test_tokenizer_files_survive_the_round_trip(tmp_path: Path) -> None:
     source, _ = make_hf(tmp_path / "hf", "olmoe", "per-expert")
     word_tokenizer(source / "tokenizer.json")
     (source / "tokenizer_config.json").write_text('{"model_max_length": 64}')
@@ -173,8 +173,8 @@ def test_tokenizer_and_its_friends_go_there_and_back(tmp_path: Path) -> None:
     assert set(os.listdir(tmp_path / "out")) == {*carried, *own}
 
 
-def test_like_gives_tokenizer_and_ids_to_a_checkpoint_that_lost_them(tmp_path: Path) -> None:
-    """Training from an import keeps neither hf_config.json nor tokenizer_config.json."""
+def test_like_adds_tokenizer_and_ids_to_a_checkpoint_without_them(tmp_path: Path) -> None:
+    """Cover training from an import, which drops hf_config.json and tokenizer_config.json."""
     source, _ = make_hf(tmp_path / "hf", "olmoe", "per-expert")
     convert("import", "--hf", source, "--save", tmp_path / "run")
     word_tokenizer(source / "tokenizer.json")
@@ -187,10 +187,10 @@ def test_like_gives_tokenizer_and_ids_to_a_checkpoint_that_lost_them(tmp_path: P
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
-def test_run_on_mock_data_is_exported_without_the_tokenizer_that_its_config_names(
+def test_run_on_mock_data_is_exported_without_its_configured_tokenizer(
     tmp_path: Path,
 ) -> None:
-    """Training on from an import: the config names a tokenizer, and mock data keep none."""
+    """Cover training from an import, whose config names a tokenizer that mock data never saved."""
     source, _ = make_hf(tmp_path / "hf", "olmoe", "per-expert")
     config = json.loads((source / "config.json").read_text())
     cfg = PretrainConfig(
@@ -202,7 +202,7 @@ def test_run_on_mock_data_is_exported_without_the_tokenizer_that_its_config_name
     assert json.loads(files["config.json"])["eos_token_id"] is None
 
 
-def test_hub_snapshot_of_links_is_imported(tmp_path: Path) -> None:
+def test_hub_snapshot_of_symlinks_is_imported(tmp_path: Path) -> None:
     source, weights = make_hf(tmp_path / "hf", "olmoe", "per-expert")
     word_tokenizer(source / "tokenizer.json")
     blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "abc"
@@ -214,11 +214,11 @@ def test_hub_snapshot_of_links_is_imported(tmp_path: Path) -> None:
     assert convert("import", "--hf", snapshot, "--save", tmp_path / "run") == 0
     assert not (find_checkpoint(tmp_path / "run").path / "tokenizer.json").is_symlink()
     convert("export", "--load", tmp_path / "run", "--hf", tmp_path / "out")
-    assert_same(read_all(tmp_path / "out"), weights)
+    assert_equal_tensors(read_all(tmp_path / "out"), weights)
 
 
-def test_checkpoint_of_transformers_goes_there_and_back(tmp_path: Path) -> None:
-    """What save_pretrained writes of a tiny model, not what we think it writes."""
+def test_checkpoint_saved_by_transformers_survives_the_round_trip(tmp_path: Path) -> None:
+    """Use what save_pretrained really writes."""
     from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
     torch.manual_seed(1)
@@ -231,8 +231,8 @@ def test_checkpoint_of_transformers_goes_there_and_back(tmp_path: Path) -> None:
         out = tmp_path / form
         convert("export", "--load", tmp_path / "run", "--hf", out, "--layout", form)
         loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
-        assert_same(dict(loaded.state_dict()), dict(model.state_dict()))
-    assert_same(read_all(tmp_path / "per-expert"), read_all(tmp_path / "hf"))
+        assert_equal_tensors(dict(loaded.state_dict()), dict(model.state_dict()))
+    assert_equal_tensors(read_all(tmp_path / "per-expert"), read_all(tmp_path / "hf"))
 
 
 def test_random_weights_differ_between_tensors() -> None:

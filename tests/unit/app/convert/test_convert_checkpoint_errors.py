@@ -1,4 +1,4 @@
-"""What the converter's command refuses, and that nothing is left of a conversion that failed."""
+"""Check what the converter refuses, and that a failed conversion leaves no files."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ def run_export(tmp_path: Path, *flags: str) -> int:
 def assert_refused(
     status: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One message, status 2, and no trace on the disk."""
+    """Check for one message, status 2, and no files on the disk."""
     said = capsys.readouterr().err
     assert status == 2, said
     assert re.search(message, said), said
@@ -49,11 +49,11 @@ def assert_refused(
     assert os.listdir(tmp_path) == ["hf"]
 
 
-Spoil = Callable[[dict[str, torch.Tensor]], object]
+Corrupt = Callable[[dict[str, torch.Tensor]], object]
 
 
 class Case(NamedTuple):
-    spoil: Spoil
+    corrupt: Corrupt
     message: str
 
 
@@ -61,11 +61,11 @@ def widen(weights: dict[str, torch.Tensor]) -> None:
     weights[GATE] = torch.zeros(21, 48, dtype=torch.bfloat16)
 
 
-def spoil_value(value: float) -> Spoil:
-    def spoil(weights: dict[str, torch.Tensor]) -> None:
+def corrupt_value(value: float) -> Corrupt:
+    def corrupt(weights: dict[str, torch.Tensor]) -> None:
         weights[GATE][3, :2] = value
 
-    return spoil
+    return corrupt
 
 
 WRONG_WEIGHTS: dict[str, Case] = {
@@ -75,7 +75,7 @@ WRONG_WEIGHTS: dict[str, Case] = {
     ),
     "extra": Case(
         lambda weights: weights.update(surprise=torch.zeros(1, dtype=torch.bfloat16)),
-        "1 tensors are there that the model has not: surprise;",
+        "1 tensors are unexpected: surprise;",
     ),
     "shape": Case(
         widen,
@@ -86,23 +86,23 @@ WRONG_WEIGHTS: dict[str, Case] = {
         "weights must be of one type; convert them to one with --dtype",
     ),
     "nan": Case(
-        spoil_value(float("nan")),
+        corrupt_value(float("nan")),
         f"{GATE} holds 2 values that are not finite (NaN or infinite, or too large for"
-        " torch.bfloat16); a model with such weights computes nothing;",
+        " torch.bfloat16); weights must be finite;",
     ),
-    "infinite": Case(spoil_value(float("-inf")), f"{GATE} holds 2 values that are not finite"),
+    "infinite": Case(corrupt_value(float("-inf")), f"{GATE} holds 2 values that are not finite"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG_WEIGHTS)
-def test_weights_that_do_not_fit_are_refused(
+def test_mismatched_weights_are_refused(
     name: str,
     source: tuple[Path, dict[str, torch.Tensor]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path, weights = source
-    WRONG_WEIGHTS[name].spoil(weights)
+    WRONG_WEIGHTS[name].corrupt(weights)
     save_file(weights, path / "model.safetensors")
     message = re.escape(WRONG_WEIGHTS[name].message)
     assert_refused(run_import(tmp_path), message, tmp_path, capsys)
@@ -112,7 +112,7 @@ def test_mixed_types_are_accepted_with_dtype(
     source: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     path, weights = source
-    WRONG_WEIGHTS["mixed"].spoil(weights)
+    WRONG_WEIGHTS["mixed"].corrupt(weights)
     save_file(weights, path / "model.safetensors")
     assert run_import(tmp_path, "--dtype", "bf16") == 0
 
@@ -135,7 +135,7 @@ def test_fp16_needs_a_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ],
 )
 @pytest.mark.usefixtures("source")
-def test_config_that_is_not_ours_is_refused(
+def test_unsupported_config_is_refused(
     change: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "hf" / "config.json"
@@ -144,7 +144,7 @@ def test_config_that_is_not_ours_is_refused(
 
 
 @pytest.mark.usefixtures("source")
-def test_link_out_of_the_directory_is_not_carried_along(
+def test_symlink_out_of_the_directory_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     secret = tmp_path_factory.mktemp("home") / "secret"
@@ -164,7 +164,7 @@ def test_link_out_of_the_directory_is_not_carried_along(
     ],
 )
 @pytest.mark.usefixtures("source")
-def test_link_to_no_file_is_not_passed_over(
+def test_dangling_symlink_is_not_skipped(
     name: str, target: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     link = tmp_path / "hf" / name
@@ -178,21 +178,23 @@ def test_several_processes_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    message = "torchrun started 2 processes; a conversion is done by one"
+    message = "torchrun started 2 processes; a conversion runs in one"
     assert_refused(run_import(tmp_path), message, tmp_path, capsys)
 
 
 @pytest.mark.usefixtures("source")
-def test_disk_that_is_too_small_is_noticed_before_anything_is_written(
+def test_too_small_disk_is_refused_before_writing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1000))
     monkeypatch.setattr(CheckpointStream, "__init__", None)
-    message = rf"{tmp_path}/run needs [\d,]+ bytes, but its disk has 1,000 free; make room, or"
+    message = (
+        rf"{tmp_path}/run needs [\d,]+ bytes, but its disk has 1,000 free; free some space, or"
+    )
     assert_refused(run_import(tmp_path), message, tmp_path, capsys)
 
 
-def no_room(*_: object) -> None:
+def raise_disk_full(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -201,19 +203,19 @@ FULL = r"the disk of \S+ is full: [\d,]+ bytes are needed in all, [\d,]+ are fre
 
 @pytest.mark.usefixtures("source")
 @pytest.mark.parametrize("moment", ["write", "_write_metadata", "finish"])
-def test_disk_that_fills_up_on_import_leaves_nothing(
+def test_full_disk_on_import_leaves_no_files(
     moment: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(CheckpointStream, moment, no_room)
+    monkeypatch.setattr(CheckpointStream, moment, raise_disk_full)
     assert_refused(run_import(tmp_path), FULL, tmp_path, capsys)
 
 
 @pytest.mark.usefixtures("source")
 @pytest.mark.parametrize("moment", ["write", "finish"])
-def test_disk_that_fills_up_on_export_leaves_nothing(
+def test_full_disk_on_export_leaves_no_files(
     moment: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -221,24 +223,26 @@ def test_disk_that_fills_up_on_export_leaves_nothing(
 ) -> None:
     run_import(tmp_path)
     capsys.readouterr()
-    monkeypatch.setattr(HFWriter, moment, no_room)
+    monkeypatch.setattr(HFWriter, moment, raise_disk_full)
     assert run_export(tmp_path) == 2
     assert re.search(FULL, capsys.readouterr().err)
     assert sorted(os.listdir(tmp_path)) == ["hf", "run"]
 
 
 @pytest.mark.usefixtures("source")
-def test_disk_without_room_for_the_report_is_told(
+def test_full_disk_at_the_report_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert_checkpoint, "write_durably", no_room)
+    monkeypatch.setattr(convert_checkpoint, "write_durably", raise_disk_full)
     assert run_import(tmp_path) == 2
     message = f"{tmp_path}/run is complete, but its report conversion_report.json cannot be written"
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("source")
-def test_nothing_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_output_is_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_import(tmp_path) == 0
     shard = tmp_path / "run" / "iter_0000000" / "__0_0.distcp"
     before = shard.read_bytes()
@@ -254,7 +258,7 @@ def test_nothing_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.usefixtures("source")
-def test_leftover_of_a_killed_import_does_not_stand_in_the_way(tmp_path: Path) -> None:
+def test_leftover_of_a_killed_import_is_removed(tmp_path: Path) -> None:
     leftover = tmp_path / "run" / "iter_0000000.tmp-0badcafe"
     leftover.mkdir(parents=True)
     assert run_import(tmp_path) == 0
@@ -287,7 +291,7 @@ def test_damaged_checkpoint_is_not_exported(
     ],
 )
 @pytest.mark.usefixtures("source")
-def test_wrong_flag_of_export_is_refused(
+def test_invalid_export_flag_is_refused(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_import(tmp_path)
@@ -297,9 +301,7 @@ def test_wrong_flag_of_export_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_layout_that_the_family_has_not_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_layout_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_hf(tmp_path / "hf", "jetmoe", "fused")
     run_import(tmp_path)
     capsys.readouterr()
@@ -307,7 +309,7 @@ def test_layout_that_the_family_has_not_is_refused(
     assert "jetmoe checkpoints have no layout 'per-expert'; use fused" in capsys.readouterr().err
 
 
-def test_directory_of_another_user_is_told_as_such(
+def test_permission_error_is_reported(
     source: tuple[Path, dict[str, torch.Tensor]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -322,7 +324,7 @@ def test_directory_of_another_user_is_told_as_such(
 
 
 @pytest.mark.usefixtures("source")
-def test_verify_decides_the_exit_status_and_is_reported(
+def test_verification_sets_the_exit_status_and_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from moe_app.convert import hf_verify
@@ -348,7 +350,7 @@ def test_verify_decides_the_exit_status_and_is_reported(
 def test_command_runs_without_transformers(
     source: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    """Only --verify needs it, and says so before it begins."""
+    """Check that only --verify needs it, and fails before the conversion starts."""
     program = (
         "import sys; sys.modules['transformers'] = None;"
         "from moe_app.convert import convert_checkpoint; sys.exit(convert_checkpoint.main())"

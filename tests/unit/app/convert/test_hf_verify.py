@@ -1,4 +1,4 @@
-"""The verdict on a conversion: right for a right one, and for wrong ones of several kinds."""
+"""Check that verification accepts a correct conversion and rejects several kinds of wrong ones."""
 
 import json
 import math
@@ -18,13 +18,13 @@ from moe_app.convert import convert_checkpoint, hf_verify
 from moe_app.convert.hf_verify import bf16_tolerance, compare, verify
 from tests.distributed.hf_models import random_model
 
-# torch's loader of checkpoints names a class that it deprecates.
+# torch's checkpoint loader uses a class it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning")
 
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[FoundCheckpoint, Path]:
-    """A native checkpoint in fp32 and the Hugging Face directory it came from."""
+    """Return a native checkpoint in fp32 and the Hugging Face directory it came from."""
     directory = tmp_path_factory.mktemp("verify")
     random_model("olmoe", eos_token_id=None).save_pretrained(directory / "hf")
     arguments = ["import", "--hf", str(directory / "hf"), "--save", str(directory / "run")]
@@ -33,7 +33,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[FoundCheckpoint,
 
 
 def changed(hf: Path, copy: Path, **tensors: Tensor | None) -> Path:
-    """A copy of a Hugging Face directory with other tensors; None leaves one out."""
+    """Copy a Hugging Face directory with other tensors; None leaves one out."""
     copy.mkdir()
     (copy / "config.json").write_bytes((hf / "config.json").read_bytes())
     weights: dict[str, Any] = {**load_file(hf / "model.safetensors"), **tensors}
@@ -42,7 +42,7 @@ def changed(hf: Path, copy: Path, **tensors: Tensor | None) -> Path:
     return copy
 
 
-def test_the_same_weights_pass_with_room_to_spare(imported: tuple[FoundCheckpoint, Path]) -> None:
+def test_equal_weights_pass_with_a_margin(imported: tuple[FoundCheckpoint, Path]) -> None:
     found, hf = imported
     report = verify(found, hf, device="cpu")
     assert report["passed"]
@@ -53,7 +53,7 @@ def test_the_same_weights_pass_with_room_to_spare(imported: tuple[FoundCheckpoin
     json.dumps(report)
 
 
-def test_one_wrong_expert_fails(imported: tuple[FoundCheckpoint, Path], tmp_path: Path) -> None:
+def test_one_swapped_expert_fails(imported: tuple[FoundCheckpoint, Path], tmp_path: Path) -> None:
     found, hf = imported
     name = "model.layers.1.mlp.experts.4.{}_proj.weight"
     weights = load_file(hf / "model.safetensors")
@@ -66,7 +66,7 @@ def test_one_wrong_expert_fails(imported: tuple[FoundCheckpoint, Path], tmp_path
     assert report["max_abs"] > 100 * report["tolerance"]
 
 
-def test_bfloat16_is_judged_by_its_own_rounding(
+def test_bfloat16_has_its_own_tolerance(
     imported: tuple[FoundCheckpoint, Path], tmp_path: Path
 ) -> None:
     found, hf = imported
@@ -74,13 +74,13 @@ def test_bfloat16_is_judged_by_its_own_rounding(
     assert report["passed"]
     assert report["max_abs"] > hf_verify.FP32_TOLERANCE
     assert report["tolerance"] == bf16_tolerance(2, report["std"])
-    # A norm's weight that was forgotten.
+    # A norm weight left at its initial value.
     forgotten = {"model.norm.weight": torch.ones(48)}
     other = changed(hf, tmp_path / "hf", **forgotten)
     assert not verify(found, other, device="cpu", precision="bfloat16", length=32)["passed"]
 
 
-def test_sides_of_different_precision_are_compared_in_bfloat16(
+def test_models_of_different_precision_are_compared_in_bfloat16(
     imported: tuple[FoundCheckpoint, Path], tmp_path: Path
 ) -> None:
     found, hf = imported
@@ -95,9 +95,7 @@ def test_sides_of_different_precision_are_compared_in_bfloat16(
     assert report["compute_dtype_because"] == reason
 
 
-def test_a_missing_tensor_is_no_random_one(
-    imported: tuple[FoundCheckpoint, Path], tmp_path: Path
-) -> None:
+def test_missing_tensor_is_refused(imported: tuple[FoundCheckpoint, Path], tmp_path: Path) -> None:
     found, hf = imported
     gone: dict[str, Tensor | None] = {"model.norm.weight": None}
     other = changed(hf, tmp_path / "hf", **gone)
@@ -105,7 +103,7 @@ def test_a_missing_tensor_is_no_random_one(
         verify(found, other, device="cpu")
 
 
-def test_a_directory_without_config_is_refused(
+def test_directory_without_config_is_refused(
     imported: tuple[FoundCheckpoint, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=re.escape(f"cannot open {tmp_path}/config.json")):
@@ -120,7 +118,7 @@ def test_without_transformers_the_message_names_the_extra(
         verify(*imported)
 
 
-def test_distances_are_what_they_say() -> None:
+def test_distances_match_a_calculation_by_hand() -> None:
     # Two positions, two tokens: probabilities 1/4, 3/4 against 1/2, 1/2; then the same on both.
     reference = torch.tensor([[[0.0, math.log(3.0)], [5.0, 1.0]]])
     native = torch.tensor([[[0.0, 0.0], [5.0, 1.0]]])
@@ -134,7 +132,7 @@ def test_distances_are_what_they_say() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_logits_that_are_not_finite_have_no_distance(value: float) -> None:
+def test_non_finite_logits_are_refused(value: float) -> None:
     good, bad = torch.zeros(1, 1, 2), torch.tensor([[[0.0, value]]])
     for reference, native, name in ((good, bad, "native"), (bad, good, "Hugging Face")):
         with pytest.raises(CheckpointError, match=f"the {name} model computes logits"):

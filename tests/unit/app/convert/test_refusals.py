@@ -1,4 +1,4 @@
-"""Smaller things that a conversion refuses, and when its two sides hold the same numbers."""
+"""Check smaller refusals of the converter, and when its two sides hold the same values."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_app.convert import convert_checkpoint, hf_verify, weights
-from moe_app.convert.checks import holds
+from moe_app.convert.checks import can_represent
 from moe_ext.convert import family_from_config
 from tests.distributed.convert_models import make_hf
 
@@ -26,17 +26,17 @@ def convert(*arguments: object) -> int:
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_type_holds_another_where_a_round_trip_changes_nothing(
+def test_dtype_represents_another_if_a_round_trip_is_exact(
     wide: torch.dtype, narrow: torch.dtype
 ) -> None:
     limits = torch.finfo(narrow)
     numbers = torch.tensor([limits.max, limits.smallest_normal, 1 + limits.eps], dtype=narrow)
     survives = torch.equal(numbers.to(wide).to(narrow), numbers)
-    assert holds(wide, narrow) is survives
+    assert can_represent(wide, narrow) is survives
 
 
 def test_an_exact_conversion_is_verified_in_float32(tmp_path: Path) -> None:
-    """bf16 weights are the same numbers in fp32, so the tight bound is the right one."""
+    """Use the tight bound, because bf16 weights are exact in fp32."""
     source, _ = make_hf(tmp_path / "hf", "olmoe", "per-expert")  # bf16
     run, out = tmp_path / "run", tmp_path / "out"
     assert convert("import", "--hf", source, "--save", run, "--dtype", "fp32", "--verify") == 0
@@ -45,12 +45,12 @@ def test_an_exact_conversion_is_verified_in_float32(tmp_path: Path) -> None:
         json.loads((place / "conversion_report.json").read_text())["verification"]
         for place in (run, out)
     ]
-    # The way back rounds fp32 to bf16: the numbers are the same here, but need not be.
+    # The export rounds fp32 to bf16: exact here, but not in general.
     assert [each["compute_dtype"] for each in told] == ["float32", "bfloat16"]
     assert told[0]["max_abs"] <= hf_verify.FP32_TOLERANCE * max(1.0, told[0]["std"])
 
 
-def test_an_export_into_its_checkpoint_is_refused_and_leaves_it_whole(
+def test_export_into_its_checkpoint_is_refused_and_leaves_it_valid(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, _ = make_hf(tmp_path / "hf", "olmoe", "per-expert")
@@ -63,7 +63,7 @@ def test_an_export_into_its_checkpoint_is_refused_and_leaves_it_whole(
     assert convert("export", "--load", run, "--hf", tmp_path / "out") == 0
 
 
-def test_a_tied_model_with_an_output_layer_is_told_what_to_change(
+def test_tied_model_with_an_output_layer_is_refused_with_the_remedy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, _ = make_hf(tmp_path / "hf", "olmoe", "per-expert")
@@ -96,15 +96,15 @@ def test_a_tied_model_with_an_output_layer_is_told_what_to_change(
         ),
     ],
 )
-def test_odd_fields_are_refused(fields: dict[str, Any], message: str) -> None:
+def test_malformed_fields_are_refused(fields: dict[str, Any], message: str) -> None:
     config = {**OLMOE, **fields}
     with pytest.raises(ValueError, match=re.escape(message)):
         family_from_config(config).model_config(config)
 
 
-@pytest.mark.parametrize("request_to_end", [signal.SIGINT, signal.SIGTERM])
-def test_request_to_end_leaves_nothing(
-    request_to_end: signal.Signals,
+@pytest.mark.parametrize("termination_signal", [signal.SIGINT, signal.SIGTERM])
+def test_termination_signal_leaves_no_files(
+    termination_signal: signal.Signals,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -112,10 +112,12 @@ def test_request_to_end_leaves_nothing(
     source, _ = make_hf(tmp_path / "hf", "olmoe", "per-expert")
     run, out = tmp_path / "run", tmp_path / "out"
     assert convert("import", "--hf", source, "--save", run) == 0
-    # A shell that started the tests in the background has left interrupts ignored.
+    # A shell that runs the tests in the background ignores SIGINT.
     interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(weights, "check_finite", lambda *_: os.kill(os.getpid(), request_to_end))
+    monkeypatch.setattr(
+        weights, "check_finite", lambda *_: os.kill(os.getpid(), termination_signal)
+    )
     try:
         assert convert("export", "--load", run, "--hf", out) == 130
         shutil.rmtree(run)
@@ -124,6 +126,6 @@ def test_request_to_end_leaves_nothing(
     finally:
         signal.signal(signal.SIGINT, interrupts)
     said = capsys.readouterr().err
-    assert said.endswith("interrupted; what was unfinished has been removed\n")
+    assert said.endswith("interrupted; unfinished output has been removed\n")
     assert os.listdir(tmp_path) == ["hf"]
     assert signal.getsignal(signal.SIGTERM) is before

@@ -1,4 +1,4 @@
-"""Hugging Face directories of somebody else: nothing in them runs, is followed, or fills memory."""
+"""Check that nothing in untrusted Hugging Face directories runs, is followed, or fills memory."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def hf(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory and the run that was made of it."""
+    """Return a Hugging Face directory and the run imported from it."""
     root = tmp_path_factory.mktemp("shared")
     make_hf(root / "hf", "olmoe", "per-expert")
     assert convert("import", "--hf", root / "hf", "--save", root / "run") == 0
@@ -63,8 +63,8 @@ def change(path: Path, **fields: Any) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
-def test_a_damaged_header_is_refused_or_changes_a_name(data: st.DataObject, hf: Path) -> None:
-    """A tensor of a known name has exactly its own numbers; a changed name is one too many."""
+def test_corrupt_header_is_refused_or_changes_a_name(data: st.DataObject, hf: Path) -> None:
+    """Check that known names keep their bytes; a changed name makes one unexpected tensor."""
     path = hf / "model.safetensors"
     whole = path.read_bytes()
     length = struct.unpack("<Q", whole[:8])[0]
@@ -98,7 +98,7 @@ def test_a_damaged_header_is_refused_or_changes_a_name(data: st.DataObject, hf: 
     ],
     ids=lambda fields: next(iter(fields)),
 )
-def test_a_config_of_an_absurd_model_takes_no_memory(
+def test_config_of_an_absurd_size_allocates_no_memory(
     fields: dict[str, int], hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change(hf, **fields)
@@ -111,7 +111,7 @@ def test_a_config_of_an_absurd_model_takes_no_memory(
 
 
 @pytest.mark.parametrize("setting", ["num_layers", "num_experts", "vocab_size"])
-def test_a_checkpoint_that_claims_an_absurd_model_takes_no_memory(
+def test_checkpoint_of_an_absurd_size_allocates_no_memory(
     setting: str, shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -136,7 +136,7 @@ TEMPLATE = (
 TEMPLATE += "{{ x.mkdir('CANARY') }}"
 
 
-def test_templates_are_carried_along_and_never_rendered(
+def test_templates_are_copied_and_never_rendered(
     hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     canary = tmp_path / "canary"
@@ -173,7 +173,7 @@ def test_templates_are_carried_along_and_never_rendered(
     assert not canary.exists()
 
 
-def test_code_beside_the_weights_is_not_run_by_verifying(hf: Path, tmp_path: Path) -> None:
+def test_verification_runs_no_code_of_the_directory(hf: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     for name in ("modeling_evil.py", "configuration_evil.py", "__init__.py", "sitecustomize.py"):
         (hf / name).write_text(f"import os\nos.mkdir({str(canary)!r})\n")
@@ -200,7 +200,7 @@ def test_code_beside_the_weights_is_not_run_by_verifying(hf: Path, tmp_path: Pat
         ({"trust_remote_code": True}, "trust_remote_code"),
     ],
 )
-def test_fields_that_transformers_would_act_on_are_refused(
+def test_fields_that_change_transformers_behaviour_are_refused(
     fields: dict[str, Any], told: str, shared: Path, tmp_path: Path
 ) -> None:
     hf = tmp_path / "hf"
@@ -211,7 +211,7 @@ def test_fields_that_transformers_would_act_on_are_refused(
     assert convert("import", "--hf", hf, "--save", tmp_path / "run") == 2
 
 
-def test_a_directory_that_points_to_another_model_is_refused(shared: Path, tmp_path: Path) -> None:
+def test_adapter_config_is_refused(shared: Path, tmp_path: Path) -> None:
     hf = tmp_path / "hf"
     shutil.copytree(shared / "hf", hf)
     (hf / "adapter_config.json").write_text('{"base_model_name_or_path": "evil/model"}')
@@ -220,7 +220,7 @@ def test_a_directory_that_points_to_another_model_is_refused(shared: Path, tmp_p
 
 
 @pytest.mark.parametrize("version", ["4.56.0", "5.2.1"])
-def test_a_transformers_that_runs_what_a_config_names_is_not_used(
+def test_vulnerable_transformers_version_is_refused(
     version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hf_verify.import_transformers(), "__version__", version)
@@ -232,7 +232,7 @@ def test_a_transformers_that_runs_what_a_config_names_is_not_used(
     "name", ["config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
 )
 @pytest.mark.parametrize("kind", ["huge", "pipe"])
-def test_a_file_beside_the_weights_is_read_whole_or_not_at_all(
+def test_huge_or_special_files_are_refused(
     kind: str, name: str, hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (hf / name).unlink(missing_ok=True)
@@ -269,7 +269,7 @@ def hostile_index(**files: str) -> Callable[[Path], None]:
         "C:\\x.safetensors/../y.safetensors",
     ],
 )
-def test_an_index_leads_nowhere_else(
+def test_index_cannot_name_files_outside_the_directory(
     name: str, hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hostile_index(a=name)(hf)
@@ -277,7 +277,7 @@ def test_an_index_leads_nowhere_else(
     assert "it must be the plain name of a .safetensors file" in capsys.readouterr().err
 
 
-def test_names_of_tensors_are_no_names_of_files(
+def test_tensor_names_are_not_used_as_file_names(
     hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = hf / "model.safetensors"
@@ -289,5 +289,5 @@ def test_names_of_tensors_are_no_names_of_files(
     path.write_bytes(struct.pack("<Q", len(header)) + header + whole[8 + length :])
     assert convert("import", "--hf", hf, "--save", tmp_path / "run") == 2
     told = capsys.readouterr().err
-    assert "1 tensors are there that the model has not: ../../../\\x1b[2Jx" in told
+    assert "1 tensors are unexpected: ../../../\\x1b[2Jx" in told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]

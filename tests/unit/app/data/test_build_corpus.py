@@ -1,4 +1,4 @@
-"""Texts: the corpus made from the standard library, and what a JSON Lines file may hold."""
+"""Check the corpus made from the standard library, and what a JSON Lines file may hold."""
 
 import ast
 import json
@@ -44,7 +44,7 @@ def test_line_without_a_text_is_refused(line: bytes, message: str) -> None:
         parse_text(line, key="text", path="f", number=9)
 
 
-def test_corpus_is_real_decodable_and_the_same_each_time(
+def test_corpus_is_valid_and_deterministic(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("one", "two"):
@@ -68,7 +68,7 @@ def test_corpus_is_real_decodable_and_the_same_each_time(
     ]
 
 
-def test_source_files_leave_out_tests_large_and_empty_files(tmp_path: Path) -> None:
+def test_source_files_exclude_tests_large_and_empty_files(tmp_path: Path) -> None:
     names = ["a.py", "b/c.py", "test/d.py", "b/tests/e.py", "idlelib/f.py", "big.py", "empty.py"]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -79,7 +79,7 @@ def test_source_files_leave_out_tests_large_and_empty_files(tmp_path: Path) -> N
     assert found == {"a.py", "b/c.py"}
 
 
-def test_files_that_cannot_be_used_are_counted_not_fatal(tmp_path: Path) -> None:
+def test_unusable_files_are_counted_and_skipped(tmp_path: Path) -> None:
     (tmp_path / "pydoc_data").mkdir()
     (tmp_path / "pydoc_data" / "topics.py").write_text("topics = {'b': 'B', 'a': 'A'}\n")
     (tmp_path / "latin.py").write_bytes(b"# \xe9\n")
@@ -94,7 +94,7 @@ def test_files_that_cannot_be_used_are_counted_not_fatal(tmp_path: Path) -> None
     assert skipped.undecodable == 1
 
 
-def test_docstrings_are_read_in_order_and_nothing_is_imported(tmp_path: Path) -> None:
+def test_docstrings_are_read_in_order_without_importing(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     source = (
         f'"""Top."""\nopen({str(canary)!r}, "w")\n'

@@ -1,4 +1,4 @@
-"""The data tools: exact round trips, equal output for any worker count, nothing half-written."""
+"""Check the data tools: exact round trips, equal output for any worker count, atomic files."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def write_jsonl(path: Path, texts: Sequence[str]) -> str:
 
 @pytest.fixture(scope="module")
 def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A small tokenizer of each type, trained on the data tools' own sources."""
+    """Train a small tokenizer of each type on the data tools' own sources."""
     folder = tmp_path_factory.mktemp("tokenizers")
     sources = [
         Path(str(module.__file__)) for module in (build_corpus, preprocess_data, train_tokenizer)
@@ -58,7 +58,9 @@ def tokenizers(tokenizer_files: dict[str, str]) -> dict[str, Tokenizer]:
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("text", TEXTS)
-def test_text_comes_back_unchanged(tokenizers: dict[str, Tokenizer], kind: str, text: str) -> None:
+def test_text_survives_the_round_trip(
+    tokenizers: dict[str, Tokenizer], kind: str, text: str
+) -> None:
     tokenizer = tokenizers[kind]
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -67,14 +69,14 @@ def test_text_comes_back_unchanged(tokenizers: dict[str, Tokenizer], kind: str, 
 
 @given(text=st.text().filter(lambda text: "\u2581" not in text))
 @settings(max_examples=200, deadline=None)
-def test_any_text_comes_back_unchanged(tokenizers: dict[str, Tokenizer], text: str) -> None:
+def test_any_text_survives_the_round_trip(tokenizers: dict[str, Tokenizer], text: str) -> None:
     # U+2581 is how SentencePiece writes a space, so it alone is excepted.
     for kind in TYPES:
         assert tokenizers[kind].decode(tokenizers[kind].encode(text)) == text
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_no_space_is_put_before_the_text(tokenizers: dict[str, Tokenizer], kind: str) -> None:
+def test_no_space_is_prepended(tokenizers: dict[str, Tokenizer], kind: str) -> None:
     assert len(tokenizers[kind].encode("\n")) == 1
 
 
@@ -87,7 +89,7 @@ def test_text_cannot_forge_the_end_of_a_document(
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_vocabulary_has_the_size_asked_for_and_learned_pieces(
+def test_vocabulary_has_the_requested_size_and_learned_pieces(
     tokenizers: dict[str, Tokenizer], kind: str
 ) -> None:
     tokenizer = tokenizers[kind]
@@ -96,7 +98,7 @@ def test_vocabulary_has_the_size_asked_for_and_learned_pieces(
     assert len(tokenizer.encode("        return text")) < 0.75 * len("        return text")
 
 
-def test_sample_takes_a_text_of_each_file_in_turn_up_to_the_limit(tmp_path: Path) -> None:
+def test_sample_alternates_between_files_up_to_the_limit(tmp_path: Path) -> None:
     paths = [
         write_jsonl(tmp_path / "a", ["a1", "a2", "a3"]),
         write_jsonl(tmp_path / "b", ["b1"]),
@@ -110,7 +112,7 @@ def test_sample_takes_a_text_of_each_file_in_turn_up_to_the_limit(tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_vocabulary_that_the_text_cannot_fill_is_refused(
+def test_too_large_vocabulary_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     corpus = write_jsonl(tmp_path / "in.jsonl", ["too little"])
@@ -120,7 +122,7 @@ def test_vocabulary_that_the_text_cannot_fill_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_type_and_absent_file_are_refused(tmp_path: Path) -> None:
+def test_unknown_type_and_missing_file_are_refused(tmp_path: Path) -> None:
     message = (
         "--tokenizer-type Bert is unknown; it must be one of SentencePieceTokenizer, HFTokenizer"
     )
@@ -222,7 +224,7 @@ def test_without_append_eod_only_the_text_is_written(
     assert open_tokens(str(tmp_path / "out_text_document")).tokens.tolist() == expected
 
 
-def test_output_is_the_same_for_any_number_of_workers(
+def test_output_does_not_depend_on_the_number_of_workers(
     tmp_path: Path, tokenizer_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preprocess_data, "_CHUNK_BYTES", 500)
@@ -238,7 +240,7 @@ def test_output_is_the_same_for_any_number_of_workers(
     assert outputs[0] == outputs[1]
 
 
-def test_each_key_becomes_a_file_of_its_own(
+def test_each_key_gets_its_own_file(
     tmp_path: Path, tokenizer_files: dict[str, str], tokenizers: dict[str, Tokenizer]
 ) -> None:
     (tmp_path / "a.jsonl").write_text('{"q": "why", "a": "because"}\n')
@@ -253,7 +255,7 @@ GOOD = b'{"text": "fine"}'
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_bad_line_ends_with_its_file_and_number_and_leaves_nothing(
+def test_invalid_line_is_named_and_leaves_no_files(
     tmp_path: Path,
     tokenizer_files: dict[str, str],
     capsys: pytest.CaptureFixture[str],
@@ -294,7 +296,7 @@ def test_workers_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--workers is 0; it must be at least 1" in capsys.readouterr().err
 
 
-def test_data_path_of_the_tools_needs_no_torch() -> None:
+def test_data_tools_do_not_import_torch() -> None:
     code = (
         "import sys; from moe_app.data import preprocess_data, train_tokenizer;"
         " sys.exit('torch' in sys.modules)"

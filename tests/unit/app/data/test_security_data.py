@@ -1,4 +1,4 @@
-"""Token files, tokenizers and texts of somebody else: exact data or an error, in bounded memory."""
+"""Check that untrusted token files, tokenizers and texts give exact data or a bounded error."""
 
 import json
 import os
@@ -48,8 +48,8 @@ def prefix(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @QUICK
 @given(data=st.data())
-def test_a_damaged_index_is_refused_or_changes_no_token(data: st.DataObject, prefix: str) -> None:
-    """Lengths, offsets and sizes hold each other; where documents begin nothing else tells."""
+def test_corrupt_index_is_refused_or_changes_no_token(data: st.DataObject, prefix: str) -> None:
+    """Check that lengths, offsets and sizes agree; document starts have no redundancy."""
     path = Path(f"{prefix}.idx")
     whole, expected = path.read_bytes(), open_tokens(prefix).tokens.tolist()
     damaged = bytearray(whole)
@@ -70,7 +70,7 @@ def test_a_damaged_index_is_refused_or_changes_no_token(data: st.DataObject, pre
 
 @QUICK
 @given(data=st.data())
-def test_a_damaged_token_stays_within_the_vocabulary(data: st.DataObject, prefix: str) -> None:
+def test_corrupt_token_stays_within_the_vocabulary(data: st.DataObject, prefix: str) -> None:
     path = Path(f"{prefix}.bin")
     whole = path.read_bytes()
     damaged = bytearray(whole)
@@ -86,7 +86,7 @@ def test_a_damaged_token_stays_within_the_vocabulary(data: st.DataObject, prefix
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
-def test_a_file_cut_anywhere_is_refused(suffix: str, prefix: str) -> None:
+def test_truncated_file_is_refused(suffix: str, prefix: str) -> None:
     path = Path(prefix + suffix)
     whole = path.read_bytes()
     for length in range(len(whole)):
@@ -95,7 +95,7 @@ def test_a_file_cut_anywhere_is_refused(suffix: str, prefix: str) -> None:
             open_tokens(prefix)
 
 
-def test_counts_that_would_fill_memory_are_compared_with_the_file_first(prefix: str) -> None:
+def test_huge_counts_are_checked_against_the_file_size(prefix: str) -> None:
     path = Path(f"{prefix}.idx")
     whole = path.read_bytes()
     before = peak_bytes()
@@ -171,7 +171,7 @@ TEMPLATE = {"SpecialToken": {"id": "X", "type_id": 0}}
         pytest.param({"added_tokens": "x"}, id="no list of tokens"),
     ],
 )
-def test_a_hostile_tokenizer_is_one_error(
+def test_hostile_tokenizer_is_refused(
     changes: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = bpe(tmp_path / "tokenizer.json", **changes)
@@ -180,7 +180,7 @@ def test_a_hostile_tokenizer_is_one_error(
     capfd.readouterr()  # what Rust says of its panic
 
 
-def test_ids_that_no_token_file_can_store_are_refused(tmp_path: Path) -> None:
+def test_ids_beyond_int32_are_refused(tmp_path: Path) -> None:
     path = bpe(tmp_path / "t", **model(vocab={"<|endoftext|>": 0, "a": (1 << 32) - 1}, merges=[]))
     with pytest.raises(DataError, match="has the id 4294967295; ids must be at most 2147483647"):
         HFTokenizer(path)
@@ -188,7 +188,7 @@ def test_ids_that_no_token_file_can_store_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"model":' * 10_000, b"", b"\xff" * 100])
 @pytest.mark.parametrize("kind", [HFTokenizer, SentencePieceTokenizer])
-def test_bytes_that_are_no_tokenizer_are_one_error(
+def test_bytes_that_are_no_tokenizer_are_refused(
     content: bytes, kind: type[HFTokenizer | SentencePieceTokenizer], tmp_path: Path
 ) -> None:
     (tmp_path / "t").write_bytes(content)
@@ -197,7 +197,7 @@ def test_bytes_that_are_no_tokenizer_are_one_error(
 
 
 def field(number: int, wire_type: int, content: bytes) -> bytes:
-    """A field of a protocol buffer."""
+    """Encode a field of a protocol buffer."""
     length = varint(len(content)) if wire_type == 2 else b""
     return varint(number << 3 | wire_type) + length + content
 
@@ -216,12 +216,12 @@ PIECES = piece(b"<unk>", 2) + piece(b"<s>", 3) + piece(b"</s>", 3) + piece(b"a")
 
 
 def charsmap(first: int, others: int) -> bytes:
-    """A normalization table whose trie leads out of it."""
+    """Encode a normalization table whose trie points out of bounds."""
     units = struct.pack("<256I", first, *[others] * 255)
     return field(3, 2, field(2, 2, struct.pack("<I", len(units)) + units + b"\0abc\0"))
 
 
-def test_a_sentencepiece_model_made_by_hand_is_read(tmp_path: Path) -> None:
+def test_handmade_sentencepiece_model_is_read(tmp_path: Path) -> None:
     (tmp_path / "m").write_bytes(PIECES)
     assert SentencePieceTokenizer(str(tmp_path / "m")).vocab_size == 5
 
@@ -239,7 +239,7 @@ def test_a_sentencepiece_model_made_by_hand_is_read(tmp_path: Path) -> None:
         pytest.param(piece(b"a") * 3, "SentencePiece", id="no unknown piece"),
     ],
 )
-def test_what_crashed_older_sentencepiece_is_one_error(
+def test_models_that_crashed_older_sentencepiece_are_refused(
     content: bytes, told: str, tmp_path: Path
 ) -> None:
     (tmp_path / "m").write_bytes(content)
@@ -270,8 +270,8 @@ print(refused)
 
 
 @pytest.mark.parametrize("kind", ["HF", "SP"])
-def test_no_damage_crashes_a_tokenizer(kind: str, tmp_path: Path) -> None:
-    """In a process of its own, which a memory fault would end."""
+def test_corrupt_tokenizer_does_not_crash(kind: str, tmp_path: Path) -> None:
+    """Run in a separate process, because a memory fault would end it."""
     source = tmp_path / "source"
     source.write_bytes(json.dumps(BPE).encode() if kind == "HF" else PIECES)
     command = [sys.executable, "-c", FUZZ, kind, str(source), str(tmp_path / "t"), "7", "800"]
@@ -288,7 +288,7 @@ def test_no_damage_crashes_a_tokenizer(kind: str, tmp_path: Path) -> None:
     assert 200 < int(done.stdout) < 800
 
 
-def test_a_tokenizer_of_any_size_takes_bounded_memory(
+def test_tokenizer_of_any_size_takes_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer, "_MOST_BYTES", 1 << 20)
@@ -301,7 +301,7 @@ def test_a_tokenizer_of_any_size_takes_bounded_memory(
     assert peak_bytes() - before < 16 * MIB
 
 
-def test_a_line_of_any_length_takes_bounded_memory(
+def test_line_of_any_length_takes_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(jsonl, "_MOST_LINE_BYTES", 1 << 20)
@@ -330,7 +330,7 @@ def test_a_line_of_any_length_takes_bounded_memory(
     "line",
     [b"[" * 100_000, b'{"text": ' + b"9" * 5000 + b"}", b'{"text": "\\ud800"}', b"\xff\xfe", b"{}"],
 )
-def test_a_hostile_line_is_named(line: bytes, tmp_path: Path) -> None:
+def test_hostile_line_is_named(line: bytes, tmp_path: Path) -> None:
     (tmp_path / "l").write_bytes(b'{"text": "ab"}\n' + line + b"\n")
     with pytest.raises(DataError, match="line 2"):
         list(jsonl.read_texts(str(tmp_path / "l"), key="text"))
