@@ -273,7 +273,7 @@ def test_line_that_cannot_be_continued_is_named(
     file = ["--input", str(source), "--output", str(output), "--max-new-tokens", "8"]
     assert generate.main(["--load", str(run), *file]) == 2
     assert capsys.readouterr().err.endswith(
-        f"DataError: {source}, line 2: 'tokens' has 41 tokens; at most 40 are possible, because"
+        f"DataError: {source}, line 2: 'tokens' has 41 tokens; at most 40 are allowed, because"
         " with --max-new-tokens 8 they must fit into 48, the --seq-length of training; shorten or"
         " split it\n"
     )
@@ -347,7 +347,7 @@ def test_wrong_input_is_refused_before_anything_is_written(
 ) -> None:
     source = write_lines(tmp_path / "in.jsonl", {"text": "one"}, {"tokens": [3, VOCAB]})
     assert run_score(run, source)[0] == 2
-    message = f"DataError: {source}, line 2: 'tokens' has {VOCAB} at place 1"
+    message = f"DataError: {source}, line 2: 'tokens' has {VOCAB} at index 1"
     assert message in capsys.readouterr().err
     source.write_text("")
     assert run_score(run, source)[0] == 2
