@@ -16,8 +16,9 @@ from benchmarks.layer_problem import LayerProblem, LayerSubject, grad_of
 from benchmarks.native import start
 from benchmarks.shapes import Shape
 from moe_ext.attention import MoASelfAttention, MoASubmodules, SDPACoreAttention
-from moe_ext.experts import ExpertMLP
+from moe_ext.experts import ExpertMLP, look_up_backend
 from moe_ext.experts.layer import ExpertsLayer
+from moe_ext.functional import Routing
 from moe_ext.layers.rotary import PositionRotaryEmbedding
 from moe_ext.layers.transformer import transformer_config
 
@@ -26,24 +27,57 @@ TE_GROUPED, SEQUENTIAL = "te-grouped", "megatron-core-sequential"
 
 
 class GivenRouting(nn.Module):
-    """In a router's place: the routing that the problem gives.
+    """Stands in for a router of the project: returns the routing that the problem gives.
+
+    Experts are in ascending order, as the project's routers have them.
 
     Args:
-        probs: [t, e] weights, zero off the selection.
-        routing_map: [t, e] bool.
+        problem: gives experts, gates and scores.
     """
 
-    def __init__(self, probs: Tensor, routing_map: Tensor) -> None:
+    def __init__(self, problem: LayerProblem) -> None:
         super().__init__()
-        self.probs = nn.Parameter(probs)
-        self.routing_map = routing_map
+        given = problem.routing
+        self.experts, order = given.experts.sort(dim=-1)
+        self.scores = given.scores
+        self.gates = nn.Parameter(given.gates.gather(1, order))
+        self._back = order.argsort(dim=-1)
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Nothing is recorded."""
+        """Does nothing: nothing is recorded."""
+
+    def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> Routing:
+        """Returns what was given."""
+        return Routing(self.experts, self.gates, self.scores)
+
+    def gates_gradient(self) -> Tensor:
+        """Returns the gradient [t, k], in the order of the problem's experts."""
+        return grad_of(self.gates).gather(1, self._back)
+
+
+class GivenDenseRouting(nn.Module):
+    """Stands in for a router of megatron-core: returns the problem's routing as [t, e] tensors.
+
+    Args:
+        problem: gives experts and gates.
+    """
+
+    def __init__(self, problem: LayerProblem) -> None:
+        super().__init__()
+        probs, self.routing_map = problem.dense_gates()
+        self.probs = nn.Parameter(probs)
+        self._problem = problem
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Does nothing: nothing is recorded."""
 
     def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What was given."""
+        """Returns what was given."""
         return self.probs, self.routing_map
+
+    def gates_gradient(self) -> Tensor:
+        """Returns the gradient [t, k], in the order of the problem's experts."""
+        return self._problem.chosen(grad_of(self.probs))
 
 
 class ExpertsSubject(LayerSubject):
@@ -65,9 +99,10 @@ class ExpertsSubject(LayerSubject):
     ) -> None:
         super().__init__(problem)
         self._kind = kind
-        self._router = GivenRouting(*problem.dense_gates())
+        is_native = kind.startswith("native:")
+        self._router = (GivenRouting if is_native else GivenDenseRouting)(problem)
         spec = MoESubmodules(experts=_experts_spec(kind), router=lambda **_: self._router)
-        layer = ExpertsLayer if kind.startswith("native:") else MoELayer
+        layer = ExpertsLayer if is_native else MoELayer
         self._layer = layer(config=config, submodules=spec, pg_collection=groups)
         self._layer.to(problem.device)
         weight1, weight2 = problem.expert_weights()
@@ -110,7 +145,7 @@ class ExpertsSubject(LayerSubject):
     def gradients(self) -> Mapping[str, Tensor]:
         """See `LayerSubject`."""
         return {
-            "gates": self.problem.chosen(grad_of(self._router.probs)),
+            "gates": self._router.gates_gradient(),
             "weight1": self._gradients_of(0),
             "weight2": self._gradients_of(1),
         }
@@ -152,7 +187,7 @@ def _experts_spec(kind: str) -> ModuleSpec:
     if kind == SEQUENTIAL:
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         return ModuleSpec(module=SequentialMLP, submodules=linears)
-    return ModuleSpec(module=ExpertMLP, params={"backend": kind.partition(":")[2]})
+    return ModuleSpec(module=ExpertMLP, params={"backend": look_up_backend(kind.partition(":")[2])})
 
 
 class MoALayer(LayerSubject):
@@ -174,7 +209,7 @@ class MoALayer(LayerSubject):
     ) -> None:
         super().__init__(problem)
         model = problem.shape.model
-        self._router = GivenRouting(*problem.dense_gates())
+        self._router = GivenRouting(problem)
         self._layer = MoASelfAttention(
             config,
             MoASubmodules(
@@ -185,7 +220,7 @@ class MoALayer(LayerSubject):
             pg_collection=groups,
             num_experts=model.attention_experts or 0,
             topk=model.attention_topk,
-            expert_backend=backend,
+            backend=look_up_backend(backend),
         ).to(problem.device)
         weights = problem.attention_weights()
         # Key and value heads alternate: [ng, 2, hn, h].
@@ -219,7 +254,7 @@ class MoALayer(LayerSubject):
         groups = self.problem.shape.model.num_query_groups or 0
         by_head = keys_values.unflatten(0, (groups, 2, -1))  # [ng, 2, hn, h]
         return {
-            "gates": self.problem.chosen(grad_of(self._router.probs)),
+            "gates": self._router.gates_gradient(),
             "q": grad_of(self._layer.experts.weight_q),
             "o": grad_of(self._layer.experts.weight_o),
             "k": by_head[:, 0].flatten(0, 1),

@@ -73,14 +73,14 @@ class LayerProblem:
         }
 
     def dense_gates(self) -> tuple[Tensor, Tensor]:
-        """Gates as megatron-core's routers give them: probs [t, e] fp32, routing_map [t, e]."""
+        """Returns gates as megatron-core has them: probs [t, e] fp32, routing_map [t, e] bool."""
         zeros = torch.zeros_like(self.routing.scores)
         probs = zeros.scatter(1, self.routing.experts, self.routing.gates)
         routing_map = zeros.bool().scatter(1, self.routing.experts, True)
         return probs, routing_map
 
     def chosen(self, dense: Tensor) -> Tensor:
-        """[t, k] of [t, e], in the order of the routing's experts."""
+        """Returns [t, k] of [t, e], in the order of the routing's experts."""
         return dense.gather(1, self.routing.experts)
 
 

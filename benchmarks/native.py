@@ -13,7 +13,7 @@ from megatron.trainer.config.schema import (
 )
 from megatron.trainer.runtime.launch import RunContext, initialize
 from moe_ext.config import MoEModelConfig
-from moe_ext.experts import AUTO, EXPERT_BACKENDS, Use, choose_backend
+from moe_ext.experts import AUTO, EXPERT_BACKENDS, choose_backend, use_of_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,7 @@ def usable_backends(model: MoEModelConfig, device_type: str, dtype: torch.dtype)
         device_type: "cpu" or "cuda".
         dtype: of the matrix products.
     """
-    use = Use(
-        device_type=device_type, dtype=dtype, widths=model.expert_widths(tensor=1, expert_tensor=1)
-    )
+    use = use_of_model(model, device_type=device_type, dtype=dtype, tensor=1, expert_tensor=1)
     first = choose_backend(AUTO, use).name
     others = [name for name, each in EXPERT_BACKENDS.items() if each.problem(use) is None]
     return [first, *(name for name in others if name != first)]

@@ -27,7 +27,7 @@ from moe_app.planner.search import make_step
 from moe_app.pretrain.build import build_state
 from moe_app.pretrain.config import parse_recipe
 from moe_ext.cost.footprint import stage_footprint
-from moe_ext.routers import MoERouter, register_router
+from moe_ext.routers import MoERouter, Routing, register_router
 
 # Parameters of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
@@ -41,16 +41,15 @@ _SMALL = {
 
 
 class BalancedRouter(MoERouter):
-    """Token i goes to the k experts from i * k on, so that all get the same number of tokens."""
+    """Sends token i to the k experts from i * k on, so that all get the same number of tokens."""
 
-    def select(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights are the probabilities of those experts."""
+    def select(self, logits: Tensor) -> Routing:
+        """Selects those experts, weighted by their probabilities."""
         num_tokens, num_experts = logits.shape
         slots = torch.arange(num_tokens * self.topk).view(num_tokens, self.topk)  # [t, k]
-        routing_map = torch.zeros_like(logits, dtype=torch.bool)
-        routing_map.scatter_(1, slots % num_experts, True)
+        experts = slots % num_experts
         scores = logits.softmax(dim=-1, dtype=torch.float32)  # [t, e]
-        return scores.masked_fill(~routing_map, 0.0), routing_map, scores
+        return Routing(experts=experts, gates=scores.gather(1, experts), scores=scores)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Build a language model, or this rank's part of one."""
+"""Builds a language model, or this rank's part of one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_ext.config import MoEModelConfig
+from moe_ext.experts import BackendChoice, choose_backend, use_of_model
 from moe_ext.init import initialize_weights
+from moe_ext.layers.parameters import parameter_device_type
 from moe_ext.metrics import MOA, MOE, RouterMetrics
 from moe_ext.model import LanguageModel
 from moe_ext.specs import block_spec
@@ -15,7 +17,7 @@ from moe_ext.specs import block_spec
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltModel:
-    """What a rank trains."""
+    """Holds what a rank trains."""
 
     chunks: list[LanguageModel]
     """One model chunk, or one per virtual pipeline stage."""
@@ -23,6 +25,8 @@ class BuiltModel:
     """Shared by the chunks; the schedules keep their callbacks in it."""
     metrics: Mapping[str, RouterMetrics]
     """What the routers recorded, by their kind: metrics.MOE, metrics.MOA, both or neither."""
+    backend: BackendChoice | None
+    """What computes the experts, feed-forward and attention alike; None without experts."""
 
 
 def build_model(
@@ -32,8 +36,9 @@ def build_model(
     pg_collection: ProcessGroupCollection,
     seq_length: int,
     seed: int | None,
+    recompute_activation: bool = False,
 ) -> BuiltModel:
-    """Build this rank's chunks of the model.
+    """Builds this rank's chunks of the model.
 
     Args:
         model: the architecture.
@@ -41,7 +46,12 @@ def build_model(
         pg_collection: this rank's process groups.
         seq_length: longest sequence the model will see (s).
         seed: draws the initial weights; None leaves them undefined, to be loaded.
+        recompute_activation: refuse expert backends that keep their activation for backward.
+
+    Raises:
+        ValueError: a block is named that nobody registered, or no expert backend can be used.
     """
+    backend = _choose_backend(model, config, recompute_activation=recompute_activation)
     experts = {MOE: model.num_experts, MOA: model.attention_experts}
     metrics = {
         kind: RouterMetrics(model.num_layers, number)
@@ -60,6 +70,7 @@ def build_model(
             metrics=metrics,
             pg_collection=pg_collection,
             virtual_stage=virtual_stage,
+            backend=None if backend is None else backend.backend,
         )
         chunks.append(
             LanguageModel(
@@ -81,4 +92,18 @@ def build_model(
         initialize_weights(
             list(chunks), seed=seed, std=model.init_method_std, cutoff=model.init_method_cutoff
         )
-    return BuiltModel(chunks=chunks, config=config, metrics=metrics)
+    return BuiltModel(chunks=chunks, config=config, metrics=metrics, backend=backend)
+
+
+def _choose_backend(
+    model: MoEModelConfig, config: TransformerConfig, *, recompute_activation: bool
+) -> BackendChoice | None:
+    use = use_of_model(
+        model,
+        device_type=parameter_device_type(config),
+        dtype=config.params_dtype,
+        tensor=config.tensor_model_parallel_size,
+        expert_tensor=config.expert_tensor_parallel_size or 1,
+        recompute_activation=recompute_activation,
+    )
+    return choose_backend(model.expert_backend, use) if use.widths else None

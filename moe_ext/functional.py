@@ -1,19 +1,30 @@
-"""Routing and its losses as pure tensor functions.
+"""Computes routing and its losses as pure tensor functions.
 
 Letters: t tokens on this rank, e experts, k experts per token, T tokens of the micro-batch over
 the ranks that share it.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-
-from moe_ext.checks import check_on_device
 
 _CONVENTIONS = ("olmoe", "per_layer")
 
 
-def softmax_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax over all experts, then keep the k largest as they are (OLMoE).
+class Routing(NamedTuple):
+    """Holds where each token goes and with what weight."""
+
+    experts: Tensor
+    """[t, k] int64: each token's experts, all different."""
+    gates: Tensor
+    """[t, k] weights of these experts, at least fp32."""
+    scores: Tensor
+    """[t, e] probabilities over all experts, rows sum to 1: what the load-balancing loss is of."""
+
+
+def softmax_topk(logits: Tensor, k: int) -> Routing:
+    """Applies softmax over all experts, then keeps the k largest as they are (OLMoE).
 
     The kept probabilities are not normalised again: their sum is the mass of the selection.
 
@@ -22,72 +33,111 @@ def softmax_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         k: experts per token, 1 <= k <= e.
 
     Returns:
-        probs: [t, e] weights, zero off the selection; fp32, or fp64 for fp64 logits.
-        routing_map: [t, e] bool, exactly k true per row.
-        scores: [t, e] probabilities before the selection, of probs' dtype.
+        The k experts, largest first, of gates and scores that are fp32, or fp64 for fp64 logits.
 
     Raises:
         ValueError: k is out of range.
     """
     _check_topk(logits, k)
     scores = logits.softmax(dim=-1, dtype=_statistics_dtype(logits))  # [t, e]
-    routing_map = _selection(scores, scores.topk(k, dim=-1).indices)
-    return scores.masked_fill(~routing_map, 0.0), routing_map, scores
+    gates, experts = scores.topk(k, dim=-1)  # [t, k]
+    return Routing(experts=experts, gates=gates, scores=scores)
 
 
-def topk_softmax(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep the k largest logits, then softmax over those k (JetMoE).
+def topk_softmax(logits: Tensor, k: int) -> Routing:
+    """Keeps the k largest logits, then applies softmax over those k (JetMoE).
 
     Args:
         logits: [t, e] router outputs, any floating dtype.
         k: experts per token, 1 <= k <= e.
 
     Returns:
-        probs: [t, e] weights, zero off the selection, rows sum to 1; fp32, or fp64 for fp64 logits.
-        routing_map: [t, e] bool, exactly k true per row.
-        scores: [t, e] softmax over all experts, which the load-balancing loss is made of.
+        The k experts, largest first; gates that sum to 1 and scores, a softmax over all experts,
+        are fp32, or fp64 for fp64 logits.
 
     Raises:
         ValueError: k is out of range.
     """
     _check_topk(logits, k)
     dtype = _statistics_dtype(logits)
-    largest, indices = logits.topk(k, dim=-1)  # [t, k]
+    largest, experts = logits.topk(k, dim=-1)  # [t, k]
     gates = largest.softmax(dim=-1, dtype=dtype)  # [t, k]
-    probs = torch.zeros_like(logits, dtype=dtype).scatter(1, indices, gates)  # [t, e]
-    return probs, _selection(logits, indices), logits.softmax(dim=-1, dtype=dtype)
+    return Routing(experts=experts, gates=gates, scores=logits.softmax(dim=-1, dtype=dtype))
 
 
-def selected_experts(probs: Tensor, routing_map: Tensor, *, topk: int) -> tuple[Tensor, Tensor]:
-    """A routing as lists: each token's experts, in the order of their numbers, and their weights.
+def sort_choices(routing: Routing) -> Routing:
+    """Sorts each token's experts by their numbers, gates with them.
+
+    Sums over a token's experts then depend on which experts were selected, not on the order of
+    their scores.
 
     Args:
-        probs: [t, e] weights, zero off the selection.
-        routing_map: [t, e] bool, k true per row; where there are fewer, others follow whose weight
-            is 0.
-        topk: k.
-
-    Returns:
-        experts: [t, k] int64.
-        gates: [t, k] of probs' dtype.
+        routing: of any order.
 
     Raises:
-        ValueError: a row has more; see `checks.check_on_device`.
+        ValueError: a token has the same expert twice; see `check_on_device`.
     """
+    experts, order = routing.experts.sort(dim=-1)  # [t, k]
     check_on_device(
-        (routing_map.sum(dim=-1) <= topk).all(),
-        f"the router selected more than topk ({topk}) experts for a token; its `select` must select"
-        " as many as the configuration says",
+        (experts[:, 1:] != experts[:, :-1]).all(),
+        "the router selected an expert twice for one token; its `select` must return k different"
+        " experts",
     )
-    chosen_first = routing_map.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    experts = chosen_first[:, :topk]  # [t, k]
-    return experts, probs.gather(1, experts)
+    return routing._replace(experts=experts, gates=routing.gates.gather(1, order))
+
+
+def dense_routing(experts: Tensor, gates: Tensor, *, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Writes a routing as megatron-core's dispatchers want it.
+
+    Args:
+        experts: [t, k] int64.
+        gates: [t, k].
+        num_experts: e.
+
+    Returns:
+        probs: [t, e] of gates' dtype, zero off the selection.
+        routing_map: [t, e] bool, k true per row.
+    """
+    zeros = gates.new_zeros(len(experts), num_experts)
+    routing_map = torch.zeros_like(zeros, dtype=torch.bool).scatter_(1, experts, True)
+    return zeros.scatter(1, experts, gates), routing_map
+
+
+def count_tokens(experts: Tensor, *, num_experts: int) -> Tensor:
+    """Counts the assignments of each expert, without copying to the host.
+
+    Args:
+        experts: int64 of any shape.
+        num_experts: e.
+
+    Returns:
+        [e] int64.
+    """
+    owners = experts.flatten()
+    return owners.new_zeros(num_experts).scatter_add_(0, owners, torch.ones_like(owners))
+
+
+def check_on_device(condition: Tensor, message: str) -> None:
+    """Refuses numbers for which a condition does not hold.
+
+    Args:
+        condition: [] bool.
+        message: what is wrong and what to do.
+
+    Raises:
+        ValueError: it does not hold; on a GPU a device-side assertion instead, because the host
+            does not wait for the answer.
+    """
+    if condition.is_cuda:
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ValueError(message)
 
 
 def load_balancing_loss(
     scores: Tensor, tokens_per_expert: Tensor, *, num_tokens: int, topk: int
 ) -> Tensor:
-    """This rank's addend of e * sum_i f_i P_i, which is 1 for a balanced router.
+    """Computes this rank's addend of e * sum_i f_i P_i, which is 1 for a balanced router.
 
     f_i = n_i / (T k) is the share of assignments that expert i received, P_i the mean probability
     of expert i. `tokens_per_expert` and `num_tokens` count the whole micro-batch, `scores` holds
@@ -111,7 +161,7 @@ def load_balancing_loss(
 
 
 def router_z_loss(logits: Tensor, *, num_tokens: int) -> Tensor:
-    """This rank's addend of the mean over tokens of logsumexp(logits)^2.
+    """Computes this rank's addend of the mean over tokens of logsumexp(logits)^2.
 
     Source: OLMoE (arXiv 2409.02060) equation 4 and ST-MoE, on the router's outputs.
 
@@ -127,7 +177,9 @@ def router_z_loss(logits: Tensor, *, num_tokens: int) -> Tensor:
 
 
 def routing_entropy(scores: Tensor) -> Tensor:
-    """Entropy of each token's distribution over the experts, in nats: 0 sure, ln e uniform.
+    """Computes the entropy of each token's distribution over the experts, in nats.
+
+    It is 0 for a single expert and ln e for a uniform distribution.
 
     Args:
         scores: [t, e] probabilities, rows sum to 1.
@@ -141,7 +193,7 @@ def routing_entropy(scores: Tensor) -> Tensor:
 def layer_coefficients(
     convention: str, alpha: float, beta: float, *, num_layers: int, topk: int
 ) -> tuple[float, float]:
-    """What one layer's losses are multiplied by, from a paper's coefficients.
+    """Converts a paper's coefficients to those of one layer's losses.
 
     megatron-core adds every layer's loss in full. OLMoE's training code averages both losses over
     the layers and divides the z-loss by k besides; JetMoE's applies its coefficients per router.
@@ -167,13 +219,8 @@ def layer_coefficients(
 
 
 def _statistics_dtype(tensor: Tensor) -> torch.dtype:
-    """At least fp32, whatever the model's precision."""
+    """Returns fp32, or the tensor's dtype if that is wider."""
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _selection(like: Tensor, indices: Tensor) -> Tensor:
-    """[t, e] bool of like's shape, true at the indices [t, k]."""
-    return torch.zeros_like(like, dtype=torch.bool).scatter_(1, indices, True)
 
 
 def _check_topk(logits: Tensor, k: int) -> None:

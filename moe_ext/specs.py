@@ -1,6 +1,5 @@
-"""Config -> layer spec: the one file where our blocks plug into megatron-core."""
+"""Translates a config to a layer spec: the one file where our blocks plug into megatron-core."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,8 +25,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from moe_ext.attention import MoASubmodules, SDPACoreAttention, get_attention
 from moe_ext.config import MoEModelConfig
-from moe_ext.experts import ExpertMLP, choose_backend
-from moe_ext.experts.choose import use_of
+from moe_ext.experts import ExpertBackend, ExpertMLP
 from moe_ext.experts.layer import ExpertsLayer
 from moe_ext.functional import layer_coefficients
 from moe_ext.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -43,8 +41,9 @@ def block_spec(
     metrics: Mapping[str, RouterMetrics],
     pg_collection: ProcessGroupCollection,
     virtual_stage: int | None,
+    backend: ExpertBackend | None,
 ) -> TransformerBlockSubmodules:
-    """The layers that this pipeline stage builds.
+    """Describes the layers that this pipeline stage builds.
 
     Args:
         model: the architecture.
@@ -52,28 +51,19 @@ def block_spec(
         metrics: where the routers of each kind record.
         pg_collection: this rank's process groups.
         virtual_stage: which of the rank's model chunks, None without interleaving.
+        backend: what computes the experts, of every layer alike; None without experts.
 
     Raises:
         ValueError: a block is named that nobody registered.
     """
-    # Now, because megatron-core adds to errors of later; and for every layer alike.
-    widths = model.expert_widths(
-        tensor=config.tensor_model_parallel_size,
-        expert_tensor=config.expert_tensor_parallel_size or 1,
-    )
-    if widths:
-        use = use_of(config, *widths)
-        model = dataclasses.replace(
-            model, expert_backend=choose_backend(model.expert_backend, use).name
-        )
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=_attention_spec(model, metrics),
+            self_attention=_attention_spec(model, metrics, backend),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=_feed_forward_spec(model, metrics, pg_collection),
+            mlp=_feed_forward_spec(model, metrics, pg_collection, backend),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -86,7 +76,7 @@ def block_spec(
 
 
 class _FinalRMSNorm(RMSNorm):
-    """RMSNorm with an epsilon of its own; megatron-core's block hands every norm the same."""
+    """Applies RMSNorm with an epsilon of its own; megatron-core hands every norm the same."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, *, own_eps: float, **ignored: object
@@ -96,7 +86,7 @@ class _FinalRMSNorm(RMSNorm):
 
 @dataclass(frozen=True, kw_only=True)
 class _OwnSpec:
-    """What `build_module` reads of a spec.
+    """Holds what `build_module` reads of a spec.
 
     TransformerLayer hands process groups to the feed-forward classes that it knows and warns about
     any other ModuleSpec; of what is none it asks nothing.
@@ -113,9 +103,11 @@ def _final_norm_spec(model: MoEModelConfig) -> ModuleSpec | type[RMSNorm]:
     return ModuleSpec(module=_FinalRMSNorm, params={"own_eps": model.final_norm_epsilon})
 
 
-def _attention_spec(model: MoEModelConfig, metrics: Mapping[str, RouterMetrics]) -> ModuleSpec:
+def _attention_spec(
+    model: MoEModelConfig, metrics: Mapping[str, RouterMetrics], backend: ExpertBackend | None
+) -> ModuleSpec:
     if model.attention_experts is not None:
-        return _moa_spec(model, metrics[MOA], num_experts=model.attention_experts)
+        return _moa_spec(model, metrics[MOA], backend, num_experts=model.attention_experts)
     return ModuleSpec(
         module=get_attention(model.attention),
         params={"attn_mask_type": AttnMaskType.causal},
@@ -127,13 +119,19 @@ def _attention_spec(model: MoEModelConfig, metrics: Mapping[str, RouterMetrics])
     )
 
 
-def _moa_spec(model: MoEModelConfig, metrics: RouterMetrics, *, num_experts: int) -> ModuleSpec:
+def _moa_spec(
+    model: MoEModelConfig,
+    metrics: RouterMetrics,
+    backend: ExpertBackend | None,
+    *,
+    num_experts: int,
+) -> ModuleSpec:
     size = {"num_experts": num_experts, "topk": model.attention_topk}
     return ModuleSpec(
         module=get_attention(model.attention),
         params={
             "attn_mask_type": AttnMaskType.causal,
-            "expert_backend": model.expert_backend,
+            "backend": backend,
             **size,
         },
         submodules=MoASubmodules(
@@ -146,6 +144,7 @@ def _feed_forward_spec(
     model: MoEModelConfig,
     metrics: Mapping[str, RouterMetrics],
     pg_collection: ProcessGroupCollection,
+    backend: ExpertBackend | None,
 ) -> ModuleSpec | _OwnSpec:
     if model.num_experts is None:
         return ModuleSpec(
@@ -154,7 +153,7 @@ def _feed_forward_spec(
             submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
         )
     router = _router(model, metrics[MOE], num_experts=model.num_experts, topk=model.moe_router_topk)
-    experts = ModuleSpec(module=ExpertMLP, params={"backend": model.expert_backend})
+    experts = ModuleSpec(module=ExpertMLP, params={"backend": backend})
     submodules = MoESubmodules(experts=experts, router=router)
     return _OwnSpec(
         module=ExpertsLayer,

@@ -17,7 +17,7 @@ from megatron.trainer.config.parallel_layout import resolved_expert_tensor_paral
 from moe_app.doctor.page import Row, Section, State
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.compat import check_versions, installed_version, is_version, nearest_combination
-from moe_ext.experts import AUTO, EXPERT_BACKENDS, Use, choose_backend
+from moe_ext.experts import AUTO, EXPERT_BACKENDS, choose_backend, use_of_model
 
 _OPTIONAL = {
     "triton": "the expert backend triton: pip install 'megatron-moe[triton]'",
@@ -186,12 +186,14 @@ def _gpu_rows() -> list[Row]:
 def experts_section(cfg: PretrainConfig, device_type: str) -> Section:
     """Which backends can compute this model's experts here, and why not the others."""
     parallel = cfg.parallel
-    widths = cfg.model.expert_widths(
-        tensor=parallel.tensor_model_parallel_size,
-        expert_tensor=resolved_expert_tensor_parallel_size(parallel),
-    )
     uses = {
-        name: Use(device_type=device_type, dtype=dtype, widths=widths)
+        name: use_of_model(
+            cfg.model,
+            device_type=device_type,
+            dtype=dtype,
+            tensor=parallel.tensor_model_parallel_size,
+            expert_tensor=resolved_expert_tensor_parallel_size(parallel),
+        )
         for name, dtype in _DTYPES.items()
     }
     precision = _precision(cfg)

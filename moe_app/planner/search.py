@@ -24,7 +24,7 @@ from moe_ext.cost.activations import Step
 from moe_ext.cost.cluster import Cluster, step_seconds
 from moe_ext.cost.footprint import Footprint, footprint
 from moe_ext.cost.traffic import step_collectives
-from moe_ext.experts import AUTO, Use, choose_backend, look_up_backend
+from moe_ext.experts import AUTO, choose_backend, look_up_backend, use_of_model
 from moe_ext.layers.products import working_dtype
 
 GB = 1e9
@@ -267,19 +267,19 @@ def _recompute(training: TrainingConfig) -> Literal["full", "moe"] | None:
 def _keeps_activation(cfg: PretrainConfig, device_type: str) -> bool:
     """Of the expert backend that the run would take; whether it is installed here is not asked."""
     parallel, name = cfg.parallel, cfg.model.expert_backend
-    widths = cfg.model.expert_widths(
+    use = use_of_model(
+        cfg.model,
+        device_type=device_type,
+        dtype=torch.bfloat16 if cfg.training.bf16 else torch.float32,
         tensor=parallel.tensor_model_parallel_size,
         expert_tensor=resolved_expert_tensor_parallel_size(parallel),
     )
-    if not widths:
+    if not use.widths:
         return False
     try:
-        if name == AUTO:
-            dtype = torch.bfloat16 if cfg.training.bf16 else torch.float32
-            name = choose_backend(
-                name, Use(device_type=device_type, dtype=dtype, widths=widths)
-            ).name
-        return look_up_backend(name).keeps_activation
+        is_open = name == AUTO
+        backend = choose_backend(name, use).backend if is_open else look_up_backend(name)
+        return backend.keeps_activation
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

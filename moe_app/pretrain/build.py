@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from megatron.trainer.config.durations import describe_lengths
-from megatron.trainer.config.schema import DataConfig
+from megatron.trainer.config.schema import DataConfig, TrainingConfig
 from megatron.trainer.config.validate import MOE_ACT
 from megatron.trainer.data.batch_views import DocumentRule
 from megatron.trainer.data.build import DataBundle, build_data
@@ -17,12 +17,11 @@ from megatron.trainer.optim.wrap import prepare_training, wrap_model
 from megatron.trainer.runtime.launch import RunContext, agree
 from megatron.trainer.state import TrainState
 from moe_app.pretrain.config import PretrainConfig
-from moe_app.pretrain.describe import backend_use, data_lines, describe_run
+from moe_app.pretrain.describe import data_lines, describe_run
 from moe_app.pretrain.hooks import RouterHealth
 from moe_ext.builder import BuiltModel, build_model
 from moe_ext.compat import check_versions
 from moe_ext.counting import training_flops_per_token
-from moe_ext.experts import EXPERT_BACKENDS, choose_backend, look_up_backend
 from moe_ext.layers.transformer import transformer_config
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
         flops_per_token=training_flops_per_token(cfg.model, cfg.training.seq_length),
     )
     table, warnings = data_lines(cfg, data)
-    for line in (*describe_run(cfg, ctx), *describe_lengths(cfg), *table):
+    for line in (*describe_run(cfg, ctx, built.backend), *describe_lengths(cfg), *table):
         logger.info(line)
     for line in warnings:
         logger.warning(line)
@@ -90,7 +89,7 @@ def build_chunks(cfg: PretrainConfig, ctx: RunContext, *, seed: int | None) -> B
             # only the overlapped exchange keeps them apart (it uses a group for each direction).
             overlap_p2p_comm=layout.virtual_stages > 1,
             batch_p2p_comm=layout.virtual_stages == 1,
-            **_recompute_settings(cfg, ctx),
+            **_recompute_settings(training),
         )
         return build_model(
             cfg.model,
@@ -98,6 +97,7 @@ def build_chunks(cfg: PretrainConfig, ctx: RunContext, *, seed: int | None) -> B
             pg_collection=ctx.groups,
             seq_length=training.seq_length,
             seed=seed,
+            recompute_activation=_recomputes_activation(training),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -105,15 +105,13 @@ def build_chunks(cfg: PretrainConfig, ctx: RunContext, *, seed: int | None) -> B
         raise ConfigError(f"megatron-core refuses this configuration: {error}") from error
 
 
-def _recompute_settings(cfg: PretrainConfig, ctx: RunContext) -> dict[str, Any]:
-    """What megatron-core is told about recomputation.
+def _recomputes_activation(training: TrainingConfig) -> bool:
+    """Says whether the experts' activation, which is the backend's own, must be recomputed."""
+    return training.recompute_granularity == "selective" and MOE_ACT in training.recompute_modules
 
-    The activation of the experts (`moe_act`) is the backends' own affair.
 
-    Raises:
-        ValueError: the backend keeps the activation that is to be computed again.
-    """
-    training = cfg.training
+def _recompute_settings(training: TrainingConfig) -> dict[str, Any]:
+    """Translates recomputation for megatron-core, but for `moe_act`."""
     if training.recompute_granularity == "full":
         return {
             "recompute_granularity": "full",
@@ -123,14 +121,6 @@ def _recompute_settings(cfg: PretrainConfig, ctx: RunContext) -> dict[str, Any]:
     if training.recompute_granularity is None:
         return {}
     modules = [name for name in training.recompute_modules if name != MOE_ACT]
-    if len(modules) < len(training.recompute_modules) and cfg.model.num_experts is not None:
-        name = choose_backend(cfg.model.expert_backend, backend_use(cfg, ctx)).name
-        if look_up_backend(name).keeps_activation:
-            able = [key for key, each in EXPERT_BACKENDS.items() if not each.keeps_activation]
-            raise ValueError(
-                f"recompute_modules names {MOE_ACT}, but expert_backend '{name}' keeps its"
-                f" activation; use expert_backend {' or '.join(able)}, or drop {MOE_ACT}"
-            )
     return {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
 
 

@@ -3,20 +3,24 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from megatron.trainer.config.schema import RunConfig
 from megatron.trainer.data.build import DataBundle, describe, repeated_sources
 from megatron.trainer.runtime.launch import RunContext
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.config import MoEModelConfig
 from moe_ext.counting import count_parameters
-from moe_ext.experts import Use, choose_backend
+from moe_ext.experts import BackendChoice
 from moe_ext.functional import layer_coefficients
 
 
-def describe_run(cfg: PretrainConfig, ctx: RunContext) -> list[str]:
-    """The head of the log: what is trained, how it is laid out, what the losses mean."""
+def describe_run(cfg: PretrainConfig, ctx: RunContext, backend: BackendChoice | None) -> list[str]:
+    """Lists the head of the log: what is trained, how it is laid out, what the losses mean.
+
+    Args:
+        cfg: the run.
+        ctx: its ranks and device.
+        backend: that the model was built with.
+    """
     model, layout = cfg.model, ctx.layout
     count = count_parameters(model)
     lines = [
@@ -30,9 +34,8 @@ def describe_run(cfg: PretrainConfig, ctx: RunContext) -> list[str]:
         lines.append(
             "sequence parallelism is on: megatron-core's experts need it under tensor parallelism"
         )
-    if model.num_experts is not None or model.attention_experts is not None:
-        choice = choose_backend(model.expert_backend, backend_use(cfg, ctx))
-        lines.append(f"expert backend: {choice.name}, {choice.reason}")
+    if backend is not None:
+        lines.append(f"expert backend: {backend.name}, {backend.reason}")
     if model.num_experts is not None:
         lines += [
             f"experts: {model.num_experts} per layer, {model.moe_router_topk} per token, router"
@@ -66,17 +69,6 @@ def _describe_losses(model: MoEModelConfig, *, topk: int, routers: str = "") -> 
         f" '{model.moe_loss_convention}' convention = {z:g} for each layer's loss; logged"
         " without it, mean over layers and tokens of logsumexp squared",
     ]
-
-
-def backend_use(cfg: PretrainConfig, ctx: RunContext) -> Use:
-    """What this run needs an expert backend for."""
-    return Use(
-        device_type=ctx.device.type,
-        dtype=torch.bfloat16 if cfg.training.bf16 else torch.float32,
-        widths=cfg.model.expert_widths(
-            tensor=ctx.layout.tensor, expert_tensor=ctx.layout.expert_tensor
-        ),
-    )
 
 
 def data_lines(cfg: RunConfig, data: DataBundle) -> tuple[list[str], list[str]]:

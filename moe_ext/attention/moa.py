@@ -1,4 +1,4 @@
-"""Mixture of attention heads: self-attention whose query and output projections are experts."""
+"""Defines the mixture of attention heads: experts project queries and outputs of attention."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,22 +20,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from moe_ext.attention.projections import AttentionExperts, KeyValueProjection
-from moe_ext.experts.slots import (
-    ExpertOrder,
-    collect_tokens,
-    sort_by_expert,
-    sort_rows,
-    spread_tokens,
-    unsort_rows,
-)
-from moe_ext.functional import selected_experts
+from moe_ext.experts.interface import ExpertBackend
+from moe_ext.experts.slots import ExpertOrder, sort_by_expert
+from moe_ext.functional import Routing
 from moe_ext.layers.parameters import new_parameter
 from moe_ext.routers.base import MoERouter
 
 
 @dataclass(frozen=True)
 class MoASubmodules:
-    """What a `MoASelfAttention` is built from."""
+    """Holds what a `MoASelfAttention` is built from."""
 
     router: Callable[..., MoERouter]
     """Called with megatron-core's config and `pg_collection`."""
@@ -44,7 +38,7 @@ class MoASubmodules:
 
 
 class MoASelfAttention(MegatronModule):
-    """JetMoE's mixture of attention heads, in the place of megatron-core's self-attention.
+    """Computes JetMoE's mixture of attention heads, in place of megatron-core's self-attention.
 
     Each token is sent to k of e experts. An expert gives it one query head for each of the ng
     key/value heads, which all experts share, and projects what these heads found back to h:
@@ -57,9 +51,9 @@ class MoASelfAttention(MegatronModule):
     The gate multiplies what attention found: W_o is linear, so that is the output's gate. The bias
     [h] belongs to no expert, and no gate multiplies it.
 
-    Tensor parallel ranks hold ng / TP heads of every expert, and add up at the end. With sequence
-    parallelism each routes its part of the sequence. Experts are not split over expert parallel
-    ranks.
+    Tensor parallel ranks hold ng / TP heads of every expert, and sum their outputs at the end. With
+    sequence parallelism each routes its part of the sequence. Experts are not split over expert
+    parallel ranks.
 
     Source: JetMoE (arXiv 2404.07413), sections 2.1 and 2.3.
 
@@ -72,7 +66,7 @@ class MoASelfAttention(MegatronModule):
         pg_collection: this rank's groups; tp, cp and tp_cp are used.
         num_experts: e.
         topk: k.
-        expert_backend: a name in EXPERT_BACKENDS.
+        backend: what multiplies by the experts' matrices; it must have a projection.
 
     Raises:
         ValueError: the heads do not fit the experts or the tensor parallel ranks.
@@ -89,7 +83,7 @@ class MoASelfAttention(MegatronModule):
         pg_collection: ProcessGroupCollection,
         num_experts: int,
         topk: int,
-        expert_backend: str,
+        backend: ExpertBackend,
     ) -> None:
         super().__init__(config=config)
         _check_heads(config, topk, pg_collection.tp.size())
@@ -112,7 +106,7 @@ class MoASelfAttention(MegatronModule):
             config,
             num_experts=num_experts,
             num_groups=self.num_groups,
-            backend=expert_backend,
+            backend=backend,
             pg_collection=pg_collection,
         )
         self.core_attention = submodules.core_attention(
@@ -139,7 +133,7 @@ class MoASelfAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         **others: object,
     ) -> tuple[Tensor, None]:
-        """Attend.
+        """Attends from each token to those before it.
 
         Args:
             hidden_states: [s, b, h], this rank's part of the sequence under sequence parallelism.
@@ -159,9 +153,8 @@ class MoASelfAttention(MegatronModule):
         for name, value in others.items():
             if value is not None:
                 raise ValueError(f"{name} is {value!r}, but moa attention needs None")
-        probs, routing_map = self.router(hidden_states)  # [t, e] of this rank's tokens
-        experts, gates = selected_experts(probs, routing_map, topk=self.topk)  # [t, k]
-        hidden, experts, gates = self._all_tokens(hidden_states, experts, gates)
+        routing: Routing = self.router(hidden_states)  # of this rank's tokens
+        hidden, experts, gates = self._all_tokens(hidden_states, routing)
         order = sort_by_expert(experts, num_experts=self.num_experts)
         query = self._queries(hidden, order)  # [s, b, ng * k, hn]
         key, value_heads = self.linear_kv(hidden)  # [s, b, ng, hn]
@@ -177,14 +170,12 @@ class MoASelfAttention(MegatronModule):
             output = reduce_from_tensor_model_parallel_region(output, group=self.tp_group)
         return output + self.output_bias, None
 
-    def _all_tokens(
-        self, hidden: Tensor, experts: Tensor, gates: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The whole sequence's hidden states and routing, on every tensor parallel rank.
+    def _all_tokens(self, hidden: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
+        """Gathers hidden states, experts and gates of the whole sequence.
 
         Their gradients on a rank come from its heads alone: backward sums them over the ranks.
         """
-        group = self.tp_group
+        group, experts, gates = self.tp_group, routing.experts, routing.gates
         if not self.config.sequence_parallel:
             return (
                 copy_to_tensor_model_parallel_region(hidden, group=group),
@@ -198,12 +189,9 @@ class MoASelfAttention(MegatronModule):
         )
 
     def _queries(self, hidden: Tensor, order: ExpertOrder) -> Tensor:
-        """Query heads [s, b, ng * k, hn] of [s, b, h]; head g of slot j comes at g * k + j."""
-        rows = spread_tokens(hidden.flatten(0, 1), order)  # [t * k, h]
-        rows = self.experts(rows, order.tokens_per_expert, is_output=False)  # [t * k, ng * hn]
-        heads = unsort_rows(rows, order).view(
-            *hidden.shape[:2], self.topk, self.num_groups, -1
-        )  # [s, b, k, ng, hn]
+        """Computes queries [s, b, ng * k, hn] of [s, b, h]; head g of slot j is at g * k + j."""
+        rows = self.experts(hidden.flatten(0, 1), order, is_output=False)  # [t * k, ng * hn]
+        heads = rows.view(*hidden.shape[:2], self.topk, self.num_groups, -1)  # [s, b, k, ng, hn]
         return heads.transpose(2, 3).flatten(2, 3)  # [s, b, ng * k, hn]
 
     def _rotate(
@@ -223,7 +211,7 @@ class MoASelfAttention(MegatronModule):
         attention_bias: Tensor | None,
         packed_seq_params: PackedSeqParams | None,
     ) -> Tensor:
-        """The core attention [s, b, ng * k * hn], computed again in backward if so configured."""
+        """Computes [s, b, ng * k * hn], again in backward if core attention is recomputed."""
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             context: Tensor = self.core_attention(
@@ -243,7 +231,7 @@ class MoASelfAttention(MegatronModule):
         return attend(query, key, value)
 
     def _outputs(self, context: Tensor, gates: Tensor, order: ExpertOrder) -> Tensor:
-        """Gate each slot's heads, project them by their expert, add up the slots: [s, b, h].
+        """Gates each slot's heads, projects them by their expert, sums the slots: [s, b, h].
 
         Args:
             context: [s, b, ng * k * hn] heads in the order g * k + j.
@@ -253,9 +241,9 @@ class MoASelfAttention(MegatronModule):
         heads = context.unflatten(2, (self.num_groups, self.topk, -1))  # [s, b, ng, k, hn]
         weights = gates.view(*context.shape[:2], self.topk, 1, 1)
         gated = (heads.transpose(2, 3) * weights).to(context.dtype)  # [s, b, k, ng, hn]
-        rows = sort_rows(gated.flatten(0, 2).flatten(1), order)  # [t * k, ng * hn]
-        rows = self.experts(rows, order.tokens_per_expert, is_output=True)  # [t * k, h]
-        return collect_tokens(rows, order).view(*context.shape[:2], -1)  # [s, b, h]
+        rows = gated.flatten(0, 2).flatten(1)  # [t * k, ng * hn]
+        output: Tensor = self.experts(rows, order, is_output=True)  # [t, h]
+        return output.view(*context.shape[:2], -1)  # [s, b, h]
 
 
 def _check_heads(config: TransformerConfig, topk: int, tensor_parallel_size: int) -> None:

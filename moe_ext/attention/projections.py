@@ -1,4 +1,4 @@
-"""The weights of a mixture of attention heads, split over tensor parallel ranks by head."""
+"""Holds the weights of a mixture of attention heads, split over tensor parallel ranks by head."""
 
 from typing import Any
 
@@ -13,7 +13,8 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
-from moe_ext.experts.backends import get_expert_projection
+from moe_ext.experts.interface import ExpertBackend
+from moe_ext.experts.slots import ExpertOrder
 from moe_ext.layers.parameters import new_parameter
 from moe_ext.layers.products import linear
 
@@ -22,7 +23,7 @@ _HEAD_AXES = {"weight": 0, "weight_q": 1, "weight_o": 2}
 
 
 class _HeadParallel(MegatronModule):
-    """A module whose parameters are all split by head, on the axis that `_HEAD_AXES` says."""
+    """Splits all its parameters by head, on the axis that `_HEAD_AXES` says."""
 
     def __init__(self, config: TransformerConfig, *, pg_collection: ProcessGroupCollection) -> None:
         super().__init__(config=config)
@@ -45,7 +46,7 @@ class _HeadParallel(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Each parameter, split over tensor parallel ranks by head."""
+        """Describes each parameter, split over tensor parallel ranks by head."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         parameters = dict(self.named_parameters(recurse=False))
         sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
@@ -60,7 +61,9 @@ class _HeadParallel(MegatronModule):
 
 
 class KeyValueProjection(_HeadParallel):
-    """Keys and values that all experts share: weight [2 ng hn, h], each head's k before its v.
+    """Projects to keys and values, which all experts share.
+
+    The weight is [2 ng hn, h], each head's key before its value.
 
     Args:
         config: megatron-core's.
@@ -82,14 +85,14 @@ class KeyValueProjection(_HeadParallel):
         self._mark_and_initialize()
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Key and value [s, b, ng, hn] of this rank's heads from [s, b, h]."""
+        """Computes key and value [s, b, ng, hn] of this rank's heads from [s, b, h]."""
         both = linear(hidden, self.weight)  # [s, b, 2 ng hn]
         key, value = both.unflatten(2, (self.num_groups, -1)).chunk(2, dim=-1)
         return key, value
 
 
 class AttentionExperts(_HeadParallel):
-    """Each expert's query and output projections: weight_q [e, ng hn, h], weight_o [e, h, ng hn].
+    """Holds each expert's projections: weight_q [e, ng hn, h] and weight_o [e, h, ng hn].
 
     Every rank of the expert parallel group holds all of them, so their gradients are reduced like
     those of dense weights.
@@ -98,11 +101,8 @@ class AttentionExperts(_HeadParallel):
         config: megatron-core's.
         num_experts: e.
         num_groups: key/value heads on this rank (ng); an expert has one query head for each.
-        backend: a name in EXPERT_BACKENDS.
+        backend: what multiplies; it must have a projection.
         pg_collection: this rank's groups; tp is used.
-
-    Raises:
-        ValueError: the backend is unknown or has no projection.
     """
 
     def __init__(
@@ -111,26 +111,28 @@ class AttentionExperts(_HeadParallel):
         *,
         num_experts: int,
         num_groups: int,
-        backend: str,
+        backend: ExpertBackend,
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config, pg_collection=pg_collection)
-        self.project = get_expert_projection(backend)
+        self.backend = backend
         width = num_groups * config.kv_channels
         self.weight_q = new_parameter(num_experts, width, config.hidden_size, config=config)
         self.weight_o = new_parameter(num_experts, config.hidden_size, width, config=config)
         self._mark_and_initialize()
 
-    def forward(self, rows: Tensor, tokens_per_expert: Tensor, *, is_output: bool) -> Tensor:
-        """Project rows that are sorted by expert, each by its expert's matrix.
+    def forward(self, operand: Tensor, order: ExpertOrder, *, is_output: bool) -> Tensor:
+        """Projects tokens to queries, or what queries found to outputs.
 
         Args:
-            rows: [t * k, h], or [t * k, ng * hn] for the output.
-            tokens_per_expert: [e] rows of each expert.
+            operand: tokens [t, h]; for the output rows [t * k, ng * hn] by token and slot.
+            order: of the t * k rows.
             is_output: whether weight_o is meant, not weight_q.
 
         Returns:
-            [t * k, ng * hn] queries, or [t * k, h]: this rank's heads' addend of the output.
+            Queries [t * k, ng * hn] by token and slot; or [t, h], this rank's heads' addend of the
+            output, summed over the slots.
         """
-        weight = self.weight_o if is_output else self.weight_q
-        return self.project(rows, weight, tokens_per_expert)
+        if is_output:
+            return self.backend.project_and_combine(operand, self.weight_o, order)
+        return self.backend.project_slots(operand, self.weight_q, order)

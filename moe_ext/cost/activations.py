@@ -199,12 +199,13 @@ def _moa(rank: StepRank, *, experts: int) -> Iterator[KeptBytes]:
     model, width, tokens = rank.model, rank.width, rank.tokens
     topk, keys = model.attention_topk, head_widths(model)[1] // rank.layout.tensor
     yield from router(rank, experts=experts, topk=topk)
-    yield _selection(rank, experts=experts)
     if rank.is_split:
         yield KeptBytes("attention", tokens * model.hidden_size * width)
     rows = tokens * topk
+    yield KeptBytes("attention", experts * _INT64)  # tokens per expert
     yield KeptBytes("attention", rows * (3 * _INT64 + _FP32))  # row indices and gates
-    yield KeptBytes("attention", rows * model.hidden_size * width)  # tokens, one row per slot
+    if rank.batch.keeps_activation:
+        yield KeptBytes("attention", rows * model.hidden_size * width)  # tokens, one row per slot
     if rank.layout.context == 1:
         yield KeptBytes("attention", tokens * 2 * keys * width)  # keys and values in one tensor
     yield from _core_attention(rank, queries=topk * keys, keys=keys)
@@ -216,17 +217,10 @@ def router(rank: StepRank, *, experts: int, topk: int) -> Iterator[KeptBytes]:
     tokens, model = rank.own_tokens, rank.model
     if model.moe_router_dtype == "fp32" and rank.width < _FP32:
         yield KeptBytes("router", (tokens + experts) * model.hidden_size * _FP32)
-    # Probabilities, logits and their log-sum-exp; each expert's share, and the loss.
+    # Probabilities, logits, their log-sum-exp; each expert's share, and the loss.
     yield KeptBytes("router", (tokens * (2 * experts + 1) + experts + 1) * _FP32)
-    if model.router == "topk_softmax":
-        yield KeptBytes("router", tokens * topk * (_INT64 + _FP32))
-    else:
-        yield KeptBytes("router", tokens * experts * _BOOL)
-
-
-def _selection(rank: StepRank, *, experts: int) -> KeptBytes:
-    """Count the indices and probabilities [t, e], sorted by choice, and the tokens per expert."""
-    return KeptBytes("router", experts * (rank.own_tokens * (_INT64 + _FP32) + _INT64))
+    # The selection, its weights, and their order by expert.
+    yield KeptBytes("router", tokens * topk * (2 * _INT64 + _FP32))
 
 
 def experts_layer(rank: StepRank, *, experts: int) -> Iterator[KeptBytes]:
@@ -235,7 +229,7 @@ def experts_layer(rank: StepRank, *, experts: int) -> Iterator[KeptBytes]:
     hidden = tokens * model.hidden_size * width
     yield from router(rank, experts=experts, topk=model.moe_router_topk)
     if holds_all_experts(rank):
-        yield _selection(rank, experts=experts)
+        yield KeptBytes("experts", experts * _INT64)  # tokens per expert
         yield KeptBytes("experts", tokens * expert_activation_bytes(model, element_bytes=width))
         rows = float(tokens * model.moe_router_topk)
         if rank.batch.keeps_activation:
@@ -252,8 +246,9 @@ def experts_layer(rank: StepRank, *, experts: int) -> Iterator[KeptBytes]:
 
 
 def _dispatch(rank: StepRank, *, rows: float, experts: int) -> Iterator[KeptBytes]:
-    """List what megatron-core's dispatchers keep: probabilities, routing map and row indices."""
+    """List what megatron-core's dispatchers keep: dense routing [t, e] and row indices."""
     layout = rank.layout
+    yield KeptBytes("dispatch", rank.own_tokens * rank.model.moe_router_topk * _INT64)  # experts
     if rank.model.moe_token_dispatcher_type == "allgather":
         tokens = rank.own_tokens * layout.expert * layout.expert_tensor
         local = experts // layout.expert

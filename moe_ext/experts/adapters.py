@@ -1,4 +1,4 @@
-"""Experts on other projects' grouped products, for who has them installed: MegaBlocks and TE.
+"""Adapts grouped products of other projects, where they are installed: MegaBlocks and TE.
 
 Both want the tokens per expert on the host, so a step waits for the device once a layer. They are
 imported when they are used.
@@ -6,22 +6,19 @@ imported when they are used.
 
 import functools
 import importlib.util
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_ext.experts.gate import GatedActivation
-
-if TYPE_CHECKING:
-    from moe_ext.experts.backends import Use
+from moe_ext.experts.interface import ExpertFunction, ProjectionFunction, Use
 
 _EXTRA = "pip install 'megatron-moe[gpu]'"
 
 
-def megablocks_problem(use: "Use") -> str | None:
-    """Why MegaBlocks cannot be used, or None."""
+def megablocks_problem(use: Use) -> str | None:
+    """Says why MegaBlocks cannot be used, or None."""
     if use.device_type != "cuda" or use.dtype != torch.bfloat16:
         return (
             f"computes bf16 on a GPU only; this is {use.dtype} on {use.device_type}; use 'grouped'"
@@ -32,8 +29,8 @@ def megablocks_problem(use: "Use") -> str | None:
     return None
 
 
-def te_problem(use: "Use") -> str | None:
-    """Why Transformer Engine cannot be used, or None."""
+def te_problem(use: Use) -> str | None:
+    """Says why Transformer Engine cannot be used, or None."""
     if use.device_type != "cuda":
         return f"computes on a GPU, not on {use.device_type}; use 'grouped'"
     if not _is_installed("transformer_engine"):
@@ -41,8 +38,8 @@ def te_problem(use: "Use") -> str | None:
     return None
 
 
-def experts_of(project: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """SwiGLU experts over sorted rows, made of a projection; the contract is `loop_experts`'s.
+def experts_of(project: ProjectionFunction) -> ExpertFunction:
+    """Makes SwiGLU experts over sorted rows of a projection; the contract is `loop_experts`'s.
 
     Args:
         project: with the contract of `loop_projection`.
@@ -59,7 +56,7 @@ def experts_of(project: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[
 
 
 def megablocks_projection(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """Each expert's rows by its matrix, on the grouped GEMM that MegaBlocks uses."""
+    """Multiplies each expert's rows by its matrix, on the grouped GEMM that MegaBlocks uses."""
     from megablocks import grouped_gemm_util  # type: ignore[import-not-found]
 
     sizes = tokens_per_expert.to("cpu", torch.int64)
@@ -68,7 +65,7 @@ def megablocks_projection(rows: Tensor, weight: Tensor, tokens_per_expert: Tenso
 
 
 def te_projection(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """Each expert's rows by its matrix, on TE's grouped linear layers."""
+    """Multiplies each expert's rows by its matrix, on TE's grouped linear layers."""
     layer = _te_layer(weight.shape, weight.dtype)
     names = {f"weight{number}": matrix for number, matrix in enumerate(weight.unbind(0))}
     sizes: list[int] = tokens_per_expert.tolist()
@@ -78,7 +75,7 @@ def te_projection(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Te
 
 @functools.cache
 def _te_layer(shape: torch.Size, dtype: torch.dtype) -> Any:
-    """TE's layer of [el, m, n] matrices; its own are never used, so they take no memory."""
+    """Builds TE's layer of [el, m, n] matrices; its own are never used, so they take no memory."""
     import transformer_engine.pytorch as te  # type: ignore[import-not-found]
 
     number, outputs, inputs = shape

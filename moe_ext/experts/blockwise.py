@@ -1,6 +1,6 @@
-"""Experts one after the other, each with its block of rows: the way of a CPU.
+"""Computes experts one after the other, each with its block of rows: for CPUs.
 
-One pass over the experts forward, one backward, and each expert's rows stay in cache.
+There is one pass over the experts forward and one backward; each expert's rows stay in cache.
 An expert's rows are gathered, multiplied, gated and multiplied again before the next expert's are
 touched, so that everything element-wise finds its operands in cache, and the permuted tokens are
 never written to memory. What is kept for backward is `projected` [rows, 2f]; tokens are gathered
@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from moe_ext.experts.gate import gated_backward, gated_forward
-from moe_ext.experts.slots import ExpertOrder, sort_gates, sum_slots, unsort_gates
+from moe_ext.experts.slots import (
+    ExpertOrder,
+    Mode,
+    arrange,
+    lines_of,
+    sort_gates,
+    sum_slots,
+    unsort_gates,
+)
 from moe_ext.layers.gradients import accumulation_buffer, mark_added
 from moe_ext.layers.products import add_product, multiply, working_dtype
 
@@ -22,51 +30,76 @@ from moe_ext.layers.products import add_product, multiply, working_dtype
 def blockwise_experts(
     hidden: Tensor, weight1: Tensor, weight2: Tensor, tokens_per_expert: Tensor, probs: Tensor
 ) -> Tensor:
-    """SwiGLU experts over sorted rows; the contract is `grouped_experts`'s."""
+    """Computes SwiGLU experts over sorted rows; the contract is `grouped_experts`'s."""
     sizes = _sizes(tokens_per_expert, hidden.shape[0])
-    output: Tensor = _Experts.apply(hidden, weight1, weight2, probs, None, sizes)
+    output: Tensor = _BlockwiseExperts.apply(hidden, weight1, weight2, probs, None, sizes)
     return output
 
 
-def blockwise_routed(
+def blockwise_routed_experts(
     tokens: Tensor, weight1: Tensor, weight2: Tensor, order: ExpertOrder, gates: Tensor
 ) -> Tensor:
-    """Gather, experts, weighted sum; the contract is `ExpertBackend.routed`'s."""
+    """Sends tokens to experts and sums; the contract is `ExpertBackend.routed_experts`'s."""
     sizes = _sizes(order.tokens_per_expert, len(order.rows))
-    output: Tensor = _Experts.apply(tokens, weight1, weight2, gates, order, sizes)
+    output: Tensor = _BlockwiseExperts.apply(tokens, weight1, weight2, gates, order, sizes)
     return output
 
 
 def blockwise_projection(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """Each expert's rows by its matrix; the contract is `grouped_projection`'s."""
+    """Multiplies each expert's rows by its matrix; the contract is `grouped_projection`'s."""
     sizes = _sizes(tokens_per_expert, rows.shape[0])
-    output: Tensor = _Projection.apply(rows, weight, sizes)
+    output: Tensor = _BlockwiseProjection.apply(rows, weight, None, sizes, "place", "place")
+    return output
+
+
+def blockwise_routed_projection(
+    source: Tensor, weight: Tensor, order: ExpertOrder, *, read: Mode, write: Mode
+) -> Tensor:
+    """Multiplies each row of `source`, found through the order, by its expert's matrix.
+
+    Args:
+        source: [t, n] or [t * k, n], arranged as `read` says.
+        weight: [el, m, n].
+        order: of the t * k rows.
+        read: "token" or "row".
+        write: "token", which sums, or "row".
+
+    Returns:
+        [t, m] or [t * k, m].
+    """
+    number = len(source) * order.topk if read == "token" else len(source)
+    sizes = _sizes(order.tokens_per_expert, number)
+    output: Tensor = _BlockwiseProjection.apply(source, weight, order, sizes, read, write)
     return output
 
 
 class _Rows:
-    """Sorted rows of [t, n] tokens, read expert by expert, in the dtype products are computed in.
+    """Reads rows expert by expert, in the dtype that products are computed in.
 
     Args:
-        source: [t, n] tokens, or the sorted rows themselves.
-        order: how rows come from tokens; None where `source` has them sorted.
+        source: [t, n] or [t * k, n], or the sorted rows themselves.
+        order: how rows come from the source; None where it has them sorted.
         sizes: rows of each expert.
+        mode: how the source is arranged.
     """
 
-    def __init__(self, source: Tensor, order: ExpertOrder | None, sizes: list[int]) -> None:
+    def __init__(
+        self, source: Tensor, order: ExpertOrder | None, sizes: list[int], mode: Mode = "token"
+    ) -> None:
         self._source = source
-        self._is_sorted = order is None
-        self._parts = (source if order is None else order.tokens).split(sizes)
+        lines = None if order is None else lines_of(order, mode)
+        self._is_sorted = lines is None
+        self._parts = (source if lines is None else lines).split(sizes)
         self.dtype = working_dtype(source)
 
     def read(self, expert: int) -> Tensor:
-        """[n, h] of this expert."""
+        """Returns the rows [n, h] of this expert."""
         part = self._parts[expert]
         return (part if self._is_sorted else self._source.index_select(0, part)).to(self.dtype)
 
 
-class _Experts(torch.autograd.Function):
-    """All experts as one autograd node."""
+class _BlockwiseExperts(torch.autograd.Function):
+    """Computes SwiGLU experts as one autograd node."""
 
     @staticmethod
     def forward(
@@ -150,48 +183,66 @@ class _Experts(torch.autograd.Function):
         )
 
 
-class _Projection(torch.autograd.Function):
-    """One matrix per expert as one autograd node."""
+class _BlockwiseProjection(torch.autograd.Function):
+    """Multiplies by one matrix per expert as one autograd node; kept are operand and weight."""
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, rows: Tensor, weight: Tensor, sizes: list[int]
+        ctx: torch.autograd.function.FunctionCtx,
+        source: Tensor,
+        weight: Tensor,
+        order: ExpertOrder | None,
+        sizes: list[int],
+        read: Mode,
+        write: Mode,
     ) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.sizes = sizes  # type: ignore[attr-defined]
-        source = _Rows(rows, None, sizes)
-        output = rows.new_empty(rows.shape[0], weight.shape[1])  # [t, m]
-        parts = zip(_matrices(weight.mT, source.dtype), output.split(sizes), strict=True)
+        ctx.save_for_backward(source, weight)
+        ctx.order, ctx.sizes = order, sizes  # type: ignore[attr-defined]
+        ctx.read, ctx.write = read, write  # type: ignore[attr-defined]
+        rows = _Rows(source, order, sizes, read)
+        output = source.new_empty(sum(sizes), weight.shape[1])  # [t * k, m]
+        parts = zip(_matrices(weight.mT, rows.dtype), output.split(sizes), strict=True)
         for expert, (matrix, result) in enumerate(parts):
             if len(result):
-                multiply(source.read(expert), matrix(), result)
-        return output
+                multiply(rows.read(expert), matrix(), result)
+        return output if order is None else arrange(output, order, write)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        rows, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+    ) -> tuple[Tensor | None, ...]:
+        source, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        order: ExpertOrder | None = ctx.order  # type: ignore[attr-defined]
         sizes: list[int] = ctx.sizes  # type: ignore[attr-defined]
-        needs_rows, needs_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-        source, gradients = _Rows(rows, None, sizes), _Rows(grad.contiguous(), None, sizes)
-        grad_rows = torch.empty_like(rows)  # [t, n]
+        needs_source, needs_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        rows = _Rows(source, order, sizes, ctx.read)  # type: ignore[attr-defined]
+        gradients = _Rows(grad.contiguous(), order, sizes, ctx.write)  # type: ignore[attr-defined]
+        grad_rows = source.new_empty(sum(sizes), source.shape[1] if needs_source else 0)
         into = _WeightGradient(weight, weight.shape, sizes) if needs_weight else None
-        parts = zip(_matrices(weight, source.dtype), grad_rows.split(sizes), strict=True)
-        for expert, (matrix, grad_row) in enumerate(parts):
-            if not len(grad_row):
+        parts = zip(_matrices(weight, rows.dtype), grad_rows.split(sizes), sizes, strict=True)
+        for expert, (matrix, grad_row, size) in enumerate(parts):
+            if not size:
                 continue
             upstream = gradients.read(expert)  # [n, m]
             if into is not None:
-                into.add(expert, upstream.T, source.read(expert))  # [m, n]
-            if needs_rows:
+                into.add(expert, upstream.T, rows.read(expert))  # [m, n]
+            if needs_source:
                 multiply(upstream, matrix(), grad_row)
-        return grad_rows if needs_rows else None, into.result() if into is not None else None, None
+        if order is not None and needs_source:
+            grad_rows = arrange(grad_rows, order, ctx.read)  # type: ignore[attr-defined]
+        return (
+            grad_rows if needs_source else None,
+            into.result() if into is not None else None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _WeightGradient:
-    """The gradient of stacked matrices [el, m, n], made expert by expert.
+    """Computes the gradient of stacked matrices [el, m, n] expert by expert.
 
     Args:
         weight: the parameter; its gradient is added to its buffer if it has one.
@@ -211,21 +262,21 @@ class _WeightGradient:
                     part.zero_()
 
     def add(self, expert: int, left: Tensor, right: Tensor) -> None:
-        """The product [m, n] of one expert, once for each."""
+        """Adds the product [m, n] of one expert; called once for each."""
         (add_product if self._is_added else multiply)(left, right, self._parts[expert])
 
     def result(self) -> Tensor:
-        """What backward returns for the weight."""
+        """Returns what backward returns for the weight."""
         return mark_added(self._weight) if self._is_added else self._gradient
 
 
 def _matrices(stacked: Tensor, dtype: torch.dtype) -> list[Callable[[], Tensor]]:
-    """Each expert's matrix [m, n] of [el, m, n], converted when it is asked for."""
+    """Lists functions that return each expert's matrix [m, n] of [el, m, n], converted."""
     return [functools.partial(matrix.to, dtype) for matrix in stacked.unbind(0)]
 
 
 def _sizes(tokens_per_expert: Tensor, number: int) -> list[int]:
-    """Rows of each expert, on the host.
+    """Copies the numbers of rows of each expert to the host.
 
     Raises:
         ValueError: there are more or fewer rows than the counts say.
@@ -237,7 +288,7 @@ def _sizes(tokens_per_expert: Tensor, number: int) -> list[int]:
 
 
 def _multiply_kept(left: Tensor, right: Tensor, kept: Tensor) -> Tensor:
-    """The product, in its own precision, and rounded into `kept`."""
+    """Returns the product in its own precision, and rounds it into `kept`."""
     if kept.dtype == left.dtype:
         multiply(left, right, kept)
         return kept

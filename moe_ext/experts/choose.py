@@ -1,12 +1,14 @@
-"""Which expert backend a run takes, and why."""
+"""Chooses the expert backend of a run, and says why."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_ext import registry
-from moe_ext.experts.backends import AUTO, EXPERT_BACKENDS, ExpertBackend, Use
+from moe_ext.config import MoEModelConfig
+from moe_ext.experts.backends import AUTO, EXPERT_BACKENDS
+from moe_ext.experts.interface import ExpertBackend, Use
 
 # In the order in which they are asked. Nothing was measured on a GPU yet, so what is best known
 # goes first there; the others are there by name.
@@ -18,17 +20,22 @@ _REASONS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
-    """A backend and why it is that one."""
+class BackendChoice:
+    """Holds a backend and why it is that one."""
 
     name: str
     """A key of EXPERT_BACKENDS."""
     reason: str
     """For the log."""
+    backend: ExpertBackend
+    """What the layers compute with."""
 
 
-def choose_backend(name: str, use: Use) -> Choice:
-    """The backend that a configuration means.
+def choose_backend(name: str, use: Use) -> BackendChoice:
+    """Chooses the backend that a configuration means.
+
+    A run does so once, in `builder.build_model`. Whoever wants to know what a run would take, asks
+    here.
 
     Args:
         name: what it says, AUTO or the name of a backend.
@@ -41,28 +48,65 @@ def choose_backend(name: str, use: Use) -> Choice:
         known: dict[str, ExpertBackend | None] = {AUTO: None, **EXPERT_BACKENDS}
         backend = registry.look_up(known, name, kind="expert backend")
         assert backend is not None
-        problem = backend.problem(use)
+        problem = _problem(backend, use)
         if problem is not None:
             raise ValueError(f"expert_backend '{name}' {problem}")
-        return Choice(name=name, reason="named in the configuration")
-    passed: list[str] = []
+        return BackendChoice(name=name, reason="named in the configuration", backend=backend)
+    skipped: list[str] = []
     for candidate in _PREFERRED[use.device_type]:
-        problem = EXPERT_BACKENDS[candidate].problem(use)
+        backend = EXPERT_BACKENDS[candidate]
+        problem = _problem(backend, use)
         if problem is None:
-            return Choice(name=candidate, reason="; ".join([_REASONS[use.device_type], *passed]))
-        passed.append(f"'{candidate}' {problem}")
-    raise ValueError(f"no expert backend can be used: {'; '.join(passed)}")
+            reason = "; ".join([_REASONS[use.device_type], *skipped])
+            return BackendChoice(name=candidate, reason=reason, backend=backend)
+        skipped.append(f"'{candidate}' {problem}")
+    raise ValueError(f"no expert backend can be used: {'; '.join(skipped)}")
 
 
-def use_of(config: TransformerConfig, *widths: int) -> Use:
-    """What a rank of this process needs a backend for.
+def use_of_model(
+    model: MoEModelConfig,
+    *,
+    device_type: str,
+    dtype: torch.dtype,
+    tensor: int,
+    expert_tensor: int,
+    recompute_activation: bool = False,
+) -> Use:
+    """Says what a rank needs a backend for.
 
     Args:
-        config: megatron-core's; its parameters lie where `new_parameter` puts them.
-        widths: of rows that are multiplied, on this rank.
+        model: the architecture.
+        device_type: "cpu" or "cuda", where the parameters are.
+        dtype: of rows and weights.
+        tensor: ranks per attention matrix.
+        expert_tensor: ranks per expert.
+        recompute_activation: whether backward must compute the experts' activation again.
     """
-    device_type = "cpu"
-    if torch.cuda.is_available() and not config.use_cpu_initialization:
-        current = torch.cuda.current_device()
-        device_type = current.type if isinstance(current, torch.device) else "cuda"
-    return Use(device_type=device_type, dtype=config.params_dtype, widths=widths)
+    return Use(
+        device_type=device_type,
+        dtype=dtype,
+        widths=model.expert_widths(tensor=tensor, expert_tensor=expert_tensor),
+        has_attention=model.attention_experts is not None,
+        recompute_activation=recompute_activation and model.num_experts is not None,
+    )
+
+
+def _problem(backend: ExpertBackend, use: Use) -> str | None:
+    """Says why a backend cannot be used, as `ExpertBackend.problem` does; None if it can."""
+    if use.has_attention and backend.projection is None:
+        able = _names(lambda each: each.projection is not None)
+        return (
+            "has no projection, which moa attention is made of; give one to"
+            f" register_expert_backend, or use expert_backend {able}"
+        )
+    if use.recompute_activation and backend.keeps_activation:
+        able = _names(lambda each: not each.keeps_activation)
+        return (
+            "keeps its activation, but recompute_modules names moe_act; use expert_backend"
+            f" {able}, or drop moe_act"
+        )
+    return backend.problem(use)
+
+
+def _names(is_able: Callable[[ExpertBackend], bool]) -> str:
+    return " or ".join(sorted(name for name, each in EXPERT_BACKENDS.items() if is_able(each)))

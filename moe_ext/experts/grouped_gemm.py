@@ -1,4 +1,4 @@
-"""Experts on torch's grouped GEMM: one product for all; group sizes stay on the device.
+"""Computes experts on torch's grouped GEMM, one product for all; sizes stay on the device.
 
 As in `moe_ext/experts/blockwise.py`, what is kept for backward is the tokens and `projected`
 [rows, 2f]: rows are gathered and the activation is computed again.
@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ext.experts.gate import gated_backward, gated_forward
-from moe_ext.experts.slots import ExpertOrder, sort_gates, sum_slots, unsort_gates
+from moe_ext.experts.slots import (
+    ExpertOrder,
+    Mode,
+    arrange,
+    lines_of,
+    sort_gates,
+    sum_slots,
+    unsort_gates,
+)
 from moe_ext.layers.gradients import accumulation_buffer, mark_added
 
 ROW_ELEMENTS = 8
@@ -19,22 +27,32 @@ ROW_ELEMENTS = 8
 def grouped_gemm_experts(
     hidden: Tensor, weight1: Tensor, weight2: Tensor, tokens_per_expert: Tensor, probs: Tensor
 ) -> Tensor:
-    """SwiGLU experts over sorted rows, bf16; the contract is `grouped_experts`'s."""
+    """Computes SwiGLU experts over sorted rows, bf16; the contract is `grouped_experts`'s."""
     return _experts(hidden, weight1, weight2, tokens_per_expert, probs, order=None)
 
 
-def grouped_gemm_routed(
+def grouped_gemm_routed_experts(
     tokens: Tensor, weight1: Tensor, weight2: Tensor, order: ExpertOrder, gates: Tensor
 ) -> Tensor:
-    """Gather, experts, weighted sum, bf16; the contract is `ExpertBackend.routed`'s."""
+    """Sends tokens to experts and sums, bf16; see `ExpertBackend.routed_experts`."""
     return _experts(tokens, weight1, weight2, order.tokens_per_expert, gates, order=order)
 
 
 def grouped_gemm_projection(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """Each expert's rows by its matrix, bf16; the contract is `grouped_projection`'s."""
-    _, outputs, inputs = weight.shape
-    _check_sizes({"the rows' width": inputs, "an expert's outputs on this rank": outputs})
-    output: Tensor = _Projection.apply(rows, weight, _ends(tokens_per_expert, rows))
+    """Multiplies each expert's rows by its matrix, bf16; see `grouped_projection`."""
+    _check_matrix(weight)
+    ends = _ends(tokens_per_expert, rows)
+    output: Tensor = _GemmProjection.apply(rows, weight, None, ends, "place", "place")
+    return output
+
+
+def grouped_gemm_routed_projection(
+    source: Tensor, weight: Tensor, order: ExpertOrder, *, read: Mode, write: Mode
+) -> Tensor:
+    """Multiplies rows found through the order, bf16; see `blockwise_routed_projection`."""
+    _check_matrix(weight)
+    ends = _ends(order.tokens_per_expert, source)
+    output: Tensor = _GemmProjection.apply(source, weight, order, ends, read, write)
     return output
 
 
@@ -50,11 +68,11 @@ def _experts(
     _, _, ffn, width = weight1.shape
     _check_sizes({"hidden_size": width, "moe_ffn_hidden_size on this rank": ffn})
     ends = _ends(counts, tokens)
-    output: Tensor = _Experts.apply(tokens, weight1, weight2, gates, order, ends)
+    output: Tensor = _GemmExperts.apply(tokens, weight1, weight2, gates, order, ends)
     return output
 
 
-class _Experts(torch.autograd.Function):
+class _GemmExperts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
@@ -100,42 +118,59 @@ class _Experts(torch.autograd.Function):
         return grad_tokens, grad_weight1, grad_weight2, grad_gates, None, None
 
 
-class _Projection(torch.autograd.Function):
+class _GemmProjection(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, rows: Tensor, weight: Tensor, ends: Tensor
+        ctx: torch.autograd.function.FunctionCtx,
+        source: Tensor,
+        weight: Tensor,
+        order: ExpertOrder | None,
+        ends: Tensor,
+        read: Mode,
+        write: Mode,
     ) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.ends = ends  # type: ignore[attr-defined]
-        return _product(rows, weight.mT, ends)  # [t, m]
+        ctx.save_for_backward(source, weight)
+        ctx.order, ctx.ends = order, ends  # type: ignore[attr-defined]
+        ctx.read, ctx.write = read, write  # type: ignore[attr-defined]
+        output = _product(_rows(source, order, read), weight.mT, ends)  # [t * k, m]
+        return output if order is None else arrange(output, order, write)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        rows, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+    ) -> tuple[Tensor | None, ...]:
+        source, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        order: ExpertOrder | None = ctx.order  # type: ignore[attr-defined]
         ends: Tensor = ctx.ends  # type: ignore[attr-defined]
-        needs_rows, needs_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-        grad = grad.contiguous()
-        grad_rows = _product(grad, weight, ends) if needs_rows else None  # [t, n]
-        grad_weight = _weight_gradient(weight, grad, rows, ends) if needs_weight else None
-        return grad_rows, grad_weight, None
+        read, write = ctx.read, ctx.write  # type: ignore[attr-defined]
+        needs_source, needs_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        upstream = _rows(grad.contiguous(), order, write)  # [t * k, m]
+        grad_source = grad_weight = None
+        if needs_source:
+            grad_source = _product(upstream, weight, ends)  # [t * k, n]
+            if order is not None:
+                grad_source = arrange(grad_source, order, read)
+        if needs_weight:
+            grad_weight = _weight_gradient(weight, upstream, _rows(source, order, read), ends)
+        return grad_source, grad_weight, None, None, None, None
 
 
-def _rows(source: Tensor, order: ExpertOrder | None) -> Tensor:
-    return source if order is None else source.index_select(0, order.tokens)
+def _rows(source: Tensor, order: ExpertOrder | None, mode: Mode = "token") -> Tensor:
+    """Gathers rows in sorted order, from a source that is arranged as `mode` says."""
+    lines = None if order is None else lines_of(order, mode)
+    return source if lines is None else source.index_select(0, lines)
 
 
 def _product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """[t, n] by [el, n, m], each row by its expert's."""
+    """Multiplies rows [t, n] by their experts' matrices [el, n, m]."""
     if len(rows) == 0:
         return rows.new_empty(0, matrices.shape[2])
     return F.grouped_mm(rows, matrices, offs=ends)
 
 
 def _weight_gradient(weight: Tensor, left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """left^T right of each expert's rows, for a weight of as many numbers as [el, m, n].
+    """Computes left^T right of each expert's rows, for a weight of as many numbers as [el, m, n].
 
     It goes into the weight's buffer if there is one, also when there are no rows: DDP must not
     take one micro-batch's gradient from the buffer and another's from autograd.
@@ -152,8 +187,13 @@ def _weight_gradient(weight: Tensor, left: Tensor, right: Tensor, ends: Tensor) 
 
 
 def _ends(tokens_per_expert: Tensor, rows: Tensor) -> Tensor:
-    """[el] int32, on the rows' device."""
+    """Computes where each expert's rows end: [el] int32, on the rows' device."""
     return tokens_per_expert.to(rows.device, non_blocking=True).cumsum(0, dtype=torch.int32)
+
+
+def _check_matrix(weight: Tensor) -> None:
+    _, outputs, inputs = weight.shape
+    _check_sizes({"the rows' width": inputs, "an expert's outputs on this rank": outputs})
 
 
 def _check_sizes(sizes: dict[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""megatron-core's layer of experts, and the short way where no token leaves its rank."""
+"""Defines the layer of experts: local where no token leaves its rank, else megatron-core's."""
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import checkpoint
@@ -8,16 +8,17 @@ from torch import Tensor, nn
 
 from moe_ext.experts.mlp import ExpertMLP
 from moe_ext.experts.slots import sort_by_expert
-from moe_ext.functional import selected_experts
+from moe_ext.functional import Routing, dense_routing
 from moe_ext.layers.parameters import new_parameter
 
 
 class ExpertsLayer(MoELayer):
-    """Router, dispatch, experts.
+    """Routes tokens, sends them to their experts and sums what comes back.
 
-    Where a rank holds all experts whole (EP 1, ETP 1) there is nothing to dispatch: tokens are
-    handed to the experts as they lie, with the order of their rows, and nothing is copied to the
-    host. Elsewhere megatron-core's dispatcher sends them.
+    Where a rank holds all experts whole (EP 1, ETP 1) there is nothing to dispatch: the experts
+    read tokens where they are, through the order of their rows, and nothing is copied to the host.
+    Elsewhere megatron-core's dispatcher permutes and sends them; for it alone the routing is
+    written as dense [t, e] tensors.
 
     Args:
         config: megatron-core's.
@@ -50,7 +51,7 @@ class ExpertsLayer(MoELayer):
         intermediate_tensors: object = None,
         padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """Send each token to its experts and add up what they make of it.
+        """Sends each token to its experts and sums their outputs.
 
         Args:
             hidden_states: [s, b, h] this rank's tokens.
@@ -68,11 +69,27 @@ class ExpertsLayer(MoELayer):
             output = self._compute_local(hidden_states, padding_mask)
         return (output if self.output_bias is None else output + self.output_bias), None
 
+    def route(
+        self, hidden_states: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Routes tokens as megatron-core's dispatchers want it.
+
+        Args:
+            hidden_states: [s, b, h] this rank's tokens.
+            padding_mask: handed to the router.
+
+        Returns:
+            probs [t, e], zero off the selection, and routing_map [t, e] bool.
+        """
+        routing: Routing = self.router(hidden_states, padding_mask)
+        return dense_routing(
+            routing.experts, routing.gates, num_experts=self.config.num_moe_experts
+        )
+
     def _compute_local(self, hidden: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """[s, b, h] to [s, b, h], all experts being here."""
+        """Computes [s, b, h] of [s, b, h] where all experts are on this rank."""
         experts: ExpertMLP = self.experts
-        probs, routing_map = self.route(hidden, padding_mask)  # [t, e]
-        chosen, gates = selected_experts(probs, routing_map, topk=self.config.moe_router_topk)
-        order = sort_by_expert(chosen, num_experts=self.num_local_experts)
+        routing: Routing = self.router(hidden, padding_mask)
+        order = sort_by_expert(routing.experts, num_experts=self.num_local_experts)
         tokens = hidden.reshape(-1, hidden.shape[-1])  # [t, h]
-        return experts.compute_routed(tokens, order, gates).view_as(hidden)
+        return experts.compute_routed(tokens, order, routing.gates).view_as(hidden)

@@ -1,4 +1,4 @@
-"""This rank's experts: parameters, parallel layout and checkpoint layout."""
+"""Defines this rank's experts: parameters, parallel layout and checkpoint layout."""
 
 import contextlib
 from typing import Any
@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from moe_ext.experts.backends import look_up_backend
+from moe_ext.experts.interface import ExpertBackend
 from moe_ext.experts.slots import ExpertOrder
 from moe_ext.layers.parameters import new_parameter
 
@@ -24,7 +24,7 @@ _FFN_AXIS = 2
 
 
 class ExpertMLP(MegatronModule):
-    """SwiGLU experts, stacked: weight1 [el, 2, f, h] (gate, then up) and weight2 [el, h, f].
+    """Holds SwiGLU experts, stacked: weight1 [el, 2, f, h] (gate, then up) and weight2 [el, h, f].
 
     Experts are split over the expert parallel group, and f over the expert tensor parallel group,
     where the output is a partial sum that megatron-core's token dispatcher completes.
@@ -37,10 +37,10 @@ class ExpertMLP(MegatronModule):
         num_local_experts: experts on this rank (el).
         config: megatron-core's; moe_ffn_hidden_size is the width of a whole expert.
         pg_collection: this rank's groups; ep, expt_tp and expt_dp are used.
-        backend: a name in EXPERT_BACKENDS.
+        backend: what computes them.
 
     Raises:
-        ValueError: the backend is unknown, or the config describes other experts than these.
+        ValueError: the config describes other experts than these.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class ExpertMLP(MegatronModule):
         config: TransformerConfig,
         *,
         pg_collection: ProcessGroupCollection,
-        backend: str,
+        backend: ExpertBackend,
     ) -> None:
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
         self.ep_group = pg_collection.ep
         self.tp_group = pg_collection.expt_tp
         self.dp_group = pg_collection.expt_dp
-        self.backend = look_up_backend(backend)
+        self.backend = backend
         ffn = _local_ffn_size(config, self.tp_group.size())
         width = config.hidden_size
         self.weight1 = new_parameter(num_local_experts, 2, ffn, width, config=config)
@@ -74,7 +74,7 @@ class ExpertMLP(MegatronModule):
         tokens_per_expert: Tensor,
         permuted_probs: Tensor,
     ) -> tuple[Tensor, None]:
-        """Apply each expert to its tokens and weight the result by the router.
+        """Applies each expert to its tokens and weights the result by the router.
 
         Args:
             permuted_local_hidden_states: [t, h] dispatched tokens, sorted by expert.
@@ -95,7 +95,7 @@ class ExpertMLP(MegatronModule):
         return output, None
 
     def compute_routed(self, tokens: Tensor, order: ExpertOrder, gates: Tensor) -> Tensor:
-        """Send tokens to their experts and add up the results; all experts are on this rank.
+        """Sends tokens to their experts and sums the results; all experts are on this rank.
 
         Args:
             tokens: [t, h].
@@ -105,7 +105,7 @@ class ExpertMLP(MegatronModule):
         Returns:
             [t, h].
         """
-        return self.backend.routed(tokens, self.weight1, self.weight2, order, gates)
+        return self.backend.routed_experts(tokens, self.weight1, self.weight2, order, gates)
 
     def sharded_state_dict(
         self,
@@ -113,7 +113,7 @@ class ExpertMLP(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, ShardedTensor]:
-        """Describe both weights as parts of [e, 2, f, h] and [e, h, f].
+        """Describes both weights as parts of [e, 2, f, h] and [e, h, f].
 
         A checkpoint can be loaded under any other expert and expert tensor parallel size.
 
@@ -138,7 +138,7 @@ class ExpertMLP(MegatronModule):
 
 
 def _local_ffn_size(config: TransformerConfig, tensor_parallel_size: int) -> int:
-    """Width of an expert on this rank, after checking that the config means these experts."""
+    """Computes the width of an expert on this rank; refuses a config of other experts."""
     if config.add_bias_linear:
         raise ValueError("add_bias_linear is True, but the experts have no biases; set it to False")
     if not config.gated_linear_unit or config.activation_func is not F.silu:
@@ -156,7 +156,7 @@ def _local_ffn_size(config: TransformerConfig, tensor_parallel_size: int) -> int
 
 
 def _mark_expert_weight(weight: nn.Parameter) -> None:
-    """Tell megatron-core how to reduce and how to count the gradient of an expert's weight.
+    """Tells megatron-core how to reduce and how to count the gradient of an expert's weight.
 
     * allreduce=False: reduce over the expert data parallel group. megatron-core's own experts say
       so only when expert parallelism is on; without it they are reduced over the plain data
@@ -172,7 +172,7 @@ def _mark_expert_weight(weight: nn.Parameter) -> None:
 
 
 def _expert_rng() -> contextlib.AbstractContextManager[None]:
-    """The random stream in which expert parallel ranks differ, if megatron-core has one set up."""
+    """Enters the random stream in which expert parallel ranks differ, if there is one."""
     tracker = get_cuda_rng_tracker()
     name = get_expert_parallel_rng_tracker_name()
     if name in tracker.get_states():

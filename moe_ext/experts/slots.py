@@ -1,19 +1,25 @@
-"""Rows sorted by expert, and the way back to the tokens they came from.
+"""Permutes tokens to rows sorted by expert, and back.
 
 A row is one token in one of its k slots; row j * k + i is slot i of token j.
 """
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_ext.functional import count_tokens
+
+Mode = Literal["place", "row", "token"]
+"""How an operand is arranged: its rows sorted by expert, by token and slot, or one row a token."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertOrder:
-    """Which row stands where when the rows are sorted by expert."""
+    """Says which row stands where when the rows are sorted by expert."""
 
     rows: Tensor
     """[t * k] int64: the row at each place of the sorted order."""
@@ -31,7 +37,7 @@ class ExpertOrder:
 
 
 def sort_by_expert(experts: Tensor, *, num_experts: int) -> ExpertOrder:
-    """Sort the rows by expert; those of one expert stay in the order of the tokens.
+    """Sorts the rows by expert; those of one expert stay in the order of the tokens.
 
     Nothing is copied to the host.
 
@@ -39,45 +45,42 @@ def sort_by_expert(experts: Tensor, *, num_experts: int) -> ExpertOrder:
         experts: [t, k] int64, the expert of each token's slots.
         num_experts: e.
     """
-    owners = experts.flatten()  # [t * k]
-    rows = owners.argsort(stable=True)
+    rows = experts.flatten().argsort(stable=True)  # [t * k]
     places = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
-    counts = owners.new_zeros(num_experts).scatter_add_(0, owners, torch.ones_like(owners))
     return ExpertOrder(
-        rows=rows, places=places, tokens_per_expert=counts, topk=int(experts.shape[1])
+        rows=rows,
+        places=places,
+        tokens_per_expert=count_tokens(experts, num_experts=num_experts),
+        topk=int(experts.shape[1]),
     )
 
 
-def spread_tokens(tokens: Tensor, order: ExpertOrder) -> Tensor:
-    """Each token once for each of its slots, sorted by expert: [t, n] to [t * k, n]."""
-    spread: Tensor = _Spread.apply(tokens, order)
-    return spread
+def permute_tokens(tokens: Tensor, order: ExpertOrder) -> Tensor:
+    """Repeats each token for each of its slots, sorted by expert: [t, n] to [t * k, n]."""
+    permuted: Tensor = _PermuteTokens.apply(tokens, order)
+    return permuted
 
 
-def collect_tokens(rows: Tensor, order: ExpertOrder) -> Tensor:
-    """The sum of each token's rows, which are sorted by expert: [t * k, n] to [t, n]."""
-    collected: Tensor = _Collect.apply(rows, order)
-    return collected
+def unpermute_tokens(rows: Tensor, order: ExpertOrder) -> Tensor:
+    """Sums each token's rows, which are sorted by expert: [t * k, n] to [t, n]."""
+    tokens: Tensor = _UnpermuteTokens.apply(rows, order)
+    return tokens
 
 
 def sort_rows(rows: Tensor, order: ExpertOrder) -> Tensor:
-    """[t * k, n] by token and slot to [t * k, n] sorted by expert."""
-    ordered: Tensor = _Permute.apply(rows, order.rows, order.places)
+    """Sorts rows [t * k, n] by token and slot into the order of their experts."""
+    ordered: Tensor = _IndexRows.apply(rows, order.rows, order.places)
     return ordered
 
 
 def unsort_rows(rows: Tensor, order: ExpertOrder) -> Tensor:
-    """[t * k, n] sorted by expert to [t * k, n] by token and slot."""
-    ordered: Tensor = _Permute.apply(rows, order.places, order.rows)
+    """Puts rows [t * k, n] sorted by expert back in the order of tokens and slots."""
+    ordered: Tensor = _IndexRows.apply(rows, order.places, order.rows)
     return ordered
 
 
-def _repeat(tokens: Tensor, order: ExpertOrder) -> Tensor:
-    return tokens.index_select(0, order.tokens)  # [t * k, n]
-
-
 def sum_slots(rows: Tensor, order: ExpertOrder) -> Tensor:
-    """`collect_tokens` without a gradient."""
+    """Computes `unpermute_tokens` without a gradient."""
     if rows.is_cuda or len(rows) == 0:
         by_token = rows.index_select(0, order.places)  # [t * k, n]
         return by_token.unflatten(0, (-1, order.topk)).sum(dim=1)  # [t, n]
@@ -86,13 +89,31 @@ def sum_slots(rows: Tensor, order: ExpertOrder) -> Tensor:
     return F.embedding_bag(order.places.view(-1, order.topk), rows, mode="sum")
 
 
+def lines_of(order: ExpertOrder, mode: Mode) -> Tensor | None:
+    """Returns where an operand has the row of each place, [t * k] int64; None if it is sorted."""
+    if mode == "place":
+        return None
+    return order.tokens if mode == "token" else order.rows
+
+
+def arrange(rows: Tensor, order: ExpertOrder, mode: Mode) -> Tensor:
+    """Arranges sorted rows [t * k, n] as `mode` says, without a gradient; by token they are summed.
+
+    Returns:
+        [t * k, n], or [t, n] by token.
+    """
+    if mode == "place":
+        return rows
+    return sum_slots(rows, order) if mode == "token" else rows.index_select(0, order.places)
+
+
 def sort_gates(gates: Tensor, order: ExpertOrder | None) -> Tensor:
-    """[t, k] to [t * k] sorted by expert, without a gradient; as it is where rows are sorted."""
+    """Sorts [t, k] gates by expert to [t * k], without a gradient; without an order as they are."""
     return gates if order is None else gates.flatten().index_select(0, order.rows)
 
 
 def unsort_gates(rows: Tensor, like: Tensor, order: ExpertOrder | None) -> Tensor:
-    """The inverse of `sort_gates`, of like's shape."""
+    """Inverts `sort_gates`; the result has like's shape."""
     return rows if order is None else rows.index_select(0, order.places).view_as(like)
 
 
@@ -100,20 +121,20 @@ def unsort_gates(rows: Tensor, like: Tensor, order: ExpertOrder | None) -> Tenso
 # the inverse of its index, so both directions are reads, and the sums over k are ordered.
 
 
-class _Spread(torch.autograd.Function):
+class _PermuteTokens(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx, tokens: Tensor, order: ExpertOrder
     ) -> Tensor:
         ctx.order = order  # type: ignore[attr-defined]
-        return _repeat(tokens, order)
+        return tokens.index_select(0, order.tokens)  # [t * k, n]
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return _Collect.apply(grad, ctx.order), None  # type: ignore[attr-defined]
+        return _UnpermuteTokens.apply(grad, ctx.order), None  # type: ignore[attr-defined]
 
 
-class _Collect(torch.autograd.Function):
+class _UnpermuteTokens(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx, rows: Tensor, order: ExpertOrder
@@ -123,10 +144,10 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return _Spread.apply(grad, ctx.order), None  # type: ignore[attr-defined]
+        return _PermuteTokens.apply(grad, ctx.order), None  # type: ignore[attr-defined]
 
 
-class _Permute(torch.autograd.Function):
+class _IndexRows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx, rows: Tensor, index: Tensor, inverse: Tensor
@@ -139,4 +160,4 @@ class _Permute(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor
     ) -> tuple[Tensor, None, None]:
         index, inverse = ctx.saved_tensors  # type: ignore[attr-defined]
-        return _Permute.apply(grad, inverse, index), None, None
+        return _IndexRows.apply(grad, inverse, index), None, None

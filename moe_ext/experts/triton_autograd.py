@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from moe_ext.experts.slots import Mode
 from moe_ext.experts.triton_products import (
-    Mode,
     SortedRows,
     add_slots,
     gated_product,

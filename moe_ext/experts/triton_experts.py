@@ -1,4 +1,4 @@
-"""Expert compute on triton kernels: no operand is permuted in memory, and little is written twice.
+"""Computes experts on triton kernels: no operand is permuted in memory, little is written twice.
 
 This module does not need triton; calling its functions does.
 
@@ -29,17 +29,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moe_ext.experts.slots import ExpertOrder
+from moe_ext.experts.interface import Use
+from moe_ext.experts.slots import ExpertOrder, Mode
 
 if TYPE_CHECKING:
-    from moe_ext.experts.backends import Use
-    from moe_ext.experts.triton_products import Mode, SortedRows
+    from moe_ext.experts.triton_products import SortedRows
 
 _DTYPES = (torch.bfloat16, torch.float32)
 
 
 def is_available() -> tuple[bool, str]:
-    """Whether triton's kernels can be run here, and how; or why not, and what to do about it."""
+    """Says whether triton's kernels can be run here, and how; or why not, and the remedy."""
     # triton is imported where it is used: it takes a quarter of a second.
     from moe_ext.experts import triton_jit
 
@@ -47,7 +47,7 @@ def is_available() -> tuple[bool, str]:
 
 
 def triton_problem(use: Use) -> str | None:
-    """Why triton's kernels cannot be used, or None."""
+    """Says why triton's kernels cannot be used, or None."""
     if use.dtype not in _DTYPES:
         return f"multiplies bfloat16 and float32, not {use.dtype}; use 'grouped'"
     can_run, reason = is_available()
@@ -59,7 +59,7 @@ def triton_problem(use: Use) -> str | None:
 def triton_experts(
     hidden: Tensor, weight1: Tensor, weight2: Tensor, tokens_per_expert: Tensor, probs: Tensor
 ) -> Tensor:
-    """SwiGLU experts over tokens sorted by expert: W2 (silu(Wg x) * (Wu x) * prob).
+    """Computes SwiGLU experts over tokens sorted by expert: W2 (silu(Wg x) * (Wu x) * prob).
 
     Differentiable once. An expert without tokens gets zero gradients. Nothing is copied to the
     host, so counts that do not sum to t are not noticed, and leave rows without a meaning.
@@ -80,10 +80,10 @@ def triton_experts(
     return _experts(hidden, weight1, weight2, probs, tokens_per_expert, order=None)
 
 
-def triton_routed(
+def triton_routed_experts(
     tokens: Tensor, weight1: Tensor, weight2: Tensor, order: ExpertOrder, gates: Tensor
 ) -> Tensor:
-    """Gather, experts, weighted sum; the contract is `ExpertBackend.routed`'s.
+    """Sends tokens to experts and sums; the contract is `ExpertBackend.routed_experts`'s.
 
     Raises:
         ValueError: triton cannot be used, or shapes or dtypes do not fit.
@@ -92,7 +92,7 @@ def triton_routed(
 
 
 def triton_projection(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """Multiply each expert's rows by its matrix: x W^T.
+    """Multiplies each expert's rows by its matrix: x W^T.
 
     Differentiable once. An expert without rows gets a zero gradient. Counts are as in
     `triton_experts`.
@@ -111,8 +111,8 @@ def triton_projection(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -
     return _project(rows, weight, tokens_per_expert, order=None, read="place", write="place")
 
 
-def triton_spread(tokens: Tensor, weight: Tensor, order: ExpertOrder) -> Tensor:
-    """Each token by the matrix of each of its experts; the contract is `ExpertBackend.spread`'s.
+def triton_project_slots(tokens: Tensor, weight: Tensor, order: ExpertOrder) -> Tensor:
+    """Multiplies each token by its experts' matrices; see `ExpertBackend.project_slots`.
 
     Raises:
         ValueError: triton cannot be used, or shapes or dtypes do not fit.
@@ -121,8 +121,8 @@ def triton_spread(tokens: Tensor, weight: Tensor, order: ExpertOrder) -> Tensor:
     return _project(tokens, weight, counts, order=order, read="token", write="row")
 
 
-def triton_collect(rows: Tensor, weight: Tensor, order: ExpertOrder) -> Tensor:
-    """Each row by its expert's matrix, summed by token; the contract is `ExpertBackend.collect`'s.
+def triton_project_and_combine(rows: Tensor, weight: Tensor, order: ExpertOrder) -> Tensor:
+    """Multiplies rows and sums by token; see `ExpertBackend.project_and_combine`.
 
     Raises:
         ValueError: triton cannot be used, or shapes or dtypes do not fit.
@@ -206,7 +206,7 @@ def _sorted_rows(
 
 
 def _check_use(operand: Tensor, weights: dict[str, Tensor]) -> None:
-    """That kernels can be run, and on operands like these."""
+    """Refuses operands that the kernels cannot take, and machines they cannot run on."""
     can_run, reason = is_available()
     if can_run and reason == "compiled" and not operand.is_cuda:
         can_run, reason = False, f"tensors are on {operand.device}; use expert_backend 'grouped'"

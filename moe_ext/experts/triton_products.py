@@ -5,16 +5,14 @@ moe_ext/experts/triton_kernels.py for what a program does with its number.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_ext.experts import triton_kernels, triton_tiles
+from moe_ext.experts.slots import Mode
 from moe_ext.experts.triton_tiles import Tile
-
-Mode = Literal["place", "row", "token"]
-"""What an operand's rows are sorted by: expert, token and slot, or token (k times fewer rows)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_ext.checks import check_on_device
+from moe_ext.functional import check_on_device
 from moe_ext.layers.gradients import accumulation_buffer, mark_added
 from moe_ext.layers.products import add_product, working_dtype
 

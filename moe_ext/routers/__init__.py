@@ -1,6 +1,10 @@
-"""Routers by name."""
+"""Selects experts for each token: one router a file, all in the table `ROUTERS`.
+
+The maths is in `moe_ext.functional`.
+"""
 
 from moe_ext import registry
+from moe_ext.functional import Routing
 from moe_ext.routers.base import MoERouter
 from moe_ext.routers.softmax_topk import SoftmaxTopKRouter
 from moe_ext.routers.topk_softmax import TopKSoftmaxRouter
@@ -13,7 +17,7 @@ ROUTERS: dict[str, type[MoERouter]] = {
 
 
 def get_router(name: str) -> type[MoERouter]:
-    """The router class called `name`.
+    """Looks up the router class called `name`.
 
     Raises:
         ValueError: no such router; the message names the nearest one.
@@ -22,7 +26,7 @@ def get_router(name: str) -> type[MoERouter]:
 
 
 def register_router(name: str, router: type[MoERouter]) -> None:
-    """Make `router` available under `name`.
+    """Makes `router` available under `name`.
 
     Raises:
         ValueError: the name is taken, or the class is not a MoERouter.
@@ -37,6 +41,7 @@ def register_router(name: str, router: type[MoERouter]) -> None:
 __all__ = [
     "ROUTERS",
     "MoERouter",
+    "Routing",
     "SoftmaxTopKRouter",
     "TopKSoftmaxRouter",
     "get_router",

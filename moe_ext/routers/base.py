@@ -1,4 +1,4 @@
-"""The router megatron-core's MoELayer builds and calls; a routing rule fills in `select`."""
+"""Defines the base of all routers; a routing rule is a subclass that fills in `select`."""
 
 from abc import ABC, abstractmethod
 
@@ -10,13 +10,20 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moe_ext.functional import load_balancing_loss, router_z_loss, routing_entropy
+from moe_ext.functional import (
+    Routing,
+    count_tokens,
+    load_balancing_loss,
+    router_z_loss,
+    routing_entropy,
+    sort_choices,
+)
 from moe_ext.layers.parameters import new_parameter
 from moe_ext.metrics import RouterMetrics
 
 
 class MoERouter(MegatronModule, ABC):
-    """Linear gate, a rule that selects experts, and the router's two losses.
+    """Routes tokens: a linear gate, a rule that selects experts, and the router's two losses.
 
     Under tensor and context parallelism the tokens of a micro-batch lie on several ranks; their
     counts are summed over `pg_collection.tp_cp`, so that losses and gradients are those of the
@@ -72,32 +79,31 @@ class MoERouter(MegatronModule, ABC):
             config.init_method(self.weight)
 
     @abstractmethod
-    def select(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Apply the routing rule.
+    def select(self, logits: Tensor) -> Routing:
+        """Applies the routing rule.
 
         Args:
             logits: [t, e] of the gate.
 
         Returns:
-            probs: [t, e] weights, zero off the selection.
-            routing_map: [t, e] bool, k true per row.
-            scores: [t, e] probabilities over all experts, for the load-balancing loss.
+            experts [t, k], all different within a token and in any order; their gates [t, k]; and
+            scores [t, e], probabilities over all experts, for the load-balancing loss.
         """
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Tell the router its layer; 1 is the model's first, on whatever pipeline stage."""
+        """Sets the router's layer; 1 is the model's first, on whatever pipeline stage."""
         self.layer_number = layer_number
 
     def gating(self, hidden: Tensor) -> Tensor:
-        """Router logits [t, e] of hidden states [s, b, h]."""
+        """Computes router logits [t, e] of hidden states [s, b, h]."""
         dtype = self.router_dtype or hidden.dtype
         logits = F.linear(hidden.to(dtype), self.weight.to(dtype))  # [s, b, e]
         return logits.reshape(-1, self.num_experts)  # [t, e]
 
-    def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Route each token.
+    def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> Routing:
+        """Routes each token.
 
-        While training with gradients the losses ride on `probs`: backward adds their gradient,
+        While training with gradients the losses ride on `gates`: backward adds their gradient,
         scaled by the pipeline schedule. Evaluation and the first pass of recomputed layers neither
         compute losses nor record metrics.
 
@@ -106,12 +112,12 @@ class MoERouter(MegatronModule, ABC):
             padding_mask: must be None.
 
         Returns:
-            probs: [t, e] weights of the selected experts, zero elsewhere, at least fp32.
-            routing_map: [t, e] bool.
+            The routing of the t = s * b tokens, each token's experts in ascending order.
 
         Raises:
-            ValueError: a padding mask is given. megatron-core documents True as a valid token and
-                computes with True as padding, so neither reading is safe.
+            ValueError: a padding mask is given, or `select` returns what is no routing.
+                megatron-core documents True as a valid token and computes with True as padding, so
+                neither reading of a mask is safe.
         """
         if padding_mask is not None:
             raise ValueError(
@@ -119,24 +125,40 @@ class MoERouter(MegatronModule, ABC):
                 "token; pack documents instead of padding them and pass padding_mask=None"
             )
         logits = self.gating(hidden)  # [t, e]
-        probs, routing_map, scores = self.select(logits)
+        routing = Routing(*self.select(logits))
+        self._check_shapes(routing, logits)
+        routing = sort_choices(routing)
         if self.training and torch.is_grad_enabled():
-            probs = self._attach_losses(probs, routing_map, logits=logits, scores=scores)
-        return probs, routing_map
+            return routing._replace(gates=self._attach_losses(routing, logits))
+        return routing
 
-    def _attach_losses(
-        self, probs: Tensor, routing_map: Tensor, *, logits: Tensor, scores: Tensor
-    ) -> Tensor:
-        """Probs [t, e] as they are, with the gradient of both losses to come."""
+    def _check_shapes(self, routing: Routing, logits: Tensor) -> None:
+        """Refuses what a `select` of one's own returns with other shapes than it must have."""
+        wanted = (logits.shape[0], self.topk)
+        found = {
+            "experts": (routing.experts, wanted),
+            "gates": (routing.gates, wanted),
+            "scores": (routing.scores, tuple(logits.shape)),
+        }
+        for name, (tensor, shape) in found.items():
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{type(self).__name__}.select returned {name} {list(tensor.shape)}, but they"
+                    f" must be {list(shape)}: experts and gates [t, k], scores [t, e], with topk"
+                    f" {self.topk} of the configuration"
+                )
+
+    def _attach_losses(self, routing: Routing, logits: Tensor) -> Tensor:
+        """Returns the gates [t, k] as they are, with the gradient of both losses to come."""
         group_size = self.token_group.size()
-        local_counts = routing_map.sum(dim=0)  # [e]
+        local_counts = count_tokens(routing.experts, num_experts=self.num_experts)  # [e]
         counts = local_counts
         if group_size > 1:
             counts = local_counts.clone()
             torch.distributed.all_reduce(counts, group=self.token_group)  # sum: the micro-batch
         num_local = logits.shape[0]
         num_tokens = num_local * group_size
-        balance = load_balancing_loss(scores, counts, num_tokens=num_tokens, topk=self.topk)
+        balance = load_balancing_loss(routing.scores, counts, num_tokens=num_tokens, topk=self.topk)
         z_loss = router_z_loss(logits, num_tokens=num_tokens)
         if self.layer_number is None:
             raise ValueError("the router has no layer number; call set_layer_number first")
@@ -144,11 +166,11 @@ class MoERouter(MegatronModule, ABC):
             self.layer_number,
             load_balancing=balance.detach(),
             z_sum=z_loss.detach() * num_tokens,
-            entropy_sum=routing_entropy(scores.detach()).sum(),
+            entropy_sum=routing_entropy(routing.scores.detach()).sum(),
             tokens_per_expert=local_counts,
             num_tokens=num_local,
             group_size=group_size,
         )
         loss = self.aux_loss_coeff * balance + self.z_loss_coeff * z_loss
-        attached: Tensor = MoEAuxLossAutoScaler.apply(probs, loss)
+        attached: Tensor = MoEAuxLossAutoScaler.apply(routing.gates, loss)
         return attached

@@ -1,14 +1,14 @@
-"""OLMoE's routing rule."""
+"""Holds OLMoE's routing rule."""
 
 from torch import Tensor
 
-from moe_ext.functional import softmax_topk
+from moe_ext.functional import Routing, softmax_topk
 from moe_ext.routers.base import MoERouter
 
 
 class SoftmaxTopKRouter(MoERouter):
-    """Softmax over all experts, top-k, not normalised again."""
+    """Applies softmax over all experts, then takes the k largest as they are."""
 
-    def select(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `functional.softmax_topk`."""
+    def select(self, logits: Tensor) -> Routing:
+        """Applies `functional.softmax_topk`."""
         return softmax_topk(logits, self.topk)

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron.trainer.runtime.cpu_backend import redirect_cuda
 from megatron.trainer.runtime.launch import environment_rank
 from moe_ext.attention import MoASelfAttention, MoASubmodules, SDPACoreAttention
+from moe_ext.experts import look_up_backend
 from moe_ext.metrics import RouterMetrics
 from moe_ext.routers import TopKSoftmaxRouter
 from tests.distributed.blocks_worker import initialize, make_config
@@ -49,7 +50,7 @@ def build(inputs: dict[str, Tensor], tp: int, *, sequence_parallel: bool) -> MoA
         pg_collection=groups,
         num_experts=EXPERTS,
         topk=TOPK,
-        expert_backend="grouped",
+        backend=look_up_backend("grouped"),
     )
     for name, shard in attention.sharded_state_dict("").items():
         attention.get_parameter(name).data.copy_(inputs[name][shard.global_slice()])

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from megatron.trainer.runtime.cpu_backend import redirect_cuda
 from moe_ext.attention import QKNormSelfAttention, SDPACoreAttention
-from moe_ext.experts import ExpertMLP
+from moe_ext.experts import ExpertMLP, look_up_backend
 from moe_ext.experts.layer import ExpertsLayer
 from moe_ext.metrics import RouterMetrics
 from moe_ext.routers import SoftmaxTopKRouter
@@ -163,7 +163,7 @@ def build_moe_layer(
         router_dtype=None,
         metrics=RouterMetrics(1, 4),
     )
-    experts = ModuleSpec(module=ExpertMLP, params={"backend": "grouped"})
+    experts = ModuleSpec(module=ExpertMLP, params={"backend": look_up_backend("grouped")})
     layer = ExpertsLayer(config, MoESubmodules(experts=experts, router=gate), pg_collection=groups)
     layer.set_layer_number(1)
     layer.router.weight.data.copy_(inputs["gate"])

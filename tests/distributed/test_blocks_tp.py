@@ -135,8 +135,9 @@ def test_a_router_whose_tokens_are_split_has_the_losses_and_gradients_of_the_who
     hidden = given["hidden"].clone().requires_grad_()
     gate = given["gate"].clone().requires_grad_()
     logits = (hidden @ gate.T).view(S * B, E)
-    probs, routing_map, scores = softmax_topk(logits, K)
-    counts = routing_map.sum(0)
+    experts, gates, scores = softmax_topk(logits, K)
+    probs = torch.zeros_like(scores).scatter(1, experts, gates)
+    counts = experts.flatten().bincount(minlength=E)
     balance = load_balancing_loss(scores, counts, num_tokens=S * B, topk=K)
     z_loss = router_z_loss(logits, num_tokens=S * B)
     losses = 0.25 * (0.3 * balance + 0.07 * z_loss)
@@ -157,13 +158,14 @@ def test_expert_gradients_and_the_gradient_norm_do_not_depend_on_the_layout(
 
     leaves = {n: given[n].clone().requires_grad_() for n in ("gate", "weight1", "weight2")}
     hidden = given["hidden"].view(S * B, H)
-    probs, routing_map, _ = softmax_topk(hidden @ leaves["gate"].T, K)
-    experts, tokens = routing_map.T.nonzero(as_tuple=True)
+    chosen, gates, scores = softmax_topk(hidden @ leaves["gate"].T, K)
+    probs = torch.zeros_like(scores).scatter(1, chosen, gates)
+    experts, tokens = (probs > 0).T.nonzero(as_tuple=True)
     output = loop_experts(
         hidden[tokens],
         leaves["weight1"],
         leaves["weight2"],
-        routing_map.sum(0),
+        chosen.flatten().bincount(minlength=E),
         probs[tokens, experts],
     )
     (output * given["upstream"].view(S * B, H)[tokens]).sum().backward()

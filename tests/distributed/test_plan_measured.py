@@ -59,6 +59,7 @@ CASES: dict[int, dict[str, Case]] = {
         "core": CORE,
         "dense_bf16": {**DENSE, **BF16},
         "jetmoe": JETMOE,
+        "jetmoe_loop": {**JETMOE, "expert-backend": "loop"},
         "jetmoe_core_bf16": {**JETMOE, **CORE, **BF16},
         "sharded": SHARDED,
     },

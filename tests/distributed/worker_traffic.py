@@ -20,18 +20,18 @@ from megatron.trainer.runtime.log import configure_logging
 from megatron.trainer.step import language_model_step, train_step
 from moe_app.pretrain.build import build_state
 from moe_app.pretrain.config import parse_recipe
-from moe_ext.routers import MoERouter, register_router
+from moe_ext.routers import MoERouter, Routing, register_router
 
 
 class RoundRobinRouter(MoERouter):
     """Sends token i to the k experts from i * k on, so that all get the same number of tokens."""
 
-    def select(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def select(self, logits: Tensor) -> Routing:
         num_tokens, num_experts = logits.shape
         slots = torch.arange(num_tokens * self.topk).view(num_tokens, self.topk)  # [t, k]
-        routing_map = torch.zeros_like(logits).bool().scatter(1, slots % num_experts, True)
+        experts = slots % num_experts
         scores = logits.float().softmax(dim=-1)  # [t, e]
-        return scores * routing_map, routing_map, scores
+        return Routing(experts=experts, gates=scores.gather(1, experts), scores=scores)
 
 
 def run_case(flags: list[str], out: Path, name: str) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from moe_app.pretrain import pretrain
-from moe_ext.experts import get_expert_projection
-from moe_ext.experts.slots import collect_tokens, sort_by_expert, spread_tokens
-from moe_ext.functional import selected_experts, topk_softmax
+from moe_ext.experts import EXPERT_BACKENDS
+from moe_ext.experts.slots import sort_by_expert
+from moe_ext.functional import sort_choices, topk_softmax
 from tests.distributed.jetmoe_cases import JETMOE
 from tests.distributed.launcher import flags
 
@@ -31,7 +31,9 @@ def test_grouped_projection_equals_loop_in_bf16_with_all_gradients(counts: list[
     )
 
     def run(backend: str) -> list[torch.Tensor]:
-        output = get_expert_projection(backend)(rows, weight, torch.tensor(counts))
+        project = EXPERT_BACKENDS[backend].projection
+        assert project is not None
+        output = project(rows, weight, torch.tensor(counts))
         return [output, *torch.autograd.grad(output, [rows, weight], torch.ones_like(output))]
 
     for a, b in zip(run("grouped"), run("loop"), strict=True):
@@ -45,22 +47,24 @@ def test_sorting_and_projecting_never_waits_for_the_gpu() -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     tokens = torch.randn(50, INPUTS, generator=generator, device="cuda").bfloat16()
     weight = torch.randn(8, OUTPUTS, INPUTS, generator=generator, device="cuda").bfloat16()
+    back = torch.randn(8, INPUTS, OUTPUTS, generator=generator, device="cuda").bfloat16()
     logits = torch.randn(50, 8, generator=generator, device="cuda")
     tokens.requires_grad_()
-    project = get_expert_projection("grouped")
+    grouped = EXPERT_BACKENDS["grouped"]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        probs, routing_map, _ = topk_softmax(logits, 2)
-        experts, _ = selected_experts(probs, routing_map, topk=2)
+        experts = sort_choices(topk_softmax(logits, 2)).experts
         order = sort_by_expert(experts, num_experts=8)
-        rows = project(spread_tokens(tokens, order), weight, order.tokens_per_expert)
-        output = collect_tokens(rows, order)
+        rows = grouped.project_slots(tokens, weight, order)
+        output = grouped.project_and_combine(rows, back, order)
         output.backward(torch.ones_like(output))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    every = torch.einsum("th,eoh->teo", tokens.float(), weight.float())  # [t, e, o]
+    both = torch.einsum("eio,eoh->eih", back.float(), weight.float())  # [e, i, h]
+    every = torch.einsum("th,eih->tei", tokens.float(), both)  # [t, e, i]
+    routing_map = torch.zeros(50, 8, device="cuda").scatter(1, experts, 1.0)
     expected = (every * routing_map[..., None]).sum(1)
-    # Two products, each rounded to bf16 (2^-8), and their sum.
+    # Two products of two experts, each rounded to bf16 (2^-8), and their sum.
     limit = 0.02 * expected.abs().max().item()
     torch.testing.assert_close(output.float(), expected, rtol=0, atol=limit)
 

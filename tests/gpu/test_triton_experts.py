@@ -62,7 +62,7 @@ def test_routed_experts_equal_float64_with_all_gradients(name: str, backend: str
 
     def compute(backend: str) -> Callable[..., Tensor]:
         def routed(x: Tensor, w1: Tensor, w2: Tensor, gates: Tensor) -> Tensor:
-            return EXPERT_BACKENDS[backend].routed(x, w1, w2, order, gates)
+            return EXPERT_BACKENDS[backend].routed_experts(x, w1, w2, order, gates)
 
         return routed
 
@@ -75,14 +75,14 @@ def test_routed_experts_equal_float64_with_all_gradients(name: str, backend: str
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["spread", "collect"])
+@pytest.mark.parametrize("kind", ["project_slots", "project_and_combine"])
 def test_projections_of_moa_equal_float64_with_all_gradients(kind: str, backend: str) -> None:
     torch.manual_seed(0)
     tokens, experts, k, h, width = 1024, 8, 2, 2048, 2048
     order = order_of(tokens, experts, k)
-    inputs = [random(tokens if kind == "spread" else tokens * k, h)]
+    inputs = [random(tokens if kind == "project_slots" else tokens * k, h)]
     inputs.append(random(experts, width, h, std=h**-0.5))
-    rows = tokens * k if kind == "spread" else tokens
+    rows = tokens * k if kind == "project_slots" else tokens
     upstream = torch.randn(rows, width, device="cuda")
 
     def compute(backend: str) -> Callable[..., Tensor]:

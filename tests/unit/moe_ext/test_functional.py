@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 from moe_ext.functional import (
+    Routing,
+    check_on_device,
+    count_tokens,
+    dense_routing,
     layer_coefficients,
     load_balancing_loss,
     router_z_loss,
     routing_entropy,
     softmax_topk,
+    sort_choices,
     topk_softmax,
 )
 
-RoutingRule = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+RoutingRule = Callable[[Tensor, int], Routing]
 
 
 def random_logits(t: int = 7, e: int = 6, *, seed: int = 0, scale: float = 2.0) -> Tensor:
@@ -30,31 +35,28 @@ def row_softmax(row: list[float]) -> list[float]:
     return [x / sum(exps) for x in exps]
 
 
-def top_indices(row: list[float], k: int) -> set[int]:
-    return set(sorted(range(len(row)), key=lambda i: -row[i])[:k])
+def top_indices(row: list[float], k: int) -> list[int]:
+    return sorted(range(len(row)), key=lambda i: -row[i])[:k]
 
 
 def test_softmax_topk_keeps_the_probabilities_of_the_k_largest_as_they_are() -> None:
     logits = random_logits()
-    probs, routing_map, scores = softmax_topk(logits, 3)
+    experts, gates, scores = softmax_topk(logits, 3)
     for t, row in enumerate(logits.tolist()):
         full = row_softmax(row)
         chosen = top_indices(row, 3)
         assert scores[t].tolist() == pytest.approx(full, rel=1e-12)
-        assert set(routing_map[t].nonzero().flatten().tolist()) == chosen
-        kept = [p if i in chosen else 0.0 for i, p in enumerate(full)]
-        assert probs[t].tolist() == pytest.approx(kept, rel=1e-12)
+        assert experts[t].tolist() == chosen
+        assert gates[t].tolist() == pytest.approx([full[i] for i in chosen], rel=1e-12)
 
 
 def test_topk_softmax_normalises_over_the_selection_alone() -> None:
     logits = random_logits()
-    probs, routing_map, scores = topk_softmax(logits, 2)
+    experts, gates, scores = topk_softmax(logits, 2)
     for t, row in enumerate(logits.tolist()):
-        chosen = sorted(top_indices(row, 2))
-        gates = dict(zip(chosen, row_softmax([row[i] for i in chosen]), strict=True))
-        expected = [gates.get(i, 0.0) for i in range(len(row))]
-        assert probs[t].tolist() == pytest.approx(expected, rel=1e-12)
-        assert routing_map[t].nonzero().flatten().tolist() == chosen
+        chosen = top_indices(row, 2)
+        assert experts[t].tolist() == chosen
+        assert gates[t].tolist() == pytest.approx(row_softmax([row[i] for i in chosen]), rel=1e-12)
         assert scores[t].tolist() == pytest.approx(row_softmax(row), rel=1e-12)
 
 
@@ -62,21 +64,64 @@ def test_topk_softmax_normalises_over_the_selection_alone() -> None:
 def test_routing_gradients_equal_finite_differences(rule: RoutingRule) -> None:
     logits = random_logits(t=3, e=4).requires_grad_()
 
-    def weights_and_scores(x: Tensor) -> tuple[Tensor, Tensor]:
-        probs, _, scores = rule(x, 2)
-        return probs, scores
+    def gates_and_scores(x: Tensor) -> tuple[Tensor, Tensor]:
+        _, gates, scores = sort_choices(rule(x, 2))
+        return gates, scores
 
-    assert torch.autograd.gradcheck(weights_and_scores, logits)
+    assert torch.autograd.gradcheck(gates_and_scores, logits)
+
+
+def test_choices_are_sorted_by_expert_with_their_gates() -> None:
+    unsorted = softmax_topk(random_logits(), 3)
+    routing = sort_choices(unsorted)
+    for t in range(7):
+        pairs = zip(unsorted.experts[t].tolist(), unsorted.gates[t].tolist(), strict=True)
+        found = zip(routing.experts[t].tolist(), routing.gates[t].tolist(), strict=True)
+        assert list(found) == sorted(pairs)
+    assert routing.scores is unsorted.scores
+
+
+def test_an_expert_selected_twice_is_refused() -> None:
+    routing = softmax_topk(random_logits(), 3)
+    routing.experts[4, 2] = routing.experts[4, 0]
+    with pytest.raises(ValueError, match="selected an expert twice for one token; its `select`"):
+        sort_choices(routing)
+
+
+def test_dense_routing_is_the_lists_written_out_with_the_gates_gradient() -> None:
+    experts, gates, _ = sort_choices(softmax_topk(random_logits().requires_grad_(), 3))
+    probs, routing_map = dense_routing(experts, gates, num_experts=6)
+    expected = torch.zeros(7, 6, dtype=torch.float64)
+    for t in range(7):
+        for expert, gate in zip(experts[t].tolist(), gates[t].tolist(), strict=True):
+            expected[t, expert] = gate
+    assert torch.equal(probs, expected)
+    assert torch.equal(routing_map, expected > 0)
+    upstream = torch.linspace(1, 2, 42, dtype=torch.float64).view(7, 6)
+    (found,) = torch.autograd.grad(probs, gates, upstream)
+    assert found.tolist() == [[upstream[t, e] for e in experts[t].tolist()] for t in range(7)]
+
+
+def test_tokens_are_counted_expert_by_expert() -> None:
+    experts = softmax_topk(random_logits(), 2).experts
+    owners = experts.flatten().tolist()
+    found = count_tokens(experts, num_experts=6)
+    assert found.tolist() == [owners.count(e) for e in range(6)]
+
+
+def test_a_condition_that_does_not_hold_is_refused_with_its_message() -> None:
+    check_on_device(torch.tensor(True), "never said")
+    with pytest.raises(ValueError, match="give other numbers"):
+        check_on_device(torch.tensor(False), "give other numbers")
 
 
 @pytest.mark.parametrize("rule", [softmax_topk, topk_softmax])
 def test_bf16_logits_give_fp32_probabilities(rule: RoutingRule) -> None:
     logits = random_logits().bfloat16()
-    probs, _, scores = rule(logits, 2)
-    expected, _, expected_scores = rule(logits.float(), 2)
-    assert probs.dtype == scores.dtype == torch.float32
-    assert torch.equal(probs, expected)
-    assert torch.equal(scores, expected_scores)
+    found = rule(logits, 2)
+    assert found.gates.dtype == found.scores.dtype == torch.float32
+    for tensor, expected in zip(found, rule(logits.float(), 2), strict=True):
+        assert torch.equal(tensor, expected)
 
 
 @pytest.mark.parametrize("k", [0, 7])
@@ -99,8 +144,9 @@ def loop_balance(logits: Tensor, k: int) -> Tensor:
 
 def test_load_balancing_loss_and_gradient_equal_the_loop() -> None:
     logits = random_logits().requires_grad_()
-    _, routing_map, scores = softmax_topk(logits, 2)
-    loss = load_balancing_loss(scores, routing_map.sum(0), num_tokens=7, topk=2)
+    experts, _, scores = softmax_topk(logits, 2)
+    counts = experts.flatten().bincount(minlength=6)
+    loss = load_balancing_loss(scores, counts, num_tokens=7, topk=2)
     expected = loop_balance(logits, 2)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     (grad,) = torch.autograd.grad(loss, logits)
@@ -109,8 +155,8 @@ def test_load_balancing_loss_and_gradient_equal_the_loop() -> None:
 
 
 def test_addends_of_two_ranks_make_the_loss_of_the_whole() -> None:
-    _, routing_map, scores = softmax_topk(random_logits(t=10), 2)
-    counts = routing_map.sum(0)
+    experts, _, scores = softmax_topk(random_logits(t=10), 2)
+    counts = experts.flatten().bincount(minlength=6)
     whole = load_balancing_loss(scores, counts, num_tokens=10, topk=2)
     parts = [load_balancing_loss(s, counts, num_tokens=10, topk=2) for s in scores.split([4, 6])]
     assert torch.stack(parts).sum().item() == pytest.approx(whole.item(), rel=1e-12)

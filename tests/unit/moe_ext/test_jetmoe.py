@@ -179,7 +179,7 @@ def test_a_backend_without_projection_is_refused_for_moa_alone(
 ) -> None:
     monkeypatch.setitem(EXPERT_BACKENDS, "feed_forward", ExpertBackend(experts=loop_experts))
     build(single_rank, expert_backend="feed_forward", attention="standard", moa_num_experts=None)
-    message = "expert backend 'feed_forward' has no projection, which moa attention is made of"
+    message = "expert_backend 'feed_forward' has no projection, which moa attention is made of"
     with pytest.raises(ValueError, match=re.escape(message)):
         build(single_rank, expert_backend="feed_forward")
 

@@ -12,6 +12,7 @@ from moe_app.pretrain.config import PretrainConfig
 from moe_app.pretrain.describe import describe_run
 from moe_app.pretrain.hooks import ExpertLoad, RouterHealth
 from moe_ext.config import MoEModelConfig
+from moe_ext.experts import EXPERT_BACKENDS, BackendChoice
 from moe_ext.metrics import RouterMetrics
 from moe_ext.presets import PRESETS
 
@@ -92,7 +93,9 @@ def test_the_log_says_what_each_kinds_losses_are_multiplied_by() -> None:
     ctx: Any = SimpleNamespace(
         layout=layout, world_size=1, device=SimpleNamespace(type="cpu"), num_threads=1
     )
-    text = "\n".join(describe_run(cfg, ctx))
+    backend = BackendChoice(name="loop", reason="it is built", backend=EXPERT_BACKENDS["loop"])
+    text = "\n".join(describe_run(cfg, ctx, backend))
+    assert "\nexpert backend: loop, it is built\n" in text
     assert "\nexperts: 8 per layer, 2 per token, router topk_softmax" in text
     assert "\nattention experts: 6 per layer, 3 per token, router topk_softmax" in text
     assert f"\nrouter z-loss: coefficient 0.001 in the 'olmoe' convention = {0.001 / 48:g} " in text

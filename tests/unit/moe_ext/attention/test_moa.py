@@ -15,6 +15,7 @@ from transformers import JetMoeConfig
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeAttention, JetMoeRotaryEmbedding
 
 from moe_ext.attention import MoASelfAttention, MoASubmodules, SDPACoreAttention
+from moe_ext.experts import look_up_backend
 from moe_ext.metrics import RouterMetrics
 from moe_ext.routers import MoERouter, SoftmaxTopKRouter, TopKSoftmaxRouter
 
@@ -65,7 +66,7 @@ def build(single_rank: ProcessGroupCollection, make_config: ConfigMaker) -> Atte
             MoASubmodules(router=gate, core_attention=SDPACoreAttention),
             layer_number=2,
             pg_collection=single_rank,
-            expert_backend=backend,
+            backend=look_up_backend(backend),
             **size,
         )
         generator = torch.Generator().manual_seed(0)
@@ -281,7 +282,8 @@ def test_gates_multiply_the_output_and_not_the_bias(
     attention = build(topk=2, router=router)
     hidden = random_hidden()
     output, _ = attention(hidden, None)
-    probs, _ = attention.router(hidden)
+    routing = attention.router(hidden)
+    probs = routing.scores.new_zeros(routing.scores.shape).scatter(1, *routing[:2])
     every = torch.stack([dense_attention(attention, e, hidden) for e in range(EXPERTS)])
     alone = every - attention.output_bias  # [e, s, b, h]
     expected = torch.einsum("esbh,sbe->sbh", alone, probs.view(SEQUENCE, BATCH, EXPERTS))

@@ -6,13 +6,12 @@ from torch import Tensor
 
 from moe_ext.experts.slots import (
     ExpertOrder,
-    collect_tokens,
+    permute_tokens,
     sort_by_expert,
     sort_rows,
-    spread_tokens,
+    unpermute_tokens,
     unsort_rows,
 )
-from moe_ext.functional import selected_experts, softmax_topk
 
 TOKENS, EXPERTS, WIDTH = 9, 6, 3
 
@@ -44,18 +43,18 @@ def test_rows_are_sorted_by_expert_and_then_by_token(k: int) -> None:
     assert found.topk == k
 
 
-def test_spread_repeats_each_token_in_its_slots(order: ExpertOrder) -> None:
+def test_permuting_repeats_each_token_in_its_slots(order: ExpertOrder) -> None:
     tokens = random_rows(TOKENS)
     expected = torch.stack([tokens[row // order.topk] for row in order.rows.tolist()])
-    assert torch.equal(spread_tokens(tokens, order), expected)
+    assert torch.equal(permute_tokens(tokens, order), expected)
 
 
-def test_collect_adds_up_the_slots_of_each_token(order: ExpertOrder) -> None:
+def test_unpermuting_sums_the_slots_of_each_token(order: ExpertOrder) -> None:
     rows = random_rows(TOKENS * order.topk)
     expected = torch.zeros(TOKENS, WIDTH, dtype=torch.float64)
     for place, row in enumerate(order.rows.tolist()):
         expected[row // order.topk] += rows[place]
-    torch.testing.assert_close(collect_tokens(rows, order), expected, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(unpermute_tokens(rows, order), expected, rtol=1e-14, atol=1e-14)
 
 
 def test_unsorting_undoes_sorting(order: ExpertOrder) -> None:
@@ -65,23 +64,9 @@ def test_unsorting_undoes_sorting(order: ExpertOrder) -> None:
     assert torch.equal(unsort_rows(ordered, order), rows)
 
 
-@pytest.mark.parametrize("move", [spread_tokens, collect_tokens, sort_rows, unsort_rows])
+@pytest.mark.parametrize("move", [permute_tokens, unpermute_tokens, sort_rows, unsort_rows])
 def test_gradients_equal_finite_differences(move: object, order: ExpertOrder) -> None:
     assert callable(move)
-    rows = random_rows(TOKENS if move is spread_tokens else TOKENS * order.topk)
+    rows = random_rows(TOKENS if move is permute_tokens else TOKENS * order.topk)
     assert torch.autograd.gradcheck(lambda x: move(x, order), (rows,))
     assert torch.autograd.gradgradcheck(lambda x: move(x, order), (rows,))
-
-
-def test_selected_experts_are_the_routing_as_lists_with_the_gates_gradient() -> None:
-    logits = random_rows(TOKENS)
-    probs, routing_map, _ = softmax_topk(logits, 2)
-    experts, gates = selected_experts(probs, routing_map, topk=2)
-    for token in range(TOKENS):
-        chosen = routing_map[token].nonzero().flatten().tolist()
-        assert experts[token].tolist() == chosen
-        assert torch.equal(gates[token], probs[token, chosen])
-    upstream = torch.linspace(1, 2, gates.numel(), dtype=torch.float64).view_as(gates)
-    (found,) = torch.autograd.grad(gates, probs, upstream)
-    expected = torch.zeros_like(probs).scatter(1, experts, upstream)
-    assert torch.equal(found, expected)

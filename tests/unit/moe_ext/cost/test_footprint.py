@@ -15,7 +15,7 @@ from moe_ext.cost.activations import Step, StepRank, bytes_by_part, layer, micro
 from moe_ext.cost.footprint import footprint, in_flight, model_state, stage_footprint
 from moe_ext.cost.workspace import expert_workspace
 from moe_ext.counting import count_parameters
-from moe_ext.experts.grouped_gemm import grouped_gemm_routed
+from moe_ext.experts.grouped_gemm import grouped_gemm_routed_experts
 from moe_ext.experts.slots import sort_by_expert
 from moe_ext.presets import PRESETS
 
@@ -191,7 +191,7 @@ def test_grouped_gemm_workspace_matches_the_allocator(tokens: int, experts: int)
         weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
     gates = torch.rand(tokens, topk).requires_grad_()
     order = sort_by_expert(torch.rand(tokens, experts).topk(topk).indices, num_experts=experts)
-    output = grouped_gemm_routed(hidden, weight1, weight2, order, gates)
+    output = grouped_gemm_routed_experts(hidden, weight1, weight2, order, gates)
     upstream = torch.randn_like(output)
     found = largest_growth(lambda: output.backward(upstream))
     predicted = expert_workspace(rank_of(model, layout_of(1), seq_length=tokens))

@@ -7,7 +7,7 @@ from torch import Tensor
 from moe_ext.config import MoEModelConfig
 from moe_ext.cost.memory import expert_activation_bytes
 from moe_ext.experts import EXPERT_BACKENDS
-from moe_ext.experts.grouped_gemm import grouped_gemm_routed
+from moe_ext.experts.grouped_gemm import grouped_gemm_routed_experts
 from moe_ext.experts.slots import sort_by_expert
 
 TOKENS = 24
@@ -36,9 +36,9 @@ def test_backends_keep_the_bytes_of_the_formula(dtype: torch.dtype, backend: str
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        routed = (
-            grouped_gemm_routed if backend == "grouped_gemm" else EXPERT_BACKENDS[backend].routed
-        )
+        routed = grouped_gemm_routed_experts
+        if backend != "grouped_gemm":
+            routed = EXPERT_BACKENDS[backend].routed_experts
         output = routed(tokens, weight1, weight2, order, gates)
     assert output.requires_grad
     orders = (order.rows, order.places, order.tokens)

@@ -1,5 +1,6 @@
 """Expert backends against each other and against the formula; the module's marks and shards."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -15,15 +16,19 @@ from moe_ext.experts import (
     ExpertFunction,
     ExpertMLP,
     ProjectionFunction,
-    get_expert_backend,
-    get_expert_projection,
+    Use,
+    backends,
+    choose_backend,
+    look_up_backend,
     register_expert_backend,
 )
 from moe_ext.experts.grouped_gemm import grouped_gemm_experts, grouped_gemm_projection
+from moe_ext.experts.slots import sort_by_expert
 
 ConfigMaker = Callable[..., TransformerConfig]
 
 WIDTH, FFN = 5, 3
+LOOP = look_up_backend("loop")
 LAYOUTS = {
     "random": [4, 1, 3, 2],
     "empty experts": [0, 6, 0, 4],
@@ -74,7 +79,7 @@ def assert_all_close(actual: list[Tensor], expected: list[Tensor]) -> None:
 def test_loop_equals_the_formula_with_all_gradients() -> None:
     counts = LAYOUTS["random"]
     inputs = random_inputs(counts)
-    actual = output_and_gradients(get_expert_backend("loop"), counts, inputs)
+    actual = output_and_gradients(look_up_backend("loop").experts, counts, inputs)
     assert_all_close(actual, output_and_gradients(formula, counts, inputs))
 
 
@@ -82,14 +87,14 @@ def test_loop_equals_the_formula_with_all_gradients() -> None:
 def test_grouped_equals_loop_with_all_gradients(layout: str) -> None:
     counts = LAYOUTS[layout]
     inputs = random_inputs(counts)
-    actual = output_and_gradients(get_expert_backend("grouped"), counts, inputs)
-    assert_all_close(actual, output_and_gradients(get_expert_backend("loop"), counts, inputs))
+    actual = output_and_gradients(look_up_backend("grouped").experts, counts, inputs)
+    assert_all_close(actual, output_and_gradients(look_up_backend("loop").experts, counts, inputs))
 
 
 def test_grouped_gradients_equal_finite_differences() -> None:
     hidden, w1, w2, probs = random_inputs([2, 0, 1])
     counts = torch.tensor([2, 0, 1])
-    grouped = get_expert_backend("grouped")
+    grouped = look_up_backend("grouped").experts
     assert torch.autograd.gradcheck(
         lambda x, a, b, p: grouped(x, a, b, counts, p), (hidden, w1, w2, probs)
     )
@@ -99,7 +104,7 @@ def test_grouped_computes_only_the_gradients_asked_for() -> None:
     counts = LAYOUTS["random"]
     hidden, w1, w2, probs = random_inputs(counts)
     w1.requires_grad_(False)
-    output = get_expert_backend("grouped")(hidden, w1, w2, torch.tensor(counts), probs)
+    output = look_up_backend("grouped").experts(hidden, w1, w2, torch.tensor(counts), probs)
     output.sum().backward()
     assert w1.grad is None
     assert w2.grad is not None
@@ -109,7 +114,7 @@ def test_grouped_computes_only_the_gradients_asked_for() -> None:
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
 def test_bf16_tokens_with_fp32_probs_give_bf16(backend: str) -> None:
     hidden, w1, w2, probs = (x.detach().bfloat16() for x in random_inputs([2, 2]))
-    output = get_expert_backend(backend)(hidden, w1, w2, torch.tensor([2, 2]), probs.float())
+    output = look_up_backend(backend).experts(hidden, w1, w2, torch.tensor([2, 2]), probs.float())
     assert output.dtype == torch.bfloat16
 
 
@@ -123,7 +128,7 @@ def test_the_grouped_gemm_path_equals_loop_in_bf16(layout: str) -> None:
     inputs = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
     inputs = [x.requires_grad_() for x in (*inputs[:3], inputs[3].float())]
     actual = output_and_gradients(grouped_gemm_experts, counts, inputs)
-    expected = output_and_gradients(get_expert_backend("loop"), counts, inputs)
+    expected = output_and_gradients(look_up_backend("loop").experts, counts, inputs)
     for a, b in zip(actual, expected, strict=True):
         # Rounding of intermediate gradients to bf16 (2^-8) differs between the two, per element.
         torch.testing.assert_close(a, b, rtol=0, atol=0.02 * b.abs().max().item())
@@ -143,7 +148,7 @@ def test_counts_that_do_not_sum_to_the_tokens_are_refused() -> None:
     hidden, w1, w2, probs = random_inputs([2, 2])
     message = "tokens_per_expert sums to 3, but there are 4 tokens"
     with pytest.raises(ValueError, match=re.escape(message)):
-        get_expert_backend("grouped")(hidden, w1, w2, torch.tensor([2, 1]), probs)
+        look_up_backend("grouped").experts(hidden, w1, w2, torch.tensor([2, 1]), probs)
 
 
 def test_an_unknown_backend_is_refused_with_the_nearest_name() -> None:
@@ -152,15 +157,21 @@ def test_an_unknown_backend_is_refused_with_the_nearest_name() -> None:
         " mean 'grouped'?"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
-        get_expert_backend("groupd")
+        look_up_backend("groupd")
 
 
 def test_a_registered_backend_is_found_and_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_ext.experts.backends.EXPERT_BACKENDS", dict(EXPERT_BACKENDS))
     register_expert_backend("formula", formula)
-    assert get_expert_backend("formula") is formula
+    assert look_up_backend("formula").experts is formula
     with pytest.raises(ValueError, match=re.escape("expert backend 'loop' is already registered")):
         register_expert_backend("loop", formula)
+
+
+def projection_of(name: str) -> ProjectionFunction:
+    projection = look_up_backend(name).projection
+    assert projection is not None
+    return projection
 
 
 def projection_and_gradients(
@@ -183,21 +194,21 @@ def projection_formula(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def test_loop_projection_equals_the_formula_with_all_gradients() -> None:
-    actual = projection_and_gradients(get_expert_projection("loop"), LAYOUTS["random"])
+    actual = projection_and_gradients(projection_of("loop"), LAYOUTS["random"])
     assert_all_close(actual, projection_and_gradients(projection_formula, LAYOUTS["random"]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_grouped_projection_equals_loop_with_all_gradients(layout: str) -> None:
-    actual = projection_and_gradients(get_expert_projection("grouped"), LAYOUTS[layout])
-    expected = projection_and_gradients(get_expert_projection("loop"), LAYOUTS[layout])
+    actual = projection_and_gradients(projection_of("grouped"), LAYOUTS[layout])
+    expected = projection_and_gradients(projection_of("loop"), LAYOUTS[layout])
     assert_all_close(actual, expected)
 
 
 def test_grouped_projection_computes_only_the_gradients_asked_for() -> None:
     rows = torch.ones(2, 3)
     weight = torch.ones(1, 4, 3, requires_grad=True)
-    get_expert_projection("grouped")(rows, weight, torch.tensor([2])).sum().backward()
+    projection_of("grouped")(rows, weight, torch.tensor([2])).sum().backward()
     assert rows.grad is None
     assert weight.grad is not None and torch.equal(weight.grad, torch.full((1, 4, 3), 2.0))
 
@@ -206,7 +217,7 @@ def test_grouped_projection_computes_only_the_gradients_asked_for() -> None:
 def test_the_grouped_gemm_projection_equals_loop_in_bf16(layout: str) -> None:
     counts = LAYOUTS[layout]
     actual = projection_and_gradients(grouped_gemm_projection, counts, dtype=torch.bfloat16)
-    loop = get_expert_projection("loop")
+    loop = projection_of("loop")
     expected = projection_and_gradients(loop, counts, dtype=torch.bfloat16)
     for a, b in zip(actual, expected, strict=True):
         # One product each, rounded to bf16 (2^-8) once.
@@ -229,16 +240,22 @@ def test_a_backend_without_a_projection_serves_the_feed_forward_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("moe_ext.experts.backends.EXPERT_BACKENDS", dict(EXPERT_BACKENDS))
+    monkeypatch.setattr("moe_ext.experts.choose.EXPERT_BACKENDS", backends.EXPERT_BACKENDS)
     register_expert_backend("formula", formula)
-    assert get_expert_backend("formula") is formula
+    use = Use(device_type="cpu", dtype=torch.float64, widths=(8,))
+    assert choose_backend("formula", use).backend.experts is formula
     message = (
-        "expert backend 'formula' has no projection, which moa attention is made of; give one to"
+        "expert_backend 'formula' has no projection, which moa attention is made of; give one to"
         " register_expert_backend, or use expert_backend grouped or loop"
     )
+    with_attention = dataclasses.replace(use, has_attention=True)
     with pytest.raises(ValueError, match=re.escape(message)):
-        get_expert_projection("formula")
+        choose_backend("formula", with_attention)
+    with pytest.raises(ValueError, match="this expert backend has no projection"):
+        order = sort_by_expert(torch.zeros(2, 1, dtype=torch.int64), num_experts=1)
+        look_up_backend("formula").project_slots(torch.ones(2, 3), torch.ones(1, 4, 3), order)
     register_expert_backend("both", formula, projection_formula)
-    assert get_expert_projection("both") is projection_formula
+    assert choose_backend("both", with_attention).backend.projection is projection_formula
 
 
 @pytest.mark.parametrize(
@@ -259,7 +276,7 @@ def test_one_expert_with_weight_one_is_a_dense_swiglu_block(
 ) -> None:
     config = make_config(num_moe_experts=1, moe_router_topk=1, init_method_std=0.5)
     torch.manual_seed(0)
-    experts = ExpertMLP(1, config, pg_collection=single_rank, backend=backend)
+    experts = ExpertMLP(1, config, pg_collection=single_rank, backend=look_up_backend(backend))
     hidden = torch.randn(7, 8, dtype=torch.float64, requires_grad=True)
     output, bias = experts(hidden, torch.tensor([7]), torch.ones(7, dtype=torch.float64))
     gate, up = experts.weight1[0]
@@ -276,7 +293,9 @@ def test_one_expert_with_weight_one_is_a_dense_swiglu_block(
 def test_weights_are_initialised_and_marked_for_megatron_core(
     single_rank: ProcessGroupCollection, make_config: ConfigMaker
 ) -> None:
-    experts = ExpertMLP(4, make_config(), pg_collection=single_rank, backend="loop")
+    experts = ExpertMLP(
+        4, make_config(), pg_collection=single_rank, backend=look_up_backend("loop")
+    )
     assert experts.weight1.shape == (4, 2, 6, 8)
     assert experts.weight2.shape == (4, 8, 6)
     # Three standard errors of 384 and of 192 draws; megatron-core scales output layers.
@@ -292,7 +311,9 @@ def test_it_builds_on_the_meta_device(
     single_rank: ProcessGroupCollection, make_config: ConfigMaker
 ) -> None:
     with torch.device("meta"):
-        experts = ExpertMLP(4, make_config(), pg_collection=single_rank, backend="loop")
+        experts = ExpertMLP(
+            4, make_config(), pg_collection=single_rank, backend=look_up_backend("loop")
+        )
     assert all(weight.is_meta for weight in experts.parameters())
 
 
@@ -316,7 +337,9 @@ def test_the_shards_of_all_ranks_tile_the_global_weights_once(
     for ep, etp, dp in ((a, b, c) for a in range(2) for b in range(3) for c in range(2)):
         single_rank.ep, single_rank.expt_tp = Rank(ep, 2), Rank(etp, 3)
         single_rank.expt_dp = Rank(dp, 2)
-        experts = ExpertMLP(2, make_config(), pg_collection=single_rank, backend="loop")
+        experts = ExpertMLP(
+            2, make_config(), pg_collection=single_rank, backend=look_up_backend("loop")
+        )
         shards = experts.sharded_state_dict("layers.experts.", ((0, 1, 3),))
         for name, tile in tiles.items():
             shard = shards[f"layers.experts.{name}"]
@@ -336,7 +359,7 @@ def test_a_width_that_does_not_divide_is_refused(
     single_rank.expt_tp = Rank(0, 4)
     message = "moe_ffn_hidden_size (6) must be a multiple of the expert tensor parallel size (4)"
     with pytest.raises(ValueError, match=re.escape(message)):
-        ExpertMLP(4, make_config(), pg_collection=single_rank, backend="loop")
+        ExpertMLP(4, make_config(), pg_collection=single_rank, backend=LOOP)
 
 
 @pytest.mark.parametrize(
@@ -353,4 +376,6 @@ def test_other_experts_are_refused(
     message: str,
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        ExpertMLP(4, make_config(**changes), pg_collection=single_rank, backend="loop")
+        ExpertMLP(
+            4, make_config(**changes), pg_collection=single_rank, backend=look_up_backend("loop")
+        )

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from moe_ext.experts import EXPERT_BACKENDS, ExpertFunction
 from moe_ext.experts.adapters import experts_of
-from moe_ext.experts.grouped_gemm import grouped_gemm_experts, grouped_gemm_routed
+from moe_ext.experts.grouped_gemm import (
+    grouped_gemm_experts,
+    grouped_gemm_routed_experts,
+    grouped_gemm_routed_projection,
+)
 from moe_ext.experts.loop import loop_experts, loop_projection
 from moe_ext.experts.slots import ExpertOrder, sort_by_expert
 from moe_ext.layers import products
@@ -63,28 +67,51 @@ def test_routed_experts_equal_a_dense_sum_with_all_gradients(name: str, backend:
         (len(chosen), WIDTH), (EXPERTS, 2, FFN, WIDTH), (EXPERTS, WIDTH, FFN), tuple(chosen.shape)
     )
     tokens, w1, w2, gates = inputs
-    actual = all_of(EXPERT_BACKENDS[backend].routed(tokens, w1, w2, order, gates), inputs)
+    actual = all_of(EXPERT_BACKENDS[backend].routed_experts(tokens, w1, w2, order, gates), inputs)
     for a, b in zip(actual, all_of(dense(chosen, tokens, w1, w2, gates), inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CHOICES)
-def test_spread_and_collect_equal_matrices_picked_row_by_row(name: str, backend: str) -> None:
+def test_routed_projections_equal_matrices_picked_row_by_row(name: str, backend: str) -> None:
     chosen, order = order_of(name)
     inputs = leaves((len(chosen), WIDTH), (EXPERTS, FFN, WIDTH))
     tokens, weight = inputs
     rows = torch.einsum("tn,tkmn->tkm", tokens, weight[chosen]).flatten(0, 1)
-    actual = all_of(EXPERT_BACKENDS[backend].spread(tokens, weight, order), inputs)
+    actual = all_of(EXPERT_BACKENDS[backend].project_slots(tokens, weight, order), inputs)
     for a, b in zip(actual, all_of(rows, inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     inputs = leaves((chosen.numel(), WIDTH), (EXPERTS, FFN, WIDTH))
     rows, weight = inputs
     by_slot = rows.view(*chosen.shape, WIDTH)
     sums = torch.einsum("tkn,tkmn->tm", by_slot, weight[chosen])
-    actual = all_of(EXPERT_BACKENDS[backend].collect(rows, weight, order), inputs)
+    actual = all_of(EXPERT_BACKENDS[backend].project_and_combine(rows, weight, order), inputs)
     for a, b in zip(actual, all_of(sums, inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_grouped_gemms_projections_equal_matrices_picked_row_by_row(name: str) -> None:
+    chosen, order = order_of(name)
+    operands = {"token": len(chosen), "row": chosen.numel()}
+    for read, write in (("token", "row"), ("row", "token")):
+        inputs = leaves((operands[read], 16), (EXPERTS, 8, 16), dtype=torch.bfloat16)
+        actual = all_of(
+            grouped_gemm_routed_projection(*inputs, order, read=read, write=write),  # type: ignore[arg-type]
+            inputs,
+        )
+        source, weight = exact = [each.detach().double().requires_grad_() for each in inputs]
+        if read == "token":
+            expected = torch.einsum("tn,tkmn->tkm", source, weight[chosen]).flatten(0, 1)
+        else:
+            by_slot = source.view(*chosen.shape, 16)
+            expected = torch.einsum("tkn,tkmn->tm", by_slot, weight[chosen])
+        for a, b in zip(actual, all_of(expected, exact), strict=True):
+            if b.numel():
+                # A few roundings to 8 bits on the way.
+                limit = 0.03 * b.detach().abs().max().item()
+                torch.testing.assert_close(a.double(), b, rtol=0, atol=limit)
 
 
 def test_experts_made_of_a_projection_equal_the_loop() -> None:
@@ -120,7 +147,7 @@ def test_the_grouped_gemm_of_a_gpu_equals_a_dense_sum_with_all_gradients(name: s
     gates = torch.rand(chosen.shape, generator=torch.Generator().manual_seed(3)).requires_grad_()
     tokens, w1, w2 = inputs
     everything = [*inputs, gates]
-    actual = all_of(grouped_gemm_routed(tokens, w1, w2, order, gates), everything)
+    actual = all_of(grouped_gemm_routed_experts(tokens, w1, w2, order, gates), everything)
     exact = [each.detach().double().requires_grad_() for each in everything]
     for a, b in zip(
         actual, all_of(dense(chosen, exact[0], exact[1], exact[2], exact[3]), exact), strict=True
@@ -147,7 +174,7 @@ def test_weight_gradients_are_added_to_their_buffers(dtype: torch.dtype, backend
     exact = dense(chosen, tokens.double(), w1.double(), w2.double(), gates.double())
     expected = torch.autograd.grad(exact, [w1, w2], upstream.double())
     found = in_place(
-        lambda: EXPERT_BACKENDS[backend].routed(tokens, w1, w2, order, gates),
+        lambda: EXPERT_BACKENDS[backend].routed_experts(tokens, w1, w2, order, gates),
         [w1, w2],
         upstream.to(dtype),
     )
@@ -220,7 +247,7 @@ def test_frozen_weights_get_no_gradient_and_their_buffers_stay() -> None:
     frozen = [w1.detach(), w2.detach()]
     with_buffers(frozen)
     gates = torch.rand(chosen.shape)
-    output = EXPERT_BACKENDS["grouped"].routed(tokens, frozen[0], frozen[1], order, gates)
+    output = EXPERT_BACKENDS["grouped"].routed_experts(tokens, frozen[0], frozen[1], order, gates)
     output.sum().backward()
     assert tokens.grad is not None and tokens.grad.any()
     for weight in frozen:
@@ -233,4 +260,4 @@ def test_counts_that_do_not_add_up_are_refused() -> None:
     wrong = dataclasses.replace(order, tokens_per_expert=order.tokens_per_expert + 1)
     tokens, w1, w2 = leaves((len(chosen), WIDTH), (EXPERTS, 2, FFN, WIDTH), (EXPERTS, WIDTH, FFN))
     with pytest.raises(ValueError, match="tokens_per_expert sums to 15, but there are 10 tokens"):
-        EXPERT_BACKENDS["grouped"].routed(tokens, w1, w2, wrong, torch.rand(chosen.shape))
+        EXPERT_BACKENDS["grouped"].routed_experts(tokens, w1, w2, wrong, torch.rand(chosen.shape))

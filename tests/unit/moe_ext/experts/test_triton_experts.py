@@ -17,19 +17,19 @@ from moe_ext.experts import triton_jit, triton_products, triton_tiles
 from moe_ext.experts.loop import loop_experts, loop_projection
 from moe_ext.experts.slots import (
     ExpertOrder,
-    collect_tokens,
+    permute_tokens,
     sort_by_expert,
     sort_rows,
-    spread_tokens,
+    unpermute_tokens,
     unsort_rows,
 )
 from moe_ext.experts.triton_experts import (
     is_available,
-    triton_collect,
     triton_experts,
+    triton_project_and_combine,
+    triton_project_slots,
     triton_projection,
-    triton_routed,
-    triton_spread,
+    triton_routed_experts,
 )
 from moe_ext.experts.triton_products import SortedRows, grouped_weight_gradient
 from moe_ext.experts.triton_tiles import Tile
@@ -49,7 +49,7 @@ LIMITS = {torch.float32: 2e-6, torch.bfloat16: 4 * 2.0**-7}
 def routed(inputs: Sequence[Tensor], order: ExpertOrder) -> Tensor:
     """Of tokens, weight1, weight2, gates."""
     tokens, weight1, weight2, gates = inputs
-    return triton_routed(tokens, weight1, weight2, order, gates)
+    return triton_routed_experts(tokens, weight1, weight2, order, gates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +123,9 @@ def compare(
 
 def exact_experts(order: ExpertOrder) -> Callable[..., Tensor]:
     def compute(tokens: Tensor, weight1: Tensor, weight2: Tensor, gates: Tensor) -> Tensor:
-        rows = spread_tokens(tokens, order)
+        rows = permute_tokens(tokens, order)
         probs = sort_rows(gates.flatten(), order)
-        return collect_tokens(
+        return unpermute_tokens(
             loop_experts(rows, weight1, weight2, order.tokens_per_expert, probs), order
         )
 
@@ -145,7 +145,7 @@ def compare_routed(case: Case, dtype: torch.dtype) -> None:
     inputs = routed_inputs(case, generator, dtype)
     upstream = random(generator, case.t, case.h, dtype=dtype).detach()
     compare(
-        lambda x, w1, w2, gates: triton_routed(x, w1, w2, order, gates),
+        lambda x, w1, w2, gates: triton_routed_experts(x, w1, w2, order, gates),
         exact_experts(order),
         inputs,
         upstream,
@@ -189,7 +189,7 @@ def test_sorted_rows_equal_the_loop_in_float64_with_all_gradients(dtype: torch.d
 def test_products_equal_the_loop_in_float64_with_all_gradients(
     name: str, dtype: torch.dtype
 ) -> None:
-    """Sorted rows, spreading and collecting."""
+    """Sorted rows, tokens to slots, and slots to tokens."""
     case, generator = CASES[name], torch.Generator().manual_seed(2)
     order = case.order(generator)
     counts = order.tokens_per_expert
@@ -204,14 +204,14 @@ def test_products_equal_the_loop_in_float64_with_all_gradients(
 
     compare(lambda x, w: triton_projection(x, w, counts), loop, [rows, weight], upstream)
     compare(
-        lambda x, w: triton_spread(x, w, order),
-        lambda x, w: unsort_rows(loop(spread_tokens(x, order), w), order),
+        lambda x, w: triton_project_slots(x, w, order),
+        lambda x, w: unsort_rows(loop(permute_tokens(x, order), w), order),
         [tokens, weight],
         upstream,
     )
     compare(
-        lambda x, w: triton_collect(x, w, order),
-        lambda x, w: collect_tokens(loop(sort_rows(x, order), w), order),
+        lambda x, w: triton_project_and_combine(x, w, order),
+        lambda x, w: unpermute_tokens(loop(sort_rows(x, order), w), order),
         [rows, weight],
         upstream[: case.t],
     )
@@ -286,7 +286,7 @@ def test_no_tokens_launch_nothing_and_give_zero_gradients(monkeypatch: pytest.Mo
     for each in inputs:
         assert each.grad is not None and torch.equal(each.grad, torch.zeros_like(each))
     weight = inputs[2]
-    for function in (triton_spread, triton_collect):
+    for function in (triton_project_slots, triton_project_and_combine):
         output = function(weight.new_zeros(0, case.f), weight, order)
         assert output.shape == (0, case.h)
 

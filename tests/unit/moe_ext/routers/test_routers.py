@@ -8,18 +8,19 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moe_ext.experts import ExpertMLP
+from moe_ext.experts import ExpertMLP, look_up_backend
 from moe_ext.experts.layer import ExpertsLayer
 from moe_ext.metrics import RouterMetrics
 from moe_ext.routers import (
     ROUTERS,
     MoERouter,
+    Routing,
     SoftmaxTopKRouter,
     TopKSoftmaxRouter,
     get_router,
@@ -97,10 +98,11 @@ def test_probs_losses_and_gradients_equal_the_written_out_router(
     build: RouterMaker, kind: type[MoERouter]
 ) -> None:
     router, hidden = build(kind), random_hidden()
-    probs, routing_map = router(hidden)
+    routing = router(hidden)
+    probs = torch.zeros(TOKENS, EXPERTS, dtype=torch.float64).scatter(1, *routing[:2])
     expected, balance, z_loss, counts = written_out(kind, hidden, router.weight)
     torch.testing.assert_close(probs, expected, rtol=1e-12, atol=1e-12)
-    assert torch.equal(routing_map, expected > 0)
+    assert [row.nonzero().flatten().tolist() for row in expected] == routing.experts.tolist()
     # Backward through probs adds both losses' gradients at the schedule's scale.
     upstream = torch.linspace(-1, 1, probs.numel(), dtype=torch.float64).view_as(probs)
     inputs = [hidden, router.weight]
@@ -129,7 +131,7 @@ def test_bf16_gates_in_bf16_unless_told_fp32(build: RouterMaker) -> None:
     # fp32 products of eight terms of order one; the bf16 gate misses this by three digits.
     torch.testing.assert_close(wide.double(), expected, rtol=1e-5, atol=1e-5)
     assert (narrow.double() - expected).abs().max() > 1e-3
-    assert router(hidden)[0].dtype == torch.float32
+    assert router(hidden).gates.dtype == torch.float32
 
 
 @pytest.mark.parametrize("mode", ["evaluation", "no_grad"])
@@ -139,8 +141,7 @@ def test_without_training_gradients_there_is_no_loss_and_no_record(
     router, hidden = build(SoftmaxTopKRouter), random_hidden()
     if mode == "evaluation":
         router.eval()
-        probs, _ = router(hidden)
-        grad = torch.autograd.grad(probs.sum(), router.weight)[0]
+        grad = torch.autograd.grad(router(hidden).gates.sum(), router.weight)[0]
         expected, *_ = written_out(SoftmaxTopKRouter, hidden, router.weight)
         truth = torch.autograd.grad(expected.sum(), router.weight)[0]
         torch.testing.assert_close(grad, truth, rtol=1e-11, atol=1e-12)
@@ -148,6 +149,22 @@ def test_without_training_gradients_there_is_no_loss_and_no_record(
         with torch.no_grad():
             router(hidden)
     assert router.metrics.reduce().as_dict() == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("experts", (TOKENS, 3)), ("gates", (TOKENS, EXPERTS)), ("scores", (2, 2))]
+)
+def test_a_selection_of_another_shape_is_refused(
+    build: RouterMaker, name: str, shape: tuple[int, ...]
+) -> None:
+    class OwnRouter(SoftmaxTopKRouter):
+        def select(self, logits: Tensor) -> Routing:
+            return super().select(logits)._replace(**{name: torch.zeros(shape)})
+
+    wanted = {"scores": [TOKENS, EXPERTS]}.get(name, [TOKENS, TOPK])
+    message = f"OwnRouter.select returned {name} {list(shape)}, but they must be {wanted}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(OwnRouter)(random_hidden())
 
 
 def test_nothing_but_the_weight_is_saved(build: RouterMaker) -> None:
@@ -237,21 +254,21 @@ def test_a_registered_router_is_found_never_replaced_and_must_be_a_router(
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
-@pytest.mark.parametrize("layer_class", [MoELayer, ExpertsLayer])
+@pytest.mark.parametrize("is_local", [False, True])
 def test_a_layer_of_experts_equals_a_sum_over_experts(
     single_rank: ProcessGroupCollection,
     make_config: ConfigMaker,
     build: RouterMaker,
     dispatcher: str,
     backend: str,
-    layer_class: type[MoELayer],
+    is_local: bool,
 ) -> None:
     config = make_config(moe_token_dispatcher_type=dispatcher, init_method_std=0.5)
     metrics = RouterMetrics(2, EXPERTS)
-    layer = layer_class(
+    layer = ExpertsLayer(
         config,
         MoESubmodules(
-            experts=ModuleSpec(module=ExpertMLP, params={"backend": backend}),
+            experts=ModuleSpec(module=ExpertMLP, params={"backend": look_up_backend(backend)}),
             router=partial(
                 SoftmaxTopKRouter,
                 aux_loss_coeff=0.0,
@@ -262,6 +279,7 @@ def test_a_layer_of_experts_equals_a_sum_over_experts(
         ),
         pg_collection=single_rank,
     )
+    layer.is_local = is_local  # or megatron-core's dispatcher
     layer.set_layer_number(1)
     hidden = random_hidden()
     output, _ = layer(hidden)
