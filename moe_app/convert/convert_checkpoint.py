@@ -61,7 +61,7 @@ from moe_app.convert.files import hf_files, native_files, read_auxiliary_files
 from moe_app.convert.weights import Progress, TensorDigests, export_weights, import_weights
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert import Family, Layout, Piece, family_for_model, family_from_config
+from moe_ext.convert import ExpertLayout, Family, Piece, family_for_model, family_from_config
 
 logger = logging.getLogger("convert")
 
@@ -334,8 +334,8 @@ def _read_architecture(source: HFDirectory, divisor: int) -> tuple[Family, MoEMo
 
 
 def _plan_export(
-    model: MoEModelConfig, wanted: Layout | None, found: FoundCheckpoint
-) -> tuple[Family, Layout, list[Piece]]:
+    model: MoEModelConfig, wanted: ExpertLayout | None, found: FoundCheckpoint
+) -> tuple[Family, ExpertLayout, list[Piece]]:
     """Return the family, layout and pieces of a native model.
 
     Raises:
@@ -356,7 +356,7 @@ def _plan_export(
 def _report(
     command: str,
     family: Family,
-    form: Layout,
+    form: ExpertLayout,
     dtype: torch.dtype,
     *,
     num_tensors: int,

@@ -31,7 +31,8 @@ from megatron.trainer.runtime.launch import agree, environment_rank, run_main
 from megatron.trainer.runtime.log import configure_logging
 from moe_app.command_line import program
 from moe_app.infer import open_model
-from moe_ext.attention.cache import KeyValueCache, use_cache
+from moe_ext.attention.cache import KeyValueCache
+from moe_ext.attention.core import use_cache
 
 logger = logging.getLogger("generate")
 

@@ -1,17 +1,11 @@
-"""Keys and values of earlier tokens, kept so that generation computes each token once."""
-
-import contextlib
-from collections.abc import Iterator
+"""Keeps keys and values of earlier tokens, so that generation computes each token once."""
 
 import torch
-from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import Tensor, nn
-
-from moe_ext.attention.core import SDPACoreAttention
+from torch import Tensor
 
 
 class KeyValueCache:
-    """Keys and values of a batch whose rows may have different lengths.
+    """Holds keys and values of a batch whose rows may have different lengths.
 
     Before each pass over the model `place` says where its tokens stand. Each layer writes their
     keys and values there, and each token attends to its own position and those before it. A row's
@@ -38,7 +32,7 @@ class KeyValueCache:
         self.end = 0
 
     def place(self, position_ids: Tensor) -> None:
-        """Say where the tokens of the next pass stand.
+        """Sets where the tokens of the next pass stand.
 
         Args:
             position_ids: [b, n] int64, n consecutive positions of each row; the ids given to the
@@ -69,12 +63,12 @@ class KeyValueCache:
         )  # [b, 1, n, m]
 
     def new_layer(self) -> "LayerCache":
-        """The part of one attention layer."""
+        """Creates the part of one attention layer."""
         return LayerCache(self)
 
 
 class LayerCache:
-    """One attention layer's keys and values, each [b, ng, capacity, hn].
+    """Holds one attention layer's keys and values, each [b, ng, capacity, hn].
 
     Args:
         plan: says where each pass stands; shared by the layers.
@@ -86,7 +80,7 @@ class LayerCache:
         self._values: Tensor | None = None
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keep the keys and values of new tokens.
+        """Stores the keys and values of new tokens.
 
         Args:
             key: [n, b, ng, hn] of the new tokens, after the rotary embedding.
@@ -114,7 +108,7 @@ class LayerCache:
         return keys, values, plan.visible
 
     def _store(self, kept: Tensor | None, new: Tensor) -> Tensor:
-        """Write [n, b, ng, hn] to its places in [b, ng, capacity, hn]."""
+        """Writes [n, b, ng, hn] to its places in [b, ng, capacity, hn]."""
         plan = self._plan
         _, rows, heads, size = new.shape
         if kept is None:
@@ -123,35 +117,3 @@ class LayerCache:
         row = torch.arange(rows, device=new.device)[:, None]  # [b, 1]
         kept[row, :, plan.positions] = new.transpose(0, 1)  # [b, n, ng, hn]
         return kept
-
-
-@contextlib.contextmanager
-def use_cache(model: nn.Module, cache: KeyValueCache) -> Iterator[None]:
-    """Let every attention layer of `model` keep its keys and values in `cache`, for a while.
-
-    Args:
-        model: a model chunk, or a pipeline stage, in evaluation mode.
-        cache: empty; freed with the caller's last reference, once this ends.
-
-    Raises:
-        ValueError: the model is training, a layer's attention cannot keep its keys and values, or
-            the model uses a cache already.
-    """
-    if model.training:
-        raise ValueError("the model is training, which needs no cache; call model.eval() first")
-    layers = sum(isinstance(module, TransformerLayer) for module in model.modules())
-    cores = [module for module in model.modules() if isinstance(module, SDPACoreAttention)]
-    if len(cores) != layers:
-        raise ValueError(
-            f"{len(cores)} of {layers} layers attend with SDPACoreAttention, which alone can keep"
-            " keys and values; give the attention that core"
-        )
-    if any(core.cache is not None for core in cores):
-        raise ValueError("the model uses a key-value cache already; end that one first")
-    for core in cores:
-        core.cache = cache.new_layer()
-    try:
-        yield
-    finally:
-        for core in cores:
-            core.cache = None

@@ -1,6 +1,8 @@
-"""Core attention on torch's scaled dot product attention."""
+"""Computes core attention with torch's scaled dot product attention."""
 
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,24 +11,23 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
+from moe_ext.attention.cache import KeyValueCache, LayerCache
 from moe_ext.attention.context_parallel import gather_whole, query_parts
-
-if TYPE_CHECKING:
-    from moe_ext.attention.cache import LayerCache
 
 _MASKS = (AttnMaskType.causal, AttnMaskType.no_mask)
 
 
 class SDPACoreAttention(MegatronModule):
-    """softmax(scale q k^T) v by torch's fused kernels, with grouped key/value heads as they are.
+    """Computes softmax(scale q k^T) v by torch's fused kernels, grouped heads not repeated.
 
     It stands where megatron-core's DotProductAttention does, and does less: causal or unmasked
     attention without dropout, or attention under an explicit mask. Under context parallelism it
     exchanges keys and values over the group. While generating it attends to earlier tokens in
-    `cache` too (`cache.use_cache`). Everything else is refused.
+    `cache` too (`use_cache`). Everything else is refused.
 
     Args:
         config: megatron-core's.
@@ -83,7 +84,7 @@ class SDPACoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attend.
+        """Attends from queries to keys.
 
         s is this rank's share of the sequence under context parallelism, the whole of it otherwise.
 
@@ -129,7 +130,7 @@ class SDPACoreAttention(MegatronModule):
     def _check(
         self, query: Tensor, key: Tensor, attention_mask: Tensor | None, *, is_causal: bool
     ) -> None:
-        """Refuse shapes and masks that would be misread."""
+        """Refuses shapes and masks that would be misread."""
         if is_causal and query.shape[0] != key.shape[0]:
             raise ValueError(
                 f"causal attention needs as many queries ({query.shape[0]}) as keys "
@@ -159,7 +160,7 @@ class SDPACoreAttention(MegatronModule):
     def _attend_in_parts(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
     ) -> Tensor:
-        """Causal attention of this rank's two chunks of queries over everyone's keys."""
+        """Computes causal attention of this rank's two chunks of queries over everyone's keys."""
         group = self.cp_group
         # One collective for both: [s whole, b, ng, 2 hn].
         both = gather_whole(torch.cat((key, value), dim=-1), group)
@@ -178,7 +179,7 @@ class SDPACoreAttention(MegatronModule):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, *, is_causal: bool
     ) -> Tensor:
-        """[s, b, np, hn] over [s of the keys, b, ng, hn] to [s, b, np * hn]."""
+        """Attends from [s, b, np, hn] to [s of the keys, b, ng, hn]; returns [s, b, np * hn]."""
         context = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),  # [b, np, s, hn]
             key.permute(1, 2, 0, 3),  # [b, ng, s, hn]
@@ -189,6 +190,38 @@ class SDPACoreAttention(MegatronModule):
             enable_gqa=query.shape[2] != key.shape[2],
         )  # [b, np, s, hn]
         return context.permute(2, 0, 1, 3).flatten(2).contiguous()  # [s, b, np * hn]
+
+
+@contextlib.contextmanager
+def use_cache(model: nn.Module, cache: KeyValueCache) -> Iterator[None]:
+    """Makes every attention layer of `model` keep its keys and values in `cache`, for a while.
+
+    Args:
+        model: a model chunk, or a pipeline stage, in evaluation mode.
+        cache: empty; freed with the caller's last reference, once this ends.
+
+    Raises:
+        ValueError: the model is training, a layer's attention cannot keep its keys and values, or
+            the model uses a cache already.
+    """
+    if model.training:
+        raise ValueError("the model is training, which needs no cache; call model.eval() first")
+    layers = sum(isinstance(module, TransformerLayer) for module in model.modules())
+    cores = [module for module in model.modules() if isinstance(module, SDPACoreAttention)]
+    if len(cores) != layers:
+        raise ValueError(
+            f"{len(cores)} of {layers} layers attend with SDPACoreAttention, which alone can keep"
+            " keys and values; give the attention that core"
+        )
+    if any(core.cache is not None for core in cores):
+        raise ValueError("the model uses a key-value cache already; end that one first")
+    for core in cores:
+        core.cache = cache.new_layer()
+    try:
+        yield
+    finally:
+        for core in cores:
+            core.cache = None
 
 
 def _require(name: str, value: object, required: object) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from moe_ext.experts.interface import ExpertBackend
 from moe_ext.experts.slots import ExpertOrder
 from moe_ext.layers.parameters import new_parameter
-from moe_ext.layers.products import linear
+from moe_ext.layers.products import accumulating_linear
 
 # Where the heads are in each weight of one layer.
 _HEAD_AXES = {"weight": 0, "weight_q": 1, "weight_o": 2}
@@ -86,7 +86,7 @@ class KeyValueProjection(_HeadParallel):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Computes key and value [s, b, ng, hn] of this rank's heads from [s, b, h]."""
-        both = linear(hidden, self.weight)  # [s, b, 2 ng hn]
+        both = accumulating_linear(hidden, self.weight)  # [s, b, 2 ng hn]
         key, value = both.unflatten(2, (self.num_groups, -1)).chunk(2, dim=-1)
         return key, value
 

@@ -7,7 +7,7 @@ from moe_ext.config import MoEModelConfig
 from moe_ext.convert.family import Family
 from moe_ext.convert.jetmoe import JETMOE
 from moe_ext.convert.olmoe import OLMOE
-from moe_ext.convert.pieces import Layout, Piece, Slice
+from moe_ext.convert.pieces import ExpertLayout, Piece, Slice
 
 FAMILIES: dict[str, Family] = {"olmoe": OLMOE, "jetmoe": JETMOE}
 """What `model_type` of config.json can name."""
@@ -45,8 +45,8 @@ def family_for_model(model: MoEModelConfig) -> Family:
 
 __all__ = [
     "FAMILIES",
+    "ExpertLayout",
     "Family",
-    "Layout",
     "Piece",
     "Slice",
     "family_for_model",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert.pieces import Layout, Piece
+from moe_ext.convert.pieces import ExpertLayout, Piece
 
 TokenIds = int | list[int] | None
 """A special token of a Hugging Face config: an id, several, or none."""
@@ -70,7 +70,7 @@ class ReadConfig(Protocol):
 class MakePieces(Protocol):
     """Splits a model into pieces."""
 
-    def __call__(self, model: MoEModelConfig, layout: Layout) -> Iterator[Piece]:
+    def __call__(self, model: MoEModelConfig, layout: ExpertLayout) -> Iterator[Piece]:
         """Yield every block of every native tensor once, in the order of the HF tensors."""
         ...
 
@@ -89,9 +89,9 @@ class Family:
 
     name: str
     """`model_type` of config.json."""
-    layouts: tuple[Layout, ...]
+    layouts: tuple[ExpertLayout, ...]
     """Layouts of its checkpoints; the first is the default for writing."""
-    expert_names: Mapping[Layout, str]
+    expert_names: Mapping[ExpertLayout, str]
     """A tensor name of layer 0 that identifies the layout."""
     problems: FindProblems
     """Lists what prevents a native model from being expressed."""
@@ -102,7 +102,7 @@ class Family:
     make_pieces: MakePieces
     """Architecture -> pieces, in one of the family's layouts."""
 
-    def pieces(self, model: MoEModelConfig, layout: Layout) -> Iterator[Piece]:
+    def pieces(self, model: MoEModelConfig, layout: ExpertLayout) -> Iterator[Piece]:
         """Yield every block of every native tensor once, in the order of the HF tensors.
 
         Raises:
@@ -118,7 +118,7 @@ class Family:
             raise ValueError(f"{self.name} cannot express this model: {'; '.join(problems)}")
         return self.make_pieces(model, layout)
 
-    def hf_tensors(self, model: MoEModelConfig, layout: Layout) -> dict[str, tuple[int, ...]]:
+    def hf_tensors(self, model: MoEModelConfig, layout: ExpertLayout) -> dict[str, tuple[int, ...]]:
         """Return name and shape of every tensor of the Hugging Face checkpoint, in writing order.
 
         Raises:
@@ -138,7 +138,7 @@ class Family:
         """
         return {piece.key: piece.shape for piece in self.pieces(model, self.layouts[0])}
 
-    def detect_layout(self, names: Collection[str]) -> Layout:
+    def detect_layout(self, names: Collection[str]) -> ExpertLayout:
         """Return the layout of a checkpoint that holds tensors called `names`.
 
         Names that fit no layout give the first one; the comparison with `hf_tensors` then shows

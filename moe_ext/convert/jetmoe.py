@@ -19,10 +19,10 @@ from moe_ext.convert.blocks import (
 )
 from moe_ext.convert.family import Family
 from moe_ext.convert.jetmoe_config import conversion_problems, read_config, write_config
-from moe_ext.convert.pieces import Layout, Piece, Slice, all_rows
+from moe_ext.convert.pieces import ExpertLayout, Piece, Slice, all_rows
 
 
-def make_pieces(model: MoEModelConfig, layout: Layout) -> Iterator[Piece]:
+def make_pieces(model: MoEModelConfig, layout: ExpertLayout) -> Iterator[Piece]:
     """Yield every block of every native tensor once, in the order of the HF tensors."""
     yield from vocabulary_pieces(
         "embedding.word_embeddings.weight", "model.embed_tokens.weight", model

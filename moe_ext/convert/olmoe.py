@@ -20,10 +20,10 @@ from moe_ext.convert.blocks import (
 )
 from moe_ext.convert.family import Family
 from moe_ext.convert.olmoe_config import conversion_problems, read_config, write_config
-from moe_ext.convert.pieces import Layout, Piece, all_rows
+from moe_ext.convert.pieces import ExpertLayout, Piece, all_rows
 
 
-def make_pieces(model: MoEModelConfig, layout: Layout) -> Iterator[Piece]:
+def make_pieces(model: MoEModelConfig, layout: ExpertLayout) -> Iterator[Piece]:
     """Yield every block of every native tensor once, in the order of the HF tensors."""
     yield from vocabulary_pieces(
         "embedding.word_embeddings.weight", "model.embed_tokens.weight", model
@@ -66,7 +66,7 @@ def _attention(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
     )
 
 
-def _experts(model: MoEModelConfig, layer: int, layout: Layout) -> Iterator[Piece]:
+def _experts(model: MoEModelConfig, layer: int, layout: ExpertLayout) -> Iterator[Piece]:
     """Yield the pieces of one layer's router and experts."""
     hf = f"model.layers.{layer}.mlp"
     h, f, e = model.hidden_size, model.moe_ffn_hidden_size, model.num_experts or 0

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Layout = Literal["per-expert", "fused"]
+ExpertLayout = Literal["per-expert", "fused"]
 """How a Hugging Face checkpoint stores experts: a tensor for each, or one for all of a layer."""
 
 ToNative = Callable[[Sequence[Tensor]], Tensor]

@@ -8,7 +8,7 @@ from typing import Any
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
-from moe_ext.layers.products import linear
+from moe_ext.layers.products import accumulating_linear
 
 
 class ColumnParallelLinear(layers.ColumnParallelLinear):
@@ -19,11 +19,11 @@ class ColumnParallelLinear(layers.ColumnParallelLinear):
         if kwargs["sequence_parallel"] or kwargs["allreduce_dgrad"] or kwargs["bias"] is not None:
             output: Tensor = super()._forward_impl(input, weight, *args, **kwargs)
             return output
-        return linear(input, weight)
+        return accumulating_linear(input, weight)
 
 
 class RowParallelLinear(layers.RowParallelLinear):
     """Columns of the weight are split over tensor parallel ranks."""
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return linear(input, weight)
+        return accumulating_linear(input, weight)

@@ -52,7 +52,7 @@ def add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
         out.add_(torch.mm(left, right))
 
 
-def linear(rows: Tensor, weight: Tensor) -> Tensor:
+def accumulating_linear(rows: Tensor, weight: Tensor) -> Tensor:
     """Rows times weight^T; the weight's gradient goes straight into its buffer if it has one.
 
     Differentiable once.

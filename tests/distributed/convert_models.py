@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from moe_ext.convert import FAMILIES, Layout
+from moe_ext.convert import FAMILIES, ExpertLayout
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "olmoe": {
@@ -42,7 +42,12 @@ _IDS = {"bos_token_id": 5, "eos_token_id": 7, "pad_token_id": 1}
 
 
 def make_hf(
-    path: Path, family: str, form: Layout, *, dtype: torch.dtype = torch.bfloat16, **changes: Any
+    path: Path,
+    family: str,
+    form: ExpertLayout,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    **changes: Any,
 ) -> tuple[Path, dict[str, torch.Tensor]]:
     """Write a checkpoint; return its directory and its weights."""
     path.mkdir(parents=True)
@@ -54,7 +59,7 @@ def make_hf(
 
 
 def hf_weights(
-    family: str, form: Layout, dtype: torch.dtype, changes: dict[str, Any]
+    family: str, form: ExpertLayout, dtype: torch.dtype, changes: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
     """Draw random tensors for every name the checkpoint must hold."""
     found = FAMILIES[family]

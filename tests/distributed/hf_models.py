@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert import FAMILIES, Layout, Piece
+from moe_ext.convert import FAMILIES, ExpertLayout, Piece
 
 OLMOE_TINY: dict[str, Any] = {
     "vocab_size": 120,
@@ -76,7 +76,7 @@ def window(piece: Piece) -> tuple[slice, ...]:
 
 
 def to_native(
-    family: str, model: MoEModelConfig, layout: Layout, hf: Mapping[str, Tensor]
+    family: str, model: MoEModelConfig, layout: ExpertLayout, hf: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Convert all tensors to native ones; fails if an element is set twice or never."""
     found: dict[str, Tensor] = {}
@@ -94,7 +94,7 @@ def to_native(
 
 
 def to_hf(
-    family: str, model: MoEModelConfig, layout: Layout, native: Mapping[str, Tensor]
+    family: str, model: MoEModelConfig, layout: ExpertLayout, native: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Convert all native tensors to Hugging Face ones."""
     found: dict[str, Tensor] = {}

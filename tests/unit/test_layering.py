@@ -5,9 +5,10 @@ breaks it, so that a rule which went blind is noticed.
 """
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -192,6 +193,92 @@ def test_rule_finds_what_breaks_it(rule: Rule, path: str, text: str) -> None:
 @pytest.mark.parametrize(("rule", "path", "text"), FINE)
 def test_rule_lets_the_allowed_pass(rule: Rule, path: str, text: str) -> None:
     assert rule(Source(path, text)) == []
+
+
+def module_of(source: Source) -> str:
+    return source.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imports_make_no_circle(package: Sequence[Source]) -> list[str]:
+    """Wherever the imports stand: in functions and for type checkers, too."""
+    modules = {module_of(source) for source in package}
+    graph: dict[str, set[str]] = {}
+    for source in package:
+        module = module_of(source)
+        found = {name for _, name in imported(source.tree)}
+        found |= {name.rpartition(".")[0] for name in found - modules}
+        graph[module] = (found & modules) - {module}
+    # Whatever imports nothing of the rest is in no circle.
+    while done := [module for module, others in graph.items() if not others & graph.keys()]:
+        for module in done:
+            del graph[module]
+    return [
+        f"{module} imports {', '.join(sorted(others & graph.keys()))}, which lead back to it"
+        for module, others in graph.items()
+    ]
+
+
+def names_say_one_thing(package: Sequence[Source]) -> list[str]:
+    """No two modules (or folders) have a name in common, nor two classes (or types by a name)."""
+    places: dict[str, set[str]] = {}
+    for source in package:
+        *folders, module = module_of(source).split(".")
+        for number, folder in enumerate(folders, start=1):
+            places.setdefault(folder, set()).add(".".join(folders[:number]))
+        places.setdefault(module, set()).add(module_of(source))
+        for node in source.tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            names = [name for name in names if re.match("_?[A-Z]+[a-z]", name)]
+            names += [node.name] if isinstance(node, ast.ClassDef) else []
+            for name in names:
+                places.setdefault(name, set()).add(source.path)
+    return [
+        f"{name} is in {' and in '.join(sorted(found))}"
+        for name, found in places.items()
+        if len(found) > 1
+    ]
+
+
+PackageRule = Callable[[Sequence[Source]], list[str]]
+PACKAGE_RULES: list[tuple[PackageRule, str]] = [
+    *((imports_make_no_circle, package) for package in ("moe_ext", "megatron/trainer", "moe_app")),
+    *((names_say_one_thing, package) for package in ("moe_ext", "megatron/trainer")),
+]
+CIRCLE = [
+    Source("p/__init__.py", "import p.a"),
+    Source("p/a.py", "from p import b"),
+    Source("p/b.py", "from p.q.c import C\nimport p.d"),
+    Source("p/q/c.py", "def f():\n    import p.a"),
+    Source("p/d.py", "import os"),
+]
+TWICE: list[list[tuple[str, str]]] = [
+    [("p/a.py", "class A:\n    pass"), ("p/b.py", "class A:\n    pass")],
+    [("p/a.py", "class Kind:\n    pass"), ("p/b.py", "Kind = int | str")],
+    [("p/a.py", ""), ("p/q/a.py", "")],
+    [("p/a.py", ""), ("p/q/a/b.py", "")],
+]
+
+
+@pytest.mark.parametrize(("rule", "package"), PACKAGE_RULES)
+def test_package_keeps_the_rule(rule: PackageRule, package: str) -> None:
+    sources = [source for source in repository() if source.area == package]
+    assert len(sources) > 20
+    problems = rule(sources)
+    assert not problems, "\n".join(problems)
+
+
+def test_circle_of_imports_is_found_and_nothing_else() -> None:
+    found = [problem.split(" imports ")[0] for problem in imports_make_no_circle(CIRCLE)]
+    assert found == ["p", "p.a", "p.b", "p.q.c"]
+    assert imports_make_no_circle([*CIRCLE[:3], Source("p/q/c.py", "import p.d"), CIRCLE[4]]) == []
+
+
+@pytest.mark.parametrize("files", TWICE)
+def test_name_of_two_things_is_found(files: list[tuple[str, str]]) -> None:
+    assert names_say_one_thing([Source(*each) for each in files])
+    assert names_say_one_thing([Source(*files[0])]) == []
+    assert names_say_one_thing([Source("p/__init__.py", ""), Source("p/q/a.py", "LIMIT = 1")]) == []
 
 
 def namespace_problems(root: Path) -> list[str]:

@@ -10,7 +10,8 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from moe_ext.attention.cache import KeyValueCache, use_cache
+from moe_ext.attention.cache import KeyValueCache
+from moe_ext.attention.core import use_cache
 from moe_ext.builder import BuiltModel, build_model
 from moe_ext.config import MoEModelConfig
 from moe_ext.experts import EXPERT_BACKENDS

@@ -17,10 +17,10 @@ from megatron.trainer.config.schema import DataConfig
 from moe_app.convert import convert_checkpoint
 from moe_app.convert.files import hf_files
 from moe_app.pretrain.config import PretrainConfig
-from moe_ext.convert import FAMILIES, Layout
+from moe_ext.convert import FAMILIES, ExpertLayout
 from tests.distributed.convert_models import hf_weights, make_hf
 
-CASES: list[tuple[str, Layout, dict[str, Any]]] = [
+CASES: list[tuple[str, ExpertLayout, dict[str, Any]]] = [
     ("olmoe", "per-expert", {}),
     ("olmoe", "fused", {}),
     ("olmoe", "per-expert", {"tie_word_embeddings": True}),
@@ -49,7 +49,7 @@ def assert_equal_tensors(found: dict[str, torch.Tensor], wanted: dict[str, torch
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("family", "form", "changes"), CASES)
 def test_weights_survive_the_round_trip_bit_for_bit(
-    family: str, form: Layout, changes: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+    family: str, form: ExpertLayout, changes: dict[str, Any], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     source, weights = make_hf(tmp_path / "hf", family, form, dtype=dtype, **changes)
     assert convert("import", "--hf", source, "--save", tmp_path / "run") == 0

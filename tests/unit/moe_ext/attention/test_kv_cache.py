@@ -18,7 +18,8 @@ from megatron.trainer.inference.parallel_model import ParallelModel
 from megatron.trainer.inference.sampling import greedy_token, next_token
 from megatron.trainer.runtime.launch import RunContext
 from moe_app.infer.open_model import CachedModel, LoadedModel
-from moe_ext.attention.cache import KeyValueCache, use_cache
+from moe_ext.attention.cache import KeyValueCache
+from moe_ext.attention.core import use_cache
 from moe_ext.builder import build_model
 from moe_ext.config import MoEModelConfig
 from moe_ext.convert import FAMILIES

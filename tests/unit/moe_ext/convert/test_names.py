@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe_ext.builder import build_model
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert import FAMILIES, Layout, family_for_model, family_from_config
+from moe_ext.convert import FAMILIES, ExpertLayout, family_for_model, family_from_config
 from moe_ext.layers.transformer import transformer_config
 from moe_ext.presets import PRESETS
 from tests.distributed.hf_models import fill, random_model, shards, to_hf, to_native
 
-CASES: dict[str, tuple[str, Layout, dict[str, Any]]] = {
+CASES: dict[str, tuple[str, ExpertLayout, dict[str, Any]]] = {
     "olmoe per-expert": ("olmoe", "per-expert", {}),
     "olmoe fused": ("olmoe", "fused", {}),
     "olmoe tied": ("olmoe", "per-expert", {"tie_word_embeddings": True}),
@@ -32,7 +32,7 @@ def described(family: str, reference: PreTrainedModel, **changes: Any) -> MoEMod
     return FAMILIES[family].model_config(reference.config.to_diff_dict(), **changes)
 
 
-def saved(reference: PreTrainedModel, layout: Layout, path: Path) -> dict[str, Tensor]:
+def saved(reference: PreTrainedModel, layout: ExpertLayout, path: Path) -> dict[str, Tensor]:
     """Return the tensors that transformers itself writes to disk."""
     reference.save_pretrained(path, save_original_format=layout == "per-expert")
     return load_file(path / "model.safetensors")
@@ -87,7 +87,7 @@ def test_native_names_and_shapes_match_a_built_model(
 
 
 @pytest.mark.parametrize("layout", FAMILIES["olmoe"].layouts)
-def test_both_layouts_give_the_same_native_tensors(layout: Layout, tmp_path: Path) -> None:
+def test_both_layouts_give_the_same_native_tensors(layout: ExpertLayout, tmp_path: Path) -> None:
     reference = random_model("olmoe")
     model = described("olmoe", reference)
     on_disk = saved(reference, layout, tmp_path)
@@ -146,7 +146,7 @@ def test_vocabulary_is_padded_to_the_requested_multiple() -> None:
     ],
 )
 def test_published_models_convert_in_small_pieces(
-    preset: str, layout: Layout, num_tensors: int, num_parameters: int
+    preset: str, layout: ExpertLayout, num_tensors: int, num_parameters: int
 ) -> None:
     model = MoEModelConfig(**PRESETS[preset])
     family = family_for_model(model)

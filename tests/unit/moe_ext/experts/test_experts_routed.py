@@ -18,7 +18,7 @@ from moe_ext.experts.grouped_gemm import (
 from moe_ext.experts.loop import loop_experts, loop_projection
 from moe_ext.experts.slots import ExpertOrder, sort_by_expert
 from moe_ext.layers import products
-from moe_ext.layers.products import linear
+from moe_ext.layers.products import accumulating_linear
 
 WIDTH, FFN, EXPERTS = 6, 4, 5
 CHOICES = {
@@ -229,13 +229,13 @@ def test_a_linear_layer_and_its_gradients_in_place_and_not(
     inputs = leaves((3, 2, WIDTH), (FFN, WIDTH), dtype=dtype)
     rows, weight = inputs
     expected = all_of(rows.double() @ weight.double().T, inputs)
-    actual = all_of(linear(rows, weight), inputs)
+    actual = all_of(accumulating_linear(rows, weight), inputs)
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
     upstream = torch.linspace(-1, 1, actual[0].numel()).view_as(actual[0]).to(dtype)
-    (found,) = in_place(lambda: linear(rows, weight), [weight], upstream)
+    (found,) = in_place(lambda: accumulating_linear(rows, weight), [weight], upstream)
     torch.testing.assert_close(
         found.double(), expected[2].double(), rtol=max(tolerance, 1e-5), atol=max(tolerance, 1e-5)
     )
