@@ -11,24 +11,25 @@ import torch
 
 from megatron.trainer.checkpoint import (
     FoundCheckpoint,
-    compare_configs,
-    config_mismatch,
     find_checkpoint,
     load_checkpoint,
-    read_text,
     save_checkpoint,
 )
-from megatron.trainer.checkpoint.collective import on_rank0
 from megatron.trainer.checkpoint.layout import final_iterations, stranded
+from megatron.trainer.checkpoint.saved_run import (
+    RUN_NAME,
+    WEIGHTS_ONLY,
+    check_architecture,
+    read_run,
+)
 from megatron.trainer.config.cli import dump_config
-from megatron.trainer.config.recipe import plain_values
 from megatron.trainer.config.schema import CheckpointConfig
 from megatron.trainer.errors import CheckpointError, DataError
 from megatron.trainer.hooks.base import read_records
 from megatron.trainer.optim.scheduler import LRSchedule, branch_rate, rate_of_branch
 from megatron.trainer.optim.sharded_state import OPTIMIZER_PREFIX
 from megatron.trainer.records.run_dir import CONFIG_NAME, EVENTS_NAME, METRICS_NAME
-from megatron.trainer.runtime.launch import agree
+from megatron.trainer.runtime.collective import on_rank0
 from megatron.trainer.state import (
     RNG_PREFIX,
     TrainState,
@@ -43,19 +44,6 @@ from megatron.trainer.state import (
 
 logger = logging.getLogger(__name__)
 
-RUN_NAME = "run.json"
-_RUN_TYPES = {
-    "data": dict,
-    "iteration": int,
-    "layout": dict,
-    "optimizer_steps": int,
-    "schedule": dict,
-}
-"""What run.json must hold, and as what."""
-_LARGEST_COUNT = 1 << 62
-WEIGHTS_ONLY = "weights_only"
-"""Key of run.json: true where a checkpoint holds weights and nothing else of a run."""
-
 
 def checkpoint_writer(state: TrainState) -> Callable[[TrainState], None] | None:
     """What `loop.train` calls to save; None when the run saves nothing."""
@@ -66,7 +54,7 @@ def checkpoint_writer(state: TrainState) -> Callable[[TrainState], None] | None:
     files: dict[str, str | Path] = {CONFIG_NAME: dump_config(state.cfg)}
     if state.cfg.data.tokenizer_model is not None and not state.cfg.data.mock_data:
         tokenizer = Path(state.cfg.data.tokenizer_model)
-        agree(lambda: _require_tokenizer(tokenizer))
+        on_rank0(f"looking for {tokenizer}", lambda: _require_tokenizer(tokenizer))
         files[tokenizer.name] = tokenizer
 
     def write(current: TrainState) -> None:
@@ -122,16 +110,19 @@ def resume(state: TrainState, model_config: Architecture) -> Beginning:
         What was found.
     """
     cfg = state.cfg.checkpoint
-    load, is_continued = _where_from(cfg)
+    origin = _decide_origin(cfg)
+    load, is_continued = origin.load, origin.is_continued
     is_branching = cfg.anneal_from is not None and not is_continued
     if load is None:
         return Beginning(event="start", detail="from initial weights")
-    if is_continued and not _has_checkpoints(load):
+    if is_continued and not origin.has_checkpoints:
         logger.info("no checkpoint in %s yet: starting from iteration 0", load)
         return Beginning(event="start", detail="from initial weights")
     found = find_checkpoint(load, iteration=cfg.anneal_from if is_branching else cfg.ckpt_step)
-    agree(lambda: check_architecture(found, model_config.architecture()))
-    run = None if cfg.finetune else agree(lambda: _saved_run(found))
+    run = on_rank0(
+        f"reading the configuration in {found.path}",
+        lambda: _read_run(found, model_config.architecture(), weights_only=cfg.finetune),
+    )
     passed_over = tuple(f"{path.name}: {problems[0]}" for path, problems in found.skipped)
     if run is None or run.get(WEIGHTS_ONLY) is True:
         _take_weights(state, found)
@@ -139,7 +130,7 @@ def resume(state: TrainState, model_config: Architecture) -> Beginning:
             event="start", detail=f"from the weights of {found.path}", passed_over=passed_over
         )
     if state.anneal is not None:
-        state.schedule = agree(lambda: _branch_schedule(state, run, found, is_branching))
+        state.schedule = _branch_schedule(state, run, found, is_branching)
     _take_state(state, found, run, is_branching=is_branching)
     logger.info(
         "%s %s at iteration %d, %d samples consumed, learning rate %g",
@@ -191,10 +182,10 @@ def rewind(state: TrainState, newest: int) -> bool:
     if not cfg.reliability.rewind_on_spike or cfg.checkpoint.save is None:
         return False
     root = Path(cfg.checkpoint.save)
-    if not agree(lambda: _has_checkpoints(root, upto=newest)):
+    if not on_rank0(f"looking into {root}", lambda: _has_checkpoints(root, upto=newest)):
         return False
     found = find_checkpoint(root, upto=newest)
-    run = agree(lambda: _saved_run(found))
+    run = on_rank0(f"reading {found.path / RUN_NAME}", lambda: read_run(found))
     if run.get(WEIGHTS_ONLY) is True or not state.guard.may_rewind(found.iteration):
         return False
     rewinds, drawn = dict(state.guard.rewinds), state.train_data.consumed_per_source()
@@ -230,7 +221,6 @@ def evaluation_is_pending(state: TrainState) -> bool:
                 for record in read_records(metrics)
             )
         ),
-        None,
     )
 
 
@@ -240,25 +230,45 @@ def check_directories(cfg: CheckpointConfig) -> None:
     Raises:
         CheckpointError: on every rank, as `resume` would.
     """
-    _where_from(cfg)
+    _decide_origin(cfg)
 
 
-def _where_from(cfg: CheckpointConfig) -> tuple[Path | None, bool]:
-    """The directory to load from, and whether it is the one that is saved to.
+@dataclass(frozen=True, kw_only=True)
+class _Origin:
+    """Says where a run begins."""
+
+    load: Path | None
+    """The directory to load from; None begins with initial weights."""
+    is_continued: bool
+    """It is the one that is saved to."""
+    has_checkpoints: bool
+    """Whether a continued run finds any there."""
+
+
+def _decide_origin(cfg: CheckpointConfig) -> _Origin:
+    """Look into --save and --load on rank 0; a collective call.
 
     Raises:
         CheckpointError: --save holds another run, or a branch cannot begin; on every rank.
     """
+    return on_rank0("looking into --save and --load", lambda: _origin(cfg))
+
+
+def _origin(cfg: CheckpointConfig) -> _Origin:
     save = Path(cfg.save) if cfg.save is not None else None
     load = Path(cfg.load) if cfg.load is not None else None
     is_continued = save is not None and load is not None and save.resolve() == load.resolve()
     if cfg.anneal_from is not None:
         if save is not None and _has_checkpoints(save):
-            return save, True
-        agree(lambda: _check_branch_start(cfg, is_continued))
+            return _Origin(load=save, is_continued=True, has_checkpoints=True)
+        _check_branch_start(cfg, is_continued)
     if save is not None and (cfg.finetune or not is_continued):
-        agree(lambda: _refuse_to_overwrite(save, is_from_elsewhere=load is not None))
-    return load, is_continued
+        _refuse_to_overwrite(save, is_from_elsewhere=load is not None)
+    return _Origin(
+        load=load,
+        is_continued=is_continued,
+        has_checkpoints=is_continued and load is not None and _has_checkpoints(load),
+    )
 
 
 def _take_weights(state: TrainState, found: FoundCheckpoint) -> None:
@@ -313,53 +323,12 @@ def load_weights(modules: list[torch.nn.Module], found: FoundCheckpoint) -> None
     load_model(modules, loaded)
 
 
-def saved_config(found: FoundCheckpoint) -> dict[str, Any]:
-    """The flat config that wrote the checkpoint."""
-    try:
-        config = plain_values(read_text(found.path, CONFIG_NAME))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{found.path / CONFIG_NAME} cannot be read as plain YAML: {error}; restore it from the"
-            " run directory"
-        ) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{found.path / CONFIG_NAME} holds {type(config).__name__}, not a mapping of settings;"
-            " restore it from the run directory"
-        )
-    return config
-
-
-def check_architecture(found: FoundCheckpoint, wanted: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another architecture, listing every difference."""
-    saved = saved_config(found)
-    differences = compare_configs({key: saved.get(key) for key in wanted}, wanted)
-    if differences:
-        raise config_mismatch(found.path, differences)
-
-
-def _saved_run(found: FoundCheckpoint) -> dict[str, Any]:
-    """What `run_state` said when the checkpoint was written."""
-    where = found.path / RUN_NAME
-    try:
-        run = json.loads(read_text(found.path, RUN_NAME))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON: {error}") from error
-    if isinstance(run, dict) and run.get(WEIGHTS_ONLY) is True:
-        return dict(run)
-    remedy = "take only the weights with --finetune, or load another checkpoint with --ckpt-step"
-    missing = [key for key in _RUN_TYPES if not isinstance(run, dict) or key not in run]
-    if missing:
-        raise CheckpointError(
-            f"{where} lacks {', '.join(missing)}; it must hold {', '.join(_RUN_TYPES)}; {remedy}"
-        )
-    for key, kind in _RUN_TYPES.items():
-        if type(run[key]) is not kind or (kind is int and not 0 <= run[key] < _LARGEST_COUNT):
-            raise CheckpointError(
-                f"{where} has {key} {run[key]!r:.80}; it must be"
-                f" {'a number of steps' if kind is int else 'an object'}; {remedy}"
-            )
-    return dict(run)
+def _read_run(
+    found: FoundCheckpoint, architecture: Mapping[str, Any], *, weights_only: bool
+) -> dict[str, Any] | None:
+    """Check that a checkpoint fits, and return its run.json; None where only weights are wanted."""
+    check_architecture(found, architecture)
+    return None if weights_only else read_run(found)
 
 
 def _require_tokenizer(tokenizer: Path) -> None:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.trainer.checkpoint.saved_run import RUN_NAME, WEIGHTS_ONLY
 from megatron.trainer.config.cli import dump_config
 from megatron.trainer.config.schema import DataConfig, TrainingConfig
 from megatron.trainer.data.tokenizer import END_OF_DOCUMENT, TOKENIZERS, load_tokenizer
 from megatron.trainer.errors import CheckpointError, DataError
 from megatron.trainer.hf_files.directory import CONFIG_NAME, read_entry, read_json
 from megatron.trainer.records.run_dir import CONFIG_NAME as RUN_CONFIG_NAME
-from megatron.trainer.resume import RUN_NAME, WEIGHTS_ONLY
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.config import MoEModelConfig
 from moe_ext.convert import Family

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ from megatron.trainer.inference.sampling import (
     greedy_token,
     next_token,
 )
-from megatron.trainer.runtime.launch import agree, environment_rank, run_main
+from megatron.trainer.runtime.collective import on_all_ranks, on_rank0
+from megatron.trainer.runtime.launch import environment_rank, run_main
 from megatron.trainer.runtime.log import configure_logging
 from moe_app.command_line import program
 from moe_app.infer import open_model
@@ -46,10 +47,22 @@ _DUMMY_PROMPT = Prompt(ids=[0], sample=greedy_token, max_new_tokens=0)
 class GenerationTask:
     """Holds a prompt, and the record its continuation is added to."""
 
-    prompt: Prompt
-    """The prompt to continue."""
+    ids: list[int]
+    """Tokens of the prompt, at least one."""
     record: dict[str, Any]
-    """The object that the output keeps."""
+    """What the output keeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationInput:
+    """Holds what rank 0 reads and all ranks need."""
+
+    tasks: list[GenerationTask]
+    """In the order of the input."""
+    stop_id: int
+    """The token that ends a document."""
+    vocab_size: int
+    """Ids of the tokenizer; no others are drawn."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,30 +152,39 @@ def run(args: argparse.Namespace) -> None:
     check_arguments(args)
     with open_model.joined_ranks(args), contextlib.ExitStack() as stack:
         opened = open_model.open_checkpoint(args, prog=program("generate"))
-        tokenizer = agree(lambda: open_model.open_tokenizer(args, opened))
-        seq_length = opened.saved.training.seq_length
-        tasks = agree(lambda: read_tasks(args, tokenizer, seq_length=seq_length))
-        output = agree(lambda: open_output(args))
+        # Opened on rank 0 alone: the others get tokens.
+        tokenizer = functools.cache(lambda: open_model.open_tokenizer(args, opened))
+        given = on_rank0("reading the prompts", lambda: read_input(args, opened, tokenizer()))
+        output = on_all_ranks("opening the output", lambda: open_output(args))
         if output is not None:
             stack.enter_context(output)
         loaded = open_model.load_model(args, opened)
+        prompts = make_prompts(args, given.tasks)
         per_round = args.batch_size * loaded.ctx.layout.data
-        for start in range(0, len(tasks), per_round):
-            some = tasks[start : start + per_round]
-            added = generate_round(loaded, [task.prompt for task in some], tokenizer)
-            agree(functools.partial(write_round, start, some, added, tokenizer, output))
-        agree(lambda: output.finish() if output is not None else None)
+        for start in range(0, len(prompts), per_round):
+            part = slice(start, start + per_round)
+            added = generate_round(
+                loaded, prompts[part], stop_id=given.stop_id, vocab_size=given.vocab_size
+            )
+            on_all_ranks(
+                "writing the texts",
+                functools.partial(
+                    write_round, start, given.tasks[part], added, tokenizer=tokenizer, output=output
+                ),
+            )
+        on_all_ranks("writing the texts", lambda: output.finish() if output is not None else None)
 
 
 def generate_round(
-    loaded: open_model.LoadedModel, prompts: Sequence[Prompt], tokenizer: Tokenizer
+    loaded: open_model.LoadedModel, prompts: Sequence[Prompt], *, stop_id: int, vocab_size: int
 ) -> list[list[int]]:
     """Continue a few prompts on all ranks; a collective call.
 
     Args:
         loaded: the model.
         prompts: distributed to the data parallel ranks round-robin.
-        tokenizer: gives the end-of-document id and the vocabulary size.
+        stop_id: the end-of-document id.
+        vocab_size: ids of the tokenizer are below it.
 
     Returns:
         Each prompt's new tokens, on every rank.
@@ -175,8 +197,8 @@ def generate_round(
         new = generate(
             open_model.CachedModel(loaded, cache),
             mine,
-            stop_id=tokenizer.eod,
-            vocab_size=tokenizer.vocab_size,
+            stop_id=stop_id,
+            vocab_size=vocab_size,
         )
     found = dict(zip(numbers, new, strict=False)) if loaded.parallel.is_output_rank else {}
     everyone: list[dict[int, list[int]]] = [{} for _ in range(ctx.world_size)]
@@ -189,13 +211,14 @@ def write_round(
     start: int,
     tasks: Sequence[GenerationTask],
     added: Sequence[list[int]],
-    tokenizer: Tokenizer,
+    *,
+    tokenizer: Callable[[], Tokenizer],
     output: AtomicFile | None,
 ) -> None:
     """Write the completions of some tasks, numbered after `start`; on rank 0 only."""
     if environment_rank() == 0:
         for number, (task, new) in enumerate(zip(tasks, added, strict=True), start=start + 1):
-            write_completion(number, task, new, tokenizer, output)
+            write_completion(number, task, new, tokenizer(), output)
 
 
 def write_completion(
@@ -206,7 +229,7 @@ def write_completion(
     output: AtomicFile | None,
 ) -> None:
     """Write prompt `number`, counted from 1, and its new tokens as text."""
-    ids = task.prompt.ids
+    ids = task.ids
     has_ended = bool(new) and new[-1] == tokenizer.eod
     text = tokenizer.decode(ids + (new[:-1] if has_ended else new))
     if output is not None:
@@ -248,21 +271,24 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
 
 
-def read_tasks(
-    args: argparse.Namespace, tokenizer: Tokenizer, *, seq_length: int
-) -> list[GenerationTask]:
-    """Return every prompt, each with its own generator.
+def read_input(
+    args: argparse.Namespace, opened: open_model.OpenedCheckpoint, tokenizer: Tokenizer
+) -> GenerationInput:
+    """Read every prompt.
 
     Raises:
-        ConfigError: a prompt is empty, or too long to be continued within `seq_length`, the
-            length that the model was trained on.
+        ConfigError: a prompt is empty, or too long to be continued within the length that the
+            model was trained on.
         DataError: the same for a line of `--input`, or it is not a prompt.
     """
+    seq_length = opened.saved.training.seq_length
     if args.input is None:
-        records = [{"prompt": text} for text in args.prompt]
-        prompts = [
-            encode_prompt(args, tokenizer, number, seq_length=seq_length)
-            for number in range(1, len(records) + 1)
+        tasks = [
+            GenerationTask(
+                ids=encode_prompt(args, tokenizer, number, seq_length=seq_length),
+                record={"prompt": text},
+            )
+            for number, text in enumerate(args.prompt, start=1)
         ]
     else:
         lines = list(
@@ -281,25 +307,26 @@ def read_tasks(
             raise ConfigError(
                 f"{args.input} has no lines; there is nothing to continue; name another --input"
             )
-        records = [line.record for line in lines]
-        prompts = [line.ids for line in lines]
+        tasks = [GenerationTask(ids=line.ids, record=line.record) for line in lines]
+    return GenerationInput(tasks=tasks, stop_id=tokenizer.eod, vocab_size=tokenizer.vocab_size)
+
+
+def make_prompts(args: argparse.Namespace, tasks: Sequence[GenerationTask]) -> list[Prompt]:
+    """Give every task a generator of its own."""
     return [
-        GenerationTask(
-            record=record,
-            prompt=Prompt(
-                ids=ids,
-                sample=make_sampler(args, torch.Generator().manual_seed(args.seed + index)),
-                max_new_tokens=args.max_new_tokens,
-            ),
+        Prompt(
+            ids=task.ids,
+            sample=make_sampler(args, torch.Generator().manual_seed(args.seed + index)),
+            max_new_tokens=args.max_new_tokens,
         )
-        for index, (record, ids) in enumerate(zip(records, prompts, strict=True))
+        for index, task in enumerate(tasks)
     ]
 
 
 def encode_prompt(
     args: argparse.Namespace, tokenizer: Tokenizer, number: int, *, seq_length: int
 ) -> list[int]:
-    """Return the tokens of `--prompt` number `number`, counted from 1; see `read_tasks`."""
+    """Return the tokens of `--prompt` number `number`, counted from 1; see `read_input`."""
     text = args.prompt[number - 1]
     try:
         text.encode("utf-8")

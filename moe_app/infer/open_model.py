@@ -19,9 +19,9 @@ from megatron.trainer.errors import ConfigError
 from megatron.trainer.inference.parallel_model import ParallelModel
 from megatron.trainer.records.run_dir import CONFIG_NAME
 from megatron.trainer.resume import load_weights
+from megatron.trainer.runtime.collective import on_rank0
 from megatron.trainer.runtime.launch import (
     RunContext,
-    agree,
     connect,
     environment_rank,
     environment_world_size,
@@ -165,11 +165,17 @@ def open_checkpoint(args: argparse.Namespace, *, prog: str) -> OpenedCheckpoint:
         CheckpointError: there is no valid one, or its config describes a larger model.
     """
     found = find_checkpoint(Path(args.load), iteration=args.ckpt_step)
-    config = ["--config", str(found.path / CONFIG_NAME)]
-    saved = agree(lambda: load_config(PretrainConfig, config, prog=prog, description=""))
-    shards = [shard.stat().st_size for shard in found.path.glob("*.distcp")]
-    agree(lambda: check_size(saved.model, sum(shards), config=found.path / CONFIG_NAME))
+    saved = on_rank0(f"reading {found.path / CONFIG_NAME}", lambda: _read_config(found, prog=prog))
     return OpenedCheckpoint(found=found, saved=saved)
+
+
+def _read_config(found: FoundCheckpoint, *, prog: str) -> PretrainConfig:
+    """Read the config of the run that wrote a checkpoint, and check it against the files' size."""
+    path = found.path / CONFIG_NAME
+    saved = load_config(PretrainConfig, ["--config", str(path)], prog=prog, description="")
+    shards = [shard.stat().st_size for shard in found.path.glob("*.distcp")]
+    check_size(saved.model, sum(shards), config=path)
+    return saved
 
 
 def open_tokenizer(args: argparse.Namespace, opened: OpenedCheckpoint) -> Tokenizer:

@@ -24,7 +24,8 @@ import torch.distributed as dist
 from megatron.trainer.errors import CheckpointError, ConfigError
 from megatron.trainer.inference.lines import AtomicFile, Line, read_tokens
 from megatron.trainer.inference.scoring import compute_logits, score
-from megatron.trainer.runtime.launch import agree, environment_rank, run_main
+from megatron.trainer.runtime.collective import on_all_ranks, on_rank0
+from megatron.trainer.runtime.launch import environment_rank, run_main
 from megatron.trainer.runtime.log import configure_logging
 from moe_app.command_line import program
 from moe_app.infer import open_model
@@ -99,26 +100,27 @@ def run(args: argparse.Namespace) -> None:
     with open_model.joined_ranks(args), contextlib.ExitStack() as stack:
         opened = open_model.open_checkpoint(args, prog=program("score"))
         reader = InputReader(args, opened)
-        stats = agree(reader.measure)
-        agree(lambda: check_logits(args, stats, opened.saved.model.vocab_size))
-        output = agree(lambda: open_output(args.output))
-        logits_output = agree(lambda: open_output(args.logits))
+        stats = on_rank0("reading the input", reader.measure)
+        vocab_size = opened.saved.model.vocab_size
+        on_rank0("checking --logits", lambda: check_logits(args, stats, vocab_size))
+        output = on_all_ranks("opening the output", lambda: open_output(args.output))
+        logits_output = on_all_ranks("opening the output", lambda: open_output(args.logits))
         for file in (output, logits_output):
             if file is not None:
                 stack.enter_context(file)
         loaded = open_model.load_model(args, opened)
-        writer = ScoreWriter(output, logits_output, stats, opened.saved.model.vocab_size)
+        writer = ScoreWriter(output, logits_output, stats, vocab_size)
         for lines in read_rounds(reader):
             rows = {number: line.ids for number, line in enumerate(lines)}
             scores = gather_on_rank_0(score(loaded.parallel, rows, **_sharding(args, loaded)))
-            agree(functools.partial(writer.write, lines, scores))
+            on_all_ranks("writing the scores", functools.partial(writer.write, lines, scores))
             if args.logits is not None:
                 logits = gather_on_rank_0(
                     compute_logits(loaded.parallel, rows, **_sharding(args, loaded))
                 )
                 writer.add_logits(logits)
             writer.advance(lines)
-        agree(writer.finish)
+        on_all_ranks("writing the scores", writer.finish)
 
 
 def _sharding(args: argparse.Namespace, loaded: open_model.LoadedModel) -> dict[str, int]:
@@ -260,9 +262,9 @@ class ScoreWriter:
 
 
 def read_rounds(reader: InputReader) -> Iterator[list[Line]]:
-    """Yield lines in groups of about TOKENS_PER_ROUND tokens; a collective call for each group."""
+    """Yield the lines that rank 0 reads, in groups of about TOKENS_PER_ROUND tokens; collective."""
     lines = iter(reader)
-    while group := agree(functools.partial(_next_group, lines)):
+    while group := on_rank0("reading the input", functools.partial(_next_group, lines)):
         yield group
 
 

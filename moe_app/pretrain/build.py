@@ -8,13 +8,14 @@ from megatron.trainer.config.durations import describe_lengths
 from megatron.trainer.config.schema import DataConfig, TrainingConfig
 from megatron.trainer.config.validate import MOE_ACT
 from megatron.trainer.data.batch_views import DocumentRule
-from megatron.trainer.data.build import DataBundle, build_data
+from megatron.trainer.data.build import DataBundle, build_data, describe
 from megatron.trainer.data.tokenizer import load_tokenizer
-from megatron.trainer.errors import ConfigError
+from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.optim.adamw import describe_groups
 from megatron.trainer.optim.schedules import anneal_schedule, build_schedule
 from megatron.trainer.optim.wrap import prepare_training, wrap_model
-from megatron.trainer.runtime.launch import RunContext, agree
+from megatron.trainer.runtime.collective import on_all_ranks, on_rank0, require_same
+from megatron.trainer.runtime.launch import RunContext
 from megatron.trainer.state import TrainState
 from moe_app.pretrain.config import PretrainConfig
 from moe_app.pretrain.describe import data_lines, describe_run
@@ -30,18 +31,10 @@ logger = logging.getLogger(__name__)
 def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
     """Everything a run needs, at iteration 0."""
     schedule = build_schedule(cfg)
-    data = agree(
-        lambda: build_data(
-            cfg.data,
-            vocab_size=cfg.model.vocab_size,
-            seq_length=cfg.training.seq_length,
-            seed=cfg.training.seed,
-            samples_per_step=cfg.training.global_batch_size,
-            gpu=ctx.device if ctx.device.type == "cuda" else None,
-        )
+    data = _open_data(cfg, ctx)
+    documents = on_rank0(
+        "looking for the end of documents", lambda: document_rule(cfg.data, cfg.model.vocab_size)
     )
-    documents = agree(lambda: document_rule(cfg.data, cfg.model.vocab_size))
-    agree(lambda: _check_validation(cfg, data))
     built = build_chunks(cfg, ctx, seed=cfg.training.seed)
     chunks = wrap_model(cfg, list(built.chunks), built.config)
     state = TrainState(
@@ -122,6 +115,35 @@ def _recompute_settings(training: TrainingConfig) -> dict[str, Any]:
         return {}
     modules = [name for name in training.recompute_modules if name != MOE_ACT]
     return {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
+
+
+def _open_data(cfg: PretrainConfig, ctx: RunContext) -> DataBundle:
+    """Open the data on every rank; a collective call.
+
+    Raises:
+        UserError: they are missing or damaged on some rank, or not the same on all of them.
+    """
+
+    def build() -> DataBundle:
+        data = build_data(
+            cfg.data,
+            vocab_size=cfg.model.vocab_size,
+            seq_length=cfg.training.seq_length,
+            seed=cfg.training.seed,
+            samples_per_step=cfg.training.global_batch_size,
+            gpu=ctx.device if ctx.device.type == "cuda" else None,
+        )
+        _check_validation(cfg, data)
+        return data
+
+    data = on_all_ranks("opening the data", build)
+    require_same(
+        "data",
+        {f"{row['use']} {row['source']}": row for row in describe(data)},
+        error_class=DataError,
+        remedy="let all nodes read the same token files",
+    )
+    return data
 
 
 def document_rule(data: DataConfig, vocab_size: int) -> DocumentRule | None:

@@ -17,9 +17,9 @@ from megatron.trainer.resume import (
     rewind,
 )
 from megatron.trainer.runtime import signals
+from megatron.trainer.runtime.collective import on_all_ranks
 from megatron.trainer.runtime.launch import (
     RunContext,
-    agree,
     environment_rank,
     initialize,
     run_main,
@@ -64,10 +64,11 @@ def _pretrain(cfg: PretrainConfig) -> int:
     watchdog = start_watchdog(ctx, timeout_before(cfg.parallel.distributed_timeout_minutes))
     try:
         check_directories(cfg.checkpoint)
-        journal = agree(
+        journal = on_all_ranks(
+            "opening the run directory",
             lambda: open_journal(
                 cfg.checkpoint.save, rank=ctx.rank, train_iters=cfg.training.train_iters
-            )
+            ),
         )
         with journal.recording_errors():
             stop = _train(cfg, ctx, journal, watchdog)
@@ -88,7 +89,7 @@ def _train(
     journal.event(state.iteration, beginning.event, beginning.detail)
     if beginning.is_continued:
         journal.saved = state.iteration
-    hooks = agree(lambda: build_hooks(cfg, state))
+    hooks = on_all_ranks("opening the records", lambda: build_hooks(cfg, state))
     upkeep = Upkeep(
         save=checkpoint_writer(state),
         rewind=rewind,

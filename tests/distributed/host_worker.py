@@ -16,9 +16,7 @@ from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor
 
-from megatron.trainer.errors import ConfigError, DataError, UserError
 from megatron.trainer.runtime.cpu_backend import redirect_cuda
-from megatron.trainer.runtime.launch import agree
 
 SENT = [[1, 3], [4, 0]]
 """Rows that rank r sends to rank q."""
@@ -71,20 +69,6 @@ def reduce_scatter(sizes: Any, count: int) -> dict[str, Any]:
     )
 
 
-def agreement(failing: dict[int, UserError]) -> str:
-    """What `agree` ends with when some ranks fail."""
-
-    def act() -> str:
-        if dist.get_rank() in failing:
-            raise failing[dist.get_rank()]
-        return f"rank {dist.get_rank()}"
-
-    try:
-        return agree(act)
-    except UserError as error:
-        return f"{type(error).__name__}: {error}"
-
-
 def main() -> None:
     dist.init_process_group("gloo")
     redirect_cuda()
@@ -101,9 +85,6 @@ def main() -> None:
         "reduce_scatter uneven": reduce_scatter(SIZES, sum(SIZES)),
         "reduce_scatter empty": reduce_scatter([0, 3], 3),
         "reduce_scatter even": reduce_scatter(None, 6),
-        "agree": agreement({}),
-        "agree rank 1": agreement({1: DataError("x.idx is missing")}),
-        "agree both": agreement({0: ConfigError("first"), 1: DataError("second")}),
     }
     (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(answers))
     dist.destroy_process_group()

@@ -76,16 +76,3 @@ def test_reduce_scatter_sums_parts_and_joins_their_gradients(
     for rank in range(2):
         assert_equal(answers[rank][name]["value"], parts[rank])
         assert_equal(answers[rank][name]["gradient"], gradient)
-
-
-def test_agreement_gives_each_rank_its_own_result(answers: Answers) -> None:
-    assert [each["agree"] for each in answers] == ["rank 0", "rank 1"]
-
-
-def test_failure_of_one_rank_is_the_same_message_on_all(answers: Answers) -> None:
-    expected = "DataError: on rank 1: x.idx is missing"
-    assert [each["agree rank 1"] for each in answers] == [expected] * 2
-
-
-def test_of_several_failures_the_first_ranks_is_told(answers: Answers) -> None:
-    assert [each["agree both"] for each in answers] == ["ConfigError: first"] * 2

@@ -11,7 +11,6 @@ logits are not finite.
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -77,14 +76,14 @@ def error_of_non_finite_rank(
 def generate_in_rounds(
     loaded: open_model.LoadedModel, task: dict[str, Any], size: int, *, is_greedy: bool
 ) -> list[list[int]]:
-    vocab_size = loaded.parallel.vocab_size
-    tokenizer = cast(Any, SimpleNamespace(eod=task["stop_id"], vocab_size=vocab_size))
     prompts = [make_prompt(ids, task["new"], i, is_greedy) for i, ids in enumerate(task["prompts"])]
     per_round = size * loaded.ctx.layout.data
     new: list[list[int]] = []
     for start in range(0, len(prompts), per_round):
         some = prompts[start : start + per_round]
-        new += generate.generate_round(loaded, some, tokenizer)
+        new += generate.generate_round(
+            loaded, some, stop_id=task["stop_id"], vocab_size=loaded.parallel.vocab_size
+        )
     return new
 
 

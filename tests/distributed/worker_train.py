@@ -20,7 +20,8 @@ from megatron.trainer.hooks.base import Hook, Record
 from megatron.trainer.loop import Upkeep, train
 from megatron.trainer.records.journal import open_journal
 from megatron.trainer.resume import checkpoint_writer, resume, rewind
-from megatron.trainer.runtime.launch import agree, environment_rank, initialize, shut_down
+from megatron.trainer.runtime.collective import on_all_ranks
+from megatron.trainer.runtime.launch import environment_rank, initialize, shut_down
 from megatron.trainer.runtime.log import configure_logging
 from megatron.trainer.state import TrainState
 from megatron.trainer.step import language_model_step
@@ -44,10 +45,11 @@ class Recorder(Hook):
 def run_case(flags: list[str], out: Path, name: str) -> None:
     cfg = parse_recipe(flags, prog="worker", description="")
     ctx = initialize(cfg)
-    journal = agree(
+    journal = on_all_ranks(
+        "opening the run directory",
         lambda: open_journal(
             cfg.checkpoint.save, rank=ctx.rank, train_iters=cfg.training.train_iters
-        )
+        ),
     )
     recorder = Recorder()
     with journal.recording_errors():

@@ -8,9 +8,16 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron.trainer.checkpoint import layout
-from megatron.trainer.checkpoint.collective import gather, on_rank0, rank_of, size_of, together
-from megatron.trainer.checkpoint.manifest import MANIFEST_NAME, read_manifest, verify_manifest
+from megatron.trainer.checkpoint.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    compare_files,
+    read_manifest,
+    verify_manifest,
+)
+from megatron.trainer.checkpoint.stages import on_all_ranks, on_rank0
 from megatron.trainer.errors import CheckpointError
+from megatron.trainer.runtime.collective import gather, rank_of, size_of
 
 _SHOWN_PROBLEMS = 5
 
@@ -139,21 +146,25 @@ def _examine(
     path: Path, iteration: int, group: dist.ProcessGroup | None, *, compare_contents: bool
 ) -> list[str]:
     """What is wrong with one candidate: names and sizes on rank 0, contents shared by all."""
-    problems = on_rank0(f"examining {path}", partial(_examine_outside, path, iteration), group)
-    if problems or not compare_contents:
-        return problems
-    compare = partial(
-        verify_manifest, path, checksums=True, rank=rank_of(group), world_size=size_of(group)
+    problems, manifest = on_rank0(
+        f"examining {path}", partial(_examine_outside, path, iteration), group
     )
-    shares = gather(together(f"reading {path}", compare, group), group)
-    return list(dict.fromkeys(problem for share in shares for problem in share))
+    if manifest is None or not compare_contents:
+        return problems
+    share = sorted(manifest.files)[rank_of(group) :: size_of(group)]
+    compare = partial(compare_files, path, manifest, share)
+    own = on_all_ranks(f"reading {path}", compare, group)
+    return [problem for each in gather(own, group) for problem in each]
 
 
-def _examine_outside(path: Path, iteration: int) -> list[str]:
-    problems = verify_manifest(path, checksums=False)
-    if not problems and (written := read_manifest(path).iteration) != iteration:
-        problems = [f"{MANIFEST_NAME} says iteration {written}"]
-    return problems
+def _examine_outside(path: Path, iteration: int) -> tuple[list[str], Manifest | None]:
+    """Problems of a candidate or, where there are none, its manifest."""
+    if problems := verify_manifest(path, checksums=False):
+        return problems, None
+    manifest = read_manifest(path)
+    if manifest.iteration != iteration:
+        return [f"{MANIFEST_NAME} says iteration {manifest.iteration}"], None
+    return [], manifest
 
 
 def _report(found: FoundCheckpoint, plan: _Plan) -> None:

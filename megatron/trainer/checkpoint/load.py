@@ -1,6 +1,7 @@
 """Reading a checkpoint into a sharded state, of the layout it was saved from or another."""
 
 import json
+import socket
 import warnings
 from collections.abc import Collection, Iterable
 from functools import partial
@@ -18,15 +19,16 @@ from megatron.core.dist_checkpointing.validation import (
     validate_sharding_integrity,
 )
 
-from megatron.trainer.checkpoint.collective import on_rank0, rank_of, together
 from megatron.trainer.checkpoint.manifest import verify_manifest
 from megatron.trainer.checkpoint.safe_load import install_guards
+from megatron.trainer.checkpoint.stages import on_all_ranks, on_rank0, torch_errors_explained
 from megatron.trainer.errors import CheckpointError
 from megatron.trainer.io.bounded_read import is_plain_name, read_small
 
 _SHOWN_KEYS = 10
 _MOST_TEXT_BYTES = 1 << 26
 _FORMAT_NAME = "metadata.json"
+_READ_BY_EVERY_RANK = (_FORMAT_NAME, "common.pt", ".metadata")
 _FORMAT = {"sharded_backend": "torch_dist", "common_backend": "torch"}
 
 
@@ -57,14 +59,15 @@ def load_checkpoint(
             than `state` asks for; raised on every rank.
     """
     install_guards()
-    together(f"examining {path}", partial(_check_whole, path, rank_of(group)), group)
+    on_rank0(f"examining {path}", partial(_check_valid, path), group)
+    on_all_ranks(f"examining {path}", partial(_check_visible, path), group)
     sharded, _ = extract_sharded_base(load_preprocess(state)[0])
     _, wanted = determine_global_metadata(sharded)  # all ranks of the default group
-    together("checking the state", partial(validate_sharding_integrity, wanted), group)
+    on_all_ranks("checking the state", partial(validate_sharding_integrity, wanted), group)
     compare = partial(_compare_with, path, wanted, unread_prefixes)
     on_rank0(f"reading the metadata of {path}", compare, group)
     del sharded, wanted
-    return together(f"loading {path}", partial(_read, path, state), group)
+    return on_all_ranks(f"loading {path}", partial(_read, path, state), group)
 
 
 def read_text(path: Path, name: str) -> str:
@@ -88,14 +91,29 @@ def read_text(path: Path, name: str) -> str:
         raise CheckpointError(f"cannot read {path / name}: {error}") from error
 
 
-def _check_whole(path: Path, rank: int) -> None:
-    """Compare names and sizes with the manifest, on rank 0.
+def _check_visible(path: Path) -> None:
+    """Look for the files that megatron-core reads before its first collective.
+
+    A rank that failed to read them would leave the others waiting.
+
+    Raises:
+        CheckpointError: this rank does not see one.
+    """
+    for name in _READ_BY_EVERY_RANK:
+        if not (path / name).is_file():
+            raise CheckpointError(
+                f"host {socket.gethostname()} does not see {path / name}, which rank 0 sees;"
+                " checkpoints need one file system that all nodes share; look at the mount on that"
+                " host, or start again when it has caught up"
+            )
+
+
+def _check_valid(path: Path) -> None:
+    """Compare names and sizes with the manifest.
 
     Raises:
         CheckpointError: they differ.
     """
-    if rank != 0:
-        return
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a checkpoint: no such directory")
     problems = verify_manifest(path, checksums=False)
@@ -134,7 +152,8 @@ def _compare_with(
     Raises:
         CheckpointError: they differ.
     """
-    stored = TorchDistLoadShardedStrategy().load_sharded_metadata(path)
+    with torch_errors_explained(f"reading the metadata of {path}"):
+        stored = TorchDistLoadShardedStrategy().load_sharded_metadata(path)
     asked = {_key(entry): entry for part in wanted for entry in part}
     missing = [key for key in asked if key not in stored]
     unread = [
@@ -160,7 +179,7 @@ def _compare_with(
 
 def _read(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Let megatron-core read; torch gathers the failures of all ranks before it raises on each."""
-    with warnings.catch_warnings():
+    with torch_errors_explained(f"loading {path}"), warnings.catch_warnings():
         # megatron-core 0.16 calls torch's function by its former name.
         warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
         # It wraps several parts of one tensor in a class that torch would like to retire.

@@ -46,11 +46,6 @@ def list_files(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir() if entry.name != MANIFEST_NAME)
 
 
-def share(names: Sequence[str], rank: int, world_size: int) -> list[str]:
-    """The part of `names` that one of `world_size` ranks hashes."""
-    return list(names[rank::world_size])
-
-
 def hash_files(directory: Path, names: Sequence[str]) -> dict[str, FileRecord]:
     """Size and digest of each named file, which is forced to disk on the way.
 
@@ -131,17 +126,12 @@ def read_manifest(directory: Path) -> Manifest:
     )
 
 
-def verify_manifest(
-    directory: Path, *, checksums: bool, rank: int = 0, world_size: int = 1
-) -> list[str]:
-    """What is wrong with a checkpoint, one line a problem; empty when it is whole.
+def verify_manifest(directory: Path, *, checksums: bool) -> list[str]:
+    """List what is wrong with a checkpoint, one line a problem; nothing if it is valid.
 
     Args:
         directory: the checkpoint.
         checksums: compare contents too, not names and sizes alone.
-        rank: with `world_size`, which share of the contents to compare; names and sizes are
-            always compared in full.
-        world_size: ranks that share the work.
     """
     try:
         manifest = read_manifest(directory)
@@ -161,7 +151,21 @@ def verify_manifest(
         if size != wanted:
             problems.append(f"{name} has {size} bytes, the manifest says {wanted}")
     if checksums and not problems:
-        problems += _compare_contents(directory, manifest, share(common, rank, world_size))
+        problems += compare_files(directory, manifest, common)
+    return problems
+
+
+def compare_files(directory: Path, manifest: Manifest, names: Sequence[str]) -> list[str]:
+    """List which of the named files differ from the manifest in content, one line a problem."""
+    problems = []
+    for name in names:
+        try:
+            digest = _digest(directory / name).sha256
+        except OSError as error:
+            problems.append(f"{name} cannot be read: {error}")
+            continue
+        if digest != manifest.files[name].sha256:
+            problems.append(f"{name} has changed: its SHA-256 is not the manifest's")
     return problems
 
 
@@ -201,16 +205,3 @@ def _digest(path: Path) -> FileRecord:
 
 def _size_bytes(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
-
-
-def _compare_contents(directory: Path, manifest: Manifest, names: Sequence[str]) -> list[str]:
-    problems = []
-    for name in names:
-        try:
-            digest = _digest(directory / name).sha256
-        except OSError as error:
-            problems.append(f"{name} cannot be read: {error}")
-            continue
-        if digest != manifest.files[name].sha256:
-            problems.append(f"{name} has changed: its SHA-256 is not the manifest's")
-    return problems

@@ -31,7 +31,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 
 from megatron.trainer.checkpoint import layout
-from megatron.trainer.checkpoint.collective import gather, on_rank0, rank_of, together
 from megatron.trainer.checkpoint.manifest import (
     MANIFEST_NAME,
     FileRecord,
@@ -43,8 +42,10 @@ from megatron.trainer.checkpoint.manifest import (
     write_manifest,
 )
 from megatron.trainer.checkpoint.safe_load import load_trusted_types, what_it_holds
+from megatron.trainer.checkpoint.stages import on_all_ranks, on_rank0, torch_errors_explained
 from megatron.trainer.errors import CheckpointError, ConfigError
 from megatron.trainer.io.bounded_read import is_plain_name
+from megatron.trainer.runtime.collective import broadcast, gather, rank_of
 
 ShardedStateDict = dict[str, Any]
 """megatron-core's: nested dicts and lists with ShardedTensor, ShardedObject or plain leaves."""
@@ -98,7 +99,7 @@ def save_checkpoint(
         raise ConfigError(
             f"keep_every ({keep_every}) must be at least 1; leave it out to keep no others"
         )
-    attempt = gather(secrets.token_hex(4), group)[0]  # rank 0's, for all
+    attempt = broadcast(secrets.token_hex(4), group)
     try:
         _write(layout.partial_path(root, iteration, attempt), iteration, state, files or {}, group)
         publish = partial(layout.publish, root, iteration, attempt)
@@ -128,19 +129,18 @@ def _write(
 ) -> None:
     """Write a whole checkpoint into the new `directory`, manifest included."""
     # Its collectives come first and its checks, on rank 0, last: no rank is left behind.
-    sharded, common = together("checking the state", partial(save_preprocess, state), group)
-    shards = together("preparing the shards", partial(_to_torch, sharded), group)
+    sharded, common = on_all_ranks("checking the state", partial(save_preprocess, state), group)
+    shards = on_all_ranks("preparing the shards", partial(_to_torch, sharded), group)
 
     prepare = partial(_write_rank0_files, directory, common, files)
     on_rank0("writing common.pt", prepare, group)
 
-    # dcp.save gathers the failures of all ranks before it raises on each.
-    together("writing the shards", partial(_write_shards, directory, shards, group), group)
+    on_all_ranks("writing the shards", partial(_write_shards, directory, shards, group), group)
 
     finish = partial(save_config, CheckpointingConfig("torch_dist"), str(directory))
     on_rank0("writing metadata.json", finish, group)
     records: dict[str, FileRecord] = {}
-    mine = together("hashing the files", partial(_hash_own, directory, rank_of(group)), group)
+    mine = on_all_ranks("hashing the files", partial(_hash_own, directory, rank_of(group)), group)
     for part in gather(mine, group):
         records.update(part)
     on_rank0("writing the manifest", partial(write_manifest, directory, iteration, records), group)
@@ -163,13 +163,15 @@ def _to_torch(sharded: ShardedStateDict) -> dict[str, Any]:
 
 
 def _write_shards(directory: Path, shards: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    dcp.save(
-        shards,
-        # One file a rank, in this process, forced to disk.
-        storage_writer=dcp.FileSystemWriter(directory, thread_count=1, sync_files=True),
-        planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        process_group=group,
-    )
+    """Let torch write; it gathers the failures of all ranks before it raises on each."""
+    with torch_errors_explained("writing the shards"):
+        dcp.save(
+            shards,
+            # One file a rank, in this process, forced to disk.
+            storage_writer=dcp.FileSystemWriter(directory, thread_count=1, sync_files=True),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            process_group=group,
+        )
 
 
 def _write_rank0_files(

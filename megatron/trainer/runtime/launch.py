@@ -12,23 +12,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron.trainer.config.parallel_layout import Layout, resolve_layout
+from megatron.trainer.config.recipe import flatten
 from megatron.trainer.config.schema import ParallelConfig, RunConfig
 from megatron.trainer.config.validate import validate
 from megatron.trainer.errors import ConfigError, UserError, printable
 from megatron.trainer.runtime import signals
+from megatron.trainer.runtime.collective import require_same
 from megatron.trainer.runtime.malloc import keep_freed_memory
 from megatron.trainer.runtime.rendezvous import meet
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 SPEAKING_TIME_S = 30.0
 """How long the other ranks wait for rank 0 to say what is wrong. torchrun ends all ranks as soon as
@@ -109,6 +108,12 @@ def initialize(cfg: RunConfig, *, is_training: bool = True) -> RunContext:
     world_size = environment_world_size()
     validate(cfg, world_size, is_training=is_training)
     device, num_threads = connect(cfg.parallel)
+    require_same(
+        "settings",
+        flatten(cfg),
+        error_class=ConfigError,
+        remedy="start all ranks with the same flags, and let all nodes see the same recipe",
+    )
     layout = resolve_layout(cfg.parallel, world_size)
     return _start_model_parallel(layout, device, seed=cfg.training.seed, num_threads=num_threads)
 
@@ -131,36 +136,13 @@ def shut_down(*, keep_world: bool = False) -> None:
         dist.destroy_process_group()
 
 
-def agree(action: Callable[[], T]) -> T:
-    """Do `action` on every rank; a UserError on any rank is raised on all of them.
-
-    For steps that read files: without it, the ranks whose disk is well would wait for ever.
-    """
-    error: UserError | None = None
-    result: list[T] = []
-    try:
-        result.append(action())
-    except UserError as raised:
-        error = raised
-    found: list[UserError | None] = [error]
-    if dist.is_initialized():
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, error)
-    failed = [(rank, each) for rank, each in enumerate(found) if each is not None]
-    if failed:
-        rank, first = failed[0]
-        message = str(first) if rank == 0 else f"on rank {rank}: {first}"
-        raise type(first)(message) from error
-    return result[0]
-
-
 def run_main(main: Callable[[], int | None]) -> int:
     """Run a program; a UserError becomes one message on rank 0 and exit status 2 on every rank.
 
     A UserError is raised on all ranks alike (config errors before the process groups exist, file
-    errors through `agree`), so the first rank speaks for all, and the others let it; an error
-    marked as local is told by the rank that met it, and torchrun ends the others. Wrong flags end
-    in a SystemExit, whose message was printed by the parser.
+    errors through `collective`), so rank 0 prints it, and the others wait until torchrun ends them.
+    A rank that is not ended was the only one to fail, and prints it then; an error marked as local
+    is printed at once. Wrong flags end in a SystemExit, whose message was printed by the parser.
 
     Args:
         main: returns the exit status of a program that ended as it should; None is 0.
@@ -173,12 +155,13 @@ def run_main(main: Callable[[], int | None]) -> int:
     except UserError as error:
         signals.stop_listening()  # torchrun ends the ranks that wait below with SIGTERM
         rank = environment_rank()
-        if rank == 0 or error.is_local:
-            where = f" on rank {rank}" if error.is_local else ""
-            sys.stderr.write(printable(f"{type(error).__name__}{where}: {error}\n"))
-            sys.stderr.flush()
-        else:
+        is_alone = error.is_local
+        if rank != 0 and not is_alone:
             time.sleep(SPEAKING_TIME_S)
+            is_alone = True  # or torchrun would have ended this rank by now
+        where = f" on rank {rank}" if is_alone else ""
+        sys.stderr.write(printable(f"{type(error).__name__}{where}: {error}\n"))
+        sys.stderr.flush()
         return 2
     except SystemExit as end:
         signals.stop_listening()

@@ -12,13 +12,13 @@ import pytest
 import yaml
 
 from megatron.trainer.checkpoint import FoundCheckpoint, layout
+from megatron.trainer.checkpoint.saved_run import read_run, saved_config
 from megatron.trainer.config.recipe import read_recipe, schema_of
 from megatron.trainer.config.schema import LoggingConfig, RunConfig
 from megatron.trainer.data.phase_records import read_records
 from megatron.trainer.errors import CheckpointError, ConfigError, DataError, printable
 from megatron.trainer.hooks import base
 from megatron.trainer.optim.scheduler import check_schedule
-from megatron.trainer.resume import _saved_run, saved_config
 from megatron.trainer.runtime.launch import run_main
 from megatron.trainer.runtime.log import configure_logging
 
@@ -134,17 +134,17 @@ def test_run_json_of_other_types_is_refused(
     changes: dict[str, Any], told: str, found: FoundCheckpoint
 ) -> None:
     (found.path / "run.json").write_text(json.dumps(RUN))
-    assert _saved_run(found) == RUN
+    assert read_run(found) == RUN
     (found.path / "run.json").write_text(json.dumps({**RUN, **changes}))
     with pytest.raises(CheckpointError, match=told):
-        _saved_run(found)
+        read_run(found)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 10_000, '{"a": ' + "9" * 5000 + "}"])
 def test_run_json_that_is_no_json_is_refused(text: str, found: FoundCheckpoint) -> None:
     (found.path / "run.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"run\.json is not JSON"):
-        _saved_run(found)
+        read_run(found)
 
 
 PHASE = {

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.trainer.config.schema import ParallelConfig, TrainingConfig
 from megatron.trainer.errors import ConfigError, DataError, UserError
 from megatron.trainer.runtime import launch
-from megatron.trainer.runtime.launch import RunContext, agree, initialize, run_main, shut_down
+from megatron.trainer.runtime.launch import RunContext, initialize, run_main, shut_down
 from moe_app.pretrain.config import PretrainConfig
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
@@ -159,22 +159,6 @@ def test_impossible_layout_is_refused_before_any_group_starts() -> None:
     assert not dist.is_initialized()
 
 
-def test_agreement_gives_the_actions_result() -> None:
-    assert agree(lambda: 3) == 3
-
-
-def test_agreement_of_one_rank_raises_what_the_action_raised() -> None:
-    def fail() -> None:
-        raise DataError("no such file")
-
-    for is_started in (False, True):
-        if is_started:
-            start()
-        with pytest.raises(DataError, match=r"^no such file$") as caught:
-            agree(fail)
-        assert isinstance(caught.value.__cause__, DataError)
-
-
 def test_program_that_ends_well_has_status_0(capsys: pytest.CaptureFixture[str]) -> None:
     done = []
     assert run_main(lambda: done.append(1)) == 0
@@ -202,7 +186,7 @@ def test_user_error_is_one_message_without_a_traceback_and_status_2(
     assert waits == []
 
 
-def test_other_ranks_let_rank_0_speak_and_end_alike_but_silently(
+def test_other_ranks_let_rank_0_speak_and_speak_themselves_only_if_nothing_ends_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], waits: list[float]
 ) -> None:
     """torchrun would end rank 0 at once, message or not, if another rank failed first."""
@@ -212,7 +196,7 @@ def test_other_ranks_let_rank_0_speak_and_end_alike_but_silently(
         raise ConfigError("said by rank 0")
 
     assert run_main(fail) == 2
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "ConfigError on rank 1: said by rank 0\n")
     assert waits == [launch.SPEAKING_TIME_S]
 
 

@@ -1,0 +1,86 @@
+"""The small files that a run keeps in its checkpoints: its configuration, and run.json."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.trainer.checkpoint.compare_config import compare_configs, config_mismatch
+from megatron.trainer.checkpoint.find import FoundCheckpoint
+from megatron.trainer.checkpoint.load import read_text
+from megatron.trainer.config.recipe import plain_values
+from megatron.trainer.errors import CheckpointError
+from megatron.trainer.records.run_dir import CONFIG_NAME
+
+RUN_NAME = "run.json"
+_RUN_TYPES = {
+    "data": dict,
+    "iteration": int,
+    "layout": dict,
+    "optimizer_steps": int,
+    "schedule": dict,
+}
+"""Types of what run.json must hold."""
+_LARGEST_COUNT = 1 << 62
+WEIGHTS_ONLY = "weights_only"
+"""Key of run.json: true where a checkpoint holds weights and nothing else of a run."""
+
+
+def saved_config(found: FoundCheckpoint) -> dict[str, Any]:
+    """Read the flat config of the run that wrote the checkpoint.
+
+    Raises:
+        CheckpointError: config.yaml is no mapping of settings.
+    """
+    try:
+        config = plain_values(read_text(found.path, CONFIG_NAME))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{found.path / CONFIG_NAME} cannot be read as plain YAML: {error}; restore it from the"
+            " run directory"
+        ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"{found.path / CONFIG_NAME} holds {type(config).__name__}, not a mapping of settings;"
+            " restore it from the run directory"
+        )
+    return config
+
+
+def check_architecture(found: FoundCheckpoint, wanted: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another architecture.
+
+    Raises:
+        CheckpointError: some field of `wanted` differs; lists every difference.
+    """
+    saved = saved_config(found)
+    differences = compare_configs({key: saved.get(key) for key in wanted}, wanted)
+    if differences:
+        raise config_mismatch(found.path, differences)
+
+
+def read_run(found: FoundCheckpoint) -> dict[str, Any]:
+    """Read run.json, which `state.run_state` made when the checkpoint was written.
+
+    Raises:
+        CheckpointError: it is no such object.
+    """
+    where = found.path / RUN_NAME
+    try:
+        run = json.loads(read_text(found.path, RUN_NAME))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not JSON: {error}") from error
+    if isinstance(run, dict) and run.get(WEIGHTS_ONLY) is True:
+        return dict(run)
+    remedy = "take only the weights with --finetune, or load another checkpoint with --ckpt-step"
+    missing = [key for key in _RUN_TYPES if not isinstance(run, dict) or key not in run]
+    if missing:
+        raise CheckpointError(
+            f"{where} lacks {', '.join(missing)}; it must hold {', '.join(_RUN_TYPES)}; {remedy}"
+        )
+    for key, kind in _RUN_TYPES.items():
+        if type(run[key]) is not kind or (kind is int and not 0 <= run[key] < _LARGEST_COUNT):
+            raise CheckpointError(
+                f"{where} has {key} {run[key]!r:.80}; it must be"
+                f" {'a number of steps' if kind is int else 'an object'}; {remedy}"
+            )
+    return dict(run)
