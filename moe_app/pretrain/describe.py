@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron.trainer.config.schema import RunConfig
-from megatron.trainer.data.build import DataBundle, describe, repeated_sources
+from megatron.trainer.data.build import DataBundle
+from megatron.trainer.data.describe import describe, repeated_sources
 from megatron.trainer.runtime.launch import RunContext
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.config import MoEModelConfig

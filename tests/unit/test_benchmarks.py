@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import moe_layer, train_step
+from benchmarks import data_wait, moe_layer, train_step
 from benchmarks.ceilings import build_ceilings
 from benchmarks.digests import digest, largest_difference
 from benchmarks.report import Work, results, table
@@ -304,3 +304,19 @@ def test_unknown_implementation_and_wrong_block_are_refused(
     with pytest.raises(SystemExit):
         moe_layer.main(["--shape", "olmoe_toy", "--block", "attention"])
     assert "olmoe_toy has no attention experts; use jetmoe" in capsys.readouterr().err
+
+
+def test_data_wait_has_a_figure_for_every_step_of_every_reader(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--tokens", "5000", "--global-batch-size", "8", "--seq-length", "16"]
+    steps = ["--data-parallel", "1", "2", "--steps", "3", "--step-s", "0"]
+    written = tmp_path / "waits.json"
+    data_wait.main([*sizes, *steps, "--work", str(tmp_path), "--json", str(written)])
+    found = json.loads(written.read_text())
+    kinds = [(each["data_parallel"], each["num_workers"]) for each in found]
+    assert kinds == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert all(len(each["later_s"]) == 3 and min(each["later_s"]) > 0 for each in found)
+    middle = sorted(found[3]["later_s"])[1] * 1e3
+    assert f"| 2 | 1 | {found[3]['first_s'] * 1e3:.1f} | {middle:.2f} (" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [written]

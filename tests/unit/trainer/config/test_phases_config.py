@@ -359,12 +359,12 @@ def test_source_keeps_its_name_where_one_is_given(files: Path) -> None:
         (
             "data_path: [1, a=web, 1, a=code]\n",
             "--data-path has a=web and a=code, one name for two sources; a source has one file and"
-            " one name in all phases; write NAME=PREFIX alike wherever it stands",
+            " one name in all phases; write the same NAME=PREFIX in every phase",
         ),
         (
             PHASES.replace("[web]", "[w=web]"),
             "--data-path has web and w=web, one file for two sources; a source has one file and one"
-            " name in all phases; write NAME=PREFIX alike wherever it stands",
+            " name in all phases; write the same NAME=PREFIX in every phase",
         ),
         (
             PHASES.replace("0.3, code", "0, code"),

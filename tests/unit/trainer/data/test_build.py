@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from megatron.trainer.config.schema import DataConfig
-from megatron.trainer.data.build import DataBundle, build_data, describe, unique_names
+from megatron.trainer.data.build import DataBundle, build_data
+from megatron.trainer.data.data_path import unique_names
+from megatron.trainer.data.describe import describe
 from megatron.trainer.data.entropy import token_counts, unigram_entropy
 from megatron.trainer.data.source import WindowSource
 from megatron.trainer.data.writer import TokenFileWriter
