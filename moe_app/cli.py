@@ -1,7 +1,7 @@
-"""The commands of the project: what `megatron-moe NAME` and `tools/NAME.py` start.
+"""Dispatches the commands of the project: `megatron-moe NAME` and `tools/NAME.py`.
 
 A command imports its module when it is called, so that `megatron-moe watch` needs no torch and
-`pretrain` hears signals before the imports that take seconds.
+`pretrain` handles signals before the imports that take seconds.
 """
 
 import sys
@@ -174,7 +174,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command(
             name="requeue",
             tool="requeue",
-            summary="decide whether a job is restarted",
+            summary="decide whether a job is requeued",
             run=requeue,
         ),
     ),
@@ -183,7 +183,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command(
             name="report",
             tool="report",
-            summary="sum up a run; compare its losses with the unigram entropy",
+            summary="summarize a run; compare its losses with the unigram entropy",
             run=report,
         ),
         Command(

@@ -1,4 +1,4 @@
-"""What the command lines of tools share that run without torch."""
+"""Provides what command lines share; needs no torch."""
 
 import argparse
 import sys
@@ -9,19 +9,19 @@ from megatron.trainer.errors import UserError, printable
 
 
 def program(tool: str, *, command: str | None = None) -> str:
-    """Return the name that a usage line shows: that of `tools/TOOL.py` or of the console command.
+    """Return the name for usage lines: that of `tools/TOOL.py` or of the console command.
 
     Args:
-        tool: file of tools/, without its suffix.
-        command: what `megatron-moe` calls it; None if the same.
+        tool: file name in tools/, without its suffix.
+        command: name of the `megatron-moe` command; None if it is the same.
     """
     if Path(sys.argv[0]).name == "megatron-moe":
         return f"megatron-moe {command or tool}"
     return f"{tool}.py"
 
 
-def tell_errors(action: Callable[[], object]) -> int:
-    """Do `action`; an error that the user can mend becomes one line.
+def report_errors(action: Callable[[], object]) -> int:
+    """Run `action` and print an error that the user can fix as one line.
 
     Returns:
         The exit status: 0, or 2 after an error.
@@ -35,7 +35,7 @@ def tell_errors(action: Callable[[], object]) -> int:
 
 
 def seconds_up_to(most: int) -> Callable[[str], float]:
-    """A type of argparse's: a pause from a tenth of a second to `most` seconds."""
+    """Return an argparse type for an interval from 0.1 to `most` seconds."""
 
     def parse(text: str) -> float:
         try:
@@ -43,7 +43,7 @@ def seconds_up_to(most: int) -> Callable[[str], float]:
         except ValueError:
             value = 0.0
         if not 0.1 <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not from 0.1 to {most} seconds")
+            raise argparse.ArgumentTypeError(f"{text!r} must be from 0.1 to {most} seconds")
         return value
 
     return parse

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# What the scripts in this directory share. They set REPO before they source it.
+# Functions that the scripts in this directory share; they set REPO before sourcing it.
 
 REPO=$(cd "$REPO" && pwd)
 
@@ -10,8 +10,8 @@ die() {
     exit 2
 }
 
-# How a step runs Python: sets PYTHON, and the options of srun in the array container.
-#   choose_python DIRECTORY...   what a container must see beside this directory and the repository
+# Sets PYTHON, and the container options of srun in the array `container`.
+#   choose_python DIRECTORY...   directories to mount besides this one and the repository
 choose_python() {
     container=()
     if [[ -n ${CONTAINER_IMAGE:-} ]]; then
@@ -30,8 +30,7 @@ choose_python() {
         [[ -x $REPO/.venv/bin/python ]] && PYTHON=$REPO/.venv/bin/python
     fi
     export PYTHON
-    # srun does not take over sbatch's --cpus-per-task by itself.
+    # srun does not inherit --cpus-per-task from sbatch.
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-    # Text appears in the logs when it is written.
     export PYTHONUNBUFFERED=1
 }

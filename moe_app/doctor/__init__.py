@@ -1,4 +1,4 @@
-"""One page on what a machine can do for a run, and what would stop it.
+"""Reports on one page what a machine can do for a run, and what would stop it.
 
 The checks of ranks are in `megatron.trainer.health`.
 """

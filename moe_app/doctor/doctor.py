@@ -1,11 +1,11 @@
-"""Say on one page what this machine can do for a run, and what would stop it.
+"""Reports on one page what this machine can do for a run, and what would stop it.
 
     python tools/doctor.py --config recipe.yaml --save runs/a
     torchrun --nproc-per-node 8 tools/doctor.py --config recipe.yaml --save runs/a
 
-It takes the flags of pretrain.py and asks what that run would need: its layout, its precision, its
-directory. Under torchrun all ranks answer, compute and exchange, and rank 0 prints. Exit status: 0,
-or 1 if something would stop a run, or 2 for a wrong flag, or when a rank hangs.
+It takes the flags of pretrain.py and checks what that run needs: its layout, precision and
+directory. Under torchrun all ranks respond, compute and communicate, and rank 0 prints. Exit
+status: 0; 1 if something would stop a run; 2 for a wrong flag, or when a rank hangs.
 """
 
 import logging
@@ -47,7 +47,7 @@ from moe_ext.presets import PRESETS
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
-    """How the page is given."""
+    """Sets the output format of the page."""
 
     json: bool = False
     """Print the page as JSON."""
@@ -55,19 +55,19 @@ class DoctorOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig(PretrainConfig):
-    """A run, and how to tell about it."""
+    """Extends the config of a run with the options of the doctor."""
 
     doctor: DoctorOptions = field(default_factory=DoctorOptions)
-    """The page."""
+    """Output format of the page."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the page that `argv` asks for; returns the exit status."""
+    """Print the page for the run that `argv` describes; return the exit status."""
     return run_main(lambda: doctor(parse(argv)))
 
 
 def parse(argv: Sequence[str] | None) -> DoctorConfig:
-    """Read recipe and flags; on ranks other than 0 without a word."""
+    """Parse recipe and flags; print nothing on ranks other than 0."""
     return load_config(
         DoctorConfig,
         sys.argv[1:] if argv is None else argv,
@@ -80,17 +80,17 @@ def parse(argv: Sequence[str] | None) -> DoctorConfig:
 
 
 def doctor(cfg: DoctorConfig) -> int:
-    """Look at everything; print it on rank 0, whose status is the job's."""
+    """Run all checks and print them on rank 0, whose exit status is the job's."""
     configure_logging(environment_rank())
     logging.getLogger().setLevel(logging.WARNING)
     sections = [versions_section(), machine_section()]
     is_cuda = torch.cuda.is_available() and cfg.parallel.device != "cpu"
     device_type = "cuda" if is_cuda else "cpu"
-    # Both divide by sizes; where these are wrong, the ranks below say so.
+    # Both divide by sizes; the ranks section below reports invalid ones.
     if environment_rank() == 0 and not (size_problems(cfg) or cfg.model.problems()):
         sections.append(experts_section(cfg, device_type))
         sections.append(attention_section(cfg, device_type))
-    findings, rows = look_together(cfg)
+    findings, rows = check_ranks(cfg)
     sections.append(
         Section(key="ranks", title=f"Ranks ({environment_world_size()})", rows=tuple(rows))
     )
@@ -106,8 +106,8 @@ def doctor(cfg: DoctorConfig) -> int:
     return page.status
 
 
-def look_together(cfg: DoctorConfig) -> tuple[Findings | None, list[Row]]:
-    """What all ranks find out together; None if they cannot come together."""
+def check_ranks(cfg: DoctorConfig) -> tuple[Findings | None, list[Row]]:
+    """Run the checks that need all ranks; None for the findings if the ranks cannot communicate."""
     try:
         ctx = initialize(cfg)
     except (UserError, RuntimeError) as error:
@@ -132,13 +132,13 @@ def _rank_rows(ctx: RunContext, findings: Findings, cfg: DoctorConfig) -> list[R
     layout = ctx.layout
     rows = [
         Row(
-            name="answer",
+            name="responding",
             value=f"{_counted(len(hosts), 'rank')} on {_counted(len(set(hosts)), 'node')}",
             detail=f"{findings.ranks[0].device}, {_counted(ctx.num_threads, 'thread')} a rank; TP"
             f" {layout.tensor}, PP {layout.pipeline}, CP {layout.context}, EP {layout.expert}, ETP"
             f" {layout.expert_tensor}, DP {layout.data}",
         ),
-        _product_row(findings),
+        _matmul_row(findings),
     ]
     for group in findings.groups:
         if group.num_ranks == 1:
@@ -155,9 +155,9 @@ def _rank_rows(ctx: RunContext, findings: Findings, cfg: DoctorConfig) -> list[R
         rows.append(
             Row(
                 name="all-reduce",
-                value="not tried",
+                value="not tested",
                 state="note",
-                detail="one rank has nobody to talk to; start the doctor with torchrun",
+                detail="there is only one rank; start the doctor with torchrun to test it",
             )
         )
     for disk in findings.disks:
@@ -170,19 +170,19 @@ def _rank_rows(ctx: RunContext, findings: Findings, cfg: DoctorConfig) -> list[R
         )
     if cfg.checkpoint.save is None:
         rows.append(
-            Row(name="--save", value="not given", state="note", detail="no disk was looked at")
+            Row(name="--save", value="not given", state="note", detail="no disk was tested")
         )
     rows += [Row(name="ranks", value="differ", state="warn", detail=w) for w in findings.warnings]
     rows += [_problem("ranks", "cannot run", each) for each in findings.problems]
     return rows
 
 
-def _product_row(findings: Findings) -> Row:
+def _matmul_row(findings: Findings) -> Row:
     flops = findings.flops
     slowest = findings.ranks[flops.index(min(flops))]
     low, high = f"{min(flops) / 1e9:,.0f}", f"{max(flops) / 1e9:,.0f}"
     return Row(
-        name="product in fp32",
+        name="matmul in fp32",
         value=f"{low if low == high else f'{low} to {high}'} GFLOP/s",
         detail=f"slowest: rank {slowest.rank} on {slowest.host}" if len(flops) > 1 else "",
     )

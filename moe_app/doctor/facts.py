@@ -1,4 +1,4 @@
-"""What this machine has, apart from other ranks: versions, processors, kernels, SLURM."""
+"""Checks what one process can see of this machine: versions, processors, kernels, SLURM."""
 
 import os
 import re
@@ -49,14 +49,14 @@ _SLURM = {
     "SLURM_JOB_PARTITION": "partition",
     "SLURM_JOB_NODELIST": "nodes",
     "SLURM_NTASKS": "tasks",
-    "SLURM_CPUS_PER_TASK": "cores a task",
+    "SLURM_CPUS_PER_TASK": "cores per task",
     "SLURM_GPUS_ON_NODE": "GPUs on this node",
     "SLURM_RESTART_COUNT": "times requeued",
 }
 
 
 def versions_section() -> Section:
-    """Packages beside the combination that the tests run with."""
+    """Compare installed packages with the combination that the tests run with."""
     installed = {name: installed_version(name) for name in (*_REQUIRED, *_OPTIONAL)}
     tested = nearest_combination(installed)
     rows = [_version_row(name, version, tested.get(name)) for name, version in installed.items()]
@@ -64,7 +64,7 @@ def versions_section() -> Section:
     rows.append(
         Row(
             name="combination",
-            value="not a tested one" if odd else "a tested one, on CPUs",
+            value="untested" if odd else "tested, on CPUs",
             state="note" if odd else "ok",
             detail=f"because of {', '.join(odd)}" if odd else "",
         )
@@ -80,7 +80,7 @@ def _version_row(name: str, version: str | None, tested: str | None) -> Row:
             name=name,
             value="not installed",
             state="bad",
-            detail=f"it is needed: pip install {name}",
+            detail=f"required: pip install {name}",
         )
     if name == "megatron-core":
         try:
@@ -104,7 +104,7 @@ def _version_row(name: str, version: str | None, tested: str | None) -> Row:
 
 
 def machine_section() -> Section:
-    """Processors, memory and GPUs; asked before anything redirects torch.cuda."""
+    """Report processors, memory and GPUs; call it before anything redirects torch.cuda."""
     memory = psutil.virtual_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = [
@@ -138,7 +138,7 @@ def _processor() -> str:
 
 
 def _memory_limit() -> str:
-    """What a container's control group allows, where it sets a limit."""
+    """Describe the memory limit of the container's control group, if it has one."""
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text("ascii").strip()
     except OSError:
@@ -184,7 +184,7 @@ def _gpu_rows() -> list[Row]:
 
 
 def experts_section(cfg: PretrainConfig, device_type: str) -> Section:
-    """Which backends can compute this model's experts here, and why not the others."""
+    """List the backends that can compute this model's experts here, and why others cannot."""
     parallel = cfg.parallel
     uses = {
         name: use_of_model(
@@ -218,12 +218,12 @@ def _precision(cfg: PretrainConfig) -> str:
 
 
 def _kernel_row(name: str, problems: Mapping[str, str | None], precision: str) -> Row:
-    """Where a way to compute can be used, and why not elsewhere.
+    """Report in which precisions a kernel can be used, and why not in others.
 
     Args:
-        name: of it.
-        problems: by precision; None where there is none.
-        precision: the one that the run wants.
+        name: name of the kernel.
+        problems: what prevents each precision; None where nothing does.
+        precision: precision of the run.
     """
     able = [each for each, problem in problems.items() if problem is None]
     if able:
@@ -239,7 +239,7 @@ def _kernel_row(name: str, problems: Mapping[str, str | None], precision: str) -
 
 
 def attention_section(cfg: PretrainConfig, device_type: str) -> Section:
-    """Which of torch's kernels can compute this model's attention here, tried forth and back."""
+    """List the torch kernels that can run this model's attention, tried forward and backward."""
     model = cfg.model
     head_size = model.kv_channels or model.hidden_size // model.num_attention_heads
     heads = (model.num_attention_heads, model.num_query_groups or model.num_attention_heads)
@@ -251,7 +251,7 @@ def attention_section(cfg: PretrainConfig, device_type: str) -> Section:
             inputs = _attention_inputs(device_type, dtype, heads, head_size)
             problems[each] = _attention_problem(kernel, inputs)
             if problems[each] is not None and device_type == "cpu":
-                problems[each] = f"is none of torch's kernels for CPUs ({problems[each]})"
+                problems[each] = f"not one of torch's CPU kernels ({problems[each]})"
         rows.append(_kernel_row(name, problems, precision))
     query, key, value = _attention_inputs(device_type, _DTYPES[precision], heads, head_size)
     chosen = SDPBackend(
@@ -262,7 +262,7 @@ def attention_section(cfg: PretrainConfig, device_type: str) -> Section:
         Row(
             name="the run takes",
             value=f"{names.get(chosen, chosen.name.lower())}, in {precision}",
-            detail=f"torch's choice for {heads[0]} heads of {head_size}, {heads[1]} of keys",
+            detail=f"torch's choice for {heads[0]} heads of size {head_size}, {heads[1]} key heads",
         )
     )
     return Section(key="attention", title=f"Attention kernels on {device_type}", rows=tuple(rows))
@@ -271,7 +271,7 @@ def attention_section(cfg: PretrainConfig, device_type: str) -> Section:
 def _attention_inputs(
     device_type: str, dtype: torch.dtype, heads: tuple[int, int], head_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query [1, np, s, hn], key and value [1, ng, s, hn], of 16 positions."""
+    """Make query [1, np, s, hn], key and value [1, ng, s, hn] for s = 16 positions."""
     query_heads, key_heads = heads
     shapes = [(1, each, 16, head_size) for each in (query_heads, key_heads, key_heads)]
     query, key, value = (
@@ -283,9 +283,9 @@ def _attention_inputs(
 def _attention_problem(
     kernel: SDPBackend, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 ) -> str | None:
-    """Why a kernel cannot do causal attention forth and back; torch's own words."""
+    """Return torch's reason why a kernel cannot run causal attention forward and backward."""
     query, key, value = inputs
-    with warnings.catch_warnings(record=True) as said, sdpa_kernel([kernel]):
+    with warnings.catch_warnings(record=True) as caught, sdpa_kernel([kernel]):
         warnings.simplefilter("always")
         try:
             output = F.scaled_dot_product_attention(
@@ -293,22 +293,22 @@ def _attention_problem(
             )
             output.sum().backward()
         except RuntimeError as error:
-            reasons = [_first_sentence(str(each.message)) for each in said]
+            reasons = [_first_sentence(str(each.message)) for each in caught]
             return "; ".join(dict.fromkeys(reasons)) or _first_sentence(str(error))
     return None
 
 
 def _first_sentence(text: str) -> str:
-    """Of a message of torch, without the place in its source and where it was raised."""
+    """Return the first sentence of a torch message, without its source location."""
     return re.split(r"\(Triggered internally|\. |\n", text)[0].strip().rstrip(".")
 
 
 def slurm_section(variables: Mapping[str, str], *, num_hosts: int | None) -> Section:
-    """The job this process is in, and whether its ranks use all of it.
+    """Report the SLURM job of this process, and whether its ranks use all nodes.
 
     Args:
-        variables: those of the environment that SLURM sets.
-        num_hosts: hosts that ranks of this run are on; None if that is not known.
+        variables: environment variables that SLURM sets.
+        num_hosts: number of hosts with ranks of this run; None if unknown.
     """
     has_sbatch = shutil.which("sbatch") is not None
     if "SLURM_JOB_ID" not in variables:
@@ -316,7 +316,7 @@ def slurm_section(variables: Mapping[str, str], *, num_hosts: int | None) -> Sec
             name="job",
             value="none",
             state="note",
-            detail="sbatch is there" if has_sbatch else "and no sbatch on this machine",
+            detail="sbatch is installed" if has_sbatch else "sbatch is not installed",
         )
         return Section(key="slurm", title="SLURM", rows=(row,))
     rows = [
@@ -330,7 +330,7 @@ def slurm_section(variables: Mapping[str, str], *, num_hosts: int | None) -> Sec
         state: State = "warn"
         rows.append(
             Row(
-                name="use of the nodes",
+                name="nodes used",
                 value=f"{num_hosts} of {num_nodes}",
                 state=state,
                 detail=f"the job has {num_nodes} nodes, but ranks run on {num_hosts}: start"

@@ -1,11 +1,11 @@
-"""A page of findings, for a terminal or as JSON."""
+"""Formats a page of findings for a terminal or as JSON."""
 
 import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 State = Literal["ok", "note", "warn", "bad"]
-"""Fine; worth knowing; may not be meant; would stop a run."""
+"""Fine; worth knowing; probably unintended; would stop a run."""
 
 _SIGNS: dict[State, tuple[str, str, str]] = {
     "ok": ("✓", "+", "green"),
@@ -19,39 +19,37 @@ _NAME_WIDTH, _VALUE_WIDTH = 24, 26
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One thing that was looked at."""
+    """Holds the result of one check."""
 
     name: str
-    """What."""
+    """What was checked."""
     value: str
-    """How it is."""
+    """What was found."""
     state: State = "ok"
-    """How that is to be taken."""
+    """Severity."""
     detail: str = ""
-    """Why, and what to do; a whole sentence where something is wrong."""
+    """Reason and remedy; a full sentence for `warn` and `bad`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Things that belong together."""
+    """Groups related rows."""
 
     key: str
-    """Their name in JSON."""
+    """Key in JSON."""
     title: str
-    """What they have in common."""
+    """Heading in the terminal."""
     rows: tuple[Row, ...]
-    """In order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """All of it."""
+    """Holds all sections."""
 
     sections: tuple[Section, ...]
-    """In order."""
 
-    def said(self, state: State) -> list[str]:
-        """The rows of a state, a sentence each."""
+    def messages(self, state: State) -> list[str]:
+        """Format the rows of a state, one sentence each."""
         return [
             f"{row.name}: {row.detail or row.value}"
             for section in self.sections
@@ -61,15 +59,15 @@ class Page:
 
     @property
     def status(self) -> int:
-        """Exit status: 1 if something would stop a run."""
-        return 1 if self.said("bad") else 0
+        """Return the exit status: 1 if something would stop a run."""
+        return 1 if self.messages("bad") else 0
 
     def to_json(self) -> str:
-        """For scripts; docs/doctor.md says what is in it."""
+        """Format the page as JSON, as described in docs/doctor.md."""
         document = {
             "status": self.status,
-            "problems": self.said("bad"),
-            "warnings": self.said("warn"),
+            "problems": self.messages("bad"),
+            "warnings": self.messages("warn"),
             "sections": {
                 section.key: [asdict(row) for row in section.rows] for section in self.sections
             },
@@ -105,11 +103,11 @@ def show(page: Page) -> None:
                 f"[{'dim' if row.state in ('ok', 'note') else style}]{escape(row.detail)}[/]",
             )
         console.print(table)
-    problems, warnings = page.said("bad"), page.said("warn")
+    problems, warnings = page.messages("bad"), page.messages("warn")
     console.print()
     for title, style, found in (
         ("would stop a run", "bold red", problems),
-        ("may not be meant", "yellow", warnings),
+        ("probably unintended", "yellow", warnings),
     ):
         if found:
             console.print(

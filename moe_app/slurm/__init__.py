@@ -1,4 +1,4 @@
-"""Submitting, following and requeueing SLURM jobs.
+"""Submits, follows and requeues SLURM jobs.
 
 The batch scripts are in examples/slurm.
 """

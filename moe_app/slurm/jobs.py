@@ -1,4 +1,4 @@
-"""Asks SLURM: writes a batch script, submits it, follows the job to its end."""
+"""Formats batch scripts, submits them to SLURM and follows their jobs."""
 
 import re
 import shlex
@@ -16,43 +16,43 @@ ENDED_STATES = frozenset(
         *("NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY"),
     )
 )
-"""States that a job does not leave by itself; a requeued job is never in one."""
-PATIENCE_S = 300.0
-"""How long a controller may not answer while a job is followed."""
+"""Final states of a job; a requeued job is never in one."""
+UNREACHABLE_S = 300.0
+"""How long the controller may be unreachable while a job is followed."""
 
 
 class SlurmError(UserError):
-    """SLURM is not there, or refused what it was asked."""
+    """Reports that SLURM is unavailable or has rejected a command."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobRequest:
-    """What is asked of SLURM for a run."""
+    """Describes the job to submit for a run."""
 
     name: str
-    """Of the job."""
+    """Job name."""
     run: Path
-    """Run directory, absolute."""
+    """Run directory, absolute path."""
     recipe: Path
-    """Resolved recipe, absolute."""
+    """Resolved recipe, absolute path."""
     repository: Path
-    """Where examples/slurm is, absolute."""
+    """Checkout with examples/slurm, absolute path."""
     nodes: int
     """Number of nodes."""
     ranks_per_node: int
-    """Processes on each."""
+    """Ranks on each node."""
     options: tuple[str, ...]
-    """Further options of sbatch, each a word."""
+    """Further sbatch options, one word each."""
     variables: dict[str, str]
-    """Of examples/slurm/pretrain.sbatch."""
+    """Environment variables for examples/slurm/pretrain.sbatch."""
     comment: str
-    """One line that says what it is."""
+    """One line that describes the job."""
 
     def script(self) -> str:
-        """The batch script.
+        """Format the batch script.
 
         Raises:
-            ConfigError: something in it cannot be a line of a script.
+            ConfigError: a name or option has a line break or a control character.
         """
         directives = (
             f"--job-name={self.name}",
@@ -89,7 +89,7 @@ class JobRequest:
 
 
 def _directive(option: str) -> str:
-    """An option as #SBATCH reads it: sbatch knows double quotes, and no shell does."""
+    """Quote an option for an #SBATCH line, where sbatch understands double quotes only."""
     if not re.search(r"""[\s"'#\\]""", option):
         return option
     if '"' in option or "\\" in option:
@@ -99,53 +99,52 @@ def _directive(option: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job as scontrol shows it."""
+    """Holds what scontrol shows of a job."""
 
-    number: str
-    """Its id."""
+    job_id: str
     state: str
     """RUNNING, PENDING, COMPLETED..."""
     reason: str
-    """Why it waits, or failed."""
+    """Why it is pending, or has failed."""
     restarts: int
-    """How often it was requeued."""
+    """Number of times it was requeued."""
     status: int
-    """Its exit status, once it has one; of a job that a signal ended, 128 + its number."""
+    """Exit status once it has one; 128 + the signal's number for a job that a signal ended."""
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing more will come of it."""
+        """Return whether the job is in a final state."""
         return self.state in ENDED_STATES
 
     @property
     def exit_status(self) -> int:
-        """0 for a job that was completed, and only for it."""
+        """Return 0 for a completed job, and only for it."""
         return 0 if self.state == "COMPLETED" else self.status or 1
 
     def __str__(self) -> str:
-        """State, and what else matters."""
+        """Format state, the reason while pending, and restarts."""
         waits = self.state == "PENDING" and self.reason not in ("None", "")
         restarts = f", restart {self.restarts}" if self.restarts else ""
         return f"{self.state}{f' ({self.reason})' if waits else ''}{restarts}"
 
 
 def submit(script: Path) -> str:
-    """Hand a batch script to SLURM; returns the job's id.
+    """Submit a batch script; return the job id.
 
     Raises:
-        SlurmError: sbatch is not there, or refuses.
+        SlurmError: sbatch is not installed, or rejects the script.
     """
-    return _ask("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+    return _slurm("sbatch", "--parsable", str(script)).strip().partition(";")[0]
 
 
-def look_up(number: str) -> Job | None:
-    """What SLURM knows of a job; None when it has forgotten it.
+def query_job(job_id: str) -> Job | None:
+    """Return the state of a job; None once SLURM has purged it.
 
     Raises:
-        SlurmError: SLURM does not answer.
+        SlurmError: SLURM does not respond.
     """
     try:
-        shown = _ask("scontrol", "show", "job", "--oneliner", number)
+        shown = _slurm("scontrol", "show", "job", "--oneliner", job_id)
     except SlurmError as error:
         if "Invalid job id" in str(error):
             return None
@@ -154,46 +153,46 @@ def look_up(number: str) -> Job | None:
 
 
 def parse_job(shown: str) -> Job:
-    """Read the line that `scontrol show job --oneliner` prints.
+    """Parse the line that `scontrol show job --oneliner` prints.
 
     Raises:
-        SlurmError: it is no such line.
+        SlurmError: the line is not in this format.
     """
     found = dict(re.findall(r"(\w+)=(\S*)", shown))
     try:
         code, signal_number = (int(part) for part in found["ExitCode"].split(":"))
         return Job(
-            number=found["JobId"],
+            job_id=found["JobId"],
             state=found["JobState"],
             reason=found["Reason"],
             restarts=int(found["Restarts"]),
             status=128 + signal_number if signal_number else code,
         )
     except (KeyError, ValueError) as error:
-        raise SlurmError(f"scontrol printed something else than a job: {shown[:200]!r}") from error
+        raise SlurmError(f"scontrol did not print a job: {shown[:200]!r}") from error
 
 
-def watch(number: str, *, poll_s: float) -> Iterator[Job]:
-    """A job again and again, until it has ended; that is the last one.
+def poll_job(job_id: str, *, poll_s: float) -> Iterator[Job]:
+    """Yield the state of a job every `poll_s` seconds, last the final one.
 
     Raises:
-        SlurmError: SLURM has forgotten it, or has not answered for long.
+        SlurmError: SLURM has purged the job, or has not responded for `UNREACHABLE_S`.
     """
     silent_since: float | None = None
     while True:
         try:
-            job = look_up(number)
+            job = query_job(job_id)
         except SlurmError:
             silent_since = silent_since or time.monotonic()
-            if time.monotonic() - silent_since > PATIENCE_S:
+            if time.monotonic() - silent_since > UNREACHABLE_S:
                 raise
             time.sleep(poll_s)
             continue
         silent_since = None
         if job is None:
             raise SlurmError(
-                f"SLURM has no job {number} any more, so its exit status is not known; see the logs"
-                f" and ended.json in the run directory, or `sacct -j {number}`"
+                f"SLURM has no job {job_id} any more, so its exit status is unknown; see the logs"
+                f" and ended.json in the run directory, or `sacct -j {job_id}`"
             )
         yield job
         if job.has_ended:
@@ -201,16 +200,16 @@ def watch(number: str, *, poll_s: float) -> Iterator[Job]:
         time.sleep(poll_s)
 
 
-def _ask(*command: str) -> str:
+def _slurm(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     except FileNotFoundError as error:
         raise SlurmError(
-            f"there is no {command[0]} on this machine; submit where SLURM's commands are, or use"
+            f"there is no {command[0]} on this machine; submit where SLURM is installed, or use"
             " --dry-run"
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise SlurmError(f"{command[0]} has not answered within {error.timeout:g} s") from error
+        raise SlurmError(f"{command[0]} has not responded within {error.timeout:g} s") from error
     if done.returncode != 0:
         raise SlurmError(f"{shlex.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout

@@ -1,14 +1,14 @@
-"""Says whether a SLURM job that trained should be started again.
+"""Decides whether a SLURM job that trained should be requeued.
 
     python3 moe_app/slurm/requeue.py begin RUN --job ID                    before training
     python3 moe_app/slurm/requeue.py end RUN --job ID --status STATUS      after it
 
-`end` goes by what the trainer left in its run directory, because torchrun turns every exit status
-into 1. It ends with 0 when the run is done, 75 when it stopped early and should go on, 1 when it
-failed. `begin` counts the starts of a job, its own restarts and SLURM's alike, and ends with 1 when
-there are too many, or too many in a row that saved nothing new.
+`end` reads what the trainer wrote to its run directory, because torchrun turns every exit status
+into 1. It exits with 0 when the run is done, 75 when it stopped early and should continue, 1 when
+it failed. `begin` counts the starts of a job, whether this script or SLURM requeued it, and exits
+with 1 after too many, or too many in a row without a new checkpoint.
 
-Needs Python 3.7 and nothing else: it runs on the node itself, outside any container.
+Needs only Python 3.7, because it runs on the node itself, outside any container.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ STATE = "requeue.json"
 _NUMBER = re.compile("[0-9]{1,18}")
 
 
-class BadRunError(Exception):
-    """The run directory holds something that cannot be read."""
+class RunFileError(Exception):
+    """Reports a file of the run directory that cannot be read."""
 
 
 class State(NamedTuple):
-    """What is known of the starts of a job; kept in the run directory."""
+    """Counts the starts of a job; stored in the run directory."""
 
     job: str
-    """The job that trains here."""
+    """Id of the job that trains here."""
     restarts: int
-    """How often it was started again."""
+    """Number of restarts."""
     stalled: int
-    """How many of its last starts found no newer checkpoint than the start before."""
+    """Consecutive starts, up to the last, that found no newer checkpoint than the start before."""
     saved: int
     """Iteration of the newest checkpoint at the last start, 0 without one."""
 
 
 class Limits(NamedTuple):
-    """How often a job may be started again."""
+    """Limits the restarts of a job."""
 
     restarts: int
-    """In all."""
+    """Restarts in total."""
     stalled: int
-    """In a row without a newer checkpoint."""
+    """Consecutive restarts without a newer checkpoint."""
 
 
 def main(argv: list[str] | None = None, *, prog: str = "requeue.py") -> int:
-    """Do as `argv` says; returns the exit status."""
+    """Run `begin` or `end` as `argv` says; return the exit status."""
     args = parse_args(argv, prog)
     limits = Limits(args.max_restarts, args.max_stalled)
     try:
@@ -65,20 +65,22 @@ def main(argv: list[str] | None = None, *, prog: str = "requeue.py") -> int:
             status, message = begin(args.run, args.job, limits)
         else:
             status, message = end(args.run, args.job, args.status, limits)
-    except (BadRunError, OSError) as error:
+    except (RunFileError, OSError) as error:
         status, message = FAILED, str(error)
     print(_printable(message), file=sys.stderr if status == FAILED else sys.stdout, flush=True)
     return status
 
 
 def parse_args(argv: list[str] | None, prog: str) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog=prog, description="Says whether a SLURM job that trained should be restarted."
+        prog=prog, description="Decide whether a SLURM job that trained should be requeued."
     )
     moments = parser.add_subparsers(dest="moment", required=True)
-    before = moments.add_parser("begin", help="before training; status 1: do not train")
-    after = moments.add_parser("end", help="after it; status 0: done, 75: restart, 1: failed")
+    before = moments.add_parser("begin", help="before training; exit status 1: do not train")
+    after = moments.add_parser(
+        "end", help="after training; exit status 0: done, 75: restart, 1: failed"
+    )
     after.add_argument(
         "--status", type=int, required=True, metavar="N", help="exit status of the training step"
     )
@@ -90,41 +92,41 @@ def parse_args(argv: list[str] | None, prog: str) -> argparse.Namespace:
             type=_count,
             default=100,
             metavar="N",
-            help="restarts of a job, whoever asks for them (%(default)s)",
+            help="restarts of a job, whoever requeues it (%(default)s)",
         )
         moment.add_argument(
             "--max-stalled",
             type=_count,
             default=3,
             metavar="N",
-            help="restarts in a row that find no newer checkpoint (%(default)s)",
+            help="restarts in a row without a newer checkpoint (%(default)s)",
         )
     return parser.parse_args(argv)
 
 
 def _count(text: str) -> int:
     if not _NUMBER.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 0")
     return int(text)
 
 
 def _printable(text: str) -> str:
-    """The text without what a terminal would obey; ends of lines stay."""
+    """Replace control characters, except line breaks, so that a terminal does not act on them."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def begin(run: Path, job: str, limits: Limits) -> tuple[int, str]:
-    """Count a start, and take away what an earlier one said about its end.
+    """Count a start and remove the ended.json of an earlier one.
 
     Returns:
         Exit status and message.
 
     Raises:
-        BadRunError: a file of the run is damaged.
+        RunFileError: a file of the run is damaged.
         OSError: the run directory cannot be read or written.
     """
     if not run.is_dir():
-        raise BadRunError(f"there is no run directory {run}; make it before the job begins")
+        raise RunFileError(f"there is no run directory {run}; make it before the job begins")
     state = next_state(_read_state(run), job, _read_saved(run))
     refusal = _refusal(state, limits)
     if refusal is not None:
@@ -137,35 +139,35 @@ def begin(run: Path, job: str, limits: Limits) -> tuple[int, str]:
 
 
 def end(run: Path, job: str, status: int, limits: Limits) -> tuple[int, str]:
-    """Decide, from what the trainer wrote when it ended.
+    """Decide what follows from the ended.json that the trainer wrote.
 
     Args:
         run: the run directory.
-        job: the job's id.
-        status: exit status of the training step.
-        limits: of restarts.
+        job: the job id.
+        status: exit status of the job step that trained.
+        limits: limits on restarts.
 
     Returns:
         Exit status and message.
 
     Raises:
-        BadRunError: a file of the run is damaged.
+        RunFileError: a file of the run is damaged.
         OSError: the run directory cannot be read.
     """
     ended = _read_ended(run)
     if ended is None:
         return FAILED, (
-            f"training ended with status {status} and without a word in {run / ENDED}: a process"
-            " was killed, or could not start; see the nodes' logs"
+            f"training ended with status {status} and wrote no {run / ENDED}: a process was killed,"
+            " or could not start; see the nodes' logs"
         )
     reason = f"{ended['reason']}: {ended.get('detail') or 'no detail'}"
     where = f"iteration {ended.get('iteration')} of {ended.get('train_iters')}"
     if ended["requeue"]:
-        # Processes that a signal ended have another status than 0; the checkpoint counts.
+        # `status` is not 0 after a signal even if the checkpoint was saved, so it is ignored.
         refusal = _refusal(next_state(_read_state(run), job, _read_saved(run)), limits)
         if refusal is not None:
             return FAILED, f"stopped at {where} ({reason}); {refusal}"
-        return REQUEUE, f"stopped at {where} ({reason}); to be started again"
+        return REQUEUE, f"stopped at {where} ({reason}); to be requeued"
     if ended["reason"] == "error":
         return FAILED, f"failed: {ended.get('detail') or 'no detail'}"
     if status != 0:
@@ -177,11 +179,11 @@ def end(run: Path, job: str, status: int, limits: Limits) -> tuple[int, str]:
 
 
 def next_state(before: State | None, job: str, saved: int) -> State:
-    """The state that one more start of `job` leads to.
+    """Compute the state after one more start of `job`.
 
     Args:
-        before: at the last start in this run directory, if there was one.
-        job: the job that starts; another one than before starts counting anew.
+        before: state at the last start in this run directory, if there was one.
+        job: id of the job that starts; a new id resets the counts.
         saved: iteration of the newest checkpoint now.
     """
     if before is None or before.job != job:
@@ -191,17 +193,17 @@ def next_state(before: State | None, job: str, saved: int) -> State:
 
 
 def _refusal(state: State, limits: Limits) -> str | None:
-    """Why a start that leads to `state` must not be, if it must not."""
+    """Return why `state` exceeds the limits, None if it does not."""
     if state.restarts > limits.restarts:
         return (
             f"job {state.job} was restarted {state.restarts - 1} times, which is the limit"
-            f" (--max-restarts {limits.restarts}); submit it anew if that is right"
+            f" (--max-restarts {limits.restarts}); submit it again to continue"
         )
     if state.stalled > limits.stalled:
         return (
             f"{state.stalled} restarts of job {state.job} in a row have saved nothing newer than"
             f" iteration {state.saved} (--max-stalled {limits.stalled}), so another would not"
-            " either; see the nodes' logs, then submit it anew"
+            " either; see the nodes' logs, then submit it again"
         )
     return None
 
@@ -211,7 +213,7 @@ def _read_ended(run: Path) -> dict[str, Any] | None:
     if found is None:
         return None
     if not isinstance(found.get("reason"), str) or not isinstance(found.get("requeue"), bool):
-        raise BadRunError(f"{run / ENDED} lacks a reason and whether to requeue: {found}")
+        raise RunFileError(f"{run / ENDED} lacks a reason and whether to requeue: {found}")
     return found
 
 
@@ -221,7 +223,7 @@ def _read_saved(run: Path) -> int:
         return 0
     text = _read(path).strip()
     if not _NUMBER.fullmatch(text):
-        raise BadRunError(f"{path} holds {text[:40]!r}; it must be the newest checkpoint's number")
+        raise RunFileError(f"{path} holds {text[:40]!r}; it must be the newest checkpoint's number")
     return int(text)
 
 
@@ -232,7 +234,7 @@ def _read_state(run: Path) -> State | None:
     counts = [found.get(name) for name in _COUNTS]
     are_counts = all(type(count) is int and count >= 0 for count in counts)
     if not isinstance(found.get("job"), str) or not are_counts:
-        raise BadRunError(
+        raise RunFileError(
             f"{run / STATE} must hold job, {', '.join(_COUNTS)}, but holds {found}; remove it, and"
             " restarts are counted from 0"
         )
@@ -254,16 +256,16 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(_read(path))
     except (ValueError, RecursionError) as error:
-        raise BadRunError(f"{path} is not JSON: {error}; remove it") from error
+        raise RunFileError(f"{path} is not JSON: {error}; remove it") from error
     if not isinstance(found, dict):
-        raise BadRunError(f"{path} holds no object: {found}; remove it")
+        raise RunFileError(f"{path} holds {found!r}, not an object; remove it")
     return found
 
 
 def _read(path: Path) -> str:
-    """A file's text; a pipe, say, would keep the job waiting."""
+    """Read a regular file; reading a pipe, for example, could block the job."""
     if not path.is_file():
-        raise BadRunError(f"{path} is no ordinary file; remove it")
+        raise RunFileError(f"{path} is not a regular file; remove it")
     return path.read_text(encoding="utf-8", errors="replace")
 
 

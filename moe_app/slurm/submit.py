@@ -1,11 +1,10 @@
-"""Submit a recipe to SLURM: check it, write its run directory and batch script, follow the job.
+"""Submits a recipe to SLURM: checks it, writes its batch script, follows the job.
 
     python tools/submit.py RECIPE --nodes 32 --gpus-per-node 8 --time 24:00:00 --follow [FLAGS]
 
-Flags that are not listed here are tools/pretrain.py's; --save DIR, or the recipe's, is the run
-directory. DIR/slurm/ gets the resolved recipe and the batch script, which runs
-examples/slurm/pretrain.sbatch; DIR/logs/ gets the logs. Exit status: 0; with --follow that of the
-job; 2 when something is wrong before that.
+All other flags are those of tools/pretrain.py; --save DIR, or the recipe's, is the run directory.
+The resolved recipe and the batch script, which runs examples/slurm/pretrain.sbatch, go to
+DIR/slurm/, logs to DIR/logs/. Exit status: 0; with --follow the job's; 2 for an error before that.
 """
 
 import argparse
@@ -24,55 +23,60 @@ from megatron.trainer.records.run_dir import METRICS_NAME, RecordTail, read_ende
 from megatron.trainer.runtime.launch import run_main
 from moe_app.command_line import program, seconds_up_to
 from moe_app.pretrain.config import PretrainConfig, parse_recipe
-from moe_app.slurm.jobs import JobRequest, look_up, submit, watch
+from moe_app.slurm.jobs import JobRequest, poll_job, query_job, submit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-"""The checkout this file lies in, if it is not installed as a package."""
+"""Checkout that contains this file, unless it is installed as a package."""
 FOLDER, RECIPE, SCRIPT, JOB = "slurm", "recipe.yaml", "job.sbatch", "job_id"
-"""What is written under the run directory."""
+"""Folder in the run directory, and its files."""
 LAST_LINES = 15
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Submit as `argv` says; returns the exit status."""
+    """Submit the job that `argv` describes; return the exit status."""
     return run_main(lambda: run(*parse_args(argv)))
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Read the command line; what is no flag of ours is left for the recipe."""
+    """Parse the command line; also return the unknown flags, which override the recipe."""
     parser = argparse.ArgumentParser(
         prog=program("submit"),
         description="Submit a recipe to SLURM.",
-        epilog="All other flags are those of tools/pretrain.py, and win over the recipe.",
+        epilog="All other flags are those of tools/pretrain.py and override the recipe.",
         allow_abbrev=False,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="YAML recipe")
     parser.add_argument("--nodes", type=_positive, default=1, metavar="N", help="(%(default)s)")
     parser.add_argument(
-        "--gpus-per-node", type=_positive, metavar="N", help="GPUs, each with a rank of its own"
+        "--gpus-per-node", type=_positive, metavar="N", help="GPUs per node, one rank each"
     )
     parser.add_argument(
-        "--ranks-per-node", type=_positive, metavar="N", help="ranks on nodes without GPUs"
+        "--ranks-per-node",
+        type=_positive,
+        metavar="N",
+        help="ranks per node, for nodes without GPUs",
     )
     job = parser.add_argument_group("job")
-    job.add_argument("--job-name", metavar="NAME", help="without it the run directory's name")
+    job.add_argument("--job-name", metavar="NAME", help="defaults to the name of the run directory")
     for name in ("time", "partition", "account"):
-        job.add_argument(f"--{name}", metavar=name.upper(), help="as sbatch has it")
+        job.add_argument(f"--{name}", metavar=name.upper(), help="same as for sbatch")
     job.add_argument(
         "--sbatch",
         action="append",
         default=[],
         metavar="OPTION",
-        help="another option of sbatch, as often as needed: --sbatch=--exclusive",
+        help="further sbatch option, can be repeated: --sbatch=--exclusive",
     )
-    job.add_argument("--container-image", metavar="IMAGE", help="run in it, through pyxis")
-    job.add_argument("--container-mounts", metavar="A:B,...", help="beside repository and run")
+    job.add_argument("--container-image", metavar="IMAGE", help="image to run in, through pyxis")
+    job.add_argument(
+        "--container-mounts", metavar="A:B,...", help="in addition to repository and run"
+    )
     job.add_argument(
         "--repository",
         type=Path,
         default=REPOSITORY,
         metavar="DIR",
-        help="checkout whose batch scripts run; every node must see it (%(default)s)",
+        help="checkout with the batch scripts, visible on every node (%(default)s)",
     )
     what = parser.add_argument_group("what to do")
     what.add_argument(
@@ -86,16 +90,16 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
         type=seconds_up_to(3600),
         default=5.0,
         metavar="SECONDS",
-        help="how often --follow looks (%(default)s)",
+        help="interval of --follow (%(default)s)",
     )
     return parser.parse_known_args(argv)
 
 
 def run(args: argparse.Namespace, flags: list[str]) -> int:
-    """Check, write, submit, follow; returns the exit status.
+    """Check, write, submit and follow; return the exit status.
 
     Raises:
-        UserError: the recipe, the layout, the directory or SLURM says no.
+        UserError: recipe, layout or directory are invalid, or SLURM rejects the job.
     """
     cfg = parse_recipe(["--config", args.recipe, *flags], prog=program("submit"), description="")
     request = make_request(args, cfg)
@@ -105,26 +109,26 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
         print(f"\nwould write {request.recipe} and submit {request.recipe.parent / SCRIPT}:\n")
         print(script, end="")
         return 0
-    number = _submit(request, script, resolved)
+    job_id = _submit(request, script, resolved)
     if not args.follow:
         return 0
     try:
-        return follow(number, request, cfg, poll_s=args.poll)
+        return follow(job_id, request, cfg, poll_s=args.poll)
     except KeyboardInterrupt:
-        print(f"\njob {number} goes on; scancel {number} ends it")
+        print(f"\njob {job_id} continues; scancel {job_id} ends it")
         return 130
 
 
 def make_request(args: argparse.Namespace, cfg: PretrainConfig) -> JobRequest:
-    """What to ask of SLURM, once it is known that the run can work.
+    """Validate the run and build the request for its job.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the run cannot work.
     """
     if args.gpus_per_node and args.ranks_per_node:
         raise ConfigError(
             f"--gpus-per-node {args.gpus_per_node} and --ranks-per-node {args.ranks_per_node} both"
-            " say how many ranks a node has; give one of them"
+            " set the number of ranks per node; give one of them"
         )
     if cfg.checkpoint.save is None:
         raise ConfigError("there is no run directory; give --save DIR, or `save` in the recipe")
@@ -157,18 +161,18 @@ _SBATCH = ("time", "partition", "account")
 
 
 def _checked_repository(directory: Path) -> Path:
-    """Return the absolute path of a checkout, whose batch scripts the job runs."""
+    """Return the absolute path of the checkout after checking that it has the batch scripts."""
     script = directory / "examples" / "slurm" / "pretrain.sbatch"
     if not script.is_file():
         raise ConfigError(
-            f"{script} is not there: jobs run the batch scripts of a checkout; give --repository"
-            " DIR, a checkout that every node sees"
+            f"{script} does not exist: jobs run the batch scripts of a checkout; give --repository"
+            " DIR, a checkout that is visible on every node"
         )
     return directory.resolve()
 
 
 def describe(request: JobRequest, cfg: PretrainConfig) -> list[str]:
-    """What will run, in a few lines."""
+    """Summarize in a few lines what will run."""
     world = request.nodes * request.ranks_per_node
     layout = resolve_layout(cfg.parallel, world)
     training = cfg.training
@@ -186,90 +190,91 @@ def describe(request: JobRequest, cfg: PretrainConfig) -> list[str]:
 
 
 def _core_notes(request: JobRequest) -> list[str]:
-    """A warning where SLURM's default, a core a task, would be for all ranks of a node."""
+    """Warn if all ranks of a node would share one core, SLURM's default for a task."""
     asked = ("--exclusive", "--cpus-per-", "-c")
     if any(option.startswith(asked) for option in request.options):
         return []
     return [
-        "cores: none are asked for, and SLURM's default is one for all ranks of a node; give"
-        " --sbatch=--exclusive or --sbatch=--cpus-per-task=N, unless this cluster gives whole nodes"
+        "cores: none are requested, and SLURM's default is one for all ranks of a node; give"
+        " --sbatch=--exclusive or --sbatch=--cpus-per-task=N, unless this cluster allocates whole"
+        " nodes"
     ]
 
 
 def _submit(request: JobRequest, script: str, resolved: str) -> str:
-    """Write the files, and hand them to SLURM; returns the job's id."""
+    """Write the files and submit the job; return its id."""
     folder = request.recipe.parent
-    _refuse_second_job(folder / JOB, request.run)
+    _check_no_active_job(folder / JOB, request.run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Or sbatch could not open the job's log, and the job would fail without a word.
+        # Without it sbatch cannot open the log, and the job fails without a message.
         (request.run / "logs").mkdir(exist_ok=True)
         for name, text in ((RECIPE, resolved), (SCRIPT, script)):
             scratch = folder / f"{name}.tmp"
             scratch.write_text(text, encoding="utf-8")
             os.replace(scratch, folder / name)
-        number = submit(folder / SCRIPT)
-        (folder / JOB).write_text(f"{number}\n", encoding="utf-8")
+        job_id = submit(folder / SCRIPT)
+        (folder / JOB).write_text(f"{job_id}\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"cannot write to {folder}: {error.strerror}; give --save a directory on a disk with"
-            " room that this user may write to"
+            f"cannot write to {folder}: {error.strerror}; give --save a writable directory with"
+            " enough free space"
         ) from error
-    print(f"submitted job {number}: {folder / SCRIPT}")
-    return number
+    print(f"submitted job {job_id}: {folder / SCRIPT}")
+    return job_id
 
 
-def _refuse_second_job(record: Path, directory: Path) -> None:
-    """Two jobs in one run directory would take turns in failing.
+def _check_no_active_job(record: Path, directory: Path) -> None:
+    """Check that no other job uses the run directory.
 
     Raises:
         ConfigError: a job that this tool submitted has not ended.
     """
     if not record.exists():
         return
-    number = record.read_text(encoding="utf-8", errors="replace").strip()
-    if not re.fullmatch("[0-9]+", number):
+    job_id = record.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch("[0-9]+", job_id):
         raise ConfigError(
-            f"{record} holds {number[:40]!r} and must hold the number of the job that was submitted"
-            " last; if none is under way, remove it"
+            f"{record} holds {job_id[:40]!r} and must hold the id of the last submitted job; if no"
+            " job is active, remove it"
         )
-    job = look_up(number)
+    job = query_job(job_id)
     if job is not None and not job.has_ended:
         raise ConfigError(
-            f"job {number} ({job}) has {directory}; wait for it, end it with `scancel {number}`, or"
-            " give another --save"
+            f"job {job_id} ({job}) uses {directory}; wait for it, cancel it (`scancel {job_id}`),"
+            " or give another --save"
         )
 
 
-def follow(number: str, request: JobRequest, cfg: PretrainConfig, *, poll_s: float) -> int:
-    """Print a job's state and progress as they change; returns its exit status.
+def follow(job_id: str, request: JobRequest, cfg: PretrainConfig, *, poll_s: float) -> int:
+    """Print state and progress of a job as they change; return its exit status.
 
     Raises:
-        SlurmError: SLURM has lost it.
+        SlurmError: SLURM has purged the job, or does not respond.
     """
     tail = RecordTail(request.run / METRICS_NAME)
     shown = ""
-    for job in watch(number, poll_s=poll_s):
+    for job in poll_job(job_id, poll_s=poll_s):
         if str(job) != shown:
             shown = str(job)
-            print(f"job {number}: {shown}", flush=True)
+            print(f"job {job_id}: {shown}", flush=True)
         steps = [record for record in tail.read_new()[1] if "lm_loss" in record]
         if steps:
             print(f"  {progress(steps[-1], cfg)}", flush=True)
-    log = request.run / "logs" / f"{request.name}-{number}.out"
+    log = request.run / "logs" / f"{request.name}-{job_id}.out"
     ended = read_ended(request.run)
     if ended is not None:
         print(f"the trainer ended: {ended}")
     if job.exit_status != 0 and log.exists():
-        print(f"the last lines of {log}:")
+        print(f"last lines of {log}:")
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]:
             print(f"  {line}")
-    print(f"job {number} ended: {job.state}, exit status {job.exit_status}")
+    print(f"job {job_id} ended: {job.state}, exit status {job.exit_status}")
     return job.exit_status
 
 
 def progress(record: Record, cfg: PretrainConfig) -> str:
-    """A step's record in a line."""
+    """Format the record of a step as one line."""
     step, last = record["iteration"], cfg.training.train_iters
     line = f"step {step:,} of {last:,} ({step / last:.0%})"
     if record["lm_loss"] is not None:
@@ -289,5 +294,5 @@ def _clock(seconds: float) -> str:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
     return int(text)

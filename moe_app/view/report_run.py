@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron.trainer.errors import ConfigError, printable
 from megatron.trainer.records.history import RunHistory
 from megatron.trainer.records.run_dir import check_run, run_names
-from moe_app.command_line import program, tell_errors
+from moe_app.command_line import program, report_errors
 from moe_app.view.html_page import make_page
 from moe_app.view.page_data import LAYER_KEYS
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the page that `argv` asks for; returns the exit status."""
     args = parse_args(argv)
     directories, output = [Path(run) for run in args.runs], Path(args.output)
-    return tell_errors(lambda: write_report(directories, output, title=args.title))
+    return report_errors(lambda: write_report(directories, output, title=args.title))
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -18,7 +18,7 @@ from rich.live import Live
 
 from megatron.trainer.records.history import RunHistory
 from megatron.trainer.records.run_dir import check_run, run_names
-from moe_app.command_line import program, seconds_up_to, tell_errors
+from moe_app.command_line import program, report_errors, seconds_up_to
 from moe_app.view.screen import Screen, Watched, draw_frame, watch_run
 
 _X = {"tokens": "consumed_tokens", "iterations": "iteration"}
@@ -27,7 +27,7 @@ _X = {"tokens": "consumed_tokens", "iterations": "iteration"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Watch what `argv` names; returns the exit status."""
     args = parse_args(argv)
-    return tell_errors(lambda: watch(args, Console(highlight=False, soft_wrap=True)))
+    return report_errors(lambda: watch(args, Console(highlight=False, soft_wrap=True)))
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -121,7 +121,7 @@ def test_doctor_of_a_job_prints_one_page_with_every_kind_of_group(tmp_path: Path
     done = torchrun(2, REPO / "tools/doctor.py", "--device", "cpu", "--json", *layout, timeout=120)
     page = json.loads(done.stdout)  # one, or this would fail
     rows = {row["name"]: row for row in page["sections"]["ranks"]}
-    assert rows["answer"]["value"] == "2 ranks on 1 node"
+    assert rows["responding"]["value"] == "2 ranks on 1 node"
     assert {name for name in rows if name.startswith("all-reduce")} == {
         "all-reduce, world",
         "all-reduce, tp",

@@ -1,4 +1,4 @@
-"""A SLURM of two virtual nodes on this machine, and what tests ask of it."""
+"""Runs a SLURM cluster of two virtual nodes on this machine for tests."""
 
 import os
 import re
@@ -18,8 +18,8 @@ NODES = 2
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
 
-def what_is_missing() -> str | None:
-    """Why there can be no cluster here; None if there can."""
+def unmet_requirement() -> str | None:
+    """Return why no cluster can run here, None if one can."""
     programs = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     missing = [name for name in programs if shutil.which(name, path=path) is None]
@@ -37,8 +37,8 @@ def what_is_missing() -> str | None:
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody listens on."""
-    # Test processes side by side begin at different places.
+    """Return the first of `count` consecutive free ports."""
+    # Concurrent test processes start their search at different ports.
     begin = os.getpid() * 10 % 8000
     for first in (21000 + (begin + step) % 8000 for step in range(0, 8000, 10)):
         sockets = [socket.socket() for _ in range(count)]
@@ -56,11 +56,11 @@ def free_ports(count: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """A running one.
+    """Controls a running cluster.
 
     Args:
-        directory: where its files are.
-        work: where jobs are submitted, and leave their logs.
+        directory: files of the cluster.
+        work: directory where jobs are submitted and write their logs.
     """
 
     directory: Path
@@ -69,14 +69,14 @@ class Cluster:
 
     @classmethod
     def start(cls, directory: Path, work: Path) -> "Cluster":
-        """Bring it up."""
+        """Start a cluster."""
         work.mkdir()
         subprocess.run(
             [str(HERE / "slurm_up.sh"), str(directory), str(NODES), str(free_ports(NODES + 1))],
             check=True,
             timeout=60,
         )
-        # Nothing of a SLURM around this test, nor of torchrun, reaches the jobs.
+        # Jobs must not inherit variables of a surrounding SLURM job or torchrun.
         own = {
             name: value
             for name, value in os.environ.items()
@@ -91,11 +91,11 @@ class Cluster:
         return cls(directory=directory, work=work, environment=own)
 
     def stop(self) -> None:
-        """Take it down."""
+        """Stop the cluster."""
         subprocess.run([str(HERE / "slurm_down.sh"), str(self.directory)], check=False, timeout=60)
 
-    def ask(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run one of SLURM's commands where jobs are submitted."""
+    def call(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run a SLURM command in the work directory."""
         return subprocess.run(
             command,
             cwd=self.work,
@@ -107,24 +107,24 @@ class Cluster:
         )
 
     def submit(self, *arguments: str | Path, **variables: str) -> str:
-        """Hand over a job; returns its id."""
-        done = self.ask("sbatch", "--parsable", *map(str, arguments), **variables)
+        """Submit a job; return its id."""
+        done = self.call("sbatch", "--parsable", *map(str, arguments), **variables)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What scontrol shows of it."""
-        done = self.ask("scontrol", "show", "job", "--oneliner", number)
+        """Return the fields that scontrol shows of a job."""
+        done = self.call("scontrol", "show", "job", "--oneliner", number)
         assert done.returncode == 0, done.stderr
         return dict(re.findall(r"(\w+)=(\S*)", done.stdout))
 
     def state(self, number: str) -> str:
-        """Its state and exit status, `COMPLETED 0:0`."""
+        """Return state and exit status of a job, such as `COMPLETED 0:0`."""
         job = self.job(number)
         return f"{job['JobState']} {job['ExitCode']}"
 
     def wait(self, number: str, timeout: float = 240) -> str:
-        """Wait until it has ended; returns its last state and exit status."""
+        """Wait until a job has ended; return its final state and exit status."""
 
         def ended() -> bool:
             return self.job(number)["JobState"] in ENDED
@@ -133,9 +133,9 @@ class Cluster:
         return self.state(number)
 
     def log(self, number: str) -> str:
-        """What its batch script printed."""
+        """Read the output of a job's batch script."""
         path = Path(self.job(number)["StdOut"])
-        return path.read_text() if path.exists() else f"{path} is not there"
+        return path.read_text() if path.exists() else f"{path} does not exist"
 
 
 def wait_until(
@@ -144,7 +144,7 @@ def wait_until(
     what: str,
     explain: Callable[[], str] = lambda: "",
 ) -> None:
-    """Poll until it is so."""
+    """Poll until `condition` holds."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout:g} s for {what}\n{explain()}"

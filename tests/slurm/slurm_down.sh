@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ends what slurm_up.sh started in DIR: the jobs, then the daemons by the ids that they recorded.
+# Stops what slurm_up.sh started in DIR: first the jobs, then the daemons by their pid files.
 #   slurm_down.sh DIR
 set -uo pipefail
 
@@ -8,7 +8,7 @@ export SLURM_CONF=$dir/slurm.conf
 
 running() { squeue --noheader --states=RUNNING,COMPLETING,SUSPENDED 2> /dev/null | grep -q .; }
 
-# Jobs first: without slurmd nobody would end their processes.
+# Jobs first: without slurmd their processes would keep running.
 timeout 10 scancel --full --signal=KILL --user="$(id -un)" 2> /dev/null
 timeout 10 scancel --user="$(id -un)" 2> /dev/null
 for _ in {1..80}; do

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A real SLURM on this machine: one slurmctld, NODES slurmd, a munged of its own.
+# Starts a real SLURM on this machine: one slurmctld, NODES slurmd, and its own munged.
 #   slurm_up.sh DIR NODES PORT
-# DIR must not exist; everything is kept there. Ports PORT to PORT + NODES are taken. Node i is called
-# n<i>, has the address 127.0.0.<10 + i>, and UTS and mount namespaces of its own, so that `hostname`
-# says n<i> and n<i> resolves while the machine's own name and /etc/hosts stay as they are. Afterwards:
+# DIR must not exist and gets all files. Ports PORT to PORT + NODES are used. Node i is named n<i>, has
+# the address 127.0.0.<10 + i> and its own UTS and mount namespaces, so that `hostname` prints n<i> and
+# n<i> resolves while the machine's own name and /etc/hosts stay unchanged. Afterwards:
 #   export SLURM_CONF=DIR/slurm.conf; sinfo
 # Needs root with CAP_SYS_ADMIN, and slurmctld, slurmd, slurm-client and munge.
 set -euo pipefail
@@ -17,11 +17,11 @@ socket=$dir/run/munge.socket
 mkdir -m 755 "$dir"
 mkdir "$dir"/{gpu,log,run,spool,state}
 
-# Who may talk to whom. munged insists on directories that only their owner writes to.
+# munged requires that only the owner can write to its directories.
 (umask 077 && head -c 1024 /dev/urandom > "$dir/munge.key")
 cp /etc/hosts "$dir/hosts"
 
-# Eight GPUs a node that exist by name alone: scheduling by GPU is real, computing is not.
+# Eight fake GPUs per node: they can be scheduled, but not computed on.
 for gpu in {0..7}; do : > "$dir/gpu/$gpu"; done
 printf 'AutoDetect=off\nName=gpu File=%s/gpu/[0-7]\n' "$dir" > "$dir/gres.conf"
 
@@ -32,11 +32,11 @@ SlurmctldHost=$(hostname -s)(127.0.0.1)
 SlurmctldPort=$port
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
-# slurmd must listen everywhere (steps could not be launched otherwise); the controller need not.
+# slurmd must listen everywhere (otherwise steps cannot be launched); the controller need not.
 CommunicationParameters=NoCtldInAddrAny
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits until its credential has expired: 5 seconds are the least.
+# A requeued job waits until its credential has expired; 5 seconds is the minimum.
 AuthInfo=socket=$socket,cred_expire=5
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool/%n

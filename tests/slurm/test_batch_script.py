@@ -1,6 +1,6 @@
-"""What pretrain.sbatch hands to torchrun, and when SLURM is asked to start it again.
+"""Tests what pretrain.sbatch passes to torchrun, and when it requeues the job.
 
-The SLURM is real; a few lines of Python stand in for torchrun and the trainer.
+SLURM is real; stand_in.py replaces torchrun and the trainer.
 """
 
 import json
@@ -13,7 +13,7 @@ PRETRAIN = REPO / "examples" / "slurm" / "pretrain.sbatch"
 
 
 def start(cluster: Cluster, name: str, *flags: str, mode: str, **variables: str) -> str:
-    """Submit a run on two nodes, with a recipe and a run directory of that name."""
+    """Submit a run on two nodes, with recipe and run directory called `name`."""
     recipe = cluster.work / f"{name}.yaml"
     if not recipe.exists():
         recipe.write_text("lr: 0.1\n")
@@ -34,7 +34,7 @@ def finish(cluster: Cluster, *numbers: str) -> None:
 
 
 def called(run: Path, *, restart: int = 0, node: str = "n0") -> list[str]:
-    """How torchrun was called."""
+    """Return the arguments that torchrun got."""
     arguments: list[str] = call(run, restart=restart, node=node)["arguments"]
     return arguments
 
@@ -49,7 +49,7 @@ def trainer_flags(run: Path, *, restart: int = 0) -> list[str]:
     return arguments[arguments.index(str(REPO / "tools" / "pretrain.py")) + 1 :]
 
 
-def test_torchrun_is_called_alike_on_every_node(cluster: Cluster) -> None:
+def test_torchrun_gets_the_same_arguments_on_every_node(cluster: Cluster) -> None:
     run = cluster.work / "alike"
     number = start(
         *(cluster, "alike", "--lr", "0.1"),
@@ -68,7 +68,7 @@ def test_torchrun_is_called_alike_on_every_node(cluster: Cluster) -> None:
     assert called(run, node="n0") == called(run, node="n1") == expected
 
 
-def test_preset_rendezvous_and_gpus_of_the_node_count(cluster: Cluster) -> None:
+def test_rendezvous_variables_and_gpus_per_node_are_used(cluster: Cluster) -> None:
     (cluster.work / "preset.yaml").write_text("lr: 0.1\n")
     number = cluster.submit(
         *("--nodes=2", "--gpus-per-node=8", PRETRAIN, "preset.yaml", "preset"),
@@ -84,19 +84,19 @@ def test_preset_rendezvous_and_gpus_of_the_node_count(cluster: Cluster) -> None:
 
 
 BEGINNINGS: dict[str, tuple[str, list[str], list[str]]] = {
-    # Another run's checkpoint, named by the recipe or by flags: the flags are left alone.
+    # Recipe or flags name another run's checkpoint: no flags are added.
     "finetune": ("load: other\nsave: mine\nfinetune: true\n", [], []),
     "quoted": ("load: 'other' # so\n", [], []),
     "anneal": ("lr: 0.1\n", ["--load", "x", "--anneal-from", "5"], []),
     "earlier": ("lr: 0.1\n", ["--ckpt-step", "3"], ["--load", "RUN"]),
-    # The recipe's own directory is replaced by RUN; null is none.
+    # RUN replaces the recipe's own directory; null means none.
     "own": ("load: mine\nsave: mine\n", [], ["--load", "RUN"]),
     "null": ("load: null\n", [], ["--load", "RUN"]),
 }
-"""Recipe, flags, and what is added to them where the run directory is empty."""
+"""Recipe, flags, and the flags that are added if the run directory is empty."""
 
 
-def test_run_begins_as_asked_and_goes_on_from_its_own_checkpoint(cluster: Cluster) -> None:
+def test_run_starts_as_configured_and_resumes_its_own_checkpoint(cluster: Cluster) -> None:
     for name, (recipe, _, _) in BEGINNINGS.items():
         (cluster.work / f"{name}.yaml").write_text(recipe)
     for is_first in (True, False):
@@ -113,21 +113,21 @@ def test_run_begins_as_asked_and_goes_on_from_its_own_checkpoint(cluster: Cluste
             assert trainer_flags(run) == expected, (name, is_first)
 
 
-def test_stopped_job_comes_back_and_forgets_where_it_was_to_begin(cluster: Cluster) -> None:
-    """The restart, and the cap on restarts, through SLURM."""
+def test_stopped_job_is_requeued_and_resumes_its_newest_checkpoint(cluster: Cluster) -> None:
+    """Restarts through SLURM, up to the limit."""
     run, cap = cluster.work / "back", "--max-restarts 1"
     number = start(cluster, "back", "--ckpt-step", "3", mode="wait", REQUEUE_FLAGS=cap)
     unsaved = start(cluster, "unsaved", "--load", "x", mode="stop", REQUEUE_FLAGS=cap)
     for restart in (0, 1):
         wait_until((run / f"called-{restart}-n0.json").exists, 60, "a start")
-        # Told as preemption tells it, and as the end of the time limit does.
-        cluster.ask("scancel", "--batch", f"--signal={('TERM', 'USR1')[restart]}", number)
+        # The signals of preemption and of the time limit.
+        cluster.call("scancel", "--batch", f"--signal={('TERM', 'USR1')[restart]}", number)
     assert cluster.wait(number, timeout=60) == "FAILED 1:0"
     log = cluster.log(number)
     assert cluster.job(number)["Restarts"] == "1"
     assert log.count("asking every rank to save and stop") == 2
     assert f"job {number} was restarted 1 times, which is the limit" in log
-    # The ranks got SIGUSR1 for either; torchrun lives on, and so the step ended with status 0.
+    # The ranks got SIGUSR1 for both; torchrun survived, so the step ended with status 0.
     assert "signals [10" in log and "signals [15" not in log
     arguments = called(run, restart=1)
     assert f"{number}-1" in arguments
@@ -135,35 +135,35 @@ def test_stopped_job_comes_back_and_forgets_where_it_was_to_begin(cluster: Clust
     assert arguments[-len(own) :] == own
     assert [call(run, restart=restart)["has_metrics"] for restart in (0, 1)] == [False, True]
 
-    # One that begins with another run's checkpoint, and was stopped before it had its own, begins
-    # again as if nothing had been there: the trainer refuses a directory with records.
+    # A run from another run's checkpoint that was stopped before it saved its own starts afresh:
+    # the trainer refuses a directory with records.
     assert cluster.wait(unsaved, timeout=60) == "FAILED 1:0"
     run = cluster.work / "unsaved"
     assert [call(run, restart=restart)["has_metrics"] for restart in (0, 1)] == [False, False]
     assert trainer_flags(run, restart=1) == trainer_flags(run, restart=0)
 
 
-def test_job_that_may_not_requeue_says_so_with_its_status(cluster: Cluster) -> None:
+def test_job_without_requeueing_ends_with_status_75(cluster: Cluster) -> None:
     number = start(cluster, "no", mode="stop", REQUEUE="no")
     assert cluster.wait(number) == "FAILED 75:0"
-    assert "stopped at iteration 0 of 9 (signal: signals []); to be started again" in (
+    assert "stopped at iteration 0 of 9 (signal: signals []); to be requeued" in (
         cluster.log(number)
     )
 
 
 def test_cancelled_job_stays_cancelled(cluster: Cluster) -> None:
-    """Training saved and would go on; but it was a person who ended it."""
+    """Cancels a job whose training has saved and asks to be requeued."""
     run = cluster.work / "cancelled"
     number = start(cluster, "cancelled", mode="wait")
     wait_until((run / "called-0-n0.json").exists, 60, "a start")
-    cluster.ask("scancel", number)
+    cluster.call("scancel", number)
     cluster.wait(number, timeout=60)
     job = cluster.job(number)
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
     assert "not requeued: SLURM is ending the job" in cluster.log(number)
 
 
-def test_wrong_call_fails_with_its_reason_in_the_log(cluster: Cluster) -> None:
+def test_wrong_arguments_fail_with_the_reason_in_the_log(cluster: Cluster) -> None:
     (cluster.work / "some.yaml").write_text("lr: 0.1\n")
     wrong = {
         "usage: sbatch examples/slurm/pretrain.sbatch RECIPE RUN": [],

@@ -1,6 +1,6 @@
-"""Every example script as a job of a real SLURM, on two virtual nodes of this machine.
+"""Runs every example script as a job of a real SLURM, on two virtual nodes of this machine.
 
-What one test trains is what the next one compares with, so they run in order, in one process.
+Tests compare with what earlier ones trained, so they run in order, in one process.
 """
 
 import json
@@ -60,7 +60,7 @@ TRUNK = {
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """What is under way from the first test on."""
+    """Holds the jobs that run from the first test on."""
 
     chain: str
     """Job that submits a trunk and its anneal."""
@@ -100,13 +100,13 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 
 def losses(run: Path) -> list[tuple[int, str, Any]]:
-    """What a run measured, in order; JSON keeps every bit of a float."""
+    """Return the values that a run recorded, in order; JSON keeps every bit of a float."""
     keys = ("lm_loss", "grad_norm", "valid_loss", "learning_rate")
     return [(r["iteration"], key, r[key]) for r in records(run) for key in keys if key in r]
 
 
 def last_step(run: Path) -> int:
-    # The last line may be half written.
+    # The last line may be incomplete.
     found = re.findall(r'^\{"iteration": (\d+)', (run / "metrics.jsonl").read_text(), re.MULTILINE)
     return int(found[-1]) if found else 0
 
@@ -129,18 +129,18 @@ def job_number(cluster: Cluster, run: str) -> str:
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.sbatch")), ids=lambda path: path.stem)
 def test_slurm_accepts_the_script(script: Path, cluster: Cluster) -> None:
     for options in ([], ["--nodes=2", "--gpus-per-node=8", "--exclusive", "--mem=0"]):
-        done = cluster.ask("sbatch", "--test-only", *options, str(script))
+        done = cluster.call("sbatch", "--test-only", *options, str(script))
         assert done.returncode == 0, done.stderr
 
 
-def test_stopped_job_is_requeued_and_ends_as_if_never_stopped(
+def test_stopped_job_is_requeued_and_ends_bitwise_like_an_undisturbed_one(
     cluster: Cluster, started: Started
 ) -> None:
     run = cluster.work / "stopped"
     number = job_number(cluster, "stopped")
     wait_until(lambda: has_stepped(run, 3), 120, "steps", lambda: cluster.log(number))
-    # As --signal=B:USR1@300 does it: the batch shell alone is told.
-    cluster.ask("scancel", "--batch", "--signal=USR1", number)
+    # Signals the batch shell alone, like --signal=B:USR1@300.
+    cluster.call("scancel", "--batch", "--signal=USR1", number)
     wait_until(
         lambda: cluster.job(number)["Restarts"] == "1",
         60,
@@ -150,7 +150,7 @@ def test_stopped_job_is_requeued_and_ends_as_if_never_stopped(
     where = ended(run)
     assert (where["reason"], where["requeue"]) == ("signal", True)
     assert 3 <= where["iteration"] == where["saved_iteration"] < ITERATIONS
-    # What it saved can go on on another number of nodes, see the next test.
+    # The next test resumes this checkpoint on another number of nodes.
     shutil.copytree(run, cluster.work / "moved")
 
     assert cluster.wait(number) == "COMPLETED 0:0", cluster.log(number)
@@ -162,7 +162,7 @@ def test_stopped_job_is_requeued_and_ends_as_if_never_stopped(
     assert [each[0] for each in expected if each[1] == "lm_loss"] == list(range(1, ITERATIONS + 1))
     assert losses(run) == expected
 
-    # Followed all the while, through the restart to the end.
+    # --follow shows the whole job, including the restart.
     shown, _ = started.following.communicate(timeout=60)
     assert started.following.returncode == 0, shown
     for line in (
@@ -179,7 +179,7 @@ def test_stopped_job_is_requeued_and_ends_as_if_never_stopped(
     assert f"job {number} starts, restart 1; newest checkpoint: {where['iteration']}" in log
     for node in ("n0", "n1"):
         text = (run / "logs" / f"stopped-{number}-{node}.log").read_text()
-        # Both starts are in it; rank 0 is on the first node.
+        # The log has both starts; rank 0 is on the first node.
         assert text.count("run ended: ") == (2 if node == "n0" else 0), text
 
 
@@ -188,8 +188,8 @@ def trunk_job(cluster: Cluster, started: Started) -> str:
     return re.findall(r"trunk: job (\d+),", cluster.log(started.chain))[0]
 
 
-def test_run_goes_on_on_another_number_of_nodes(cluster: Cluster, started: Started) -> None:
-    """Two ranks on one node, where there was one on each of two."""
+def test_run_resumes_on_another_number_of_nodes(cluster: Cluster, started: Started) -> None:
+    """Resumes on one node with two ranks a run of two nodes with one rank each."""
     first = ended(cluster.work / "moved")["iteration"]
     number = cluster.submit(
         *("--nodes=1", PRETRAIN, "trunk.yaml", "moved"), RANKS_PER_NODE="2", REQUEUE="no"
@@ -210,14 +210,14 @@ def test_anneal_waits_for_its_trunk_and_branches_off_it(cluster: Cluster, starte
     branch = records(cluster.work / f"trunk_anneal_{BRANCH}")
     steps = [record for record in branch if "lm_loss" in record]
     assert [record["iteration"] for record in steps] == list(range(BRANCH + 1, BRANCH + 11))
-    # On a line from the trunk's rate to the end of the tail.
+    # Linear from the trunk's rate to the end of the tail.
     rates = [record["learning_rate"] for record in steps]
     trunk = {r["iteration"]: r for r in records(cluster.work / "trunk") if "lm_loss" in r}
     assert rates[0] == trunk[BRANCH]["learning_rate"] == 0.003
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.001
 
 
-def test_anneals_of_a_trunk_that_failed_are_dropped(cluster: Cluster, started: Started) -> None:
+def test_anneals_of_a_failed_trunk_are_cancelled(cluster: Cluster, started: Started) -> None:
     chain = cluster.submit(
         EXAMPLES / "anneal_chain.sbatch",
         *("trunk.yaml", "hopeless", "anneal.yaml", "60", "90"),
@@ -226,7 +226,7 @@ def test_anneals_of_a_trunk_that_failed_are_dropped(cluster: Cluster, started: S
     assert cluster.wait(chain) == "COMPLETED 0:0", cluster.log(chain)
     trunk, *anneals = re.findall(r": job (\d+),", cluster.log(chain))
     assert cluster.wait(trunk) == "FAILED 1:0"
-    assert "training ended with status 1 and without a word" in cluster.log(trunk)
+    assert "training ended with status 1 and wrote no " in cluster.log(trunk)
     for anneal in anneals:
         cluster.wait(anneal, timeout=30)
         assert cluster.job(anneal)["JobState"] == "CANCELLED"
@@ -253,7 +253,7 @@ def test_array_trains_each_recipe_and_the_bad_one_fails_alone(cluster: Cluster) 
 
 
 def rank_process(run: Path, node: str) -> psutil.Process | None:
-    """The training process of a run on a node."""
+    """Find the training process of a run on a node."""
     for process in psutil.process_iter():
         try:
             command, environment = process.cmdline(), process.environ()
@@ -272,7 +272,7 @@ def test_lost_rank_fails_the_job_which_is_not_requeued(cluster: Cluster, started
     process = rank_process(run, "n1")
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
-    # 1, or 143 or 137 where SLURM had to end the other rank's torchrun.
+    # 1, or 143 or 137 if SLURM had to kill the other node's torchrun.
     assert re.fullmatch(r"FAILED (1|137|143):0", cluster.wait(number)), cluster.log(number)
     assert cluster.job(number)["Restarts"] == "0"
     log = cluster.log(number)
@@ -298,7 +298,7 @@ def test_run_is_exported_and_scored(cluster: Cluster, started: Started) -> None:
     assert [each["tokens"] for each in scored] == texts
     assert [len(each["token_logprobs"]) for each in scored] == [4, 2]
     assert all(each["sum_logprob"] < 0 for each in scored)
-    # Nothing is written over.
+    # Existing results are not overwritten.
     again = cluster.submit(
         EXAMPLES / "convert_and_evaluate.sbatch", "trunk", "evaluated", "texts.jsonl"
     )

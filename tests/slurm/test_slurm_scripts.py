@@ -1,4 +1,4 @@
-"""The batch scripts as text, and the parts of them that need no SLURM."""
+"""Tests the text of the batch scripts, and the parts of them that need no SLURM."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ SCRIPTS = sorted(EXAMPLES.glob("*.sbatch"))
 
 
 def late_directives(text: str) -> list[str]:
-    """#SBATCH lines that sbatch ignores, because a command comes before them."""
+    """List the #SBATCH lines that sbatch ignores because a command precedes them."""
     lines = text.splitlines()
     is_command = [bool(line.strip()) and not line.lstrip().startswith("#") for line in lines]
     first = is_command.index(True) if True in is_command else len(lines)
@@ -21,11 +21,11 @@ def late_directives(text: str) -> list[str]:
 
 
 def unsafe_directives(text: str) -> list[str]:
-    """Logs in directories that may not be there: the job would fail without a word."""
+    """List log directives with a directory: where it is missing, the job fails without a message."""
     return re.findall(r"^#SBATCH.*--(?:output|error)=\S*/.*", text, flags=re.MULTILINE)
 
 
-def test_the_four_scripts_are_there() -> None:
+def test_there_are_four_scripts() -> None:
     assert [path.stem for path in SCRIPTS] == [
         "anneal_chain",
         "array_ablation",
@@ -35,7 +35,7 @@ def test_the_four_scripts_are_there() -> None:
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_script_has_its_directives_first_and_its_log_where_it_can_be(path: Path) -> None:
+def test_script_has_its_directives_first_and_its_log_in_an_existing_directory(path: Path) -> None:
     text = path.read_text("utf-8")
     assert text.startswith("#!/usr/bin/env bash\n")
     assert late_directives(text) == []
@@ -53,7 +53,7 @@ def test_late_or_unsafe_directive_is_found() -> None:
 
 
 def container_options(tmp_path: Path, *directories: str, **variables: str) -> list[str]:
-    """Options that a step gets."""
+    """Return interpreter and container options of a step."""
     script = 'source "$REPO/examples/slurm/common.sh"; choose_python "$@"; echo "$PYTHON"'
     script += '; [[ ${#container[@]} == 0 ]] || printf "%s\\n" "${container[@]}"'
     done = subprocess.run(
@@ -68,7 +68,7 @@ def container_options(tmp_path: Path, *directories: str, **variables: str) -> li
     return done.stdout.splitlines()
 
 
-def test_container_sees_what_the_job_needs(tmp_path: Path) -> None:
+def test_container_mounts_the_directories_of_the_job(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     options = container_options(
         tmp_path,
@@ -77,7 +77,7 @@ def test_container_sees_what_the_job_needs(tmp_path: Path) -> None:
         CONTAINER_IMAGE="/images/moe.sqsh",
         CONTAINER_MOUNTS="/data:/data:ro,/etc/a:/b",
     )
-    # One option of all mounts: pyxis takes the last of several.
+    # One option for all mounts, because pyxis uses only the last one.
     mounts = f"{tmp_path}:{tmp_path},{REPO}:{REPO},/scratch/run:/scratch/run"
     assert options == [
         "python3",
@@ -87,5 +87,5 @@ def test_container_sees_what_the_job_needs(tmp_path: Path) -> None:
     ]
 
 
-def test_without_an_image_there_is_no_container(tmp_path: Path) -> None:
+def test_no_image_gives_no_container_options(tmp_path: Path) -> None:
     assert container_options(tmp_path, "/scratch/run", PYTHON="/opt/python") == ["/opt/python"]

@@ -1,4 +1,4 @@
-"""Settings of a run: their schema, how recipes and flags become one config, and what is refused.
+"""Defines the settings of a run, reads them from recipes and flags, and validates them.
 
-Holds no model settings (`moe_ext.config`) and builds nothing.
+Model settings live in `moe_ext.config`; nothing is built here.
 """

@@ -1,4 +1,4 @@
-"""A run config from its defaults, a preset, a YAML recipe and command-line flags, in that order."""
+"""Builds a run config from defaults, a preset, a YAML recipe and flags; later sources win."""
 
 import contextlib
 import dataclasses
@@ -40,11 +40,11 @@ def load_config(
     resolve: Callable[[T, list[frozenset[str]]], T] | None = None,
     quiet: bool = False,
 ) -> T:
-    """Read a run config: defaults < preset < recipe < flags.
+    """Build a run config with the precedence defaults < preset < recipe < flags.
 
     Three flags belong to no group: `--config FILE` names the recipe, `--preset NAME` the preset
-    (a recipe may name it too, as `preset:`; the flag wins), `--print-config` prints the result as a
-    recipe.
+    (a recipe may name it too, as `preset:`; the flag wins), and `--print-config` prints the result
+    as a recipe.
 
     Args:
         config_class: a frozen dataclass of groups.
@@ -52,12 +52,12 @@ def load_config(
         prog: the program's name in help and usage messages.
         description: what the program does, for --help.
         presets: named sets of field values.
-        resolve: what turns settings that can be spelled in two ways into one, given the names that
-            preset, recipe and flags each set (to None: not set). It may change the config.
+        resolve: returns the config with alternative spellings of a setting reduced to one, given
+            the names that preset, recipe and flags each set (None counts as not set).
         quiet: print nothing; for ranks other than 0.
 
     Raises:
-        ConfigError: the recipe, or the choice of recipe or preset, is wrong.
+        ConfigError: the recipe is invalid, or no such recipe or preset exists.
         SystemExit: 0 after --help and --print-config, 2 after a wrong flag.
     """
     schema = schema_of(config_class)
@@ -95,7 +95,7 @@ def load_config(
 
 
 def _flagged(argv: Sequence[str], schema: Mapping[str, FieldPlace]) -> set[str]:
-    """The fields that flags set."""
+    """Return the names of the fields that flags set."""
     names = {
         token.partition("=")[0].removeprefix("--").replace("-", "_")
         for token in argv
@@ -105,7 +105,7 @@ def _flagged(argv: Sequence[str], schema: Mapping[str, FieldPlace]) -> set[str]:
 
 
 def _nearest_flags(argv: Sequence[str], schema: Mapping[str, FieldPlace]) -> str:
-    """A line for each unknown flag that resembles a known one; tyro finds only some of them."""
+    """Suggest a known flag for each unknown one, a line each; tyro covers only some of them."""
     lines = []
     known = (*schema, "config", "preset", "print_config")
     for token in argv:
@@ -114,7 +114,7 @@ def _nearest_flags(argv: Sequence[str], schema: Mapping[str, FieldPlace]) -> str
         if not flag.startswith("--"):
             continue
         if name in schema and is_recipe_only(schema[name].hint):
-            lines.append(f"{flag} is no flag: {name} can be given in a recipe only\n")
+            lines.append(f"{flag} is not a flag: {name} can be set in a recipe only\n")
         elif not {name, name.removeprefix("no_")} & {*known, "help"}:
             near = difflib.get_close_matches(name, known, n=1)
             lines += [f"{flag}: did you mean --{near[0].replace('_', '-')}?\n"] if near else []
@@ -122,7 +122,7 @@ def _nearest_flags(argv: Sequence[str], schema: Mapping[str, FieldPlace]) -> str
 
 
 def _single_value(argv: Sequence[str], flag: str) -> str | None:
-    """The value of a flag that is needed before the others can be parsed.
+    """Return the value of a flag that is needed before the others can be parsed.
 
     A flag without a value is left for tyro to report.
     """
@@ -157,7 +157,7 @@ def _preset_values(
 def _with_values(
     config_class: type[T], schema: Mapping[str, FieldPlace], values: Mapping[str, object]
 ) -> T:
-    """The defaults with some fields replaced."""
+    """Return the defaults with some fields replaced."""
     cfg = config_class()
     changes: dict[str, dict[str, object]] = {}
     for name, value in values.items():
@@ -172,7 +172,7 @@ def _with_values(
 def _parse_flags(
     cfg: T, argv: Sequence[str], *, prog: str, description: str, presets: tuple[str, ...]
 ) -> tuple[T, bool]:
-    """Let flags override `cfg`; also says whether --print-config was among them."""
+    """Override `cfg` with flags; also return whether --print-config was given."""
     sources = _sources_class(presets)
     members: list[tuple[str, Any, Any]] = [("recipe", sources, sources())]
     for group in dataclasses.fields(typing.cast(Any, cfg)):
@@ -198,7 +198,7 @@ def _parse_flags(
 
 
 def _sources_class(presets: tuple[str, ...]) -> type:
-    """The group of flags that say where the other values come from."""
+    """Build the group of flags that name the sources of the other values."""
     named = f"Named settings that the recipe and flags override: {', '.join(presets) or 'none'}."
     return dataclasses.make_dataclass(
         "Sources",
@@ -226,17 +226,15 @@ def _sources_class(presets: tuple[str, ...]) -> type:
                 dataclasses.field(default=False),
             ),
         ],
-        namespace={
-            "__doc__": "Where the settings below come from: defaults < preset < recipe < flags."
-        },
+        namespace={"__doc__": "Sources of the settings below: defaults < preset < recipe < flags."},
         frozen=True,
     )
 
 
 def _for_flags(group: Any) -> Any:
-    """A copy of a group whose `bool | None` fields make --x/--no-x pairs, as `bool` fields do.
+    """Copy a group so that `bool | None` fields give --x/--no-x pairs, as `bool` fields do.
 
-    Records make no flags.
+    Fields that hold records give no flags.
     """
     cls = type(group)
     hints = typing.get_type_hints(cls)

@@ -1,9 +1,8 @@
-"""How long a run and the parts of its schedule are: steps, tokens, phases and branches.
+"""Computes the length of a run and of its schedule, phases and branches, in steps and tokens.
 
-Steps are what the training loop counts. Tokens are another spelling: they are rounded up to whole
-steps of global_batch_size x seq_length tokens. `resolve_lengths` turns one into the other once,
-after a config is read; `length_problems` holds the two against each other wherever a config
-comes from.
+The training loop counts steps. Lengths in tokens are an alternative spelling, rounded up to whole
+steps of global_batch_size x seq_length tokens. `resolve_lengths` converts them once, after a config
+is read; `length_problems` checks that both agree, wherever a config comes from.
 """
 
 import dataclasses
@@ -20,34 +19,34 @@ SPELLINGS = {
     "lr_decay_iters": ("optimizer", "lr_decay_tokens"),
     "lr_wsd_decay_iters": ("optimizer", "lr_wsd_decay_tokens"),
 }
-"""Lengths in steps -> their group, and the name of the same length in tokens."""
+"""Maps a length in steps to its group and to the name of the same length in tokens."""
 
 
 def tokens_per_step(training: TrainingConfig) -> int:
-    """Tokens of a global batch."""
+    """Return the number of tokens in a global batch."""
     return training.global_batch_size * training.seq_length
 
 
 def steps_of(tokens: int, training: TrainingConfig) -> int:
-    """The whole steps that hold so many tokens."""
+    """Return the number of steps that cover `tokens`, rounded up."""
     return -(-tokens // tokens_per_step(training))
 
 
 def phase_steps(cfg: RunConfig) -> list[int]:
-    """The steps of each phase."""
+    """Return the number of steps of each phase."""
     return [steps_of(phase.train_tokens, cfg.training) for phase in cfg.data.phases]
 
 
 def resolve_lengths(cfg: C, layers: Sequence[Collection[str]]) -> C:
-    """Give every length in steps its value; of two spellings the one that was set last decides.
+    """Set every length in steps; of two spellings the one in the later layer wins.
 
     Args:
-        cfg: The config with all layers applied.
-        layers: The names that each layer sets to something, from preset to flags.
+        cfg: the config with all layers applied.
+        layers: the names that each layer sets to a value other than None, from preset to flags.
 
     Returns:
-        The config with train_iters and the lengths of the schedule in steps. Spellings in tokens
-        are kept where they decided, else None. Of data_path and phases the one set last is kept.
+        The config with train_iters and the lengths of the schedule in steps. Lengths in tokens are
+        kept where they won, else None. Of data_path and phases the one in the later layer is kept.
         Two spellings in one layer are left to `length_problems`.
     """
     data = cfg.data
@@ -57,13 +56,13 @@ def resolve_lengths(cfg: C, layers: Sequence[Collection[str]]) -> C:
         data = dataclasses.replace(data, data_path=())
     cfg = dataclasses.replace(cfg, data=data)
     if tokens_per_step(cfg.training) < 1 or any(phase.train_tokens < 1 for phase in data.phases):
-        return cfg  # `validate` will say so
+        return cfg  # `validate` reports it
     for steps, (group, tokens) in SPELLINGS.items():
         changes = _one_spelling(cfg, layers, steps, group, tokens)
         cfg = dataclasses.replace(
             cfg, **{group: dataclasses.replace(getattr(cfg, group), **changes)}
         )
-    length = _brought_length(cfg, layers)
+    length = _implied_length(cfg, layers)
     if length is not None:
         training = dataclasses.replace(cfg.training, train_iters=length, train_tokens=None)
         cfg = dataclasses.replace(cfg, training=training)
@@ -83,27 +82,27 @@ def _one_spelling(
     return {}
 
 
-def _brought_length(cfg: RunConfig, layers: Sequence[Collection[str]]) -> int | None:
-    """The length that a branch or phases bring, unless it was set beside or after them."""
+def _implied_length(cfg: RunConfig, layers: Sequence[Collection[str]]) -> int | None:
+    """Return the length that a branch or phases imply, unless one is set beside or after them."""
     tail = cfg.optimizer.lr_wsd_decay_iters
-    said = max(_rank("train_iters", layers), _rank("train_tokens", layers))
+    explicit = max(_rank("train_iters", layers), _rank("train_tokens", layers))
     if cfg.checkpoint.anneal_from is not None:
-        is_last = _rank("anneal_from", layers) > said
+        is_last = _rank("anneal_from", layers) > explicit
         return cfg.checkpoint.anneal_from + tail if tail is not None and is_last else None
-    if cfg.data.phases and not cfg.data.mock_data and _rank("phases", layers) > said:
+    if cfg.data.phases and not cfg.data.mock_data and _rank("phases", layers) > explicit:
         return sum(phase_steps(cfg))
-    if cfg.data.phases and said < 0:
+    if cfg.data.phases and explicit < 0:
         return sum(phase_steps(cfg))
     return None
 
 
 def _rank(name: str, layers: Sequence[Collection[str]]) -> int:
-    """Number of the last layer that sets a name; -1 where none does."""
+    """Return the number of the last layer that sets a name, -1 if none does."""
     return max((number for number, layer in enumerate(layers) if name in layer), default=-1)
 
 
 def length_problems(cfg: RunConfig) -> list[str]:
-    """Lengths that contradict each other; asked only where batch and sequence are at least 1."""
+    """List the lengths that contradict each other; needs batch and sequence of at least 1."""
     size = tokens_per_step(cfg.training)
     found = []
     for steps, (group, tokens) in SPELLINGS.items():
@@ -135,7 +134,7 @@ def _branch_length_problems(cfg: RunConfig) -> list[str]:
 
 
 def phase_problems(data: DataConfig, cfg: RunConfig) -> list[str]:
-    """What is wrong with the phases, as far as it can be told without their files."""
+    """List the problems of the phases that can be found without reading their files."""
     if not data.phases:
         return []
     found = []
@@ -170,7 +169,7 @@ def phase_problems(data: DataConfig, cfg: RunConfig) -> list[str]:
 
 
 def _cover_problems(cfg: RunConfig) -> list[str]:
-    """Say whether the phases' steps are those of the run, or of the branch."""
+    """Check that the phases' steps add up to those of the run, or of the branch."""
     start = cfg.checkpoint.anneal_from or 0
     steps, length = phase_steps(cfg), cfg.training.train_iters - start
     if sum(steps) == length:
@@ -190,7 +189,7 @@ def _cover_problems(cfg: RunConfig) -> list[str]:
 
 
 def schedule_problems(optimizer: OptimizerConfig, cfg: RunConfig) -> list[str]:
-    """What is wrong with the learning-rate schedule, as far as its numbers tell."""
+    """List the problems in the numbers of the learning-rate schedule."""
     is_branch = cfg.checkpoint.anneal_from is not None
     found = []
     bounds = [("lr_warmup_init", optimizer.lr_warmup_init)]
@@ -238,7 +237,7 @@ def _tail_problems(optimizer: OptimizerConfig) -> list[str]:
 
 
 def branch_problems(cfg: RunConfig) -> list[str]:
-    """What keeps `anneal_from` from naming a checkpoint to branch from."""
+    """List what prevents `anneal_from` from naming a checkpoint to branch from."""
     checkpoint = cfg.checkpoint
     start = checkpoint.anneal_from
     if start is None:
@@ -260,7 +259,7 @@ def branch_problems(cfg: RunConfig) -> list[str]:
 
 
 def describe_lengths(cfg: RunConfig) -> list[str]:
-    """Lines for the head of the log: what was given in tokens, in steps."""
+    """Format the lengths for the head of the log, those given in tokens also in steps."""
     size = tokens_per_step(cfg.training)
     start = cfg.checkpoint.anneal_from or 0
     steps = cfg.training.train_iters - start

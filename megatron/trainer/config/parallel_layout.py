@@ -1,4 +1,4 @@
-"""Sizes that follow from the parallel settings and the number of ranks."""
+"""Computes group sizes from the parallel settings and the number of ranks."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from megatron.trainer.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How many ranks each kind of group has; every default resolved."""
+    """Holds the size of every kind of group, with all defaults resolved."""
 
     tensor: int
     """Ranks that share an attention or embedding matrix (TP)."""
@@ -31,7 +31,7 @@ class Layout:
 
 
 def world_size_problems(parallel: ParallelConfig, world_size: int) -> list[str]:
-    """What keeps `world_size` ranks from forming the groups, one message each.
+    """List what prevents `world_size` ranks from forming the groups, one message each.
 
     Args:
         parallel: sizes, each at least 1.
@@ -63,10 +63,10 @@ def world_size_problems(parallel: ParallelConfig, world_size: int) -> list[str]:
 
 
 def resolve_layout(parallel: ParallelConfig, world_size: int) -> Layout:
-    """Compute every group size.
+    """Compute the size of every group.
 
     Raises:
-        ConfigError: the ranks cannot be divided into such groups.
+        ConfigError: the ranks cannot be divided into these groups.
     """
     found = world_size_problems(parallel, world_size)
     if found:
@@ -88,7 +88,7 @@ def resolve_layout(parallel: ParallelConfig, world_size: int) -> Layout:
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Ranks that read different samples; needs a `world_size` that TP x PP x CP divides."""
+    """Count the ranks that read different samples; TP x PP x CP must divide `world_size`."""
     return world_size // (
         parallel.tensor_model_parallel_size
         * parallel.pipeline_model_parallel_size
@@ -97,26 +97,26 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 
 def resolved_expert_tensor_parallel_size(parallel: ParallelConfig) -> int:
-    """The expert tensor parallel size, by default the tensor parallel size."""
+    """Return the expert tensor parallel size, by default the tensor parallel size."""
     if parallel.expert_tensor_parallel_size is None:
         return parallel.tensor_model_parallel_size
     return parallel.expert_tensor_parallel_size
 
 
 def resolved_sequence_parallel(parallel: ParallelConfig) -> bool:
-    """Whether activations are split along the sequence, by default when TP > 1."""
+    """Return whether activations are split along the sequence, by default when TP > 1."""
     if parallel.sequence_parallel is None:
         return parallel.tensor_model_parallel_size > 1
     return parallel.sequence_parallel
 
 
 def num_microbatches(training: TrainingConfig, layout: Layout) -> int:
-    """Forward passes of each data parallel rank in one optimizer step; exact once validated."""
+    """Count the micro-batches of a data parallel rank in a step; exact for validated configs."""
     return training.global_batch_size // (training.micro_batch_size * layout.data)
 
 
 def nearest_multiples(number: int, step: int) -> str:
-    """The multiples of `step` around a `number` that is none, leaving out 0: "8 or 12"."""
+    """Format the multiples of `step` just below and above `number`, without 0: "8 or 12"."""
     below = number - number % step
     return f"{below} or {below + step}" if below else f"{step}"
 

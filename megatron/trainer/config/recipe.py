@@ -1,13 +1,13 @@
-"""The YAML form of a run config: which keys there are, reading them, writing them all.
+"""Reads and writes the YAML form of a run config.
 
-A config is a frozen dataclass whose fields are groups (frozen dataclasses too); the names of the
-groups' fields are unique, so that recipe keys and flags are flat. Fields are `bool`, `int`,
+A config is a frozen dataclass whose fields are groups (frozen dataclasses too). The groups' field
+names are unique, so recipe keys and flags are flat. Fields are `bool`, `int`,
 `float`, `str`, a `Literal` of strings, one of these or `None`, or `tuple[X, ...]` of one of these;
-or `tuple[R, ...]` of a record R, a frozen dataclass of such fields, which no flag can give.
+or `tuple[R, ...]` of a record R, a frozen dataclass of such fields, which flags cannot set.
 
-A recipe is parsed to nodes of text and never constructed into objects: a scalar is read as the
-type of its field, so `lr: 4e-4` is a number and `wandb_name: 2024-09-03` a string. Aliases are
-refused, because a short text of them can stand for more than any memory holds.
+A recipe is parsed to YAML nodes and never constructed into Python objects: a scalar is converted to
+the type of its field, so `lr: 4e-4` is a number and `wandb_name: 2024-09-03` a string. Aliases are
+rejected, because a short file of nested aliases can expand beyond any memory.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from megatron.trainer.errors import ConfigError
 from megatron.trainer.io.bounded_read import read_at_most
 
 SOURCE_NAMES = ("config", "preset", "print_config")
-"""Flags of `load.load_config` itself, which no field may be named."""
+"""Flags of `cli.load_config` itself; no field may have these names."""
 
 _TRUE, _FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
 _NULL = ("null", "Null", "NULL", "~", "", "None")
@@ -48,7 +48,7 @@ _IMPLICIT_TAGS = (
 
 @dataclasses.dataclass(frozen=True)
 class FieldPlace:
-    """Where a flag or recipe key goes."""
+    """Locates the field that a flag or recipe key sets."""
 
     group: str
     """Name of the group's field in the run config."""
@@ -57,11 +57,11 @@ class FieldPlace:
 
 
 def schema_of(config_class: type) -> dict[str, FieldPlace]:
-    """Flag names and where they go, in order.
+    """Map each flag name to its field, in order.
 
     Raises:
-        TypeError: the class is not made of groups with unique, readable fields; a mistake of the
-            application.
+        TypeError: the class is not made of groups with unique names and readable types; a bug of
+            the application.
     """
     schema: dict[str, FieldPlace] = {}
     group_types = typing.get_type_hints(config_class)
@@ -83,7 +83,7 @@ def schema_of(config_class: type) -> dict[str, FieldPlace]:
 
 
 def flatten(cfg: object) -> dict[str, object]:
-    """Every field of every group by its name, in the order of the groups; records as mappings."""
+    """Return the value of every field by name, in the order of the groups; records as mappings."""
     return {
         name: _plain(getattr(getattr(cfg, field.group), name))
         for name, field in schema_of(type(cfg)).items()
@@ -91,7 +91,7 @@ def flatten(cfg: object) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    """Records as mappings, and the tuples in them as lists."""
+    """Convert records to mappings, and the tuples in them to lists."""
     if not isinstance(value, tuple) or not any(map(dataclasses.is_dataclass, value)):
         return value
     return tuple(
@@ -104,7 +104,7 @@ def _plain(value: object) -> object:
 
 
 def dump_config(cfg: object) -> str:
-    """Write a recipe that gives exactly this config: every field, grouped, no preset needed."""
+    """Format a recipe that reproduces this config: every field, grouped, without a preset."""
     lines: list[str] = []
     group: str | None = None
     values = flatten(cfg)
@@ -129,11 +129,11 @@ def dump_config(cfg: object) -> str:
 
 
 class _RecipeDumper(yaml.SafeDumper):
-    """Quotes what YAML reads as a string but a recipe as null, and rare line breaks."""
+    """Quotes strings that a recipe would read as null, and strings with unusual line breaks."""
 
 
 def _represent_str(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    # A line break other than \n is folded on reading unless it is escaped, which only "..." does.
+    # A line break other than \n is folded on reading unless escaped, which needs double quotes.
     quoted = value in _NULL or not _UNICODE_BREAKS.isdisjoint(value)
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if quoted else None)
 
@@ -144,7 +144,7 @@ _RecipeDumper.add_representer(str, _represent_str)
 def read_recipe(
     path: str, schema: Mapping[str, FieldPlace]
 ) -> tuple[dict[str, object], str | None]:
-    """The field values of a recipe and the preset it names."""
+    """Read the field values of a recipe, and the preset it names."""
     values: dict[str, object] = {}
     preset: str | None = None
     for key_node, value_node in recipe_nodes(path):
@@ -164,10 +164,10 @@ def read_recipe(
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Reads YAML of plain values in which nothing stands for something else."""
+    """Reads YAML of plain values and rejects aliases."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Parse one value; raises ComposerError for an alias."""
+        """Parse one value; raise ComposerError for an alias."""
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise yaml.composer.ComposerError(
@@ -178,10 +178,10 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def plain_values(text: str) -> object:
-    """YAML text as dicts, lists, strings, numbers and the like; for recipes of any version.
+    """Parse YAML text into dicts, lists and scalars; works for recipes of any version.
 
     Raises:
-        ValueError: it is not YAML, or has tags of other things, aliases, or too much nesting.
+        ValueError: it is not YAML, or has other tags, aliases, or too much nesting.
     """
     try:
         return _PlainLoader(text).get_single_data()
@@ -190,10 +190,10 @@ def plain_values(text: str) -> object:
 
 
 def recipe_nodes(path: str) -> list[tuple[yaml.Node, yaml.Node]]:
-    """Keys and values of a recipe, nothing constructed from them.
+    """Parse a recipe into its key and value nodes, without constructing objects.
 
     Raises:
-        ConfigError: it cannot be read, or is no mapping.
+        ConfigError: it cannot be read, or is not a mapping.
     """
     try:
         with Path(path).open("rb") as file:
@@ -218,7 +218,7 @@ def recipe_nodes(path: str) -> list[tuple[yaml.Node, yaml.Node]]:
 
 
 def _convert(node: yaml.Node, hint: Any, *, key: str, where: str) -> object:
-    """Read one node as a field's type."""
+    """Convert one node to the type of its field."""
     tag = str(node.tag).removeprefix("tag:yaml.org,2002:")
     if tag not in _IMPLICIT_TAGS:
         raise ConfigError(
@@ -255,7 +255,7 @@ def _convert(node: yaml.Node, hint: Any, *, key: str, where: str) -> object:
 def _convert_entries(
     node: yaml.SequenceNode, element: Any, *, key: str, where: str
 ) -> tuple[object, ...]:
-    """Read the entries of a list; records are numbered, to say which one is wrong."""
+    """Convert the entries of a list; records are numbered in error messages."""
     if not dataclasses.is_dataclass(element):
         return tuple(_convert(each, element, key=key, where=where) for each in node.value)
     return tuple(
@@ -265,7 +265,7 @@ def _convert_entries(
 
 
 def _convert_record(node: yaml.Node, record: Any, *, key: str, where: str) -> object:
-    """Read one mapping as a record, as strictly as a recipe itself."""
+    """Convert one mapping to a record, as strictly as the recipe itself."""
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{key} in {where} must be a mapping, not {_describe(node)}")
     path = where.rpartition(":")[0]
@@ -298,7 +298,7 @@ def _convert_record(node: yaml.Node, record: Any, *, key: str, where: str) -> ob
 
 
 def is_recipe_only(hint: Any) -> bool:
-    """Whether a field holds records, which a recipe can give and a flag cannot."""
+    """Return whether a field holds records, which a recipe can set and a flag cannot."""
     arguments = typing.get_args(hint)
     return typing.get_origin(hint) is tuple and dataclasses.is_dataclass(arguments[0])
 
@@ -325,20 +325,20 @@ def _is_plain(node: yaml.Node) -> bool:
 
 
 def strip_optional(hint: Any) -> tuple[Any, bool]:
-    """`X | None` -> X, True; any other type -> itself, False."""
+    """Split `X | None` into X and True; return any other type with False."""
     if typing.get_origin(hint) not in (types.UnionType, typing.Union):
         return hint, False
     inner = [each for each in typing.get_args(hint) if each is not types.NoneType]
     if len(inner) != 1:
-        raise TypeError(f"a field has the type {hint}; of unions only `X | None` can be read")
+        raise TypeError(f"a field has the type {hint}; of unions only `X | None` is supported")
     return inner[0], True
 
 
 def _expectation(hint: Any, *, is_element: bool = False) -> str:
-    """What a field takes, in words.
+    """Describe in words which values a field takes.
 
     Raises:
-        TypeError: no recipe can hold this type; a mistake of the application.
+        TypeError: a recipe cannot hold this type; a bug of the application.
     """
     inner, is_optional = strip_optional(hint)
     origin, arguments = typing.get_origin(inner), typing.get_args(inner)
@@ -354,7 +354,7 @@ def _expectation(hint: Any, *, is_element: bool = False) -> str:
         return f"a list, each entry {_expectation(arguments[0], is_element=True)}"
     words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
     if inner not in words:
-        raise TypeError(f"a field has the type {hint}, which no flag or recipe can give")
+        raise TypeError(f"a field has the type {hint}, which flags and recipes cannot set")
     return words[inner]
 
 
@@ -367,6 +367,6 @@ def _describe(node: yaml.Node) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name; empty where no known name is near."""
+    """Suggest the closest known name as the end of a message; empty if none is close."""
     near = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

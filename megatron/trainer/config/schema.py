@@ -1,9 +1,9 @@
-"""What a run can set: frozen dataclasses, one group a concern, flags named as Megatron names them.
+"""Defines the settings of a run as frozen dataclasses, one per concern, with Megatron's names.
 
-A run config composes these groups and one model group of the application's choice. Field names are
-unique over all groups, because flags and recipe keys are flat: `seq_length: 4096` in YAML is
-`--seq-length 4096` on the command line. Nothing here reads a file or checks another field; see
-`load` for the first and `validate` for the second.
+A run config composes these groups and the application's model group. Field names are unique over
+all groups, because flags and recipe keys are flat: `seq_length: 4096` in YAML is
+`--seq-length 4096` on the command line. `cli` reads them from files and flags, `validate` checks
+them against each other.
 """
 
 from dataclasses import dataclass, field
@@ -12,18 +12,18 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the model and the batch are spread over ranks."""
+    """Sets how the model and the batch are sharded over ranks."""
 
     tensor_model_parallel_size: int = 1
     """Ranks that share each attention and embedding matrix (TP)."""
     pipeline_model_parallel_size: int = 1
-    """Pipeline stages the layers are cut into (PP)."""
+    """Pipeline stages that the layers are split into (PP)."""
     num_virtual_stages_per_pipeline_rank: int = 1
     """Model chunks per pipeline rank; more than 1 is the interleaved schedule."""
     context_parallel_size: int = 1
     """Ranks that share each sequence (CP)."""
     expert_model_parallel_size: int = 1
-    """Ranks the experts of a layer are spread over (EP)."""
+    """Ranks that the experts of a layer are distributed over (EP)."""
     expert_tensor_parallel_size: int | None = None
     """Ranks that share each expert's matrices (ETP); None means the tensor parallel size."""
     sequence_parallel: bool | None = None
@@ -31,28 +31,28 @@ class ParallelConfig:
     use_distributed_optimizer: bool = False
     """Shard optimizer state and master weights over the data parallel ranks."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass still runs."""
+    """Overlap gradient reduction with the backward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live; auto means cuda when a GPU is visible. cpu uses gloo, cuda NCCL."""
     distributed_timeout_minutes: int = 10
     """Minutes a collective may wait for a lost rank before the job ends."""
     threads_per_rank: int | None = None
-    """CPU threads a rank computes with; None means OMP_NUM_THREADS if the user has set it, or the
-    cores this job may use / local ranks."""
+    """CPU threads per rank; None means OMP_NUM_THREADS if the user has set it, else the cores this
+    job may use / local ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Batch, length, precision and memory of the run."""
+    """Sets batch, length, precision and activation recomputation of the run."""
 
     micro_batch_size: int = 1
     """Sequences in one forward pass of one data parallel rank (b)."""
     global_batch_size: int = 8
-    """Sequences in one optimizer step over all ranks."""
+    """Sequences in one optimizer step, summed over all ranks."""
     seq_length: int = 128
     """Tokens per sequence (s)."""
     train_iters: int = 100
-    """Optimizer steps to have done when the run ends; phases and branches bring their own."""
+    """Optimizer steps at which the run ends; phases and branches imply their own."""
     train_tokens: int | None = None
     """The same in tokens, rounded up to whole steps; None leaves it to train_iters."""
     seed: int = 1234
@@ -62,17 +62,17 @@ class TrainingConfig:
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in the backward pass: whole layers, or recompute_modules only."""
     recompute_method: Literal["uniform", "block"] = "uniform"
-    """Which layers full recompute takes; see recompute_num_layers."""
+    """Which layers full recomputation covers; see recompute_num_layers."""
     recompute_num_layers: int = 1
     """uniform: layers per recomputed unit; block: layers per pipeline stage to recompute."""
     recompute_modules: tuple[str, ...] = ("moe",)
-    """What selective recompute drops: any of core_attn, moe, moe_act (which the
-    expert backends grouped and triton never keep, and others always)."""
+    """Modules that selective recomputation covers: any of core_attn, moe, moe_act (whose
+    activations the expert backends grouped and triton never keep, and the others always do)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, the learning-rate schedule and gradient clipping."""
+    """Sets AdamW, the learning-rate schedule and gradient clipping."""
 
     lr: float = 4.0e-4
     """Peak learning rate."""
@@ -113,49 +113,49 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """A stretch of the run with a mixture of its own."""
+    """Describes a phase of the run with its own data mixture."""
 
     name: str
     """Name in tables and metrics."""
     train_tokens: int
     """Length in tokens, rounded up to whole steps."""
     data_path: tuple[str, ...]
-    """Its mixture, written as data_path is."""
+    """Data mixture, in the format of DataConfig.data_path."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Token sources, their blend, and the tokenizer."""
+    """Sets the token sources, their blend, and the tokenizer."""
 
     data_path: tuple[str, ...] = ()
     """One PREFIX, or WEIGHT PREFIX pairs; PREFIX.bin and PREFIX.idx are Megatron's format. A source
-    is known by its file's name, or by NAME where NAME=PREFIX is given."""
+    is named after its file, or NAME where NAME=PREFIX is given."""
     phases: tuple[PhaseConfig, ...] = ()
-    """Mixtures that follow each other, in a recipe only: name, train_tokens and data_path each."""
+    """Consecutive phases, in a recipe only: name, train_tokens and data_path each."""
     split: str = "1,0"
-    """Shares of each source's tokens for training and validation, as in 99,1."""
+    """Weights of training and validation in each source's tokens, for example 99,1."""
     valid_data_path: tuple[str, ...] = ()
-    """Named validation sets, each NAME=PREFIX, used whole; beside what split holds back."""
+    """Named validation sets, each NAME=PREFIX, used in full; added to what split holds out."""
     mock_data: bool = False
     """Train and validate on random tokens; data_path and valid_data_path are not read."""
     num_workers: int = 1
     """Global batches that a thread of each rank reads before they are needed; 0 reads each in the
     step that takes it."""
     tokenizer_type: Literal["SentencePieceTokenizer", "HFTokenizer"] = "SentencePieceTokenizer"
-    """What wrote tokenizer_model: a SentencePiece .model, or a tokenizers .json."""
+    """Format of tokenizer_model: a SentencePiece .model, or a tokenizers .json."""
     tokenizer_model: str | None = None
-    """Tokenizer file; carried into the checkpoints."""
+    """Tokenizer file; copied into the checkpoints."""
     reset_position_ids: bool = False
-    """Count positions anew in each document of a sequence."""
+    """Restart position ids at each document of a sequence."""
     reset_attention_mask: bool = False
-    """Keep attention within each document of a sequence."""
+    """Restrict attention to within each document of a sequence."""
     eod_token_id: int | None = None
-    """Id that ends a document, for the two resets; None means the tokenizer's."""
+    """End-of-document token id for the two resets; None means the tokenizer's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluation during training."""
+    """Sets evaluation during training."""
 
     eval_interval: int = 0
     """Steps between evaluations on every validation set; 0 means at the end only."""
@@ -165,12 +165,12 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What is written, and what a run starts from."""
+    """Sets what a run saves, and what it starts from."""
 
     save: str | None = None
     """Run directory: checkpoints, metrics.jsonl, tensorboard, plots. None writes nothing."""
     load: str | None = None
-    """Directory whose newest whole checkpoint the run continues from."""
+    """Directory whose newest valid checkpoint the run continues from."""
     ckpt_step: int | None = None
     """Iteration to load instead of the newest."""
     save_interval: int = 0
@@ -178,19 +178,19 @@ class CheckpointConfig:
     keep_last: int | None = None
     """Newest checkpoints to keep; None keeps all."""
     keep_every: int | None = None
-    """Checkpoints of these iterations (multiples) stay beside the newest keep_last."""
+    """Also keep checkpoints whose iteration is a multiple of this; None keeps only keep_last."""
     finetune: bool = False
-    """Take only the weights from load; iteration, optimizer, data and RNG start anew."""
+    """Take only the weights from load; iteration, optimizer, data and RNG start afresh."""
     anneal_from: int | None = None
     """Branch off load's checkpoint of this iteration with a learning-rate tail of lr_wsd_decay_*;
-    the run ends with the tail. Started again, the branch in save goes on."""
+    the run ends with the tail. On a restart the branch in save is resumed."""
     override_schedule: bool = False
-    """Continue under this run's learning-rate schedule where the checkpoint has another."""
+    """Use this run's learning-rate schedule where the checkpoint has a different one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """What is reported, and where."""
+    """Sets what is reported, and where."""
 
     log_interval: int = 10
     """Steps between records in metrics.jsonl and TensorBoard."""
@@ -199,47 +199,47 @@ class LoggingConfig:
     wandb_project: str | None = None
     """Weights & Biases project; None means off. WANDB_MODE=offline works."""
     wandb_name: str | None = None
-    """Name of the run there; None lets wandb choose."""
+    """Name of the run in wandb; None lets wandb choose."""
     progress: bool = True
-    """A progress bar on rank 0 when the output is a terminal."""
+    """Show a progress bar on rank 0 when the output is a terminal."""
     log_straggler: bool = False
     """Record the slowest rank of each log_interval: the one that waits least for the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReliabilityConfig:
-    """When a run ends early, and what it does about bad steps and lost ranks."""
+    """Sets when a run ends early, and how it handles bad steps and lost ranks."""
 
     exit_signal_handler: bool = True
-    """On SIGTERM or SIGUSR1 save at the next step's end, and stop; off means to die of them."""
+    """On SIGTERM or SIGUSR1 save after the current step and stop; off leaves the default action."""
     exit_duration_in_mins: float | None = None
-    """Save and stop at the first step's end so many minutes after the start; None means never."""
+    """Save and stop after the first step to end this many minutes after the start; None: never."""
     exit_interval: int | None = None
-    """Save and stop after a step whose number is a multiple of it; None means never."""
+    """Save and stop after a step whose number is a multiple of this; None means never."""
     requeue_exit_code: int = 0
-    """Exit status of a run that stopped early for one of these and should be started again."""
+    """Exit status of a run that stopped early for one of these reasons and should be restarted."""
     max_skipped: int = 0
-    """Steps in a row that may be skipped for a loss or gradient norm that is not finite, or a
-    spike; one more ends the run."""
+    """Consecutive steps that may be skipped for a non-finite loss or gradient norm, or a spike; one
+    more ends the run."""
     spike_sigma: float | None = None
-    """A step is a spike, and skipped, when its loss or gradient norm is so many standard deviations
-    above the mean of the last spike_window steps; None means never."""
+    """Skip a step as a spike if its loss or gradient norm is this many standard deviations above
+    the mean of the last spike_window steps; None means never."""
     spike_window: int = 128
-    """Steps whose loss and gradient norm say what is usual."""
+    """Steps that the mean and the standard deviation are computed over."""
     rewind_on_spike: bool = False
-    """Instead of ending after max_skipped, reload the newest checkpoint and leave out the samples
-    read since."""
+    """Instead of ending after max_skipped, reload the newest checkpoint and skip the samples read
+    since."""
     max_rewinds: int = 3
     """Rewinds to the same checkpoint; one more ends the run."""
     preflight: bool = False
-    """Before anything else see that every rank answers, computes and can write to save."""
+    """First check that every rank responds, computes and can write to save."""
     preflight_timeout: float = 60.0
-    """Seconds that a rank may take to answer there before it is named."""
+    """Seconds that a rank may take to respond to this check before it is reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Every group but the model's; an application subclasses it with a `model` field."""
+    """Holds every group but the model's; an application subclasses it with a `model` field."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -1,4 +1,4 @@
-"""Whether a run's settings fit together, and the number of ranks. Nothing is edited here."""
+"""Checks that the settings of a run fit together and suit the number of ranks; never edits them."""
 
 import dataclasses
 import difflib
@@ -27,9 +27,9 @@ MOE_ACT = "moe_act"
 """The gated activation between an expert's two products."""
 
 RECOMPUTE_MODULES = ("core_attn", "moe", MOE_ACT)
-"""What selective recompute can drop, in megatron-core's names.
+"""Modules that selective recomputation supports, by megatron-core's names.
 
-Its `layernorm` needs Transformer Engine: version 0.16 names a class of it unconditionally.
+megatron-core 0.16 also has `layernorm`, which needs Transformer Engine.
 """
 
 
@@ -38,14 +38,14 @@ _LARGEST_SEED = 1 << 62
 
 @runtime_checkable
 class ModelGroup(Protocol):
-    """What the trainer asks of an application's `model` group."""
+    """Declares what the trainer needs from an application's `model` group."""
 
     @property
     def num_layers(self) -> int:
-        """Transformer layers."""
+        """Return the number of transformer layers."""
 
     def problems(self) -> list[str]:
-        """What is wrong with the model on its own, one message each."""
+        """List the problems of the model settings on their own, one message each."""
 
     def layout_problems(
         self,
@@ -59,11 +59,11 @@ class ModelGroup(Protocol):
         seq_length: int,
         is_training: bool,
     ) -> list[str]:
-        """What keeps the model from being cut so; asked only where `problems` found none."""
+        """List what prevents this parallel layout; called only if `problems` found none."""
 
 
 def validate(cfg: RunConfig, world_size: int, *, is_training: bool = True) -> None:
-    """Refuse a run that cannot work, naming everything that is wrong with it at once.
+    """Reject a run that cannot work, listing all of its problems at once.
 
     Args:
         cfg: a run config with a `model` group, see `ModelGroup`.
@@ -72,7 +72,7 @@ def validate(cfg: RunConfig, world_size: int, *, is_training: bool = True) -> No
 
     Raises:
         ConfigError: one line per problem.
-        TypeError: `cfg` has no such model group, a mistake of the application.
+        TypeError: `cfg` has no such model group; a bug of the application.
     """
     model = getattr(cfg, "model", None)
     if not isinstance(model, ModelGroup):
@@ -83,7 +83,7 @@ def validate(cfg: RunConfig, world_size: int, *, is_training: bool = True) -> No
     found_sizes = size_problems(cfg)
     model_problems = model.problems()
     found = _non_finite_problems(cfg) + found_sizes + model_problems
-    # The rest divides by sizes, so it has to wait until they are positive.
+    # The remaining checks divide by the sizes, so these must be positive.
     if not found_sizes:
         found += _sequence_problems(cfg.parallel)
         found += _context_problems(cfg.parallel, cfg.training)
@@ -124,7 +124,7 @@ def _non_finite_problems(cfg: RunConfig) -> list[str]:
 
 
 def size_problems(cfg: RunConfig) -> list[str]:
-    """Sizes and counts that are too small for anything, one message each."""
+    """List the sizes and counts that are below their minimum, one message each."""
     parallel, training = cfg.parallel, cfg.training
     at_least_one: dict[str, int | None] = {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
@@ -189,7 +189,7 @@ def _context_problems(parallel: ParallelConfig, training: TrainingConfig) -> lis
     return [
         f"seq_length ({length}) must be a multiple of {step}, because context_parallel_size"
         f" ({context}) gives each rank an early and a late chunk of every sequence"
-        + (f", which sequence_parallel splits over {tensor} ranks more" if tensor > 1 else "")
+        + (f", which sequence_parallel splits over {tensor} more ranks" if tensor > 1 else "")
         + f"; use a sequence length of {nearest_multiples(length, step)}"
     ]
 
@@ -224,7 +224,7 @@ def _batch_problems(
         return [
             f"global_batch_size ({batch}) gives each data parallel rank {batch // (micro * data)}"
             " micro-batches, which num_virtual_stages_per_pipeline_rank"
-            f" ({parallel.num_virtual_stages_per_pipeline_rank}) wants in multiples of"
+            f" ({parallel.num_virtual_stages_per_pipeline_rank}) requires in multiples of"
             f" pipeline_model_parallel_size ({pipeline}); {remedy}"
         ]
     return []
@@ -260,7 +260,7 @@ def _recompute_layer_problems(training: TrainingConfig, num_layers: int) -> list
             f" ({num_layers}) with recompute_method block; use 1 to {num_layers}"
         ]
     if training.recompute_method == "uniform" and num_layers % count:
-        # megatron-core walks past the last layer otherwise.
+        # Otherwise megatron-core indexes past the last layer.
         choices = [str(size) for size in range(1, num_layers + 1) if num_layers % size == 0]
         return [
             f"recompute_num_layers ({count}) must divide the layers of a pipeline stage"
@@ -273,7 +273,7 @@ def _recompute_module_problems(training: TrainingConfig) -> list[str]:
     known = ", ".join(RECOMPUTE_MODULES)
     if training.recompute_granularity == "selective" and not training.recompute_modules:
         return [
-            "recompute_modules (none) must name something when recompute_granularity is"
+            "recompute_modules (none) must name a module when recompute_granularity is"
             f" selective; use any of {known}"
         ]
     found = []
@@ -328,12 +328,12 @@ def _reliability_problems(
     code = reliability.requeue_exit_code
     if not 0 <= code <= 255:
         found.append(
-            f"requeue_exit_code ({code}) must be 0 to 255, as exit statuses are; use one of these"
+            f"requeue_exit_code ({code}) must be an exit status; use a number from 0 to 255"
         )
     if reliability.rewind_on_spike and checkpoint.save is None:
         found.append(
-            "rewind_on_spike (True) needs save (None), the directory with the checkpoints to go"
-            " back to; set --save DIR, or drop --rewind-on-spike"
+            "rewind_on_spike (True) needs save (None), the directory of the checkpoints to"
+            " rewind to; set --save DIR, or drop --rewind-on-spike"
         )
     return found
 

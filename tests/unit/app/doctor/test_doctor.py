@@ -1,4 +1,4 @@
-"""The page on this machine: what it says, how it is printed, and with which status."""
+"""Tests the page on this machine: its rows, how it is printed, and the exit status."""
 
 import importlib.metadata
 import json
@@ -22,8 +22,8 @@ from moe_ext.experts.loop import loop_experts
 from tests.paths import REPO
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
-    """Let packages have other versions, None for none."""
+def fake_versions(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
+    """Fake the versions of packages; None means not installed."""
     real = importlib.metadata.version
     others = {name.replace("_", "-"): version for name, version in versions.items()}
 
@@ -54,17 +54,17 @@ def test_installed_versions_are_a_tested_combination() -> None:
         ({"torch": "2.14.0+cu130"}, "torch", "warn", "2.14.0+cu130 is installed"),
         ({"megatron_core": "0.17.0"}, "megatron-core", "bad", "supported is >=0.16.1,<0.17"),
         ({"transformers": None}, "transformers", "note", "pip install 'megatron-moe[hf]'"),
-        ({"numpy": None}, "numpy", "bad", "it is needed: pip install numpy"),
+        ({"numpy": None}, "numpy", "bad", "required: pip install numpy"),
     ],
 )
-def test_version_that_was_not_tested_is_told(
+def test_untested_version_is_reported(
     versions: dict[str, str | None],
     name: str,
     state: str,
     detail: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pretend(monkeypatch, **versions)
+    fake_versions(monkeypatch, **versions)
     rows = rows_of(facts.versions_section())
     assert rows[name].state == state
     assert detail in rows[name].detail
@@ -72,7 +72,7 @@ def test_version_that_was_not_tested_is_told(
         assert rows["combination"].detail == f"because of {name}"
 
 
-def test_tested_combinations_are_within_what_the_package_asks_for() -> None:
+def test_tested_combinations_satisfy_the_requirements_of_the_package() -> None:
     for combination in compat.TESTED_COMBINATIONS:
         assert combination["megatron-core"] == compat.TESTED
         assert combination.keys() >= {"python", "torch", "megatron-core", "numpy"}
@@ -91,7 +91,7 @@ def test_tested_combinations_are_within_what_the_package_asks_for() -> None:
         ("0.16.10", "0.16.1", False),
     ],
 )
-def test_tested_version_stands_for_its_releases(version: str, tested: str, fits: bool) -> None:
+def test_tested_version_covers_its_patch_releases(version: str, tested: str, fits: bool) -> None:
     assert compat.is_version(version, tested) is fits
 
 
@@ -108,13 +108,15 @@ def config(*flags: str) -> doctor.DoctorConfig:
     return doctor.parse(["--mock-data", *flags])
 
 
-def test_expert_backends_are_told_with_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = ExpertBackend(experts=loop_experts, problem=lambda use: f"hates {use.device_type}")
+def test_unusable_expert_backends_are_reported_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken = ExpertBackend(experts=loop_experts, problem=lambda use: f"fails on {use.device_type}")
     monkeypatch.setitem(EXPERT_BACKENDS, "broken", broken)
     rows = rows_of(facts.experts_section(config(), "cpu"))
     assert rows.keys() == {*EXPERT_BACKENDS, "the run takes"}
     assert (rows["loop"].state, rows["loop"].value) == ("ok", "fp32, bf16")
-    assert (rows["broken"].state, rows["broken"].detail) == ("note", "hates cpu")
+    assert (rows["broken"].state, rows["broken"].detail) == ("note", "fails on cpu")
     assert "not on cpu" in rows["te"].detail
     assert rows["the run takes"].value == "grouped, in fp32"
     assert rows_of(facts.experts_section(config("--bf16"), "cpu"))["the run takes"].value == (
@@ -122,14 +124,14 @@ def test_expert_backends_are_told_with_why_not(monkeypatch: pytest.MonkeyPatch) 
     )
 
 
-def test_backend_that_the_run_wants_and_cannot_have_would_stop_it() -> None:
+def test_unusable_backend_of_the_run_is_a_problem() -> None:
     section = facts.experts_section(config("--expert-backend", "te"), "cpu")
     taken = rows_of(section)["the run takes"]
     assert taken.state == "bad"
     assert "expert_backend 'te' computes on a GPU" in taken.detail
 
 
-def test_attention_kernels_are_those_that_compute_it() -> None:
+def test_attention_kernels_are_tried_on_this_machine() -> None:
     rows = rows_of(facts.attention_section(config(), "cpu"))
     assert (rows["math"].state, rows["math"].value) == ("ok", "fp32, bf16")
     assert (rows["flash"].state, rows["flash"].value) == ("ok", "fp32, bf16")
@@ -139,7 +141,7 @@ def test_attention_kernels_are_those_that_compute_it() -> None:
         assert rows[name].detail
 
 
-def test_kernel_that_fails_is_told_in_torchs_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_kernel_is_reported_with_torchs_message(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_arguments: Any, **_named: Any) -> torch.Tensor:
         raise RuntimeError("No kernel for this. Aborting (Triggered internally at x.cpp:1)")
 
@@ -158,18 +160,16 @@ SLURM = {
 
 
 @pytest.mark.parametrize(("num_hosts", "state"), [(4, None), (1, "warn"), (None, None)])
-def test_slurm_job_whose_nodes_are_not_all_used_is_noticed(
-    num_hosts: int | None, state: str | None
-) -> None:
+def test_unused_nodes_of_a_slurm_job_are_reported(num_hosts: int | None, state: str | None) -> None:
     section = facts.slurm_section(SLURM, num_hosts=num_hosts)
     rows = rows_of(section)
     assert (rows["job"].value, rows["nodes"].value) == ("77", "n[0-3]")
-    found = rows.get("use of the nodes")
+    found = rows.get("nodes used")
     assert (found and found.state) == state
     assert "secret" not in repr(section)
 
 
-def test_outside_of_slurm_that_is_said() -> None:
+def test_absence_of_slurm_is_reported() -> None:
     rows = rows_of(facts.slurm_section({}, num_hosts=1))
     assert rows["job"].value == "none"
 
@@ -207,7 +207,7 @@ def test_page_shows_every_row_and_ends_with_what_would_stop_a_run(
 
 
 def run_doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: the doctor redirects torch.cuda."""
+    """Run the doctor in its own process, because it redirects torch.cuda."""
     environment = {**os.environ, "SLURM_JOB_ID": "78"}
     return subprocess.run(
         [sys.executable, str(REPO / "tools/doctor.py"), "--device", "cpu", *arguments],
@@ -219,7 +219,7 @@ def run_doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_one_rank_alone_gets_a_page_for_scripts(tmp_path: Path) -> None:
+def test_single_rank_prints_json(tmp_path: Path) -> None:
     done = run_doctor("--json", "--save", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr[-3000:]
     document = json.loads(done.stdout)
@@ -233,7 +233,7 @@ def test_one_rank_alone_gets_a_page_for_scripts(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_layout_that_cannot_be_gets_a_page_and_status_1(tmp_path: Path) -> None:
+def test_invalid_layout_gives_a_page_and_status_1(tmp_path: Path) -> None:
     done = run_doctor("--tensor-model-parallel-size", "2")
     assert done.returncode == 1, done.stderr[-3000:]
     assert "✗  start" in done.stdout

@@ -1,4 +1,4 @@
-"""Whether a job is started again: what the trainer wrote, how often, and whether anything grew."""
+"""Tests whether a job is requeued: by ended.json, number of restarts and new checkpoints."""
 
 import ast
 import json
@@ -35,101 +35,101 @@ def begin(run: Path, job: str = "12", *flags: str) -> int:
     return requeue.main(["begin", str(run), "--job", job, *flags])
 
 
-def verdict(run: Path, *flags: str, job: str = "12", status: int = 0) -> int:
+def decide(run: Path, *flags: str, job: str = "12", status: int = 0) -> int:
     return requeue.main(["end", str(run), "--job", job, "--status", str(status), *flags])
 
 
 def test_finished_run_is_done(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert begin(run) == 0
     end(run, "finished", iteration=100)
-    assert verdict(run) == 0
+    assert decide(run) == 0
     assert "ended at iteration 100 of 100 (finished: no detail)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("status", [0, 1, 143])
 @pytest.mark.parametrize("reason", ["signal", "duration"])
-def test_stopped_run_goes_on_whatever_torchrun_made_of_its_status(
+def test_stopped_run_is_requeued_whatever_status_torchrun_returns(
     reason: str, status: int, run: Path
 ) -> None:
     begin(run)
     save(run, 7)
     end(run, reason, requeue=True)
-    assert verdict(run, status=status) == 75
+    assert decide(run, status=status) == 75
 
 
-def test_run_that_stopped_where_it_was_told_to_is_done(run: Path) -> None:
+def test_run_stopped_by_exit_interval_is_done(run: Path) -> None:
     begin(run)
     end(run, "interval")
-    assert verdict(run) == 0
+    assert decide(run) == 0
 
 
 def test_error_is_a_failure_with_its_reason(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin(run)
     end(run, "error", detail="the loss is nan")
-    assert verdict(run, status=1) == 1
+    assert decide(run, status=1) == 1
     assert capsys.readouterr().err == "failed: the loss is nan\n"
-    # Not even a status of 0 makes an error a success.
-    assert verdict(run) == 1
+    # Exit status 0 does not turn an error into a success.
+    assert decide(run) == 1
 
 
 def test_finished_run_whose_step_failed_is_a_failure(run: Path) -> None:
     begin(run)
     end(run, "finished")
-    assert verdict(run, status=1) == 1
+    assert decide(run, status=1) == 1
 
 
 @pytest.mark.parametrize("status", [0, 1])
-def test_end_without_a_word_is_a_failure(
+def test_missing_ended_json_is_a_failure(
     status: int, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begin(run)
     save(run, 50)
-    assert verdict(run, status=status) == 1
-    assert f"with status {status} and without a word" in capsys.readouterr().err
+    assert decide(run, status=status) == 1
+    assert f"with status {status} and wrote no {run}/ended.json" in capsys.readouterr().err
 
 
-def test_word_of_an_earlier_start_is_not_taken_for_this_ones(run: Path) -> None:
+def test_ended_json_of_an_earlier_start_is_ignored(run: Path) -> None:
     end(run, "signal", requeue=True)
     save(run, 7)
     begin(run)
-    assert verdict(run, status=1) == 1
+    assert decide(run, status=1) == 1
 
 
 def restart(run: Path, iteration: int, *flags: str) -> tuple[int, int]:
-    """One more start that saves `iteration` and is stopped: statuses of `begin` and `end`."""
+    """Start once more, save `iteration` and stop; return the statuses of `begin` and `end`."""
     began = begin(run, "12", *flags)
     save(run, iteration)
     end(run, "signal", requeue=True)
-    return began, verdict(run, *flags)
+    return began, decide(run, *flags)
 
 
-def test_run_that_grows_is_restarted_up_to_the_cap(
+def test_run_with_new_checkpoints_is_requeued_up_to_the_limit(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cap = ("--max-restarts", "3")
-    # The first start and three restarts; the last one is not started again.
+    # The first start and three restarts; the last is not requeued.
     found = [restart(run, iteration, *cap) for iteration in (10, 20, 30, 40)]
     assert found == [(0, 75), (0, 75), (0, 75), (0, 1)]
     assert "job 12 was restarted 3 times, which is the limit" in capsys.readouterr().err
-    # SLURM may restart it all the same, after a node's failure: it does not train then.
+    # SLURM may still requeue it after a node failure; then it does not train.
     assert begin(run, "12", *cap) == 1
-    # A job that a person submits is another one.
+    # A newly submitted job has its own count.
     assert begin(run, "13", *cap) == 0
 
 
-def test_run_that_saves_nothing_new_is_not_restarted_for_ever(
+def test_run_without_new_checkpoints_is_requeued_up_to_the_limit(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stalled = ("--max-stalled", "2")
     found = [restart(run, 10, *stalled) for _ in range(4)]
-    # From 0 to 10 it grew; then two restarts in a row may save nothing.
+    # 0 to 10 is a new checkpoint; then two restarts in a row may save nothing.
     assert found == [(0, 75), (0, 75), (0, 75), (0, 1)]
     assert "3 restarts of job 12 in a row have saved nothing newer than iteration 10" in (
         capsys.readouterr().err
     )
 
 
-def test_growth_forgives_earlier_restarts_without(run: Path) -> None:
+def test_new_checkpoint_resets_the_stalled_count(run: Path) -> None:
     stalled = ("--max-stalled", "1")
     found = [restart(run, iteration, *stalled) for iteration in (5, 5, 6, 6, 7, 7)]
     assert set(found) == {(0, 75)}
@@ -137,7 +137,7 @@ def test_growth_forgives_earlier_restarts_without(run: Path) -> None:
 
 
 def test_slurms_own_restarts_are_counted(run: Path) -> None:
-    """A job whose nodes fail is never asked how it ended."""
+    """Calls `begin` alone, as `end` does not run after a node failure."""
     found = [begin(run, "12", "--max-stalled", "2") for _ in range(4)]
     assert found == [0, 0, 0, 1]
 
@@ -146,7 +146,7 @@ def test_slurms_own_restarts_are_counted(run: Path) -> None:
     ("name", "text", "message"),
     [
         ("ended.json", "{", "ended.json is not JSON"),
-        ("ended.json", "[]", "ended.json holds no object"),
+        ("ended.json", "[]", "ended.json holds [], not an object"),
         ("ended.json", '{"reason": "signal"}', "lacks a reason and whether to requeue"),
         ("requeue.json", '{"job": "12"}', "must hold job, restarts, stalled, saved"),
         (
@@ -166,23 +166,21 @@ def test_damaged_file_is_a_failure_that_names_it(
     begin(run)
     end(run, "signal", requeue=True)
     (run / name).write_text(text)
-    assert verdict(run) == 1
+    assert decide(run) == 1
     assert message in capsys.readouterr().err
 
 
-def test_pipe_is_not_waited_for(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pipe_does_not_block(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin(run)
     os.mkfifo(run / "ended.json")
-    assert verdict(run) == 1
-    assert "ended.json is no ordinary file" in capsys.readouterr().err
+    assert decide(run) == 1
+    assert "ended.json is not a regular file" in capsys.readouterr().err
 
 
-def test_what_a_terminal_would_obey_is_not_printed(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_control_characters_are_not_printed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin(run)
     end(run, "error", detail="a\x1b[31m\nb")
-    assert verdict(run) == 1
+    assert decide(run) == 1
     assert capsys.readouterr().err == "failed: a?[31m\nb\n"
 
 
@@ -199,7 +197,7 @@ def test_wrong_usage_is_status_2(run: Path) -> None:
     assert exit_.value.code == 2
 
 
-def test_it_runs_on_an_old_python_without_packages(run: Path) -> None:
+def test_script_runs_on_python_3_7_without_packages(run: Path) -> None:
     text = SCRIPT.read_text("utf-8")
     tree = ast.parse(text, feature_version=(3, 7))
     modules = set()

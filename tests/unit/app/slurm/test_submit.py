@@ -1,4 +1,4 @@
-"""tools/submit.py without SLURM: what it checks, writes and asks; tests/slurm submit for real."""
+"""Tests submit without SLURM: what it checks, writes and asks; tests/slurm submit for real."""
 
 import subprocess
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ import pytest
 
 from moe_app.pretrain.config import PretrainConfig, parse_recipe
 from moe_app.slurm import jobs, submit
-from moe_app.slurm.jobs import Job, JobRequest, SlurmError, parse_job, watch
+from moe_app.slurm.jobs import Job, JobRequest, SlurmError, parse_job, poll_job
 
 RECIPE = """\
 preset: olmoe_tiny
@@ -24,7 +24,7 @@ mock_data: true
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with a recipe; paths are relative to it."""
+    """Make a directory with a recipe the current one."""
     (tmp_path / "a.yaml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -32,7 +32,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fake(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Puts a command of SLURM's on a PATH that has no other."""
+    """Put fake SLURM commands on a PATH without the real ones."""
     programs = here / "bin"
     programs.mkdir()
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
@@ -42,7 +42,7 @@ def fake(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], No
         path.write_text(f"#!/bin/bash\n{script}\n")
         path.chmod(0o755)
 
-    # Where SLURM is installed, its commands must not be found either.
+    # Also hides the commands of an installed SLURM.
     for name in ("sbatch", "scontrol"):
         add(name, f"echo {name} must not be called >&2; exit 99")
     return add
@@ -110,10 +110,10 @@ def test_submitted_recipe_is_the_resolved_one(
         return parse_recipe(list(argv), prog="test", description="")
 
     assert parse("--config", str(folder / "recipe.yaml")) == parse("--config", "a.yaml", *flags)
-    # While that job is there, its directory is taken.
+    # While the job is active, its directory is in use.
     fake("scontrol", "echo JobId=77 JobState=PENDING Reason=Priority Restarts=0 ExitCode=0:0")
     assert submit.main(["a.yaml", "--nodes", "2", *flags]) == 2
-    assert "ConfigError: job 77 (PENDING (Priority)) has " in capsys.readouterr().err
+    assert "ConfigError: job 77 (PENDING (Priority)) uses " in capsys.readouterr().err
     fake("scontrol", "echo JobId=77 JobState=FAILED Reason=x Restarts=0 ExitCode=1:0")
     assert submit.main(["a.yaml", "--nodes", "2", *flags]) == 0
     fake("scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
@@ -131,7 +131,7 @@ def test_submitted_recipe_is_the_resolved_one(
         (["--nodes", "2"], "there is no run directory; give --save DIR"),
         (
             ["--gpus-per-node", "2", "--ranks-per-node", "4", "--save", "x"],
-            "--gpus-per-node 2 and --ranks-per-node 4 both say how many ranks a node has",
+            "--gpus-per-node 2 and --ranks-per-node 4 both set the number of ranks per node",
         ),
         (
             ["--nodes", "2", "--container-mounts", "a:b", "--save", "x"],
@@ -141,7 +141,7 @@ def test_submitted_recipe_is_the_resolved_one(
         (["--nodes", "2", "--save", "x", '--sbatch=--comment="'], "has a quote or backslash"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_written(
+def test_invalid_request_is_refused_before_anything_is_written(
     flags: list[str],
     message: str,
     here: Path,
@@ -154,16 +154,16 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("seconds", ["-1", "nan", "x"])
-def test_pause_that_cannot_be_is_refused_before_anything_is_submitted(
+def test_invalid_poll_interval_is_refused_before_anything_is_submitted(
     seconds: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         submit.main(["a.yaml", "--nodes", "2", "--save", "x", "--poll", seconds])
-    assert f"--poll: '{seconds}' is not from 0.1 to 3600 seconds" in capsys.readouterr().err
+    assert f"--poll: '{seconds}' must be from 0.1 to 3600 seconds" in capsys.readouterr().err
     assert not (here / "x").exists()
 
 
-def test_damaged_number_of_a_job_is_named(
+def test_corrupt_job_id_file_is_named(
     here: Path, fake: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "x" / "slurm").mkdir(parents=True)
@@ -172,13 +172,13 @@ def test_damaged_number_of_a_job_is_named(
     assert "job_id holds '" in capsys.readouterr().err
 
 
-def test_job_that_asks_for_no_cores_is_warned_of(
+def test_job_that_requests_no_cores_gives_a_warning(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["a.yaml", "--nodes", "2", "--save", "x", "--dry-run"]
     for option, is_warned in (("--mem=0", True), ("--exclusive", False), ("-c8", False)):
         assert submit.main([*command, f"--sbatch={option}"]) == 0
-        assert ("cores: none are asked for" in capsys.readouterr().out) is is_warned
+        assert ("cores: none are requested" in capsys.readouterr().out) is is_warned
 
 
 def test_unknown_flag_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +188,7 @@ def test_unknown_flag_is_refused(here: Path, capsys: pytest.CaptureFixture[str])
     assert "--train-iters" in capsys.readouterr().err
 
 
-def test_without_slurm_it_says_so(
+def test_missing_slurm_is_reported(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(here))
@@ -196,7 +196,7 @@ def test_without_slurm_it_says_so(
     assert "SlurmError: there is no sbatch on this machine" in capsys.readouterr().err
 
 
-def test_what_slurm_says_no_to_is_shown(
+def test_message_of_a_rejected_job_is_shown(
     here: Path, fake: Callable[[str, str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake("sbatch", "echo 'invalid partition specified: gold' >&2; exit 1")
@@ -205,7 +205,7 @@ def test_what_slurm_says_no_to_is_shown(
 
 
 @pytest.mark.parametrize("name", ["plain", "with blank", "quo'te", 'dou"ble', "$HOME", "a;b"])
-def test_script_hands_on_any_path_as_it_is(name: str, tmp_path: Path) -> None:
+def test_script_passes_any_path_unchanged(name: str, tmp_path: Path) -> None:
     repository = tmp_path / name
     (repository / "examples" / "slurm").mkdir(parents=True)
     pretrain = repository / "examples" / "slurm" / "pretrain.sbatch"
@@ -223,7 +223,7 @@ def test_script_hands_on_any_path_as_it_is(name: str, tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [str(repository), name, str(recipe_path), "/runs"]
 
 
-def test_directive_with_a_blank_is_quoted() -> None:
+def test_directive_with_a_space_is_quoted() -> None:
     text = request(Path("/my runs/x"), options=("--comment=two words",)).script()
     assert '#SBATCH "--output=/my runs/x/logs/%x-%j.out"\n' in text
     assert '#SBATCH "--comment=two words"\n' in text
@@ -239,7 +239,7 @@ SHOWN = "JobId=12 ArrayJobId=9 JobName=x JobState={} Reason={} Dependency=(null)
         ("FAILED", "75:0", True, 75),
         ("FAILED", "0:9", True, 137),
         ("TIMEOUT", "0:15", True, 143),
-        # Ends that leave no exit status are no success.
+        # Final states without an exit status are not a success.
         ("CANCELLED", "0:0", True, 1),
         ("NODE_FAIL", "0:0", True, 1),
         ("RUNNING", "0:0", False, 1),
@@ -247,63 +247,61 @@ SHOWN = "JobId=12 ArrayJobId=9 JobName=x JobState={} Reason={} Dependency=(null)
         ("REQUEUED", "0:0", False, 1),
     ],
 )
-def test_job_is_read_as_scontrol_shows_it(
-    state: str, code: str, has_ended: bool, status: int
-) -> None:
+def test_job_is_parsed_from_scontrol(state: str, code: str, has_ended: bool, status: int) -> None:
     job = parse_job(f"{SHOWN.format(state, 'None')} ExitCode={code} Command=/a b=c\n")
-    assert (job.number, job.state, job.restarts) == ("12", state, 1)
+    assert (job.job_id, job.state, job.restarts) == ("12", state, 1)
     assert (job.has_ended, job.exit_status) == (has_ended, status)
 
 
-def test_waiting_job_says_why() -> None:
+def test_pending_job_shows_its_reason() -> None:
     job = parse_job(f"{SHOWN.format('PENDING', 'Resources')} ExitCode=0:0")
     assert str(job) == "PENDING (Resources), restart 1"
 
 
-def test_something_else_than_a_job_is_no_job() -> None:
-    with pytest.raises(SlurmError, match="something else than a job: 'No jobs in the system'"):
+def test_output_without_a_job_is_refused() -> None:
+    with pytest.raises(SlurmError, match="did not print a job: 'No jobs in the system'"):
         parse_job("No jobs in the system")
 
 
 def job(state: str) -> Job:
-    return Job(number="12", state=state, reason="None", restarts=0, status=0)
+    return Job(job_id="12", state=state, reason="None", restarts=0, status=0)
 
 
-def test_watching_survives_a_silent_controller_and_ends_with_the_job(
+def test_polling_survives_an_unreachable_controller_and_ends_with_the_job(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     answers: Iterator[Job | Exception | None] = iter(
         [job("PENDING"), SlurmError("timed out"), job("RUNNING"), job("COMPLETED"), job("RUNNING")]
     )
 
-    def look_up(number: str) -> Job | None:
+    def query_job(job_id: str) -> Job | None:
         answer = next(answers)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    monkeypatch.setattr(jobs, "look_up", look_up)
-    states = [each.state for each in watch("12", poll_s=0)]
+    monkeypatch.setattr(jobs, "query_job", query_job)
+    states = [each.state for each in poll_job("12", poll_s=0)]
     assert states == ["PENDING", "RUNNING", "COMPLETED"]
 
 
-def test_watching_a_forgotten_job_or_a_dead_controller_is_an_error(
+def test_polling_a_purged_job_or_a_dead_controller_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(jobs, "look_up", lambda number: None)
+    monkeypatch.setattr(jobs, "query_job", lambda job_id: None)
     with pytest.raises(SlurmError, match="SLURM has no job 12 any more"):
-        list(watch("12", poll_s=0))
+        list(poll_job("12", poll_s=0))
 
-    def silent(number: str) -> Job:
+    def silent(job_id: str) -> Job:
         raise SlurmError("timed out")
 
-    monkeypatch.setattr(jobs, "look_up", silent)
-    monkeypatch.setattr(jobs, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(jobs, "query_job", silent)
+    monkeypatch.setattr(jobs, "UNREACHABLE_S", 0.05)
     with pytest.raises(SlurmError, match="timed out"):
-        list(watch("12", poll_s=0.02))
+        list(poll_job("12", poll_s=0.02))
 
 
-def test_progress_is_arithmetic(here: Path) -> None:
+def test_progress_shows_share_speed_and_time_left(here: Path) -> None:
     cfg = parse_recipe(["--config", "a.yaml"], prog="test", description="")
     record = {"iteration": 20, "lm_loss": 2.5, "tokens_per_second": 512.0}
     # 30 steps of 16 x 64 tokens at 512 tokens a second: a minute.
@@ -315,7 +313,7 @@ def test_progress_is_arithmetic(here: Path) -> None:
     )
 
 
-def test_refusal_names_the_directory_that_cannot_be_written(
+def test_error_names_the_directory_that_cannot_be_written(
     here: Path, fake: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "file").write_text("")

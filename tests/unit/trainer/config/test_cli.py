@@ -1,4 +1,4 @@
-"""Loading: precedence, strictness, and that a written config reads back as itself."""
+"""Tests loading: precedence, strictness, and that a written config reads back as itself."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ from moe_ext.config import MoEModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
-    """Every group, as an application has them."""
+    """Holds every group, like the config of an application."""
 
     model: MoEModelConfig = field(default_factory=MoEModelConfig)
 
@@ -93,7 +93,7 @@ def test_a_recipe_names_its_preset_and_the_flag_names_another(
 
 @pytest.mark.parametrize("position", [0, 2, 4])
 @pytest.mark.parametrize("joined", [True, False])
-def test_config_may_stand_anywhere_in_both_spellings(
+def test_config_flag_is_read_at_any_position_in_both_spellings(
     recipe: Callable[[str], str], position: int, joined: bool
 ) -> None:
     path = recipe("seq_length: 77\n")
@@ -160,7 +160,7 @@ def test_every_field_has_a_flag() -> None:
         argv += strategies[kind](name, kind() if value is None else value)
     changed = flatten(load(*argv))
     same = [name for name in defaults if changed[name] == defaults[name]]
-    # A choice whose last value is the default, and what only a recipe can give.
+    # A choice whose last value is the default, and fields that only a recipe can set.
     hints = [schema_of(PretrainConfig)[name].hint for name in same]
     assert all(is_recipe_only(hint) or typing.get_origin(hint) is Literal for hint in hints)
 
@@ -255,7 +255,7 @@ def test_an_unknown_preset_is_refused(recipe: Callable[[str], str]) -> None:
 
 
 def _inner(hint: Any) -> Any:
-    """`X | None` -> X."""
+    """Return X of `X | None`."""
     members = [each for each in typing.get_args(hint) if each is not type(None)]
     return members[0] if type(None) in typing.get_args(hint) else hint
 
@@ -308,9 +308,9 @@ def test_a_written_config_has_every_field_and_a_line_per_group() -> None:
     text = dump_config(load("--data-path", "0.7", "a b", "0.3", "c"))
     assert list(yaml.safe_load(text)) == list(schema_of(PretrainConfig))
     comments = [line for line in text.splitlines() if line.startswith("#")]
-    assert comments[0] == "# parallel: How the model and the batch are spread over ranks."
+    assert comments[0] == "# parallel: Sets how the model and the batch are sharded over ranks."
     assert len(comments) == len(dataclasses.fields(PretrainConfig))
-    # Other YAML readers see the same numbers: YAML 1.1 takes 4e-05 for a string.
+    # Other YAML readers see the same numbers: YAML 1.1 reads 4e-05 as a string.
     assert yaml.safe_load(text)["min_lr"] == 4.0e-5
     assert yaml.safe_load(text)["data_path"] == ["0.7", "a b", "0.3", "c"]
 
@@ -323,7 +323,7 @@ def test_flatten_gives_every_field_once() -> None:
     assert flatten(cfg) == expected
 
 
-# --- mistakes of the application ----------------------------------------------------------------
+# --- bugs of the application --------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,7 +346,7 @@ class Unreadable:
     [
         (Twin, "the name 'seq_length' of group 'extra' is taken by 'training'"),
         (Reserved, "the name 'preset' of group 'extra' is taken by 'load_config'"),
-        (Unreadable, "a field has the type dict[str, int], which no flag or recipe can give"),
+        (Unreadable, "a field has the type dict[str, int], which flags and recipes cannot set"),
         (int, "Odd.extra must be a dataclass of fields"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Layouts: the sizes that the parallel settings and the number of ranks resolve to."""
+"""Tests the group sizes that parallel settings and a number of ranks resolve to."""
 
 import re
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from moe_ext.config import MoEModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
-    """Every group, as an application has them."""
+    """Holds every group, like the config of an application."""
 
     model: MoEModelConfig = field(default_factory=MoEModelConfig)
 
@@ -128,7 +128,7 @@ def test_a_batch_is_accepted_only_in_whole_microbatches_and_the_remedy_is_legal(
             18,
             "seq_length (18) must be a multiple of 12, because context_parallel_size (2) gives each"
             " rank an early and a late chunk of every sequence, which sequence_parallel splits over"
-            " 3 ranks more; use a sequence length of 12 or 24",
+            " 3 more ranks; use a sequence length of 12 or 24",
         ),
         (
             ParallelConfig(context_parallel_size=5),

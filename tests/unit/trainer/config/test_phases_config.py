@@ -1,4 +1,4 @@
-"""Lengths, phases and branches from recipe and flags: what they mean, and what is refused."""
+"""Tests lengths, phases and branches from recipe and flags: their meaning, and what is rejected."""
 
 import re
 from pathlib import Path
@@ -53,7 +53,7 @@ def problems(cfg: PretrainConfig) -> str:
         ("", (), 100),
     ],
 )
-def test_length_is_the_spelling_set_last_in_whole_steps(
+def test_length_set_last_wins_and_is_in_whole_steps(
     tmp_path: Path, text: str, flags: tuple[str, ...], steps: int
 ) -> None:
     cfg = parse(tmp_path, text, *flags)
@@ -62,7 +62,7 @@ def test_length_is_the_spelling_set_last_in_whole_steps(
     validate(cfg, 1)
 
 
-def test_parts_of_the_schedule_in_tokens_are_whole_steps(tmp_path: Path) -> None:
+def test_schedule_lengths_in_tokens_are_rounded_up_to_whole_steps(tmp_path: Path) -> None:
     text = (
         "train_tokens: 128_000\nlr_warmup_tokens: 1_300\nlr_decay_tokens: 127_999\n"
         "lr_wsd_decay_tokens: 12_800\nlr_decay_style: WSD\nlr_wsd_decay_style: linear\n"
@@ -120,7 +120,7 @@ def test_mixture_given_last_wins(tmp_path: Path) -> None:
     validate(cfg, 1)
 
 
-def test_random_tokens_stand_above_phases(tmp_path: Path) -> None:
+def test_mock_data_overrides_phases(tmp_path: Path) -> None:
     cfg = parse(tmp_path, PHASES, "--mock-data", "--train-iters", "3")
     validate(cfg, 1)
     assert cfg.training.train_iters == 3
@@ -162,18 +162,16 @@ def test_random_tokens_stand_above_phases(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_phases_that_are_not_written_right_are_refused(
-    tmp_path: Path, text: str, message: str
-) -> None:
+def test_malformed_phases_are_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(tmp_path, text)
     assert str(caught.value) == message.replace("FILE", str(tmp_path / "recipe.yaml"))
 
 
-def test_phases_are_no_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_phases_are_not_a_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(tmp_path, "", "--phases", "x")
-    assert "--phases is no flag: phases can be given in a recipe only" in capsys.readouterr().err
+    assert "--phases is not a flag: phases can be set in a recipe only" in capsys.readouterr().err
 
 
 COVER = (
@@ -215,7 +213,7 @@ OF_RUN = "change a phase's train_tokens, or leave the length to the phases"
         ),
     ],
 )
-def test_phases_that_make_no_run_are_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_inconsistent_phases_are_refused(tmp_path: Path, text: str, message: str) -> None:
     assert problems(parse(tmp_path, text)) == message
 
 
@@ -287,7 +285,7 @@ def test_branch_may_have_phases_that_cover_its_tail(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_branch_that_cannot_be_is_refused(
+def test_impossible_branch_is_refused(
     tmp_path: Path, change: tuple[str, str], message: str
 ) -> None:
     assert problems(parse(tmp_path, BRANCH.replace(*change))) == message
@@ -307,7 +305,7 @@ def test_wsd_without_its_parts_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three token files: web of 30 windows, code of 20, and another code."""
+    """Write three token files: web of 30 windows, code of 20, and another code."""
     monkeypatch.chdir(tmp_path)
     for name, windows in (("web", 30), ("code", 20), ("old/code", 20)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -385,6 +383,6 @@ def test_source_keeps_its_name_where_one_is_given(files: Path) -> None:
         ),
     ],
 )
-def test_mixture_that_cannot_be_is_refused(files: Path, text: str, message: str) -> None:
+def test_invalid_mixture_is_refused(files: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         bundle(files, text)

@@ -1,4 +1,4 @@
-"""The published schedules and mixtures, as the recipes in examples/ give them."""
+"""Compares the recipes in examples/ with the published schedules and mixtures."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def mixture(data_path: tuple[str, ...]) -> dict[str, float]:
 
 
 def test_jetmoe_recipe_has_the_papers_numbers() -> None:
-    """arXiv 2404.07413, table 1 and section 4.2."""
+    """Compares with arXiv 2404.07413, table 1 and section 4.2."""
     cfg = parse(JETMOE)
     assert tokens_per_step(cfg.training) == 4_194_304
     assert phase_steps(cfg) == [238_419, 59_605]
@@ -41,12 +41,12 @@ def test_jetmoe_recipe_has_the_papers_numbers() -> None:
     assert (cfg.model.moe_aux_loss_coeff, cfg.model.moe_z_loss_coeff) == (0.01, 0.001)
     schedule = build_schedule(cfg)
     assert schedule(0) == schedule(298_024) == 5e-5
-    # The decay begins where the second phase does.
+    # The decay starts with the second phase.
     assert schedule(2_384) < schedule(2_385) == schedule(238_419) == 5e-4 > schedule(238_420)
 
 
-def test_jetmoe_mixtures_are_the_papers() -> None:
-    """Figure 2 and table 2; what is grouped there adds up here."""
+def test_jetmoe_mixtures_match_the_paper() -> None:
+    """Compares with figure 2 and table 2, whose groups are summed here."""
     stable, decay = (mixture(phase.data_path) for phase in parse(JETMOE).data.phases)
     pile = ("pile-wikipedia", "pile-stackexchange", "pile-remaining")
     assert sum(stable.values()) == pytest.approx(100)
@@ -71,7 +71,7 @@ def test_jetmoe_mixtures_are_the_papers() -> None:
 
 
 def test_olmoe_anneal_has_the_papers_numbers() -> None:
-    """Same model, batch and mixture as the main stage, from its step 1,200,000 on."""
+    """Compares model, batch and mixture with the main stage from step 1,200,000 on."""
     main, anneal = parse(OLMOE), parse(ANNEAL)
     assert anneal.checkpoint.anneal_from == main.training.train_iters == 1_200_000
     assert anneal.checkpoint.load == main.checkpoint.save != anneal.checkpoint.save

@@ -1,4 +1,4 @@
-"""Recipes: every kind of value reads as its field's type, and everything else is refused."""
+"""Tests that recipe values convert to the type of their field, and that all else is rejected."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from moe_ext.config import MoEModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
-    """Every group, as an application has them."""
+    """Holds every group, like the config of an application."""
 
     model: MoEModelConfig = field(default_factory=MoEModelConfig)
 

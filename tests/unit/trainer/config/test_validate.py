@@ -1,4 +1,4 @@
-"""Validation: each rule's exact message, its boundary, and the sizes that layouts resolve to."""
+"""Tests each validation rule's exact message and its boundary."""
 
 import dataclasses
 import re
@@ -15,13 +15,13 @@ from moe_ext.config import MoEModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
-    """Every group, as an application has them."""
+    """Holds every group, like the config of an application."""
 
     model: MoEModelConfig = field(default_factory=MoEModelConfig)
 
 
 def config(**changes: Any) -> PretrainConfig:
-    """The defaults with fields changed by name, whatever their group."""
+    """Return the defaults with fields changed by name, whatever their group."""
     cfg = PretrainConfig()
     groups = {}
     for group in dataclasses.fields(cfg):
@@ -103,7 +103,7 @@ LAYOUT_RULES: list[tuple[int, dict[str, Any], str]] = [
         2,
         {PP: 2, VP: 2, "global_batch_size": 3},
         "global_batch_size (3) gives each data parallel rank 3 micro-batches, which"
-        " num_virtual_stages_per_pipeline_rank (2) wants in multiples of"
+        " num_virtual_stages_per_pipeline_rank (2) requires in multiples of"
         " pipeline_model_parallel_size (2); use a global batch size of 2 or 4",
     ),
     (
@@ -207,7 +207,7 @@ RECOMPUTE_RULES: list[tuple[int, dict[str, Any], str]] = [
     (
         1,
         {"recompute_granularity": "selective", "recompute_modules": ()},
-        "recompute_modules (none) must name something when recompute_granularity is selective; use"
+        "recompute_modules (none) must name a module when recompute_granularity is selective; use"
         " any of core_attn, moe, moe_act",
     ),
 ]
@@ -332,7 +332,7 @@ def test_sizes_have_a_least_value(name: str) -> None:
     least = LEAST[name]
     given_too = {"load": "runs/a"} if name == "ckpt_step" else {}
     expected = f"{name} ({least - 1}) must be at least {least}; use {least} or more"
-    # train_iters is also the end of the decay, which gets a line of its own.
+    # train_iters is also the end of the decay, which gets its own line.
     assert expected in message_of(1, {name: least - 1, **given_too}).replace("- ", "").split("\n")
     validate(config(**{name: least, **given_too}), 1)
 
@@ -368,7 +368,7 @@ def test_sizes_have_a_least_value(name: str) -> None:
         (1, DENSE),
     ],
 )
-def test_sound_settings_pass(world_size: int, changes: dict[str, Any]) -> None:
+def test_valid_settings_pass(world_size: int, changes: dict[str, Any]) -> None:
     validate(config(**changes), world_size)
 
 
@@ -384,7 +384,7 @@ def test_every_problem_is_listed_at_once_and_the_config_is_untouched() -> None:
     assert dataclasses.asdict(cfg) == before
 
 
-def test_sizes_of_zero_do_not_end_in_a_division() -> None:
+def test_sizes_of_zero_do_not_raise_division_errors() -> None:
     zeros = dict.fromkeys(LEAST, 0) | dict.fromkeys(MODEL_SIZES, 0)
     message = message_of(1, zeros)
     for name in (*MODEL_SIZES, *(name for name in LEAST if LEAST[name] == 1)):

@@ -1,4 +1,4 @@
-"""Rules about early ends, bad steps and retention: both values and a remedy in each message."""
+"""Tests the rules on early exits, bad steps and retention: each message has values and a remedy."""
 
 import dataclasses
 from typing import Any
@@ -32,11 +32,17 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"keep_every": 0}, "keep_every (0) must be at least 1; use 1 or more"),
     ({"max_skipped": -1}, "max_skipped (-1) must be at least 0; use 0 or more"),
     ({"max_rewinds": -1}, "max_rewinds (-1) must be at least 0; use 0 or more"),
-    ({"requeue_exit_code": 256}, "requeue_exit_code (256) must be 0 to 255, as exit statuses are;"),
-    ({"requeue_exit_code": -1}, "requeue_exit_code (-1) must be 0 to 255, as exit statuses are;"),
+    (
+        {"requeue_exit_code": 256},
+        "requeue_exit_code (256) must be an exit status; use a number from 0 to 255",
+    ),
+    (
+        {"requeue_exit_code": -1},
+        "requeue_exit_code (-1) must be an exit status; use a number from 0 to 255",
+    ),
     (
         {"save": None},
-        "rewind_on_spike (True) needs save (None), the directory with the checkpoints to go back to"
+        "rewind_on_spike (True) needs save (None), the directory of the checkpoints to rewind to"
         "; set --save DIR, or drop --rewind-on-spike",
     ),
     (
@@ -58,14 +64,16 @@ def config(**changes: Any) -> PretrainConfig:
     return cfg
 
 
-def test_values_at_the_limits_are_taken() -> None:
+def test_values_at_the_limits_are_accepted() -> None:
     cfg = config(**GOOD)
     assert cfg.reliability.requeue_exit_code == 255 and cfg.checkpoint.keep_every == 1
     validate(cfg, 1)
 
 
 @pytest.mark.parametrize(("change", "message"), BAD)
-def test_value_beyond_is_named_with_rule_and_remedy(change: dict[str, Any], message: str) -> None:
+def test_value_beyond_the_limit_is_named_with_rule_and_remedy(
+    change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         validate(config(**{**GOOD, **change}), 1)
     assert message in str(caught.value)
