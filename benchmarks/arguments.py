@@ -1,4 +1,4 @@
-"""The flags that both benchmarks have."""
+"""Defines the flags that train_step and moe_layer share."""
 
 import argparse
 from typing import TypeVar
@@ -14,12 +14,12 @@ _GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the common flags."""
+    """Build a parser with the common flags."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small", help="(%(default)s)")
-    parser.add_argument("--num-layers", type=int, metavar="N", help="other than the shape's")
-    parser.add_argument("--seq-length", type=int, metavar="N", help="other than the shape's")
-    parser.add_argument("--micro-batch-size", type=int, metavar="N", help="other than the shape's")
+    parser.add_argument("--num-layers", type=int, metavar="N", help="override the shape's")
+    parser.add_argument("--seq-length", type=int, metavar="N", help="override the shape's")
+    parser.add_argument("--micro-batch-size", type=int, metavar="N", help="override the shape's")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="(%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(%(default)s)")
@@ -28,22 +28,25 @@ def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="build an implementation for each visit, so that one at a time is in memory",
+        help="rebuild an implementation for each visit, so that only one is in memory at a time",
     )
     parser.add_argument(
         "--gemm-size", type=int, metavar="N",
-        help=f"rows of the product that is the ceiling (cpu {_GEMM_SIZE['cpu']},"
+        help=f"rows of the GEMM that is the ceiling (cpu {_GEMM_SIZE['cpu']},"
         f" cuda {_GEMM_SIZE['cuda']})",
     )  # fmt: skip
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="these implementations; the table has the names"
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="implementations to measure, by their names in the table",
     )
     parser.add_argument("--json", metavar="FILE", help="write all samples there")
     return parser
 
 
 def shape_of(args: argparse.Namespace) -> Shape:
-    """The shape that the flags describe."""
+    """Return the shape that the flags describe."""
     return resize(
         SHAPES[args.shape],
         num_layers=args.num_layers,
@@ -53,12 +56,12 @@ def shape_of(args: argparse.Namespace) -> Shape:
 
 
 def gemm_size(args: argparse.Namespace) -> int:
-    """Of the ceiling's product."""
+    """Return the size of the GEMM that is the ceiling."""
     return args.gemm_size or _GEMM_SIZE[args.device]
 
 
 def chosen(entries: dict[str, T], only: list[str] | None) -> dict[str, T]:
-    """Those of the implementations that --only names, in the order of the table.
+    """Select the implementations that --only names, in the order of the table.
 
     Raises:
         SystemExit: a name is unknown.

@@ -1,4 +1,4 @@
-"""What the machine can do at best: a large matrix product and a copy, measured like the rest."""
+"""Measures the machine's ceilings, a large GEMM and a copy, like any implementation."""
 
 import time
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ _LAUNCHES = {"cpu": 2, "cuda": 20}
 
 
 class Ceilings:
-    """A product [n, n] x [n, n] of the dtype, and a copy of COPY_BYTES.
+    """Runs a GEMM [n, n] x [n, n] of the dtype, and a copy of COPY_BYTES.
 
     Args:
-        device: where.
-        dtype: of the product.
+        device: device to measure.
+        dtype: dtype of the GEMM.
         size: n.
     """
 
@@ -33,11 +33,11 @@ class Ceilings:
         self._target = torch.ones_like(self._source)
 
     def check(self) -> tuple[float, Digests]:
-        """Nothing to compare."""
+        """Return nothing to compare."""
         return 0.0, {}
 
     def sample(self) -> Mapping[str, float]:
-        """Rates of both: `flops_per_second`, `copy_bytes_per_second` (read and written)."""
+        """Measure `flops_per_second` and `copy_bytes_per_second` (read and written)."""
         started = self._now()
         for _ in range(self._launches):
             torch.mm(self._left, self._right, out=self._product)
@@ -57,5 +57,5 @@ class Ceilings:
 
 
 def build_ceilings(device: torch.device, dtype: torch.dtype, size: int) -> Ceilings:
-    """For a worker."""
+    """Build the ceilings in a worker."""
     return Ceilings(device, dtype, size)

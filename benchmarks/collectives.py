@@ -1,7 +1,7 @@
-"""Writes down the collectives that a process takes part in, and how many bytes each handles.
+"""Records the collectives that a process takes part in, and the bytes of each.
 
-Every function of torch.distributed ends in a method of ProcessGroup; those methods are wrapped, so
-it does not matter under which name a library has imported which function.
+Every function of torch.distributed calls a method of ProcessGroup. Those methods are wrapped, so it
+does not matter under which name a library has imported a function.
 """
 
 from collections import Counter
@@ -17,18 +17,18 @@ from megatron.trainer.health.patch_collectives import replaced
 
 
 class Call(NamedTuple):
-    """One collective, or one message."""
+    """Describes one collective or point-to-point message."""
 
     kind: str
-    """As `moe_ext.cost.traffic` names it; ProcessGroup's own name for what is not known there."""
+    """Name in `moe_ext.cost.traffic`, or ProcessGroup's name for kinds unknown there."""
     group: str
-    """Name of the group, or its own description if nobody named it."""
+    """Name of the group, or its own description if it has no name."""
     payload_bytes: int
-    """What `moe_ext.cost.traffic.Collective.payload_bytes` means, of this call on this rank."""
+    """Same as `moe_ext.cost.traffic.Collective.payload_bytes`, for this call on this rank."""
 
 
 def _bytes(tensors: Any) -> int:
-    """Of a tensor, or of everything in nested lists of tensors."""
+    """Sum the bytes of a tensor, or of nested lists of tensors."""
     if isinstance(tensors, Tensor):
         return tensors.numel() * tensors.element_size()
     return sum(_bytes(each) for each in tensors)
@@ -39,7 +39,7 @@ def _argument(position: int) -> Callable[..., int]:
 
 
 _METHODS: Mapping[str, tuple[str, Callable[..., int]]] = {
-    # torch 2.13 has new names for what older ones call _allgather_base and so on.
+    # torch 2.13 has new names for _allgather_base and others.
     "allreduce": ("all_reduce", _argument(0)),
     "allreduce_coalesced": ("all_reduce", _argument(0)),
     "allgather": ("all_gather", _argument(0)),
@@ -70,14 +70,15 @@ _METHODS: Mapping[str, tuple[str, Callable[..., int]]] = {
 def recording(groups: Mapping[str, ProcessGroup | None]) -> Iterator[Counter[Call]]:
     """Count this process's collectives while the context lasts.
 
-    Groups of one rank are left out: nothing moves there. A message that megatron-core sends over
-    the world to keep two directions apart counts as one of the pipeline, as which it is meant.
+    Groups of one rank are ignored. Messages that megatron-core sends over the world group, to keep
+    the two directions apart, count as pipeline messages.
 
     Args:
-        groups: by name; the first name of a group counts. None is a group this rank is not in.
+        groups: groups by name; the first name of a group is used. None for a group without this
+            rank.
 
     Yields:
-        How often each call was made; filled in as they come.
+        The number of calls of each kind so far.
     """
     names: dict[str, str] = {}
     for name, group in groups.items():
@@ -103,7 +104,7 @@ def recording(groups: Mapping[str, ProcessGroup | None]) -> Iterator[Counter[Cal
 
 
 def named_groups(collection: Any) -> dict[str, ProcessGroup | None]:
-    """A run's groups by the names of `moe_ext.cost.traffic`.
+    """Map the names of `moe_ext.cost.traffic` to a run's groups.
 
     Args:
         collection: megatron-core's ProcessGroupCollection.

@@ -2,9 +2,9 @@
 
     python benchmarks/convert.py --work /scratch --json convert.json
 
-Makes a random OLMoE checkpoint of the chosen size in a new directory under --work (1B-7B needs 56
-GB there), then, --rounds times: copies it, imports it, exports it. Every step is a process of its
-own and ends with its bytes forced to disk. The directory is removed at the end, whatever happens.
+Writes a random OLMoE checkpoint of the chosen size to a new directory under --work (1B-7B needs 56
+GB there), then copies, imports and exports it --rounds times. Every step is its own process and
+ends with an fsync. The directory is always removed at the end.
 """
 
 import argparse
@@ -45,20 +45,20 @@ _SAMPLE_S = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One step of one round."""
+    """Holds the measurement of one step in one round."""
 
     step: str
     """copy, import or export."""
     seconds: float
-    """From start of the process to its end."""
+    """From the start of the process to its end."""
     cpu_seconds: float
-    """Of all its threads, in the system's calls too."""
+    """User and system time of all threads."""
     peak_anonymous_bytes: int
-    """Most memory of its own at any moment (RssAnon): pages of files are not counted."""
+    """Peak of RssAnon, which excludes file pages."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure as `argv` says; returns the exit status."""
+    """Run the measurement that `argv` describes; return the exit status."""
     args = parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="convert-", dir=args.work) as directory:
         work = Path(directory)
@@ -85,22 +85,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="convert.py", description="Measure checkpoint conversion against a plain copy."
     )
-    parser.add_argument("--work", required=True, metavar="DIR", help="on the disk to measure")
+    parser.add_argument(
+        "--work", required=True, metavar="DIR", help="directory on the disk to measure"
+    )
     parser.add_argument(
         "--preset", choices=("olmoe_1b_7b", "olmoe_tiny"), default="olmoe_1b_7b", help="size"
     )
-    parser.add_argument("--num-layers", type=int, metavar="N", help="fewer, for a quick look")
+    parser.add_argument("--num-layers", type=int, metavar="N", help="fewer layers, for a quick run")
     parser.add_argument("--rounds", type=int, default=2, metavar="N", help="(%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the samples there")
     return parser.parse_args(argv)
 
 
 def make_checkpoint(directory: Path, model: MoEModelConfig) -> int:
-    """Write a Hugging Face checkpoint of random bf16 weights; returns the weights' bytes."""
+    """Write a Hugging Face checkpoint of random bf16 weights; return the bytes of the weights."""
     family = FAMILIES["olmoe"]
     directory.mkdir()
     config = family.hf_config(
@@ -126,7 +128,7 @@ def make_checkpoint(directory: Path, model: MoEModelConfig) -> int:
 
 
 def one_round(work: Path) -> Iterator[Sample]:
-    """Copy, import, export; what each wrote is removed as soon as it is not needed."""
+    """Copy, import and export; remove each output as soon as it is no longer needed."""
     tool = [sys.executable, str(_TOOL)]
     source, copy, native, exported = (work / name for name in ("hf", "copy", "native", "out"))
     yield measure("copy", [sys.executable, "-c", _COPIER, str(source), str(copy)])
@@ -139,17 +141,17 @@ def one_round(work: Path) -> Iterator[Sample]:
 
 
 def measure(step: str, command: Sequence[str]) -> Sample:
-    """Run a process to its end and watch its memory."""
-    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    """Run a process to its end and sample its memory."""
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         peak = 0
         while process.poll() is None:
             peak = max(peak, anonymous_bytes(process.pid))
             time.sleep(_SAMPLE_S)
-        seconds = time.perf_counter() - began
-        said = process.stderr.read() if process.stderr is not None else ""
+        seconds = time.perf_counter() - started
+        errors = process.stderr.read() if process.stderr is not None else ""
     if process.returncode:
-        raise RuntimeError(f"{step} failed: {said[-2000:]}")
+        raise RuntimeError(f"{step} failed: {errors[-2000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     print(f"{step}: {seconds:.1f} s, {used:.1f} s of CPU, {peak / 1e6:.0f} MB", flush=True)
@@ -157,7 +159,7 @@ def measure(step: str, command: Sequence[str]) -> Sample:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """RssAnon of a process of Linux; 0 when it has ended."""
+    """Return RssAnon of a Linux process; 0 once it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     except OSError:
@@ -167,15 +169,17 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def compare(source: Path, exported: Path) -> None:
-    """What came back must be what went in, byte for byte."""
+    """Check that the exported files equal the source byte for byte."""
     for path in sorted(source.glob("*.safetensors")):
         done = subprocess.run(["cmp", str(path), str(exported / path.name)], check=False)
         if done.returncode:
-            raise RuntimeError(f"{path.name} came back changed")
+            raise RuntimeError(
+                f"{path.name} differs after import and export; both must be lossless"
+            )
 
 
 def table(samples: Sequence[Sample], num_bytes: int) -> str:
-    """Markdown: the best of each step, since other work on the machine only adds."""
+    """Format a Markdown table of the best time of each step, because other load only adds time."""
     lines = [
         "| step | seconds | GB/s | of the copy's speed | CPU seconds | peak RssAnon, GB |",
         "|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Gradients in a few numbers, to compare implementations that live in different processes.
+"""Computes digests of gradients, to compare implementations in different processes.
 
 A gradient's digest is its norm and its products with random vectors that depend on the tensor's
 name alone. If two gradients differ by d, their products differ by about the norm of d.
@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 Digests = Mapping[str, tuple[float, ...]]
-"""By tensor: the norm, then the products."""
+"""Maps a tensor's name to its norm, then the products."""
 
 _PROBES = 2
-# A tensor whose gradient is next to nothing is judged against the largest one.
+# The norm that scales differences is at least this share of the largest norm.
 _SMALL = 1e-4
 
 
 def digest(parts: Iterable[tuple[str, int, Tensor]]) -> Digests:
-    """Digests of tensors that come in parts.
+    """Compute the digests of tensors that are given in parts.
 
     Args:
-        parts: name, first row, and the rows of a tensor, of any shape. Both sides of a comparison
-            must cut alike.
+        parts: name, first row, and rows of a tensor, of any shape. Both sides of a comparison must
+            be split the same way.
     """
     sums: dict[str, list[float]] = {}
     for name, start, rows in parts:
@@ -42,14 +42,14 @@ def digest(parts: Iterable[tuple[str, int, Tensor]]) -> Digests:
 
 
 def largest_difference(found: Digests, expected: Digests) -> tuple[float, str]:
-    """The largest difference relative to the expected norm, and whose it is.
+    """Return the largest difference relative to the expected norm, and its tensor's name.
 
     Raises:
-        ValueError: other tensors than expected.
+        ValueError: the tensors are not the expected ones.
     """
     if found.keys() != expected.keys():
         odd = ", ".join(sorted(found.keys() ^ expected.keys())[:4])
-        raise ValueError(f"gradients of different tensors were given: {odd}")
+        raise ValueError(f"gradients must be of the same tensors; only one side has {odd}")
     floor = _SMALL * max(norm for norm, *_ in expected.values())
     worst = (0.0, "")
     for name, (norm, *products) in expected.items():
@@ -63,10 +63,10 @@ def largest_difference(found: Digests, expected: Digests) -> tuple[float, str]:
 
 
 def _stream(name: str, device: torch.device) -> torch.Generator:
-    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
-    return torch.Generator(device=device).manual_seed(number)
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+    return torch.Generator(device=device).manual_seed(seed)
 
 
 def random_tensor(name: str, shape: tuple[int, ...], *, std: float, device: torch.device) -> Tensor:
-    """Normal numbers in fp32 that depend on the name (and the kind of device) alone."""
+    """Sample normal fp32 numbers that depend only on the name and the type of device."""
     return torch.randn(shape, generator=_stream(name, device), device=device) * std

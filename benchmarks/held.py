@@ -1,4 +1,4 @@
-"""What a rank's tensors hold, found by looking at them: storages, each counted once."""
+"""Measures the bytes of a rank's live tensors; each storage counts once."""
 
 import gc
 import weakref
@@ -14,7 +14,7 @@ from moe_ext.experts.slots import ExpertOrder
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of each storage, by its address."""
+    """Map the address of each storage to its bytes."""
     found = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -24,7 +24,7 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def state_bytes(state: TrainState) -> dict[str, int]:
-    """Weights, gradient buffers, and what the optimizer has besides the two."""
+    """Return the bytes of weights, gradient buffers and further optimizer state."""
     parameters = [each for chunk in state.chunks for each in chunk.parameters()]
     weights = storages(each.data for each in parameters)
     gradients = storages(each.main_grad for each in parameters)
@@ -37,7 +37,7 @@ def state_bytes(state: TrainState) -> dict[str, int]:
 
 
 def _optimizer_tensors(state: TrainState) -> Iterator[Tensor]:
-    """Masters, which may be the weights themselves, and moments."""
+    """Yield master weights, which may be the weights themselves, and moments."""
     for inner in state.optimizer.chained_optimizers:
         for group in inner.optimizer.param_groups:
             for parameter in group["params"]:
@@ -46,19 +46,19 @@ def _optimizer_tensors(state: TrainState) -> Iterator[Tensor]:
 
 
 class _Held:
-    """A tensor that autograd keeps; it goes when autograd lets go of it."""
+    """Wraps a tensor that autograd saves; it is freed when autograd releases it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 class Kept:
-    """A forward step that counts what passes keep: for autograd, or by the order of rows.
+    """Runs forward steps and counts the bytes they save for backward, with the orders of rows.
 
-    Weights and the batch are not counted, nor what lives for a moment.
+    Weights, the batch and temporaries are not counted.
 
     Args:
-        state: whose step it is.
+        state: training state of the steps.
     """
 
     def __init__(self, state: TrainState) -> None:
@@ -67,12 +67,12 @@ class Kept:
         self._held: list[weakref.ref[_Held]] = []
         self._waiting: list[tuple[list[weakref.ref[_Held]], int]] = []
         self.passes: list[tuple[int, int]] = []
-        """Of each forward pass which chunk's it was, and what it keeps, in bytes."""
+        """For each forward pass the index of its chunk and the bytes it saves."""
         self.highest = 0
-        """Most bytes that passes have kept which wait for their backward pass."""
+        """Peak of the bytes saved by passes whose backward is pending."""
 
     def __call__(self, batches: Iterator[Any], model: torch.nn.Module) -> Any:
-        """Take a `language_model_step`."""
+        """Run a `language_model_step`."""
         batch = next(batches)
         given = [each for each in vars(batch).values() if each is not None]
         self._others |= storages(given).keys()
@@ -94,7 +94,7 @@ class Kept:
         return held
 
     def _size(self, earlier: list[ExpertOrder]) -> int:
-        """Of what the last pass keeps."""
+        """Return the bytes that the last pass saves."""
         tensors = [held.tensor for each in self._held if (held := each()) is not None]
         known = {id(order) for order in earlier}
         for order in _orders():
@@ -105,5 +105,5 @@ class Kept:
 
 
 def _orders() -> list[ExpertOrder]:
-    """All that are alive: backward passes hold them where no hook of autograd sees it."""
+    """List all live orders; backward passes hold them without autograd's hooks seeing them."""
     return [each for each in gc.get_referrers(ExpertOrder) if type(each) is ExpertOrder]

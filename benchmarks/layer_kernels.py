@@ -1,4 +1,4 @@
-"""MegaBlocks' and ScatterMoE's layers, with the routing given; they need a GPU."""
+"""Implements layers with MegaBlocks and ScatterMoE under a given routing; needs a GPU."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from benchmarks.shapes import Shape
 
 
 class MegaBlocksLayer(LayerSubject):
-    """The experts of a dropless MoE of MegaBlocks.
+    """Runs the experts of a dropless MoE of MegaBlocks.
 
     Args:
         problem: inputs and weights.
@@ -56,7 +56,7 @@ class MegaBlocksLayer(LayerSubject):
             self._given["logits"] = self._given["scores"]
 
     def forward(self) -> Tensor:
-        """[s, b, h]."""
+        """Compute the output [s, b, h]."""
         output = self._layer(
             x=self.hidden,
             expert_weights=self._gates,
@@ -67,7 +67,7 @@ class MegaBlocksLayer(LayerSubject):
         return result.view_as(self.hidden)
 
     def leaves(self) -> Iterator[Tensor]:
-        """Parameters and gates."""
+        """Yield parameters and gates."""
         yield from self._layer.parameters()
         yield self._gates
 
@@ -84,7 +84,7 @@ class MegaBlocksLayer(LayerSubject):
 
 
 class ScatterMoELayer(LayerSubject):
-    """ScatterMoE's gated experts.
+    """Runs ScatterMoE's gated experts.
 
     Args:
         problem: inputs and weights.
@@ -100,18 +100,18 @@ class ScatterMoELayer(LayerSubject):
         ).to(problem.device, problem.dtype)
         weight1, weight2 = problem.expert_weights()
         with torch.no_grad():
-            # Up's half comes first there.
+            # ScatterMoE expects the up half first.
             self._layer.experts.weight.copy_(_swap_halves(weight1))
             self._layer.output_experts.weight.copy_(weight2)
         self._gates = problem.routing.gates.to(problem.dtype).requires_grad_()
 
     def forward(self) -> Tensor:
-        """[s, b, h]."""
+        """Compute the output [s, b, h]."""
         output: Tensor = self._layer(self.hidden, self._gates, self.problem.routing.experts)
         return output
 
     def leaves(self) -> Iterator[Tensor]:
-        """Parameters and gates."""
+        """Yield parameters and gates."""
         yield from self._layer.parameters()
         yield self._gates
 
@@ -125,7 +125,7 @@ class ScatterMoELayer(LayerSubject):
 
 
 class ScatterMoAttention(LayerSubject):
-    """JetMoE's attention on ScatterMoE's projections; [b, s, h], heads slot by slot.
+    """Runs JetMoE's attention on ScatterMoE's projections; [b, s, h], heads slot by slot.
 
     Args:
         problem: inputs and weights.
@@ -158,7 +158,7 @@ class ScatterMoAttention(LayerSubject):
         self._angles = _angles(problem)
 
     def forward(self) -> Tensor:
-        """[b, s, h]."""
+        """Compute the output [b, s, h]."""
         from scattermoe.parallel_experts import flatten_sort_count
 
         batch, length, _ = self.hidden.shape
@@ -178,7 +178,7 @@ class ScatterMoAttention(LayerSubject):
         return (output + self._bias).view_as(self.hidden)
 
     def leaves(self) -> Iterator[Tensor]:
-        """Parameters and gates."""
+        """Yield parameters and gates."""
         yield from (self._query.weight, self._output.weight)
         yield from (self._keys_values, self._bias, self._gates)
 
@@ -199,13 +199,13 @@ class ScatterMoAttention(LayerSubject):
 
 
 def _swap_halves(rows: Tensor) -> Tensor:
-    """[e, 2f, h] with its two halves exchanged."""
+    """Swap the two halves of [e, 2f, h]."""
     first, second = rows.chunk(2, dim=1)
     return torch.cat((second, first), dim=1)
 
 
 def _angles(problem: LayerProblem) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [s, hn] of half-rotation RoPE."""
+    """Compute cosine and sine [s, hn] of half-rotation RoPE."""
     model, device = problem.shape.model, problem.device
     size = model.kv_channels or 0
     steps = model.rotary_base ** (-torch.arange(0, size, 2, device=device).float() / size)
@@ -215,7 +215,7 @@ def _angles(problem: LayerProblem) -> tuple[Tensor, Tensor]:
 
 
 def _rotate(heads: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """[b, heads, s, hn] rotated."""
+    """Apply RoPE to [b, heads, s, hn]."""
     first, second = heads.chunk(2, dim=-1)
     return heads * angles[0] + torch.cat((-second, first), dim=-1) * angles[1]
 
@@ -223,19 +223,19 @@ def _rotate(heads: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 def build_megablocks(
     device: torch.device, shape: Shape, routing: str, dtype: torch.dtype, implementation: str
 ) -> LayerSubject:
-    """For a worker."""
+    """Build the layer in a worker."""
     return MegaBlocksLayer(LayerProblem(shape, routing, device, dtype), implementation)
 
 
 def build_scattermoe(
     device: torch.device, shape: Shape, routing: str, dtype: torch.dtype
 ) -> LayerSubject:
-    """For a worker."""
+    """Build the layer in a worker."""
     return ScatterMoELayer(LayerProblem(shape, routing, device, dtype))
 
 
 def build_scattermoe_moa(
     device: torch.device, shape: Shape, routing: str, dtype: torch.dtype
 ) -> LayerSubject:
-    """For a worker."""
+    """Build the layer in a worker."""
     return ScatterMoAttention(LayerProblem(shape, routing, device, dtype))

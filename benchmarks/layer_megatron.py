@@ -1,4 +1,4 @@
-"""Layers of megatron-core: with the project's experts, its own, and Transformer Engine's."""
+"""Implements layers of megatron-core: with the project's experts, its own, Transformer Engine's."""
 
 from collections.abc import Iterator, Mapping
 
@@ -27,7 +27,7 @@ TE_GROUPED, SEQUENTIAL = "te-grouped", "megatron-core-sequential"
 
 
 class GivenRouting(nn.Module):
-    """Stands in for a router of the project: returns the routing that the problem gives.
+    """Replaces a router of the project and returns the routing of the problem.
 
     Experts are in ascending order, as the project's routers have them.
 
@@ -44,19 +44,19 @@ class GivenRouting(nn.Module):
         self._back = order.argsort(dim=-1)
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Does nothing: nothing is recorded."""
+        """Ignore the layer number, because nothing is recorded."""
 
     def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> Routing:
-        """Returns what was given."""
+        """Return the given routing."""
         return Routing(self.experts, self.gates, self.scores)
 
     def gates_gradient(self) -> Tensor:
-        """Returns the gradient [t, k], in the order of the problem's experts."""
+        """Return the gradient [t, k], in the order of the problem's experts."""
         return grad_of(self.gates).gather(1, self._back)
 
 
 class GivenDenseRouting(nn.Module):
-    """Stands in for a router of megatron-core: returns the problem's routing as [t, e] tensors.
+    """Replaces a router of megatron-core and returns the problem's routing as [t, e] tensors.
 
     Args:
         problem: gives experts and gates.
@@ -69,19 +69,19 @@ class GivenDenseRouting(nn.Module):
         self._problem = problem
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Does nothing: nothing is recorded."""
+        """Ignore the layer number, because nothing is recorded."""
 
     def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns what was given."""
+        """Return the given routing."""
         return self.probs, self.routing_map
 
     def gates_gradient(self) -> Tensor:
-        """Returns the gradient [t, k], in the order of the problem's experts."""
+        """Return the gradient [t, k], in the order of the problem's experts."""
         return self._problem.chosen(grad_of(self.probs))
 
 
 class ExpertsSubject(LayerSubject):
-    """A layer of experts with the routing given: the project's or megatron-core's.
+    """Runs the project's or megatron-core's layer of experts under a given routing.
 
     Args:
         problem: inputs and weights.
@@ -112,7 +112,7 @@ class ExpertsSubject(LayerSubject):
                     part.copy_(rows.view_as(part))
 
     def _weights(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Each expert's two matrices, [2f, h] and [h, f] or of as many numbers."""
+        """Yield each expert's two matrices, [2f, h] and [h, f], or tensors of the same numel."""
         experts = self._layer.experts
         if isinstance(experts, SequentialMLP):
             each = experts.local_experts
@@ -126,7 +126,7 @@ class ExpertsSubject(LayerSubject):
         return list(experts.weight1), list(experts.weight2)
 
     def _gradients_of(self, which: int) -> Tensor:
-        """[e, 2f, h] or [e, h, f]."""
+        """Stack the gradients to [e, 2f, h] or [e, h, f]."""
         experts = self._layer.experts
         if isinstance(experts, ExpertMLP):
             gradient = grad_of((experts.weight1, experts.weight2)[which])
@@ -134,12 +134,12 @@ class ExpertsSubject(LayerSubject):
         return torch.stack([grad_of(weight) for weight in self._weights()[which]])
 
     def forward(self) -> Tensor:
-        """[s, b, h]."""
+        """Compute the output [s, b, h]."""
         output, _ = self._layer(self.hidden)
         return output
 
     def leaves(self) -> Iterator[Tensor]:
-        """Parameters, the gates among them."""
+        """Yield parameters, including the gates."""
         yield from self._layer.parameters()
 
     def gradients(self) -> Mapping[str, Tensor]:
@@ -154,7 +154,7 @@ class ExpertsSubject(LayerSubject):
 def build_experts(
     device: torch.device, shape: Shape, routing: str, dtype: torch.dtype, kind: str
 ) -> LayerSubject:
-    """For a worker; see `ExpertsSubject`."""
+    """Build an `ExpertsSubject` in a worker."""
     config, groups = _configure(device, shape, dtype)
     return ExpertsSubject(LayerProblem(shape, routing, device, dtype), kind, config, groups)
 
@@ -191,7 +191,7 @@ def _experts_spec(kind: str) -> ModuleSpec:
 
 
 class MoALayer(LayerSubject):
-    """The project's mixture of attention heads with the routing given.
+    """Runs the project's mixture of attention heads under a given routing.
 
     Args:
         problem: inputs and weights.
@@ -240,12 +240,12 @@ class MoALayer(LayerSubject):
         return rows.unflatten(0, (self.problem.shape.model.num_query_groups or 0, -1))
 
     def forward(self) -> Tensor:
-        """[s, b, h]."""
+        """Compute the output [s, b, h]."""
         output, _ = self._layer(self.hidden, None, rotary_pos_emb=self._angles)
         return output
 
     def leaves(self) -> Iterator[Tensor]:
-        """Parameters, the gates among them."""
+        """Yield parameters, including the gates."""
         yield from self._layer.parameters()
 
     def gradients(self) -> Mapping[str, Tensor]:
@@ -266,7 +266,7 @@ class MoALayer(LayerSubject):
 def build_moa(
     device: torch.device, shape: Shape, routing: str, dtype: torch.dtype, kind: str
 ) -> LayerSubject:
-    """For a worker; kind is "native:BACKEND"."""
+    """Build the layer in a worker; kind is "native:BACKEND"."""
     config, groups = _configure(device, shape, dtype)
     problem = LayerProblem(shape, routing, device, dtype)
     return MoALayer(problem, kind.partition(":")[2], config, groups)

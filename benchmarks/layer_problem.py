@@ -1,4 +1,4 @@
-"""One layer's inputs, weights and routing: the same numbers for every implementation."""
+"""Generates inputs, weights and routing of one layer, the same for every implementation."""
 
 import itertools
 import time
@@ -14,11 +14,11 @@ from benchmarks.timing import synchronize
 
 
 class LayerProblem:
-    """What a layer is measured on.
+    """Holds the inputs, weights and routing that a layer is measured on.
 
-    Tokens lie [s, b, h] in memory, as megatron-core has them; an implementation that wants another
-    order reads the same rows as b = s * b tokens of a batch of one where it may (experts), or gets
-    a contiguous copy made before the clock starts (attention).
+    Tokens are laid out [s, b, h], as in megatron-core. An implementation with another layout views
+    the same rows as one sequence of s * b tokens where order does not matter (experts), or gets a
+    contiguous copy that is made before timing (attention).
 
     Args:
         shape: sizes.
@@ -47,11 +47,11 @@ class LayerProblem:
         self.upstream = self.tensor("upstream", rows, std=1.0)  # [s, b, h]
 
     def tensor(self, name: str, shape: tuple[int, ...], *, std: float) -> Tensor:
-        """Random numbers that every worker draws alike."""
+        """Sample numbers that are the same in every worker."""
         return random_tensor(name, shape, std=std, device=self.device).to(self.dtype)
 
     def expert_weights(self) -> tuple[Tensor, Tensor]:
-        """weight1 [e, 2f, h], gate's rows first, and weight2 [e, h, f]."""
+        """Sample weight1 [e, 2f, h], gate rows first, and weight2 [e, h, f]."""
         model = self.shape.model
         experts, width, ffn = model.num_experts or 0, model.hidden_size, model.moe_ffn_hidden_size
         return (
@@ -60,7 +60,7 @@ class LayerProblem:
         )
 
     def attention_weights(self) -> dict[str, Tensor]:
-        """Queries q [e, ng hn, h], outputs o [e, h, ng hn], k and v [ng hn, h], head after head."""
+        """Sample q [e, ng * hn, h], o [e, h, ng * hn], k and v [ng * hn, h], ordered by head."""
         model = self.shape.model
         width = model.hidden_size
         heads = (model.num_query_groups or 0) * (model.kv_channels or 0)
@@ -80,14 +80,14 @@ class LayerProblem:
         return probs, routing_map
 
     def chosen(self, dense: Tensor) -> Tensor:
-        """Returns [t, k] of [t, e], in the order of the routing's experts."""
+        """Gather [t, k] from [t, e], in the order of the routing's experts."""
         return dense.gather(1, self.routing.experts)
 
 
 class LayerSubject(ABC):
-    """Forward and backward of one layer, from hidden states that want a gradient.
+    """Runs forward and backward of one layer, with gradients of the hidden states.
 
-    A sample begins without gradients, so each makes its own.
+    Each sample starts without gradients.
 
     Args:
         problem: inputs and upstream gradient.
@@ -101,18 +101,18 @@ class LayerSubject(ABC):
 
     @abstractmethod
     def forward(self) -> Tensor:
-        """The layer's output, laid out as `upstream`."""
+        """Compute the layer's output, laid out like `upstream`."""
 
     @abstractmethod
     def leaves(self) -> Iterator[Tensor]:
-        """All that wants a gradient besides the hidden states."""
+        """Yield all tensors besides the hidden states that require gradients."""
 
     @abstractmethod
     def gradients(self) -> Mapping[str, Tensor]:
-        """All gradients by their common names, and in their common layout."""
+        """Return all gradients by common names, in a common layout."""
 
     def sample(self) -> Mapping[str, float]:
-        """`seconds` of one forward and backward pass."""
+        """Measure `seconds` of one forward and backward pass."""
         for leaf in itertools.chain([self.hidden], self.leaves()):
             leaf.grad = None
         synchronize(self.problem.device)
@@ -120,13 +120,13 @@ class LayerSubject(ABC):
         self.forward().backward(self.upstream)
         synchronize(self.problem.device)
         seconds = time.perf_counter() - started
-        if self.kept_bytes is None:  # a worker made afresh for this visit has compared nothing
+        if self.kept_bytes is None:  # a worker rebuilt for this visit has not run `check`
             return {"seconds": seconds}
         kept = self.kept_bytes / self.problem.shape.num_tokens
         return {"seconds": seconds, "kept_bytes_per_token": kept}
 
     def check(self) -> tuple[float, Digests]:
-        """Mean square of the output, and every gradient's digest."""
+        """Compute the mean square of the output, and digests of all gradients."""
         output, self.kept_bytes = kept_for_backward(self.forward, list(self.leaves()))
         output.backward(self.upstream)
         gradients = {"hidden": grad_of(self.hidden), **self.gradients()}
@@ -139,10 +139,10 @@ class LayerSubject(ABC):
 def kept_for_backward(
     forward: Callable[[], Tensor], parameters: list[Tensor]
 ) -> tuple[Tensor, int]:
-    """A forward pass's output, and the bytes that autograd keeps for the backward pass.
+    """Run a forward pass; return its output and the bytes that autograd saves for backward.
 
-    Each piece of memory is counted once; parameters are not, nor what an implementation keeps
-    without telling autograd (the project's order of the rows, for one).
+    Each storage counts once. Parameters do not count, nor what an implementation saves outside
+    autograd, such as the project's order of the rows.
     """
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     kept: dict[int, int] = {}
@@ -159,7 +159,7 @@ def kept_for_backward(
 
 
 def grad_of(tensor: Tensor) -> Tensor:
-    """The gradient that backward left.
+    """Return the gradient that backward has accumulated.
 
     Raises:
         ValueError: there is none.

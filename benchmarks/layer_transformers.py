@@ -1,4 +1,4 @@
-"""transformers' layers of experts, with the routing given."""
+"""Implements layers of transformers under a given routing."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from moe_ext.convert import FAMILIES
 
 
 def hf_config(shape: Shape, dtype: torch.dtype, *, experts: str = "eager") -> Any:
-    """The config object of the shape's model.
+    """Build the config object of the shape's model.
 
     Args:
         shape: its family is told by its router and attention.
@@ -37,12 +37,12 @@ def hf_config(shape: Shape, dtype: torch.dtype, *, experts: str = "eager") -> An
 
 
 def family_name(shape: Shape) -> str:
-    """A key of moe_ext.convert.FAMILIES."""
+    """Return the key of the shape's model in moe_ext.convert.FAMILIES."""
     return "jetmoe" if shape.model.attention_experts is not None else "olmoe"
 
 
 class SortedRouting(nn.Module):
-    """In the place of JetMoE's router: what it makes of a routing, the routing being given.
+    """Replaces JetMoE's router and returns its outputs for a given routing.
 
     Args:
         experts: [t, k].
@@ -56,7 +56,7 @@ class SortedRouting(nn.Module):
         self._experts, self._num_experts = experts, num_experts
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int], Tensor]:
-        """Sorted slots, their tokens, their gates, tokens per expert; no logits."""
+        """Return sorted slots, their tokens, their gates and tokens per expert; no logits."""
         owners = self._experts.flatten()
         order = owners.sort(stable=True).indices
         sizes: list[int] = owners.bincount(minlength=self._num_experts).tolist()
@@ -65,7 +65,7 @@ class SortedRouting(nn.Module):
 
 
 class OlmoeLayer(LayerSubject):
-    """OlmoeExperts.
+    """Runs OlmoeExperts.
 
     Args:
         problem: inputs and weights.
@@ -86,14 +86,14 @@ class OlmoeLayer(LayerSubject):
         self._gates = problem.routing.gates.clone().requires_grad_()
 
     def forward(self) -> Tensor:
-        """[s, b, h]."""
+        """Compute the output [s, b, h]."""
         rows = self.hidden.flatten(0, 1)  # [t, h]
         gates = self._gates.to(rows.dtype)
         output: Tensor = self._layer(rows, self.problem.routing.experts, gates)
         return output.view_as(self.hidden)
 
     def leaves(self) -> Iterator[Tensor]:
-        """Parameters and gates."""
+        """Yield parameters and gates."""
         yield from self._layer.parameters()
         yield self._gates
 
@@ -107,7 +107,7 @@ class OlmoeLayer(LayerSubject):
 
 
 class JetMoeLayer(LayerSubject):
-    """JetMoeMoE without its bias, which the other layers here have not.
+    """Runs JetMoeMoE without its bias, which the other layers here lack.
 
     Args:
         problem: inputs and weights.
@@ -131,12 +131,12 @@ class JetMoeLayer(LayerSubject):
             self._layer.bias.zero_().requires_grad_(False)
 
     def forward(self) -> Tensor:
-        """[s, b, h]."""
+        """Compute the output [s, b, h]."""
         output: Tensor = self._layer(self.hidden)
         return output
 
     def leaves(self) -> Iterator[Tensor]:
-        """Parameters, the gates among them."""
+        """Yield parameters, including the gates."""
         yield from self._layer.parameters()
 
     def gradients(self) -> Mapping[str, Tensor]:
@@ -149,7 +149,7 @@ class JetMoeLayer(LayerSubject):
 
 
 class JetMoeAttentionLayer(LayerSubject):
-    """JetMoeAttention through SDPA; it takes [b, s, h].
+    """Runs JetMoeAttention through SDPA; it takes [b, s, h].
 
     Args:
         problem: inputs and weights.
@@ -182,19 +182,19 @@ class JetMoeAttentionLayer(LayerSubject):
             self._layer.experts.bias.zero_()
 
     def _rows(self, of_tokens: Tensor) -> Tensor:
-        """[t, k] of [s, b] tokens to [t, k] of [b, s] tokens."""
+        """Reorder [t, k] from [s, b] tokens to [b, s] tokens."""
         sizes = (self.problem.shape.seq_length, self.problem.shape.micro_batch_size)
         return of_tokens.unflatten(0, sizes).transpose(0, 1).flatten(0, 1)
 
     def forward(self) -> Tensor:
-        """[b, s, h]."""
+        """Compute the output [b, s, h]."""
         output: Tensor = self._layer(
             self.hidden, attention_mask=None, position_embeddings=self._angles
         )[0]
         return output
 
     def leaves(self) -> Iterator[Tensor]:
-        """Parameters, the gates among them."""
+        """Yield parameters, including the gates."""
         yield from self._layer.parameters()
 
     def gradients(self) -> Mapping[str, Tensor]:
@@ -215,7 +215,7 @@ class JetMoeAttentionLayer(LayerSubject):
 
 
 def load() -> None:
-    """Import what transformers imports late."""
+    """Import in advance what transformers imports lazily."""
     from transformers.models.jetmoe import modeling_jetmoe
     from transformers.models.olmoe import modeling_olmoe
 
@@ -223,14 +223,14 @@ def load() -> None:
 
 
 def batch_first(tensor: Tensor) -> Tensor:
-    """[s, b, h] to a contiguous [b, s, h], detached."""
+    """Transpose [s, b, h] to a contiguous, detached [b, s, h]."""
     return tensor.detach().transpose(0, 1).contiguous()
 
 
 def build_experts(
     device: torch.device, shape: Shape, routing: str, dtype: torch.dtype, implementation: str
 ) -> LayerSubject:
-    """For a worker."""
+    """Build the layer in a worker."""
     problem = LayerProblem(shape, routing, device, dtype)
     if family_name(shape) == "jetmoe":
         return JetMoeLayer(problem)
@@ -238,5 +238,5 @@ def build_experts(
 
 
 def build_moa(device: torch.device, shape: Shape, routing: str, dtype: torch.dtype) -> LayerSubject:
-    """For a worker."""
+    """Build the layer in a worker."""
     return JetMoeAttentionLayer(LayerProblem(shape, routing, device, dtype))

@@ -1,7 +1,7 @@
-"""Peak memory of this process since a moment of one's choice.
+"""Measures the peak memory of this process since a chosen moment.
 
-On a GPU what the allocator handed out at most; on a CPU growth of the resident set, which Linux
-keeps the highest value of and lets a process forget.
+On a GPU this is the peak of the allocator; on a CPU the growth of the resident set, whose peak
+Linux records and lets a process reset.
 """
 
 import ctypes
@@ -15,10 +15,10 @@ _FORGET_PEAK = "5"
 
 
 class PeakMemory:
-    """Peak memory over what the process held when this was made.
+    """Measures peak memory above what the process held at construction.
 
     Args:
-        device: whose memory.
+        device: device whose memory is measured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,10 +26,10 @@ class PeakMemory:
         self._before = 0 if self._is_cuda else resident_bytes("VmRSS")
 
     def restart(self) -> None:
-        """Forget the peak so far; what is held now still counts.
+        """Reset the peak to the memory in use now.
 
-        What was freed and kept for later goes back to the system first, so that only what the
-        following work needs is counted, whatever the allocator's habits.
+        Freed memory that the allocator keeps is returned to the system first, so that only what the
+        following work needs is counted.
         """
         if self._is_cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -40,17 +40,17 @@ class PeakMemory:
             _CLEAR.write_text(_FORGET_PEAK, encoding="ascii")
 
     def peak_bytes(self) -> int:
-        """Highest since `restart`, less what was there before this was made."""
+        """Return the peak since `restart`, minus the memory at construction."""
         if self._is_cuda:
             return int(torch.cuda.max_memory_allocated())
         return resident_bytes("VmHWM") - self._before
 
 
 def resident_bytes(field: str) -> int:
-    """VmRSS (now) or VmHWM (highest) of this process.
+    """Return VmRSS (current) or VmHWM (peak) of this process.
 
     Raises:
-        ValueError: the system does not say.
+        ValueError: the system has no such field.
     """
     for line in _STATUS.read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):

@@ -1,12 +1,12 @@
-"""Times one MoE layer, forward and backward, beside its peers, under a given routing.
+"""Times one MoE layer, forward and backward, against its peers, under a given routing.
 
     python -m benchmarks.moe_layer --shape small --routing learned --json layer.json
     python -m benchmarks.moe_layer --shape jetmoe --block attention --device cuda --dtype bf16
 
-Every implementation gets the same hidden states, weights, experts and gates; the router's product
-is not timed. Outputs and all gradients are compared before anything is timed. Each implementation
-has a process of its own; they take turns. The imports stand in functions because every process
-imports this file, and few need all of them.
+Every implementation gets the same hidden states, weights, experts and gates; the router's GEMM is
+not timed. Outputs and all gradients are compared before anything is timed. Each implementation has
+its own process; they take turns. Functions import what they need, because every process imports
+this file.
 """
 
 import sys
@@ -24,8 +24,8 @@ from benchmarks.workers import Entry
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure as `argv` says; returns the exit status."""
-    parser = new_parser("moe_layer", "Time one MoE layer beside its peers.")
+    """Run the measurement that `argv` describes; return the exit status."""
+    parser = new_parser("moe_layer", "Time one MoE layer against its peers.")
     parser.add_argument("--routing", choices=ROUTINGS, default="learned", help="(%(default)s)")
     parser.add_argument(
         "--block", choices=("experts", "attention"), default="experts",
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def expert_entries(
     shape: Shape, routing: str, dtype: torch.dtype, device_type: str
 ) -> dict[str, Entry]:
-    """All implementations of the feed-forward experts; the first is the project's default."""
+    """List all implementations of the experts; the first is the project's default."""
     from benchmarks import layer_kernels, layer_megatron, layer_transformers
     from benchmarks.native import usable_backends
 
@@ -98,7 +98,7 @@ def expert_entries(
 def attention_entries(
     shape: Shape, routing: str, dtype: torch.dtype, device_type: str
 ) -> dict[str, Entry]:
-    """All implementations of the mixture of attention heads."""
+    """List all implementations of the mixture of attention heads."""
     from benchmarks import layer_kernels, layer_megatron, layer_transformers
     from benchmarks.native import usable_backends
 
@@ -116,7 +116,7 @@ def attention_entries(
 
 
 def describe_routing(shape: Shape, kind: str) -> dict[str, Any]:
-    """The kind and its figures."""
+    """Describe the kind of routing and its figures."""
     model = shape.model
     routing = make_routing(
         kind,

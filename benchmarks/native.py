@@ -1,4 +1,4 @@
-"""What the project's own implementations start from, in the worker's process."""
+"""Sets up the project's own implementations in a worker process."""
 
 from dataclasses import dataclass, field
 
@@ -18,14 +18,14 @@ from moe_ext.experts import AUTO, EXPERT_BACKENDS, choose_backend, use_of_model
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig(RunConfig):
-    """A run with a model, as tools put it together."""
+    """Extends the run config with a model, like the application's config."""
 
     model: MoEModelConfig = field(default_factory=MoEModelConfig)
     """The architecture."""
 
 
 def usable_backends(model: MoEModelConfig, device_type: str, dtype: torch.dtype) -> list[str]:
-    """Expert backends that can compute the model here; the first is what `auto` takes.
+    """List the expert backends that can compute the model here; `auto` selects the first.
 
     Args:
         model: the architecture, on one rank.
@@ -47,11 +47,11 @@ def start(
     micro_batch_size: int,
     learning_rate: float,
 ) -> tuple[BenchmarkConfig, RunContext]:
-    """A run config and its context: device, process groups of one rank, threads as they are set.
+    """Build a run config and its context: device, process groups of one rank, current threads.
 
     Args:
         model: the architecture.
-        device: the CPU, or the GPU that is visible.
+        device: the CPU or the visible GPU.
         dtype: bf16 trains with fp32 master weights, as the trainer does.
         seq_length: s.
         micro_batch_size: b; one micro-batch is the global batch.

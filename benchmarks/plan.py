@@ -1,10 +1,9 @@
-"""The planner's predictions beside what training runs on this machine take.
+"""Compares the planner's memory predictions with training runs on this machine.
 
     python -m benchmarks.plan                   # all layouts: 4 GB of memory, minutes
     python -m benchmarks.plan --only single ep2
 
-Measured is how far each rank's resident set has grown at its highest, since before its model was
-built.
+The measured value is the peak growth of each rank's resident set since before its model was built.
 """
 
 import argparse
@@ -76,7 +75,7 @@ CASES: Mapping[str, tuple[int, Flags]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print."""
+    """Measure the cases and print a table; return the exit status."""
     parser = argparse.ArgumentParser(prog="benchmarks.plan", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=sorted(CASES), metavar="NAME")
     parser.add_argument("--json", metavar="FILE", help="write everything there")
@@ -95,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(num_ranks: int, flags: Flags) -> list[dict[str, Any]]:
-    """What each rank of a run took, and should have.
+    """Run a case; return the measured and the predicted memory of each rank.
 
     Raises:
         RuntimeError: a rank failed.
@@ -128,7 +127,7 @@ def _as_flags(settings: Flags) -> list[str]:
 
 
 def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Markdown, a row a case: the rank that took most, in MB."""
+    """Format a Markdown table, a row per case: the rank with the highest peak, in MB."""
     lines = [
         "| case | ranks | weights | gradients | optimizer | activations | working |"
         " predicted | measured | predicted / measured | allocated | as trained |",

@@ -1,10 +1,10 @@
-"""A rank of the planner's benchmark: takes two steps and says what memory they took.
+"""Runs two steps on a rank of the planner's benchmark and records their memory.
 
     torchrun ... -m benchmarks.plan_rank OUT FLAG...
 
 Writes OUT/rankR.json: what was measured, and what `moe_ext.cost.footprint` says of this rank.
-Memory is measured twice: with each tensor in pages of its own, that go back to the system when it
-is freed; and as the trainer has it, which keeps freed memory for the next tensor.
+Memory is measured twice: with each tensor in its own pages, which return to the system when it is
+freed; and with the trainer's setting, which keeps freed memory for the next tensor.
 """
 
 import ctypes
@@ -41,7 +41,7 @@ _SMALL = {
 
 
 class BalancedRouter(MoERouter):
-    """Sends token i to the k experts from i * k on, so that all get the same number of tokens."""
+    """Routes token i to the k experts from i * k on, so that every expert gets as many tokens."""
 
     def select(self, logits: Tensor) -> Routing:
         """Selects those experts, weighted by their probabilities."""
@@ -53,10 +53,10 @@ class BalancedRouter(MoERouter):
 
 
 def main() -> None:
-    """Measure as the command line says."""
+    """Measure the run that the command line describes."""
     out, flags = Path(sys.argv[1]), sys.argv[2:]
     register_router("balanced", BalancedRouter)
-    # What is loaded and compiled for the first step is no part of any later one.
+    # Excludes what the first step of a process loads and compiles.
     visit(_shrunk(flags), give_back_freed_memory)
     found = visit(flags, give_back_freed_memory)
     found["as_trained"] = visit(flags, keep_freed_memory)["resident"]
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """The opposite of `keep_freed_memory`."""
+    """Return freed memory to the system at once, unlike `keep_freed_memory`."""
     library = ctypes.CDLL(None)
     library.mallopt(_M_MMAP_MAX, 1 << 20)
     library.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
@@ -73,7 +73,7 @@ def give_back_freed_memory() -> None:
 
 
 def visit(flags: Sequence[str], set_allocator: Callable[[], None]) -> dict[str, Any]:
-    """Build a model and take two steps; alone, a third one that is looked at closely."""
+    """Build a model and run two steps; on a single rank, profile a third one."""
     cfg = parse_recipe(list(flags), prog="plan", description="")
     ctx = initialize(cfg)
     set_allocator()
@@ -87,7 +87,7 @@ def visit(flags: Sequence[str], set_allocator: Callable[[], None]) -> dict[str, 
     held = state_bytes(state)
     allocated = None
     if environment_world_size() == 1 and set_allocator is give_back_freed_memory:
-        # What a collective's thread sets free is not seen.
+        # The profiler does not see what a collective's thread frees.
         grown = largest_growth(lambda: train_step(state, language_model_step))
         allocated = sum(held.values()) + grown
     step = make_step(cfg, ctx.layout, device_type="cpu")
@@ -103,7 +103,7 @@ def visit(flags: Sequence[str], set_allocator: Callable[[], None]) -> dict[str, 
 
 
 def largest_growth(action: Callable[[], object]) -> int:
-    """Most bytes that torch's CPU allocator had out at once, more than at the beginning."""
+    """Return the peak growth of the bytes that torch's CPU allocator has in use."""
     with torch.autograd.profiler.profile(use_kineto=True, profile_memory=True) as profile:
         action()
     assert profile.kineto_results is not None
@@ -116,7 +116,7 @@ def largest_growth(action: Callable[[], object]) -> int:
 
 
 def _shrunk(flags: Sequence[str]) -> list[str]:
-    """The same run with a model of no size."""
+    """Return the flags of the same run with a tiny model."""
     found = list(flags)
     for name, value in _SMALL.items():
         if f"--{name}" in found:

@@ -1,4 +1,4 @@
-"""The results of a session as one JSON object and as a table."""
+"""Formats the results of a session as JSON and as a table."""
 
 import dataclasses
 import datetime
@@ -17,21 +17,21 @@ from benchmarks.timing import Summary, paired_ratio, summarize
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one sample of any implementation does."""
+    """Holds the work of one sample."""
 
     num_tokens: int
-    """Tokens."""
+    """Tokens per sample."""
     flops: float
-    """Model FLOPs."""
+    """Model FLOPs per sample."""
 
 
 def results(session: Session, work: Work, **about: Any) -> dict[str, Any]:
-    """Everything that was measured and made of it.
+    """Collect all measurements and the figures derived from them.
 
     Args:
-        session: after its run.
-        work: of a sample.
-        about: what else to say: benchmark, shape, routing.
+        session: a session after `run`.
+        work: work of one sample.
+        about: further entries: benchmark, shape, routing.
     """
     flops = [sample["flops_per_second"] for sample in session.ceilings]
     copies = [sample["copy_bytes_per_second"] for sample in session.ceilings]
@@ -54,7 +54,7 @@ def results(session: Session, work: Work, **about: Any) -> dict[str, Any]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, accelerator, versions, and how busy the machine was."""
+    """Describe processor, accelerator, versions and load."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "processor": _processor(),
@@ -102,7 +102,7 @@ def _implementation(
 
 
 def _against_best_peer(found: Mapping[str, Measured]) -> dict[str, Any] | None:
-    """How many times as fast as the fastest peer, and with what share of the leanest's memory."""
+    """Compute the speedup over the fastest peer and the memory relative to the leanest one."""
     peers = {
         name: measured
         for name, measured in found.items()
@@ -124,10 +124,10 @@ def _against_best_peer(found: Mapping[str, Measured]) -> dict[str, Any] | None:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Markdown: a row an implementation, medians with the lowest and highest in brackets."""
+    """Format a Markdown table, a row per implementation: medians (minimum to maximum)."""
     lines = [
         "| implementation | ms | tokens/s | TFLOP/s | of the GEMM ceiling | peak memory, GB |"
-        " kept, KB a token | time / native's |",
+        " kept, KB per token | time / native's |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in found["implementations"].items():
@@ -150,7 +150,7 @@ def _remarks(found: Mapping[str, Any]) -> list[str]:
     machine, ceilings = found["machine"], found["ceilings"]
     gemm, copy = ceilings["gemm_flops_per_second"], ceilings["copy_bytes_per_second"]
     lines = [
-        f"Ceilings of the same rounds: GEMM {_spread(_scaled(gemm, 1e12), '.3f')} TFLOP/s, copy"
+        f"Ceilings in the same rounds: GEMM {_spread(_scaled(gemm, 1e12), '.3f')} TFLOP/s, copy"
         f" {_spread(_scaled(copy, 1e9), '.1f')} GB/s.",
         f"{machine['date']}, {machine['gpu'] or machine['processor']}, {machine['cpu_count']}"
         f" cores ({machine['cpu_capability']}), torch {machine['torch']}, load average"
@@ -184,5 +184,5 @@ def _spread(summary: Mapping[str, float] | Summary, form: str) -> str:
 
 
 def write_json(found: Mapping[str, Any], path: Path) -> None:
-    """Write the results."""
+    """Write the results as JSON."""
     path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

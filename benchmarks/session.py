@@ -1,4 +1,4 @@
-"""Visits workers in turns, after having made sure that all of them compute the same."""
+"""Compares the results of all workers, then times them in turns."""
 
 import importlib.util
 from collections.abc import Iterator, Mapping
@@ -14,62 +14,62 @@ from benchmarks.workers import Entry, Worker
 
 CEILINGS = "ceilings"
 NATIVE = "native"
-"""What the names of the project's own implementations begin with."""
+"""Prefix of the names of the project's own implementations."""
 
-# Loss: of a few units. Gradients: relative to the norm. fp32 sums in another order; in bf16 a token
-# whose k-th and next expert are close may choose the other one besides.
+# Loss: absolute, for losses of a few units. Gradients: relative to the norm. fp32 differs by the
+# order of sums; in bf16 tokens whose k-th and next expert are close may also choose differently.
 LOSS_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 GRADIENT_LIMITS = {torch.float32: 2e-3, torch.bfloat16: 1.5e-1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to measure, and how."""
+    """Describes what to measure, and how."""
 
     entries: Mapping[str, Entry]
-    """By name."""
+    """Implementations by name."""
     device: torch.device
-    """Where."""
+    """Device to measure on."""
     dtype: torch.dtype
-    """Of the matrix products."""
+    """dtype of the matrix products."""
     rounds: int
-    """How often each is timed."""
+    """Timed visits of each."""
     warmup: int
-    """Untimed visits before."""
+    """Untimed visits before them."""
     gemm_size: int
-    """Of the ceiling's product."""
+    """Size of the GEMM that is the ceiling."""
     num_threads: int | None = None
-    """CPU threads of a worker."""
+    """CPU threads of a worker; None leaves torch's default."""
     is_fresh: bool = False
-    """Build anew for every visit, so that only one implementation is in memory at a time."""
+    """Rebuild for every visit, so that only one implementation is in memory at a time."""
 
 
 @dataclass(kw_only=True)
 class Measured:
-    """What was found of one implementation."""
+    """Holds the measurements of one implementation."""
 
     missing: str | None = None
-    """What is not installed; None when it was measured."""
+    """Package that is not installed; None if it was measured."""
     loss: float | None = None
-    """What the compared forward pass ended in."""
+    """Scalar of the compared forward pass."""
     gradient_difference: float | None = None
-    """Largest relative difference to the one compared with."""
+    """Largest relative difference from the reference."""
     samples: list[dict[str, float]] = field(default_factory=list)
-    """One a round, in the order of the rounds."""
+    """One sample per round, in order."""
     peak_bytes: int | None = None
-    """While it was timed."""
+    """Peak memory while it was timed."""
 
     def series(self, key: str) -> list[float]:
-        """One figure of every round."""
+        """Return one figure of every round."""
         return [sample[key] for sample in self.samples]
 
 
 class DifferentMathsError(Exception):
-    """Two implementations do not compute the same; their times must not be compared."""
+    """Reports that two implementations compute different results, so times are not comparable."""
 
 
 class Session:
-    """The workers of a plan.
+    """Runs the workers of a plan.
 
     Args:
         plan: what to measure.
@@ -77,24 +77,24 @@ class Session:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._standing: dict[str, Worker] = {}
+        self._persistent: dict[str, Worker] = {}
         self.found = {
             name: Measured(missing=_missing(entry)) for name, entry in plan.entries.items()
         }
         self.ceilings: list[dict[str, float]] = []
 
     def run(self) -> None:
-        """Compare, warm up, time; results are in `found` and `ceilings`.
+        """Compare, warm up and time; results are in `found` and `ceilings`.
 
         Raises:
-            DifferentMathsError: an implementation computes something else.
+            DifferentMathsError: an implementation computes a different result.
             RuntimeError: a worker failed.
         """
         try:
             if not self._plan.is_fresh:
                 for name in self._present():
                     with self._worker(name):
-                        pass  # it starts while the others do
+                        pass  # workers start concurrently
             self._compare()
             for name in self._present():
                 self._warm_up(name)
@@ -103,18 +103,18 @@ class Session:
                 self._visit(name)
             for name in self._present():
                 if not self._plan.is_fresh:
-                    self.found[name].peak_bytes = self._standing[name].ask("peak_bytes")
+                    self.found[name].peak_bytes = self._persistent[name].ask("peak_bytes")
         finally:
-            for worker in self._standing.values():
+            for worker in self._persistent.values():
                 worker.close()
 
     def _present(self) -> list[str]:
         return [name for name, measured in self.found.items() if measured.missing is None]
 
     def _compare(self) -> None:
-        """Everyone's loss and gradients with those of the first that is no implementation of ours.
+        """Compare all losses and gradients with those of the first peer.
 
-        Without such a peer there is nothing to compare with, and the differences stay None.
+        Without a peer there is no reference, and the differences stay None.
         """
         digests: dict[str, Digests] = {}
         for name in self._present():
@@ -144,7 +144,7 @@ class Session:
 
     def _warm_up(self, name: str) -> None:
         if self._plan.is_fresh:
-            return  # each visit does
+            return  # each visit warms up
         with self._worker(name) as worker:
             self._prepare(worker)
 
@@ -167,16 +167,16 @@ class Session:
 
     @contextmanager
     def _worker(self, name: str) -> Iterator[Worker]:
-        """The standing worker, or one for this visit alone."""
+        """Yield the persistent worker, or one for this visit alone."""
         plan = self._plan
-        if name in self._standing:
-            yield self._standing[name]
+        if name in self._persistent:
+            yield self._persistent[name]
             return
         ceilings = Entry(build_ceilings, (plan.dtype, plan.gemm_size))
         entry = ceilings if name == CEILINGS else plan.entries[name]
         worker = Worker(entry, device=plan.device, num_threads=plan.num_threads)
         if name == CEILINGS or not plan.is_fresh:
-            self._standing[name] = worker
+            self._persistent[name] = worker
             yield worker
             return
         try:
@@ -186,7 +186,7 @@ class Session:
 
 
 def _missing(entry: Entry) -> str | None:
-    """The entry's package if it is not installed."""
+    """Return the entry's package if it is not installed."""
     if entry.package is None or importlib.util.find_spec(entry.package) is not None:
         return None
     return entry.package

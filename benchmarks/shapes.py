@@ -1,4 +1,4 @@
-"""The shapes that are measured, the routings they are measured under, and their model FLOPs."""
+"""Defines the measured shapes and routings, and computes their model FLOPs."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from moe_ext.presets import PRESETS
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model and the batch it is measured on."""
+    """Holds a model and the size of its batch."""
 
     model: MoEModelConfig
     """The architecture, without auxiliary losses in the gradient."""
@@ -24,7 +24,7 @@ class Shape:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a step (t)."""
+        """Return the tokens of a step (t)."""
         return self.seq_length * self.micro_batch_size
 
 
@@ -38,7 +38,7 @@ def _shape(preset: str, seq_length: int, micro_batch_size: int, **changes: objec
 SHAPES: dict[str, Shape] = {
     "olmoe": _shape("olmoe_1b_7b", 4096, 4),
     "jetmoe": _shape("jetmoe_8b", 4096, 4),
-    # OLMoE's block as two CPU cores can train it.
+    # OLMoE's block at a size that two CPU cores can train.
     "small": _shape(
         "olmoe_1b_7b", 512, 4,
         num_layers=4, hidden_size=512, num_attention_heads=8, moe_ffn_hidden_size=256,
@@ -54,13 +54,13 @@ SHAPES: dict[str, Shape] = {
         num_layers=2, hidden_size=32, kv_channels=8, moe_ffn_hidden_size=16, vocab_size=256,
     ),
 }  # fmt: skip
-"""By the name that --shape takes."""
+"""Shapes by the name that --shape takes."""
 
 
 def resize(
     shape: Shape, *, num_layers: int | None, seq_length: int | None, micro_batch_size: int | None
 ) -> Shape:
-    """The shape with other sizes where they are given."""
+    """Return the shape with the given sizes replaced."""
     model = shape.model
     if num_layers is not None:
         model = dataclasses.replace(model, num_layers=num_layers)
@@ -72,14 +72,14 @@ def resize(
 
 
 def experts_flops(shape: Shape) -> float:
-    """Model FLOPs of one feed-forward layer's experts, forward and backward; no router."""
+    """Count the model FLOPs of one layer's experts, forward and backward, without the router."""
     model = shape.model
     matrices = 3 * model.hidden_size * model.moe_ffn_hidden_size
     return 6.0 * shape.num_tokens * model.moe_router_topk * matrices
 
 
 def moa_flops(shape: Shape) -> float:
-    """The same of one mixture of attention heads; scores are counted over the whole square."""
+    """Count the model FLOPs of one mixture of attention heads, with full (non-causal) scores."""
     model = shape.model
     width = (model.num_query_groups or 0) * (model.kv_channels or 0)
     projections = 2 * width * model.hidden_size * (1 + model.attention_topk)
@@ -89,17 +89,17 @@ def moa_flops(shape: Shape) -> float:
 
 @dataclass(frozen=True)
 class Routing:
-    """Which experts each token is sent to, and with what weight."""
+    """Holds the experts of each token and their weights."""
 
     experts: Tensor
     """[t, k] int64."""
     gates: Tensor
     """[t, k] fp32."""
     scores: Tensor
-    """[t, e] fp32, the probabilities the gates are from."""
+    """[t, e] fp32, the probabilities that the gates come from."""
 
     def describe(self) -> dict[str, float]:
-        """Entropy (nats), mass of the selection, load-balancing loss, the busiest's load."""
+        """Compute entropy (nats), top-k mass, load-balancing loss and the highest expert load."""
         num_tokens, topk = self.experts.shape
         counts = self.experts.flatten().bincount(minlength=self.scores.shape[1])
         balance = load_balancing_loss(self.scores, counts, num_tokens=num_tokens, topk=topk)
@@ -122,7 +122,7 @@ _EXPERT_STD = 0.25
 def make_routing(
     kind: str, *, num_tokens: int, num_experts: int, topk: int, rule: str, seed: int = 1
 ) -> Routing:
-    """A routing on the CPU, random but for its kind.
+    """Sample a routing of the given kind on the CPU.
 
     * learned: the largest of normal logits, expert by expert shifted, with entropy, mass and
       balance as measured in the released OLMoE-1B-7B. A token's expert tells nothing of the next's.

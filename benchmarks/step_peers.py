@@ -1,4 +1,4 @@
-"""Training steps of whole models: the project's trainer, and transformers with torch's AdamW."""
+"""Implements training steps of whole models: the project's trainer, and transformers."""
 
 import math
 import time
@@ -28,13 +28,13 @@ from moe_ext.convert.pieces import Slice
 from moe_ext.layers.transformer import transformer_config
 
 LEARNING_RATE, WEIGHT_DECAY, BETAS, EPSILON, CLIP = 1e-4, 0.1, (0.9, 0.95), 1e-8, 1.0
-"""The same for all."""
+"""Hyperparameters of all implementations."""
 _ROUTER_LOGIT_STD = 0.8
 _STD = 0.02
 
 
 class StepSubject(ABC):
-    """A model that trains on batch after batch.
+    """Trains a model on consecutive batches.
 
     Args:
         shape: model and batch.
@@ -48,18 +48,18 @@ class StepSubject(ABC):
 
     @abstractmethod
     def step(self, batch: Batch) -> float:
-        """Forward, backward, clip, update; the loss in nats."""
+        """Run forward, backward, clipping and update; return the loss in nats."""
 
     @abstractmethod
     def loss_and_backward(self, batch: Batch) -> float:
-        """Leave gradients behind, and the weights as they are."""
+        """Compute gradients without updating the weights; return the loss in nats."""
 
     @abstractmethod
     def gradient_parts(self) -> Iterator[tuple[str, int, Tensor]]:
-        """Gradients under transformers' names, in the parts of `fused_pieces`."""
+        """Yield gradients under transformers' names, in the parts of `fused_pieces`."""
 
     def sample(self) -> Mapping[str, float]:
-        """`seconds` and `loss` of one step on the next batch, which is made before."""
+        """Measure `seconds` and `loss` of one step on the next batch, which is made in advance."""
         batch = make_batch(self.shape, self.steps, self.device)
         synchronize(self.device)
         started = time.perf_counter()
@@ -69,13 +69,13 @@ class StepSubject(ABC):
         return {"seconds": time.perf_counter() - started, "loss": loss}
 
     def check(self) -> tuple[float, Digests]:
-        """Loss and digests of all gradients on a batch of its own."""
+        """Compute loss and digests of all gradients on a separate batch."""
         loss = self.loss_and_backward(make_batch(self.shape, -1, self.device))
         return loss, digest(self.gradient_parts())
 
 
 class TransformersStep(StepSubject):
-    """AutoModelForCausalLM with SDPA, its own loss, clipping and torch's fused AdamW.
+    """Trains AutoModelForCausalLM with SDPA, its own loss, clipping and torch's fused AdamW.
 
     Args:
         shape: model and batch.
@@ -141,10 +141,10 @@ class TransformersStep(StepSubject):
 
 
 class NativeStep(StepSubject):
-    """The trainer's own step: megatron-core's schedule, gradient buffers, optimizer.
+    """Runs the trainer's own step with megatron-core's schedule, gradient buffers and optimizer.
 
-    Both router losses are computed and recorded as in any run; their coefficients are 0, so that
-    the gradient is the language model's alone, as the peers'.
+    Both router losses are computed and recorded as in any run; their coefficients are 0, so the
+    gradient is that of the language-model loss alone, like the peers'.
 
     Args:
         shape: model and batch.
@@ -195,7 +195,7 @@ class NativeStep(StepSubject):
         """See `StepSubject`."""
         (chunk,) = self._state.chunks
         chunk.zero_grad_buffer()
-        # What the schedule does before its backward passes; its shape must be the schedule's.
+        # The pipeline schedule sets it before backward; the shape must be the same.
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=self.device))
         losses = chunk(
             batch.tokens, batch.position_ids, None, labels=batch.labels, loss_mask=batch.loss_mask
@@ -215,18 +215,18 @@ class NativeStep(StepSubject):
 
 
 class OneBatch:
-    """In the place of a stream of samples: the batch that was put there."""
+    """Replaces the stream of samples with the batch that was set."""
 
     batch: Batch
     consumed_samples = 0
 
     def next_global_batch(self, **_sizes: int) -> Sequence[Batch]:
-        """That batch, as the only micro-batch."""
+        """Return the batch as the only micro-batch."""
         return [self.batch]
 
 
 def make_batch(shape: Shape, number: int, device: torch.device) -> Batch:
-    """Random tokens, the n-th most frequent 1/n as often as the first (Zipf's law)."""
+    """Sample tokens by Zipf's law: the n-th most frequent is 1/n as frequent as the first."""
     generator = torch.Generator().manual_seed(1000 + number)
     size = (shape.micro_batch_size, shape.seq_length + 1)
     vocabulary = shape.model.vocab_size
@@ -243,10 +243,10 @@ def make_batch(shape: Shape, number: int, device: torch.device) -> Batch:
 
 
 def draw(part: Slice, device: torch.device) -> Tensor:
-    """Initial weights of a part of a transformers tensor, fp32.
+    """Sample initial fp32 weights of a part of a transformers tensor.
 
-    Norms are around 1; a router's logits have the deviation of the released OLMoE-1B-7B's; all else
-    is normal with the papers' deviation.
+    Norms are around 1; router logits have the standard deviation of the released OLMoE-1B-7B; all
+    other weights are normal with the papers' standard deviation.
     """
     if len(part.shape) == 1:
         is_norm = "norm" in part.name
@@ -258,7 +258,7 @@ def draw(part: Slice, device: torch.device) -> Tensor:
 
 
 def fused_pieces(shape: Shape) -> Iterator[Piece]:
-    """The converter's pieces, for transformers' names in memory."""
+    """Yield the converter's pieces, under the names of transformers' modules."""
     yield from FAMILIES[family_name(shape)].pieces(shape.model, "fused")
 
 
@@ -273,7 +273,7 @@ Window = tuple[int | slice, ...]
 def _places(
     modules: Sequence[nn.Module], shape: Shape
 ) -> Iterator[tuple[nn.Parameter, list[tuple[Piece, Window]]]]:
-    """Each weight of a model on one rank, with its pieces and where they stand in it."""
+    """Yield each weight of a one-rank model with its pieces and their position in it."""
     pieces: dict[str, list[Piece]] = {}
     for piece in fused_pieces(shape):
         if piece.sources:
@@ -288,7 +288,7 @@ def _places(
 
 
 def _within(shard: ShardedTensor, pieces: Sequence[Piece]) -> list[tuple[Piece, Window]]:
-    """The pieces of this shard's layer; the weight has no axis for layers."""
+    """Select the pieces of this shard's layer; the weight itself has no layer axis."""
     stacked = shard.prepend_axis_num
     layer = tuple(shard.global_offset[:stacked])
     return [
@@ -304,7 +304,7 @@ def _within(shard: ShardedTensor, pieces: Sequence[Piece]) -> list[tuple[Piece, 
 
 
 def build_native(device: torch.device, shape: Shape, dtype: torch.dtype) -> StepSubject:
-    """For a worker; the model names the expert backend."""
+    """Build the native step in a worker; the model names the expert backend."""
     return NativeStep(shape, device, dtype)
 
 
@@ -315,7 +315,7 @@ def build_transformers(
     experts: str,
     has_master_weights: bool,
 ) -> StepSubject:
-    """For a worker."""
+    """Build the transformers step in a worker."""
     return TransformersStep(
         shape, device, dtype, experts=experts, has_master_weights=has_master_weights
     )

@@ -1,4 +1,4 @@
-"""What is made of timings: order of the visits, medians with their spread, ratios of pairs."""
+"""Orders the visits and summarizes timings: medians with their range, ratios of pairs."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -9,21 +9,21 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Several measurements of one quantity."""
+    """Summarizes several measurements of one quantity."""
 
     median: float
-    """The middle one, or the mean of the two in the middle."""
+    """Median; the mean of the two middle values if their number is even."""
     low: float
-    """The smallest."""
+    """Minimum."""
     high: float
-    """The largest."""
+    """Maximum."""
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Median and extremes.
+    """Compute median and extremes.
 
     Raises:
-        ValueError: there is nothing to summarize.
+        ValueError: `values` is empty.
     """
     if not values:
         raise ValueError("no measurements to summarize; use at least 1 round")
@@ -31,24 +31,24 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Summary:
-    """Ratios of what was measured in the same round, summarized.
+    """Summarize the ratios of measurements of the same round.
 
-    Other load on the machine meets both members of a pair alike, which a ratio of two medians would
-    not use.
+    Other load on the machine affects both members of a pair alike, which a ratio of two medians
+    would ignore.
 
     Raises:
-        ValueError: the rounds differ in number.
+        ValueError: the numbers of rounds differ.
     """
     if len(numerators) != len(denominators):
         raise ValueError(
-            f"{len(numerators)} measurements against {len(denominators)}; a pair is of one round,"
-            " so give as many of both"
+            f"{len(numerators)} measurements against {len(denominators)}; pairs are of one round,"
+            " so give the same number of both"
         )
     return summarize([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 
 def interleave(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
-    """Number of the round and whom to visit: all in each round, another one first each time."""
+    """Yield round and name: every name once a round, starting with another one each time."""
     for number in range(rounds):
         start = number % len(names)
         for name in (*names[start:], *names[:start]):
@@ -56,6 +56,6 @@ def interleave(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given; nothing on a CPU."""
+    """Wait for all work of the device; do nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Times whole training steps beside transformers': forward, backward, clipping, AdamW.
+"""Times whole training steps against transformers: forward, backward, clipping, AdamW.
 
     python -m benchmarks.train_step --shape small --json step.json
     python -m benchmarks.train_step --shape olmoe --num-layers 4 --device cuda --dtype bf16 --fresh
@@ -24,7 +24,7 @@ from moe_ext.counting import training_flops_per_token
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure as `argv` says; returns the exit status."""
+    """Run the measurement that `argv` describes; return the exit status."""
     args = new_parser("train_step", "Time training steps beside transformers'.").parse_args(argv)
     shape, dtype = shape_of(args), DTYPES[args.dtype]
     session = Session(
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def entries(shape: Shape, dtype: torch.dtype, device_type: str) -> dict[str, Entry]:
-    """All implementations; the first is the project's default."""
+    """List all implementations; the first is the project's default."""
     from benchmarks import layer_transformers, step_peers
     from benchmarks.native import usable_backends
 

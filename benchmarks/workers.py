@@ -1,7 +1,6 @@
-"""One process for each implementation, so that memory and patches of one are not another's.
+"""Runs each implementation in its own process, which isolates memory and patches.
 
-A worker builds its subject, then does what it is told, one command at a time; it computes nothing
-while another one is visited.
+A worker builds its subject, then runs one command at a time; it is idle while another one runs.
 """
 
 import multiprocessing
@@ -18,14 +17,14 @@ from benchmarks.memory import PeakMemory
 
 
 class Subject(Protocol):
-    """Something to measure."""
+    """Declares an implementation to measure."""
 
     def check(self) -> tuple[float, Digests]:
-        """A number the forward pass ends in, and digests of all gradients."""
+        """Return a scalar of the forward pass, and digests of all gradients."""
         ...
 
     def sample(self) -> Mapping[str, float]:
-        """Do it once; `seconds`, and whatever else is worth keeping."""
+        """Run once; return `seconds` and other figures."""
         ...
 
 
@@ -35,24 +34,24 @@ Builder = Callable[..., Subject]
 
 @dataclass(frozen=True)
 class Entry:
-    """An implementation to measure."""
+    """Describes how to build an implementation."""
 
     build: Builder
     """A function of a module, which the worker imports."""
     arguments: tuple[Any, ...]
-    """Handed to `build`; small."""
+    """Arguments of `build`, sent to the worker by pickle."""
     package: str | None = None
-    """What must be installed for it, if that is optional."""
+    """Optional package that it needs."""
     load: Callable[[], None] | None = None
-    """Imports what `build` would import, so that this is not counted as its memory."""
+    """Imports the modules of `build` in advance, so that they do not count as its memory."""
 
 
 class Worker:
-    """The parent's handle of a worker.
+    """Controls a worker process from its parent.
 
     Args:
-        entry: what to build.
-        device: where to compute.
+        entry: implementation to build.
+        device: device to compute on.
         num_threads: CPU threads; None leaves torch's default.
     """
 
@@ -66,7 +65,7 @@ class Worker:
         theirs.close()
 
     def ask(self, command: str) -> Any:
-        """Have the worker do `check`, `sample`, `restart_peak` or `peak_bytes`.
+        """Have the worker run `check`, `sample`, `restart_peak` or `peak_bytes`.
 
         Raises:
             RuntimeError: the worker failed; the message is its traceback.
@@ -78,14 +77,14 @@ class Worker:
             self._process.join()
             raise RuntimeError(
                 f"a worker ended with status {self._process.exitcode} during '{command}'; -9 means"
-                " that it was killed, most often for its memory"
+                " that it was killed, usually out of memory"
             ) from error
         if outcome == "failed":
             raise RuntimeError(f"a worker failed during '{command}':\n{value}")
         return value
 
     def close(self) -> None:
-        """End the process and free what it held."""
+        """End the process and free its memory."""
         self._connection.close()
         self._process.join()
 
@@ -93,7 +92,7 @@ class Worker:
 def _serve(
     connection: Connection, entry: Entry, device: torch.device, num_threads: int | None
 ) -> None:
-    """A worker's life: each command is answered by an outcome and a value."""
+    """Run commands in the worker; reply to each with an outcome and a value."""
     subject: Subject | None = None
     memory: PeakMemory | None = None
     while True:
@@ -111,13 +110,13 @@ def _serve(
                     entry.load()
                 memory = PeakMemory(device)
                 subject = entry.build(device, *entry.arguments)
-            connection.send(("done", _obey(command, subject, memory)))
+            connection.send(("done", _run(command, subject, memory)))
         except Exception:
-            # Not swallowed: the parent raises it again.
+            # The parent raises it.
             connection.send(("failed", traceback.format_exc()))
 
 
-def _obey(command: str, subject: Subject, memory: PeakMemory) -> Any:
+def _run(command: str, subject: Subject, memory: PeakMemory) -> Any:
     if command == "check":
         return subject.check()
     if command == "sample":

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Entry point of the image.
-#   NAME [ARGUMENTS]      a tool of tools/: pretrain, report, generate, ...
-#   COMMAND [ARGUMENTS]   anything else: torchrun, python, bash, ...
+#   NAME [ARGUMENTS]      runs a tool of tools/: pretrain, report, generate, ...
+#   COMMAND [ARGUMENTS]   runs any other program: torchrun, python, bash, ...
 #   help                  lists the tools
-# It sets no variable, leaves the directory as it is, and becomes what it starts: signals reach that,
-# and its exit status is the container's. bash, because NVIDIA's images prepare their libraries for
-# the driver in BASH_ENV.
+# It sets no variable, keeps the working directory and execs the program, which so gets the signals and
+# sets the exit status of the container. It uses bash, because NVIDIA's images set up their libraries
+# for the driver in BASH_ENV.
 set -euo pipefail
 
 tools=$(cd "$(dirname "${BASH_SOURCE[0]}")/../tools" && pwd)
@@ -32,7 +32,7 @@ case $name in
     help) usage && exit 0 ;;
     -*)
         {
-            printf "error: %s stands where a tool or a command must be\n" "$name"
+            printf "error: expected a tool or a command, not the flag %s\n" "$name"
             usage
         } >&2
         exit 2

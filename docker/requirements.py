@@ -1,12 +1,12 @@
-"""What the image's build asks of pip, worked out from pyproject.toml and from what the base has.
+"""Derives pip requirements of the image from pyproject.toml and the base image.
 
     python docker/requirements.py wanted EXTRAS      requirements of the project, without torch
-    python docker/requirements.py pins               versions that pip must leave as they are
-    python docker/requirements.py check FILE         fails if the versions in FILE are not those in
-                                                     use, or torch is too old for the project
+    python docker/requirements.py pins               versions that pip must not change
+    python docker/requirements.py check FILE         fails if the versions in FILE are not the
+                                                     installed ones, or torch is too old
 
-Requirements are installed in a layer of their own, before the code is copied, so that a change of
-code leaves that layer as it was. Needs Python 3.11 and nothing else.
+Requirements are installed in a separate layer before the code is copied, so that code changes do
+not invalidate it. Needs only Python 3.11.
 """
 
 import re
@@ -19,11 +19,11 @@ import tomllib
 
 PROJECT = Path("pyproject.toml")
 PINNED = ("torch", "triton", "pytorch-triton", "numpy")
-"""Packages that a base image compiles together: one of them replaced breaks the others."""
+"""Packages that a base image builds against each other; replacing one breaks the others."""
 
 
 def wanted(project: Path, extras: Sequence[str]) -> list[str]:
-    """Requirements to build and run `project` with `extras`; torch is installed by itself.
+    """List the requirements to build and run `project` with `extras`, except torch.
 
     Raises:
         ValueError: `project` has no such extra.
@@ -36,17 +36,17 @@ def wanted(project: Path, extras: Sequence[str]) -> list[str]:
         if extra not in optional:
             raise ValueError(
                 f"{project} has no extra {extra!r}: EXTRAS takes names of {', '.join(optional)},"
-                " with commas between them"
+                " separated by commas"
             )
         found += optional[extra]
     names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in found]
     if metadata["name"] in names:
-        raise ValueError(f"an extra of {list(extras)} is made of others: name those in EXTRAS")
+        raise ValueError(f"an extra of {list(extras)} consists of others: name those in EXTRAS")
     return [line for name, line in zip(names, found, strict=True) if name != "torch"]
 
 
 def pins() -> list[str]:
-    """`NAME==VERSION` of each package in `PINNED` that this interpreter has."""
+    """List `NAME==VERSION` of each installed package in `PINNED`."""
     found = []
     for name in PINNED:
         try:
@@ -57,29 +57,29 @@ def pins() -> list[str]:
 
 
 def changed(before: Sequence[str]) -> list[str]:
-    """The lines of `before` that `pins` does not say any more."""
+    """List the lines of `before` that `pins` no longer returns."""
     now = pins()
     return [line for line in before if line not in now]
 
 
 def too_old(project: Path) -> str | None:
-    """What the project asks of torch, if the torch in use is older.
+    """Return the project's requirement of torch if the installed torch is older.
 
-    A version like 2.13.0a0+nv, as base images have, comes before 2.13.0 and after 2.12.
+    A base image's pre-release such as 2.13.0a0+nv is between 2.12 and 2.13.0.
     """
-    from packaging.requirements import Requirement  # comes with the project's requirements
+    from packaging.requirements import Requirement  # installed with the project's requirements
 
     metadata = tomllib.loads(project.read_text("utf-8"))["project"]
     for line in metadata["dependencies"]:
-        wish = Requirement(line)
-        if wish.name == "torch":
-            if not wish.specifier.contains(distribution("torch").version, prereleases=True):
+        requirement = Requirement(line)
+        if requirement.name == "torch":
+            if not requirement.specifier.contains(distribution("torch").version, prereleases=True):
                 return line
     return None
 
 
 def main(argv: Sequence[str]) -> int:
-    """Do what the module says; returns the exit status."""
+    """Run the subcommand in `argv`; return the exit status."""
     match list(argv):
         case ["wanted", extras]:
             try:
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
         case ["check", file]:
             if lost := changed(Path(file).read_text("utf-8").split()):
                 sys.stderr.write(
-                    f"error: pip replaced {', '.join(lost)} of the base image; in use now:"
+                    f"error: pip replaced {', '.join(lost)} of the base image; now installed:"
                     f" {', '.join(pins())}\n"
                 )
                 return 1

@@ -1,4 +1,4 @@
-"""Cost of a training step over tokens, experts, layers and processes, and a model of it over GPUs.
+"""Measures a training step over tokens, experts, layers, processes, and models it over GPUs.
 
-One sweep a call of `python -m benchmarks.scaling`; benchmarks of one shape stay a folder up.
+`python -m benchmarks.scaling` runs one sweep. Benchmarks of a single shape are one folder up.
 """

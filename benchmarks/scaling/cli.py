@@ -23,7 +23,7 @@ _GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sweep as `argv` says; returns the exit status."""
+    """Run the sweep that `argv` names; return the exit status."""
     args = parse_args(argv)
     found = SWEEPS[args.sweep](args)
     if args.json is not None:
@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog="scaling", description="Cost of a training step over one size, measured or modelled."
+        prog="scaling", description="Measure or model the cost of a training step over one size."
     )
     parser.add_argument("--sweep", choices=sorted(SWEEPS), required=True, help="what to vary")
     parser.add_argument("--json", metavar="FILE", help="write all samples there")
@@ -42,11 +42,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     measured = parser.add_argument_group("measured sweeps")
     measured.add_argument(
         "--values", type=int, nargs="+", metavar="N",
-        help="tokens, experts, layers, processes, or GPUs, instead of the sweep's own",
+        help="tokens, experts, layers, processes or GPUs, instead of the default values",
     )  # fmt: skip
     shapes = [name for name, shape in SHAPES.items() if shape.model.attention_experts is None]
     measured.add_argument(
-        "--shape", choices=sorted(shapes), help="vary this one instead of a small block of OLMoE's"
+        "--shape", choices=sorted(shapes), help="shape to vary instead of a small OLMoE block"
     )
     measured.add_argument("--rounds", type=int, default=5, metavar="N", help="(%(default)s)")
     measured.add_argument("--warmup", type=int, default=2, metavar="N", help="(%(default)s)")
@@ -55,11 +55,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     measured.add_argument("--no-peer", action="store_true", help="time ours alone")
     measured.add_argument(
         "--layouts", nargs="+", choices=("DP", "EP", "TP", "PP"), default=["DP", "EP", "TP", "PP"],
-        help="of the processes sweep",
+        help="layouts of the processes sweep",
     )  # fmt: skip
     measured.add_argument(
         "--steps", type=int, default=3, metavar="N",
-        help="timed steps of a visit in the processes sweep (%(default)s)",
+        help="timed steps per visit in the processes sweep (%(default)s)",
     )  # fmt: skip
     _add_model_flags(parser.add_argument_group("model"))
     return parser.parse_args(argv)
@@ -72,10 +72,10 @@ def _add_model_flags(model: argparse._ArgumentGroup) -> None:
         "--preset", choices=sorted(PRESETS), default="olmoe_1b_7b", help="(%(default)s)"
     )
     for flag, default, meaning in (
-        ("--gpu-tflops", 400.0, "TFLOP/s that a GPU reaches"),
+        ("--gpu-tflops", 400.0, "achieved TFLOP/s of a GPU"),
         ("--intra-gbps", 450.0, "GB/s (bytes), one way, out of a GPU within its node"),
         ("--inter-gbps", 50.0, "GB/s (bytes), one way, out of a GPU to other nodes"),
-        ("--latency-us", 20.0, "microseconds of any call"),
+        ("--latency-us", 20.0, "microseconds per call"),
         ("--imbalance", 1.0, "assignments of the busiest expert parallel rank over the mean's"),
     ):
         model.add_argument(
@@ -84,7 +84,7 @@ def _add_model_flags(model: argparse._ArgumentGroup) -> None:
     model.add_argument("--ep", type=int, nargs="+", default=[8, 64], metavar="N", help="EP")
     for flag, default, meaning in (
         ("--tp", 1, "TP"), ("--pp", 1, "PP"), ("--cp", 1, "CP"),
-        ("--gpus-per-node", 8, "GPUs of a node"), ("--micro-batch-size", 4, "sequences"),
+        ("--gpus-per-node", 8, "GPUs per node"), ("--micro-batch-size", 4, "sequences"),
     ):  # fmt: skip
         model.add_argument(
             flag, type=int, default=default, metavar="N", help=f"{meaning} (%(default)s)"
@@ -92,7 +92,7 @@ def _add_model_flags(model: argparse._ArgumentGroup) -> None:
 
 
 def sweep_points(args: argparse.Namespace) -> Mapping[str, Any]:
-    """Tokens, experts or layers."""
+    """Run the tokens, experts or layers sweep."""
     from benchmarks.scaling import points
 
     shapes = points.points(
@@ -124,7 +124,7 @@ def sweep_points(args: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def sweep_processes(args: argparse.Namespace) -> Mapping[str, Any]:
-    """One and more processes."""
+    """Run the processes sweep."""
     from benchmarks.scaling import processes
 
     found = {
@@ -147,7 +147,7 @@ def sweep_processes(args: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def sweep_model(args: argparse.Namespace) -> Mapping[str, Any]:
-    """GPUs, on paper."""
+    """Model the step over numbers of GPUs."""
     from benchmarks.scaling import model
     from moe_ext.config import MoEModelConfig
     from moe_ext.cost.cluster import Cluster
@@ -190,4 +190,4 @@ SWEEPS: Mapping[str, Callable[[argparse.Namespace], Mapping[str, Any]]] = {
     "processes": sweep_processes,
     "model": sweep_model,
 }
-"""By the name that --sweep takes."""
+"""Sweeps by the name that --sweep takes."""

@@ -1,4 +1,4 @@
-"""A training step on paper: bytes, collectives, compute and time for 8 to 1,024 GPUs."""
+"""Models a training step on 8 to 1,024 GPUs: bytes, collectives, compute and time."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,14 +20,14 @@ EXCHANGES = tuple(TERMS)
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What the table varies, and what it holds fixed."""
+    """Holds the varied and the fixed settings of the table."""
 
     model: MoEModelConfig
     """The architecture."""
     gpus: Sequence[int]
     """Ranks in the run."""
     expert: Sequence[int]
-    """Expert parallel sizes; one that does not fit a number of ranks is left out there."""
+    """Expert parallel sizes; skipped where they do not divide the number of ranks."""
     tensor: int
     """TP; ETP is 1."""
     pipeline: int
@@ -35,15 +35,15 @@ class Run:
     context: int
     """CP."""
     micro_batch_size: int
-    """Sequences, or fewer where a rank has fewer."""
+    """Sequences per micro-batch, fewer where a rank has fewer."""
     imbalance: float
-    """Assignments of the busiest expert parallel rank over the mean's."""
+    """Assignments of the busiest expert parallel rank over the mean."""
     cluster: Cluster
-    """Rates."""
+    """Rates of compute and communication."""
 
 
 def rows(run: Run) -> list[dict[str, Any]]:
-    """One entry for each number of GPUs and expert parallel size that fit."""
+    """Describe every number of GPUs with every expert parallel size that divides it."""
     return [
         describe(run, layout, batch)
         for num_gpus in run.gpus
@@ -53,7 +53,7 @@ def rows(run: Run) -> list[dict[str, Any]]:
 
 
 def fitting(run: Run, num_gpus: int, expert: int) -> Iterator[tuple[Layout, Batch]]:
-    """The layout, if there is one, and the rank's share of the global batch."""
+    """Yield the layout and a rank's share of the global batch, nothing if they do not divide."""
     parallel = ParallelConfig(
         tensor_model_parallel_size=run.tensor,
         pipeline_model_parallel_size=run.pipeline,
@@ -83,13 +83,13 @@ def fitting(run: Run, num_gpus: int, expert: int) -> Iterator[tuple[Layout, Batc
 
 
 def describe(run: Run, layout: Layout, batch: Batch) -> dict[str, Any]:
-    """Counts, bytes and seconds of a step of a rank on the first pipeline stage."""
+    """Compute counts, bytes and seconds of a step on a rank of the first pipeline stage."""
     collectives = step_collectives(run.model, layout, batch)
     seconds = step_seconds(run.model, layout, batch, run.cluster)
     bytes_of = {term: _bytes(select_purposes(collectives, TERMS[term])) for term in EXCHANGES}
     num_gpus = layout.tensor * layout.context * layout.data * layout.pipeline
     routed = batch.seq_length * batch.micro_batch_size * batch.num_microbatches
-    routed //= layout.tensor * layout.context  # tokens whose routing is this rank's
+    routed //= layout.tensor * layout.context  # tokens routed by this rank
     total = sum(seconds.values())
     return {
         "gpus": num_gpus,
@@ -115,7 +115,7 @@ def _bytes(collectives: Sequence[Collective]) -> float:
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown, a row an entry."""
+    """Format a Markdown table, a row per entry."""
     lines = [
         "| GPUs | EP | DP | micro-batches | dispatch: KB a token and layer | dispatch: GB |"
         " gradients and parameters: GB | collectives | compute: ms | dispatch: ms |"
@@ -140,7 +140,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def assumptions(run: Run) -> str:
-    """In words, what the table stands on."""
+    """Describe the assumptions of the table."""
     cluster = run.cluster
     intra, inter = cluster.intra_bytes_per_second, cluster.inter_bytes_per_second
     return (

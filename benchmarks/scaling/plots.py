@@ -1,4 +1,4 @@
-"""The sweeps as pictures: medians as points, lowest and highest round as bars."""
+"""Plots the sweeps: medians as points, minimum and maximum of the rounds as bars."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ _MARKERS = ("o", "s", "^", "D")
 
 
 def new_panels(width: float, height: float, number: int) -> tuple[Any, list[Any]]:
-    """A figure with axes side by side, without a display and without the top and right spine."""
+    """Make a figure with axes side by side, without a display and without top and right spines."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -30,7 +30,7 @@ def new_panels(width: float, height: float, number: int) -> tuple[Any, list[Any]
 def bars(
     axes: Any, places: Sequence[float], summaries: Sequence[Mapping[str, float]], **style: Any
 ) -> None:
-    """A line through the medians, with a bar from the lowest to the highest."""
+    """Draw a line through the medians, with a bar from minimum to maximum."""
     middle = [each["median"] for each in summaries]
     below = [each["median"] - each["low"] for each in summaries]
     above = [each["high"] - each["median"] for each in summaries]
@@ -38,7 +38,7 @@ def bars(
 
 
 def plot_points(sweep: str, found: Mapping[str, Any], path: Path) -> None:
-    """Time a step over the size that a sweep varies, and the peer's time over ours."""
+    """Plot the time of a step over the varied size, and the peer's time over ours."""
     points = found["points"]
     has_peer = PEER in points[0]["implementations"]
     figure, panels = new_panels(10.0 if has_peer else 5.6, 3.9, 2 if has_peer else 1)
@@ -93,7 +93,7 @@ def _title(sweep: str, points: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _plain_log_ticks(axes: Any) -> None:
-    """100 and 2,000, not 10^2 and 2 x 10^3."""
+    """Label log ticks as 100 and 2,000, not 10^2 and 2 x 10^3."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
@@ -102,7 +102,7 @@ def _plain_log_ticks(axes: Any) -> None:
 
 
 def plot_processes(found: Mapping[str, Any], path: Path) -> None:
-    """Speed over that of one process, and bytes sent, over the number of processes."""
+    """Plot the speedup and the bytes sent over the number of processes."""
     figure, (speed, traffic) = new_panels(10.0, 4.0, 2)
     places = {number: place for place, number in enumerate(found["processes"])}
     layouts = found["layouts"].values()
@@ -110,14 +110,14 @@ def plot_processes(found: Mapping[str, Any], path: Path) -> None:
     for index, kind in enumerate(kinds):
         rows = [found["layouts"]["1"], *(row for row in layouts if row["kind"] == kind)]
         at = [places[row["processes"]] for row in rows]
-        aside = index - (len(kinds) - 1) / 2  # so that bars do not hide each other
+        shift = index - (len(kinds) - 1) / 2  # keeps bars from overlapping
         bars(
-            speed, [at[0], *(place + 0.05 * aside for place in at[1:])],
+            speed, [at[0], *(place + 0.05 * shift for place in at[1:])],
             [row["speedup"] for row in rows],
             color=_COLOURS[index], marker=_MARKERS[index % len(_MARKERS)], label=kind,
         )  # fmt: skip
         traffic.bar(
-            [place + 0.2 * aside for place in at[1:]],
+            [place + 0.2 * shift for place in at[1:]],
             [row["wire_bytes"] / 1e6 / row["processes"] for row in rows[1:]],
             width=0.18, color=_COLOURS[index],
         )  # fmt: skip
@@ -136,7 +136,7 @@ def plot_processes(found: Mapping[str, Any], path: Path) -> None:
 
 
 def _mark_cores(axes: Any, places: Mapping[int, int], cores: int) -> None:
-    """What the cores allow at best, and from where on processes share them."""
+    """Draw the ideal speedup of the cores, and shade where processes share them."""
     ideal = [min(number, cores) for number in places]
     axes.plot(
         list(places.values()), ideal, color="0.5", linestyle="--", linewidth=1.0,
@@ -154,7 +154,7 @@ def _mark_cores(axes: Any, places: Mapping[int, int], cores: int) -> None:
 
 
 def plot_model(rows: Sequence[Mapping[str, Any]], assumptions: str, path: Path) -> None:
-    """Where a step's time goes on paper, a panel for each expert parallel size."""
+    """Plot the shares of a modelled step's time, a panel per expert parallel size."""
     sizes = list(dict.fromkeys(row["layout"]["expert"] for row in rows))
     figure, panels = new_panels(5.2 * len(sizes), 4.6, len(sizes))
     terms = [term for term in rows[0]["seconds"] if any(_share(row, term) >= 0.005 for row in rows)]
@@ -180,7 +180,7 @@ def plot_model(rows: Sequence[Mapping[str, Any]], assumptions: str, path: Path) 
         *panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False,
         reverse=True,
     )  # fmt: skip
-    figure.suptitle("On paper, not measured: " + textwrap.fill(assumptions, 110), fontsize=8)
+    figure.suptitle("Modelled, not measured: " + textwrap.fill(assumptions, 110), fontsize=8)
     write_figure(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""Training steps at several sizes, ours beside transformers', all visited in every round."""
+"""Times training steps at several sizes, ours and transformers', all in every round."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +27,8 @@ PEER = "transformers-grouped_mm"
 CPU = torch.device("cpu")
 
 BLOCK = Shape(
-    # OLMoE's block, small enough for a dozen processes in 16 GB, with a vocabulary that leaves
-    # the time to the layers.
+    # OLMoE's block, small enough for a dozen processes in 16 GB, with a vocabulary so small that
+    # layers dominate the time.
     model=MoEModelConfig(
         **{
             **PRESETS["olmoe_1b_7b"],
@@ -44,7 +44,7 @@ BLOCK = Shape(
     seq_length=256,
     micro_batch_size=8,
 )
-"""What the sweeps vary one size of."""
+"""Shape of which each sweep varies one size."""
 
 DEFAULT_VALUES: Mapping[str, Sequence[int]] = {
     "tokens": (256, 512, 1024, 2048, 4096, 8192),
@@ -55,22 +55,22 @@ DEFAULT_VALUES: Mapping[str, Sequence[int]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """How the points are measured."""
+    """Sets how the points are measured."""
 
     rounds: int
-    """How often each is timed."""
+    """Timed steps of each point."""
     warmup: int
-    """Untimed steps before."""
+    """Untimed steps before them."""
     num_threads: int | None
     """CPU threads of a process; None leaves torch's default."""
     gemm_size: int
-    """Of the ceiling's product."""
+    """Size of the GEMM that is the ceiling."""
     with_peer: bool = True
     """Time transformers too."""
 
 
 def points(sweep: str, base: Shape, values: Sequence[int]) -> dict[int, Shape]:
-    """The shapes of a sweep by the size it varies.
+    """Build the shapes of a sweep, by the value of the varied size.
 
     * tokens: sequences are added.
     * experts: k * f and e * f are the base's, so that parameters and active FLOPs stay the same
@@ -87,7 +87,7 @@ def points(sweep: str, base: Shape, values: Sequence[int]) -> dict[int, Shape]:
 def _with_tokens(base: Shape, value: int) -> Shape:
     if value % base.seq_length:
         raise SystemExit(
-            f"{value} tokens are no whole number of sequences; use multiples of {base.seq_length}"
+            f"{value} tokens must be whole sequences; use multiples of {base.seq_length}"
         )
     return resize(base, num_layers=None, seq_length=None, micro_batch_size=value // base.seq_length)
 
@@ -114,15 +114,15 @@ def _with_layers(base: Shape, value: int) -> Shape:
 
 
 def base_shape(name: str | None) -> Shape:
-    """BLOCK, or one of the other benchmarks' shapes."""
+    """Return BLOCK, or the named shape of the other benchmarks."""
     return BLOCK if name is None else SHAPES[name]
 
 
 def measure(shapes: Mapping[int, Shape], how: Measurement) -> dict[str, Any]:
-    """Time every point; each has its processes, and all of them take turns.
+    """Time every point; each has its own processes, which take turns.
 
     Raises:
-        DifferentMathsError: loss or gradients are not the peer's.
+        DifferentMathsError: loss or gradients differ from the peer's.
     """
     visits = dict(_entries(shapes, how))
     workers = {
@@ -227,7 +227,7 @@ def _point(
 
 
 def table(sweep: str, found: Mapping[str, Any]) -> str:
-    """Markdown: a row a point, medians with the lowest and highest in brackets."""
+    """Format a Markdown table, a row per point: medians (minimum to maximum)."""
     names = list(found["points"][0]["implementations"])
     lines = [
         f"| {sweep} | " + " | ".join(f"{name}: ms | GB" for name in names) + " | peer / native |",
@@ -253,5 +253,5 @@ def _label(sweep: str, point: Mapping[str, Any]) -> str:
 
 
 def spread(summary: Mapping[str, float], form: str) -> str:
-    """Median (lowest to highest)."""
+    """Format a summary as "median (minimum to maximum)"."""
     return f"{summary['median']:{form}} ({summary['low']:{form}} to {summary['high']:{form}})"

@@ -1,4 +1,4 @@
-"""Training steps of 1, 2 and 4 processes under each kind of parallelism, on this machine."""
+"""Times training steps of 1, 2 and 4 processes under each kind of parallelism."""
 
 import dataclasses
 import socket
@@ -22,11 +22,11 @@ from moe_ext.config import MoEModelConfig
 REPO = Path(__file__).resolve().parents[2]
 _RANK = "benchmarks.scaling.rank"
 _LOSS_LIMIT = 1e-4
-_PATIENCE_S = 1.0
+_POLL_S = 1.0
 
 PROCESS_BLOCK = dataclasses.replace(
     BLOCK,
-    # Sizes that four stages and four expert parallel ranks divide.
+    # Sizes that four pipeline stages and four expert parallel ranks divide.
     model=dataclasses.replace(
         BLOCK.model,
         num_layers=4,
@@ -37,7 +37,7 @@ PROCESS_BLOCK = dataclasses.replace(
         moe_ffn_hidden_size=128,
     ),
 )
-"""What the processes sweep trains; a step takes its sequences, one a micro-batch."""
+"""Shape of the processes sweep; its sequences are the global batch, one per micro-batch."""
 
 KINDS: Mapping[str, Sequence[str]] = {
     "DP": (),
@@ -45,27 +45,27 @@ KINDS: Mapping[str, Sequence[str]] = {
     "TP": ("tensor-model-parallel-size",),
     "PP": ("pipeline-model-parallel-size",),
 }
-"""Flags that get the number of processes. EP's ranks are data parallel too; TP keeps experts whole
-(ETP 1)."""
+"""Flags that are set to the number of processes. EP ranks are also data parallel; TP does not shard
+experts (ETP 1)."""
 
 
 class World:
-    """Ranks started by torchrun, that wait until they are asked.
+    """Controls ranks that torchrun starts and that wait for requests.
 
     Args:
-        num_ranks: how many.
-        directory: for the socket and what the ranks say.
+        num_ranks: number of ranks.
+        directory: directory for the socket and the ranks' output.
     """
 
     def __init__(self, num_ranks: int, directory: Path) -> None:
-        address, self._said = directory / f"{num_ranks}.socket", directory / f"{num_ranks}.err"
+        address, self._output = directory / f"{num_ranks}.socket", directory / f"{num_ranks}.err"
         self._num_ranks = num_ranks
         self._connections: list[Connection] = []
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(address))
         self._listener.listen(num_ranks)
-        self._listener.settimeout(_PATIENCE_S)
-        with self._said.open("w", encoding="utf-8") as said:
+        self._listener.settimeout(_POLL_S)
+        with self._output.open("w", encoding="utf-8") as output:
             self._process = subprocess.Popen(
                 [
                     *("env", "OMP_NUM_THREADS=1"),
@@ -73,15 +73,15 @@ class World:
                     *("--nproc-per-node", str(num_ranks), "-m", _RANK, str(address)),
                 ],
                 cwd=REPO,
-                stdout=said,
-                stderr=said,
+                stdout=output,
+                stderr=output,
             )
 
     def connect(self) -> None:
-        """Wait until every rank has come up.
+        """Wait until every rank has connected.
 
         Raises:
-            RuntimeError: they ended instead.
+            RuntimeError: the ranks ended instead.
         """
         with self._listener:
             accepted = [self._accept() for _ in range(self._num_ranks)]
@@ -89,7 +89,7 @@ class World:
         self._connections = [by_rank[rank] for rank in range(self._num_ranks)]
 
     def ask(self, flags: Sequence[str], steps: int) -> list[dict[str, Any]]:
-        """Have every rank do `rank.visit`.
+        """Have every rank run `rank.visit`.
 
         Raises:
             RuntimeError: a rank failed; the message is its traceback.
@@ -103,7 +103,7 @@ class World:
         return [value for _, value in answers]
 
     def close(self) -> None:
-        """Hang up; the ranks end by themselves."""
+        """Close the connections, which ends the ranks."""
         self._listener.close()
         for connection in self._connections:
             connection.close()
@@ -125,24 +125,24 @@ class World:
 
     def _receive(self, connection: Connection) -> Any:
         try:
-            while not connection.poll(_PATIENCE_S):
+            while not connection.poll(_POLL_S):
                 self._check()
             return connection.recv()
         except (EOFError, ConnectionError) as error:
-            raise RuntimeError(f"a rank ended:\n{self._last_words()}") from error
+            raise RuntimeError(f"a rank ended:\n{self._last_output()}") from error
 
     def _check(self) -> None:
         status = self._process.poll()
         if status is not None:
-            raise RuntimeError(f"torchrun ended with status {status}:\n{self._last_words()}")
+            raise RuntimeError(f"torchrun ended with status {status}:\n{self._last_output()}")
 
-    def _last_words(self) -> str:
-        return self._said.read_text(encoding="utf-8")[-4000:]
+    def _last_output(self) -> str:
+        return self._output.read_text(encoding="utf-8")[-4000:]
 
 
 @contextmanager
 def worlds(numbers: Sequence[int]) -> Iterator[dict[int, World]]:
-    """One world for each number of processes."""
+    """Start one world for each number of processes."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scaling-")))
         found: dict[int, World] = {}
@@ -160,14 +160,14 @@ def measure(
     """Time each kind of parallelism over each number of processes, all in every round.
 
     Args:
-        shape: its sequences are the global batch.
-        numbers: of processes; 1 is added.
-        kinds: of KINDS.
-        rounds: how often each layout is visited.
-        steps: timed steps of a visit, of which the median counts.
+        shape: model and batch; its sequences are the global batch.
+        numbers: numbers of processes; 1 is added.
+        kinds: keys of KINDS.
+        rounds: visits of each layout.
+        steps: timed steps per visit, of which the median is used.
 
     Raises:
-        DifferentMathsError: a layout's first loss is not the single process's.
+        DifferentMathsError: a layout's first loss differs from the single process's.
     """
     numbers = sorted({1, *numbers})
     layouts = {"1": (1, "")} | {
@@ -209,7 +209,7 @@ def measure(
 
 
 def _totals(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Over all ranks: what they exchanged in the recorded step, and what the model says."""
+    """Sum over all ranks the recorded and the modelled communication of a step."""
     keys = ("calls", "modelled_calls", "bytes", "modelled_bytes", "wire_bytes")
     return {key: sum(rank[key] for rank in ranks) for key in keys}
 
@@ -221,12 +221,13 @@ def _compare_losses(visits: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]])
             if not abs(ranks[0]["loss"] - expected) <= _LOSS_LIMIT:
                 raise DifferentMathsError(
                     f"the first loss under {name} is {ranks[0]['loss']:.6g}, that of a single"
-                    f" process {expected:.6g}; they do not train the same"
+                    f" process {expected:.6g}; the limit is {_LOSS_LIMIT:g}. They do not train"
+                    " the same model"
                 )
 
 
 def layout_flags(shape: Shape, number: int, kind: str) -> list[str]:
-    """A recipe's flags for the shape under a layout."""
+    """Format the flags for the shape under a layout."""
     flags = [
         *model_flags(shape.model),
         *("--mock-data", "--device", "cpu", "--threads-per-rank", "1"),
@@ -240,7 +241,7 @@ def layout_flags(shape: Shape, number: int, kind: str) -> list[str]:
 
 
 def model_flags(model: MoEModelConfig) -> list[str]:
-    """Flags for every field that is not at its default."""
+    """Format flags for every model field that is not at its default."""
     flags = []
     for field in dataclasses.fields(model):
         value, name = getattr(model, field.name), field.name.replace("_", "-")
@@ -254,10 +255,10 @@ def model_flags(model: MoEModelConfig) -> list[str]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Markdown: a row a layout."""
+    """Format a Markdown table, a row per layout."""
     lines = [
         "| layout | tokens/s | speedup | collectives: recorded / modelled |"
-        " MB handed to them: recorded / modelled | MB sent by all |",
+        " payload, MB: recorded / modelled | sent by all, MB |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, row in found["layouts"].items():
@@ -273,7 +274,7 @@ def table(found: Mapping[str, Any]) -> str:
             *lines,
             "",
             f"{machine['date']}, {machine['processor']}, {machine['cpu_count']} cores, torch"
-            f" {machine['torch']}; one thread a process. Collectives and bytes: one step, sum over"
-            " all processes.",
+            f" {machine['torch']}; one thread per process. Collectives and bytes: one step,"
+            " summed over all processes.",
         ]
     )

@@ -1,9 +1,9 @@
-"""A rank of the processes sweep: trains a few steps under whatever layout it is told.
+"""Runs a rank of the processes sweep: trains a few steps under each requested layout.
 
     torchrun ... -m benchmarks.scaling.rank SOCKET
 
-Connects to SOCKET, says which rank it is, and answers each request until the other side hangs up.
-While another world is visited it waits and computes nothing.
+Connects to SOCKET, sends its rank, and replies to each request until the other side disconnects.
+It is idle while another world is visited.
 """
 
 import sys
@@ -25,7 +25,7 @@ from moe_ext.cost.traffic import Batch, step_collectives
 
 
 def main() -> None:
-    """Serve."""
+    """Serve requests until the other side disconnects."""
     connection = Client(sys.argv[1], family="AF_UNIX")
     connection.send(environment_rank())
     while True:
@@ -36,18 +36,18 @@ def main() -> None:
         try:
             connection.send(("done", visit(flags, steps)))
         except Exception:
-            # Not swallowed: the other side raises it again.
+            # The other side raises it.
             connection.send(("failed", traceback.format_exc()))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def visit(flags: Sequence[str], steps: int) -> dict[str, Any]:
-    """Build the model anew, take one recorded step, then `steps` timed ones.
+    """Build a new model, run one recorded step, then `steps` timed ones.
 
     Returns:
         loss of the recorded step; seconds of each timed step; calls and payload bytes of the
-        collectives, recorded and as the paper model has them; wire_bytes of the latter.
+        collectives, recorded and modelled; modelled wire_bytes.
     """
     cfg = parse_recipe(list(flags), prog="scaling", description="")
     ctx = initialize(cfg)
@@ -59,7 +59,7 @@ def visit(flags: Sequence[str], steps: int) -> dict[str, Any]:
         started = time.perf_counter()
         train_step(state, language_model_step)
         seconds.append(time.perf_counter() - started)
-    modelled = on_paper(cfg, ctx)
+    modelled = modelled_traffic(cfg, ctx)
     shut_down(keep_world=True)
     return {
         "loss": loss,
@@ -70,8 +70,8 @@ def visit(flags: Sequence[str], steps: int) -> dict[str, Any]:
     }
 
 
-def on_paper(cfg: PretrainConfig, ctx: RunContext) -> dict[str, float]:
-    """What `moe_ext.cost.traffic` says this rank exchanges in a step."""
+def modelled_traffic(cfg: PretrainConfig, ctx: RunContext) -> dict[str, float]:
+    """Compute this rank's communication in a step with `moe_ext.cost.traffic`."""
     training = cfg.training
     found = step_collectives(
         cfg.model,

@@ -1,6 +1,6 @@
-"""A router and a learning-rate decay of one's own, trained without touching the packages.
+"""Registers a custom router and learning-rate decay, and trains with them.
 
-Start it as tools/pretrain.py is started, with PYTHONPATH=tools; README.md has the command.
+It takes the flags of tools/pretrain.py; README.md has the command.
 """
 
 import math
@@ -14,7 +14,7 @@ from moe_ext.routers import MoERouter, Routing, register_router
 
 
 class SigmoidTopKRouter(MoERouter):
-    """Lets each expert mark a token by itself; the k best share it in proportion to their marks."""
+    """Routes to the k experts with the largest sigmoid scores, weighted in proportion to them."""
 
     def select(self, logits: Tensor) -> Routing:
         """Applies the rule to logits [t, e]; `MoERouter.select` says what is returned."""
@@ -27,9 +27,9 @@ class SigmoidTopKRouter(MoERouter):
         )
 
 
-def sqrt_decay(done: float) -> float:
-    """One minus the square root of the share that is done."""
-    return 1.0 - math.sqrt(done)
+def sqrt_decay(progress: float) -> float:
+    """Return one minus the square root of the progress."""
+    return 1.0 - math.sqrt(progress)
 
 
 register_router("sigmoid_topk", SigmoidTopKRouter)

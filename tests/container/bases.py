@@ -1,4 +1,4 @@
-"""Stand-ins for base images, which no test pulls.
+"""Builds substitutes for base images, because tests pull none.
 
 A Debian by debootstrap stands in for the slim Python. The same with torch among the system's
 packages, and NVIDIA's habits, stands in for NVIDIA's image.
@@ -20,7 +20,7 @@ _NEEDED = "python3,python3-venv,python3-pip,ca-certificates"
 
 
 def make_cpu_base(store: Store) -> None:
-    """A Debian with a Python and its pip."""
+    """Build a Debian with Python and pip."""
     debian = store.work / "debian"
     command("debootstrap", "--variant=minbase", f"--include={_NEEDED}", _SUITE, debian)
     base = store.start("scratch")
@@ -31,7 +31,7 @@ def make_cpu_base(store: Store) -> None:
 
 
 def make_gpu_base(store: Store, cpu: Container, image: str) -> None:
-    """torch and numpy of the system, in a version that no index has; a user with the number 1000.
+    """Build a base with its own torch and numpy, in versions of no index, and a user 1000.
 
     And an entry point, and libraries that are prepared in BASH_ENV. torch itself comes from `cpu`.
     """
@@ -65,7 +65,7 @@ def _copy_torch(packages: Path, system: Path) -> None:
 
 
 def _set(file: Path, name: str, value: str) -> None:
-    """Give the line of `file` that begins with `name` this value."""
+    """Set the value of the line of `file` that starts with `name`."""
     line = re.compile(rf"^{name} .*$", re.MULTILINE)
     text, count = line.subn(f"{name} {value}", file.read_text("utf-8"))
     assert count == 1, f"{file} has {count} lines that begin with {name!r}"

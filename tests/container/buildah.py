@@ -1,4 +1,4 @@
-"""Images and containers by buildah, all below one directory; neither a daemon nor a registry."""
+"""Runs buildah with all images and containers in one directory, without daemon or registry."""
 
 import json
 import os
@@ -18,7 +18,7 @@ Finished = subprocess.CompletedProcess[str]
 def command(
     *words: str | Path, env: Mapping[str, str] | None = None, check: bool = True
 ) -> Finished:
-    """Run it; its output is one text.
+    """Run a command; return stdout and stderr as one text.
 
     Raises:
         AssertionError: it failed, and `check` is set; with the last lines of its output.
@@ -38,7 +38,7 @@ def command(
 
 
 class Store:
-    """Images and containers below `work`, and what buildah needs to make them."""
+    """Manages images and containers in `work`, with the settings that buildah needs."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
@@ -74,7 +74,7 @@ class Store:
         )
 
     def build(self, image: str, context: Path, *words: str | Path) -> None:
-        """Build `image` from `context`; pip's settings are lent to the steps, not copied."""
+        """Build `image` from `context`; pip settings are mounted during the build, not copied."""
         lent = [f"--volume={path}:{path}:ro" for path in self.settings.paths]
         self(
             "build",
@@ -84,18 +84,18 @@ class Store:
         )
 
     def start(self, image: str) -> "Container":
-        """A container of `image`, nothing running in it."""
+        """Create a container of `image` without starting anything in it."""
         word = ("--pull-never", "--signature-policy", self.policy)
         name = self("from", *word, image).stdout.split()[-1]
         return Container(self, image, name)
 
     def commit(self, container: "Container", image: str) -> None:
-        """Make `image` of what `container` has become, and remove it."""
+        """Commit `container` as `image`, and remove the container."""
         self("commit", "-q", "--signature-policy", self.policy, container.name, image)
         self("rm", container.name)
 
     def remove(self) -> None:
-        """Take everything away; nothing is deleted through a mount that is still there."""
+        """Remove everything; unmount first, so that nothing is deleted through a mount."""
         if shutil.which("buildah"):
             self("rm", "--all", check=False)
         mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
@@ -106,7 +106,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Container:
-    """A container; what runs in it starts as a container engine would start it."""
+    """Runs commands in a container the way a container engine does."""
 
     store: Store
     image: str
@@ -114,16 +114,16 @@ class Container:
 
     @cached_property
     def files(self) -> Path:
-        """Where its root directory is on this machine."""
+        """Return its root directory on this machine."""
         return Path(self.store("mount", self.name).stdout.strip())
 
     def path(self, inside: str) -> Path:
-        """Where its absolute path `inside` is on this machine."""
+        """Return the path on this machine of its absolute path `inside`."""
         return self.files / inside.lstrip("/")
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Its image's configuration: User, Env, Entrypoint, Labels, ..."""
+        """Return its image's configuration: User, Env, Entrypoint, Labels, ..."""
         report = self.store("inspect", "--type", "image", self.image).stdout
         config: dict[str, Any] = json.loads(report)["OCIv1"]["config"]
         return config
@@ -131,8 +131,8 @@ class Container:
     def run(
         self, *words: str, options: Sequence[str] = (), check: bool = True, entry: bool = True
     ) -> Finished:
-        """Give `words` to the entry point; `options` are those of buildah run."""
-        # Engines write the container's name to its /etc/hosts; buildah does not.
+        """Run the entry point with `words`; `options` are passed to buildah run."""
+        # Container engines add the container's name to /etc/hosts; buildah does not.
         how = ("--isolation", "chroot", "--hostname", "localhost", *options)
         first = self.config["Entrypoint"] if entry else []
         return self.store("run", *how, self.name, "--", *first, *words, check=check)

@@ -1,4 +1,4 @@
-"""Images built from nothing, on two bases, once for all tests here."""
+"""Builds the images on two bases, once for all tests of this directory."""
 
 import os
 import re
@@ -19,7 +19,7 @@ NOT_COPIED = {".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache", "r
 
 
 def default_base() -> str:
-    """The base that the Dockerfile names."""
+    """Return the base image that the Dockerfile names."""
     text = (REPO / "Dockerfile").read_text("utf-8")
     (found,) = re.findall(r"^ARG BASE_IMAGE=(.+)$", text, re.MULTILINE)
     return str(found)
@@ -41,9 +41,9 @@ def install_tools() -> None:
 
 @pytest.fixture(scope="session")
 def store() -> Iterator[Store]:
-    """A store that goes away at the end, unless KEEP is set."""
+    """Yield a store that is removed at the end unless KEEP is set."""
     install_tools()
-    # A run that is told to end still cleans up.
+    # Clean up on SIGTERM, too.
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", 143))
     made = Store(Path(tempfile.mkdtemp(prefix="container-test.")))
     yield made
@@ -55,7 +55,7 @@ def store() -> Iterator[Store]:
 
 @pytest.fixture(scope="session")
 def checkout(store: Store) -> Path:
-    """A checkout as it may be: private to its owner, and with things that no image may have."""
+    """Make a checkout that is private to its owner and has files that no image may contain."""
     copy = store.work / "checkout"
 
     def not_copied(folder: str, names: list[str]) -> set[str]:
@@ -72,7 +72,7 @@ def checkout(store: Store) -> Path:
 
 @pytest.fixture(scope="session")
 def cpu(store: Store, checkout: Path) -> Container:
-    """The image on a base without torch."""
+    """Build the image on a base without torch."""
     make_cpu_base(store)
     arguments = {"BASE_IMAGE": CPU_BASE, "VERSION": "9.8.7", "REVISION": "abc"}
     store.build("cpu", checkout, *(f"--build-arg={k}={v}" for k, v in arguments.items()))
@@ -81,7 +81,7 @@ def cpu(store: Store, checkout: Path) -> Container:
 
 @pytest.fixture(scope="session")
 def gpu(store: Store, checkout: Path, cpu: Container) -> Container:
-    """The image on the default base with a torch of its own; without extras, which cost time."""
+    """Build the image on a base with its own torch, without extras to save time."""
     make_gpu_base(store, cpu, default_base())
     store.build("gpu", checkout, "--build-arg=EXTRAS=")
     return store.start("gpu")

@@ -1,4 +1,4 @@
-"""This machine's pip settings for a build: they are lent to its steps and never lie in a layer."""
+"""Reads this machine's pip settings, which builds mount so that no layer contains them."""
 
 import ast
 import re
@@ -14,14 +14,14 @@ SECTIONS = re.compile(r"^(global|install|wheel)\.")
 
 @dataclass(frozen=True)
 class PipSettings:
-    """Settings as a file's text, and the local files and directories that they name."""
+    """Holds the text of a pip.conf, and the local files and directories that it names."""
 
     text: str
     paths: list[str]
 
     @classmethod
     def of_this_machine(cls) -> "PipSettings":
-        """What pip says of itself; here, and so for the steps of a build."""
+        """Read the settings of this machine's pip."""
         command = [sys.executable, "-m", "pip", "config", "list"]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         settings = read_settings(listing)
@@ -29,7 +29,7 @@ class PipSettings:
 
 
 def read_settings(listing: str) -> dict[str, str]:
-    """Name and value of each line of `pip config list`; the environment's win, as in pip."""
+    """Parse `pip config list` to names and values; the environment overrides files, as in pip."""
     settings, environment = {}, {}
     for line in listing.splitlines():
         name, _, value = line.partition("=")
@@ -42,7 +42,7 @@ def read_settings(listing: str) -> dict[str, str]:
 
 
 def local_paths(settings: dict[str, str]) -> list[str]:
-    """Absolute paths in the values that exist here, as they are or behind `file://`.
+    """List the existing absolute paths in the values, plain or after `file://`.
 
     An index of files comes with the directory around it, where the files are that it names.
     """
@@ -55,7 +55,7 @@ def local_paths(settings: dict[str, str]) -> list[str]:
 
 
 def render(settings: dict[str, str]) -> str:
-    """The text of a pip.conf with `settings`; the words of a value stand on lines of their own."""
+    """Format `settings` as a pip.conf; each word of a value gets its own line."""
     sections: dict[str, list[str]] = {}
     for name, value in sorted(settings.items()):
         section, _, key = name.partition(".")

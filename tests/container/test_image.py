@@ -1,4 +1,4 @@
-"""The image, built for real: what it holds, how it starts things, that it trains.
+"""Tests built images: their content, how they start commands, and that they train.
 
 `make container-test` runs these; they take minutes and are no part of `make test`.
 """
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.container, pytest.mark.timeout(1500)]
 
 PROJECT = "/opt/megatron-moe"
 ENTRY = f"{PROJECT}/docker/entrypoint.sh"
-# Seconds, and every step recorded.
+# Trains for seconds and records every step.
 TINY = (
     *("--preset", "olmoe_tiny", "--mock-data", "--seq-length", "32", "--micro-batch-size", "2"),
     *("--global-batch-size", "4", "--lr", "1e-3", "--min-lr", "1e-4", "--seed", "7"),
@@ -32,7 +32,7 @@ def names(folder: Path) -> set[str]:
 
 
 def contents(folder: Path, *parts: str) -> dict[str, bytes]:
-    """Every file of `parts`, but bytecode and hidden ones."""
+    """Read every file of `parts` except bytecode and hidden files."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for part in parts
@@ -43,7 +43,7 @@ def contents(folder: Path, *parts: str) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def runs(store: Store) -> Path:
-    """A directory of this machine, mounted where runs go."""
+    """Make a directory that is mounted for runs."""
     made = store.work / "runs"
     made.mkdir()
     made.chmod(0o1777)
@@ -62,7 +62,7 @@ def losses(run: Path) -> list[float]:
 
 @pytest.fixture(scope="session")
 def one_process(cpu: Container, runs: Path) -> Path:
-    """Three steps by one process, as enroot and apptainer would run it.
+    """Train three steps in one process, the way enroot and apptainer run it.
 
     They unpack an image, keep it read-only, and take their caller's user, whom it does not know.
     """
@@ -81,7 +81,7 @@ def one_process(cpu: Container, runs: Path) -> Path:
     return runs / "one"
 
 
-# What it is
+# Content
 
 
 def test_user_is_a_number_and_not_root(cpu: Container) -> None:
@@ -102,7 +102,7 @@ def test_environment_has_three_variables(cpu: Container) -> None:
     }
 
 
-def test_labels_say_what_was_built(cpu: Container) -> None:
+def test_labels_have_version_and_revision(cpu: Container) -> None:
     labels = cpu.config["Labels"]
     assert labels["org.opencontainers.image.version"] == "9.8.7"
     assert labels["org.opencontainers.image.revision"] == "abc"
@@ -131,7 +131,7 @@ def test_image_holds_nothing_else_of_the_checkout_and_of_the_build(cpu: Containe
     assert not (cpu.path("/build")).exists()
 
 
-def test_build_is_sent_what_it_copies_and_no_more(store: Store, checkout: Path) -> None:
+def test_build_context_has_only_what_is_copied(store: Store, checkout: Path) -> None:
     recipe = store.work / "Context"
     recipe.write_text("FROM scratch\nCOPY . /\n")
     store.build("context", checkout, "--file", recipe)
@@ -143,26 +143,26 @@ def test_build_is_sent_what_it_copies_and_no_more(store: Store, checkout: Path) 
     assert not (root / "examples/.key").exists()
 
 
-# How it starts things
+# Entry point
 
 
-def test_help_lists_tools_and_not_their_parts(cpu: Container) -> None:
+def test_help_lists_tools_only(cpu: Container) -> None:
     lines = cpu.run("help").stdout.splitlines()
     assert "  pretrain" in lines
     assert "  recipe" not in lines
 
 
-def test_status_of_a_command_is_the_containers(cpu: Container) -> None:
+def test_exit_status_of_a_command_is_the_containers(cpu: Container) -> None:
     assert cpu.run("bash", "-c", "exit 7", check=False).returncode == 7
     assert cpu.run("pretrian", check=False).returncode == 127
 
 
-def test_code_cannot_be_written_and_runs_can(cpu: Container) -> None:
+def test_code_is_read_only_and_runs_is_writable(cpu: Container) -> None:
     assert cpu.run("test", "-w", "tools/pretrain.py", check=False).returncode == 1
     assert cpu.run("test", "-w", "runs").returncode == 0
 
 
-def test_packages_in_a_mounted_home_are_not_seen(cpu: Container, store: Store) -> None:
+def test_packages_in_a_mounted_home_are_ignored(cpu: Container, store: Store) -> None:
     home = store.work / "home"
     packages = home / ".local/lib/python3.11/site-packages"
     packages.mkdir(parents=True)
@@ -173,10 +173,10 @@ def test_packages_in_a_mounted_home_are_not_seen(cpu: Container, store: Store) -
     assert "No module named 'stranger'" in found.stdout
 
 
-# What it does
+# Training
 
 
-def test_doctor_runs_by_its_name_and_finds_nothing_amiss(cpu: Container) -> None:
+def test_doctor_runs_by_its_name_and_finds_no_problem(cpu: Container) -> None:
     assert "Nothing here would stop a run." in cpu.run("doctor").stdout
 
 
@@ -186,13 +186,15 @@ def test_unknown_user_trains_in_a_read_only_image_with_a_mount(one_process: Path
     assert len(losses(one_process)) == 3
 
 
-def test_two_ranks_have_the_losses_of_one(cpu: Container, runs: Path, one_process: Path) -> None:
+def test_two_ranks_have_the_same_losses_as_one(
+    cpu: Container, runs: Path, one_process: Path
+) -> None:
     train(cpu, runs, *TWO_RANKS, *TINY, "--train-iters", "3", "--save", "runs/two")
     assert losses(runs / "two") == pytest.approx(losses(one_process), rel=1e-5)
 
 
 def test_stopping_the_container_saves_first(cpu: Container, runs: Path) -> None:
-    """An engine's stop is SIGTERM to the first process, which the entry point has become."""
+    """Sends SIGTERM to the first process, like an engine's stop; the entry point has exec'ed it."""
     script = """
         "$0" pretrain "$@" & first=$!
         until grep -qs '"iteration": 2,' runs/stopped/metrics.jsonl; do
@@ -208,7 +210,7 @@ def test_stopping_the_container_saves_first(cpu: Container, runs: Path) -> None:
     assert 2 <= saved < 100000
 
 
-# On a base with a torch of its own
+# A base with its own torch
 
 
 def test_torch_of_the_base_is_kept(gpu: Container) -> None:
@@ -222,7 +224,7 @@ def test_torch_of_the_base_is_kept(gpu: Container) -> None:
     assert not {"torch", "numpy"} & packages
 
 
-def test_what_the_base_prepares_in_bash_env_reaches_a_tool(gpu: Container) -> None:
+def test_bash_env_of_the_base_reaches_a_tool(gpu: Container) -> None:
     script = "import os; print(os.environ['PREPARED'])"
     assert gpu.run("python", "-c", script).stdout.strip() == "for-the-driver"
 

@@ -12,7 +12,7 @@ from benchmarks.shapes import SHAPES
 from tests.distributed.launcher import REPO
 
 
-def test_processes_train_alike_and_exchange_what_the_model_says(tmp_path: Path) -> None:
+def test_processes_agree_and_communicate_as_modelled(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     done = subprocess.run(
         [
@@ -35,7 +35,7 @@ def test_processes_train_alike_and_exchange_what_the_model_says(tmp_path: Path) 
     assert layouts["EP2"]["calls"] > 20
 
 
-def test_a_rank_that_fails_says_so_and_serves_on() -> None:
+def test_failing_rank_reports_its_error_and_continues() -> None:
     flags = layout_flags(SHAPES["olmoe_toy"], 1, "DP")
     with worlds([1]) as ranks:
         with pytest.raises(RuntimeError, match=r"a rank failed:[\s\S]*must be a multiple of"):

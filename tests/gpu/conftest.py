@@ -1,4 +1,4 @@
-"""GPU tests skip, with the reason, where there is no GPU."""
+"""Skips GPU tests, with the reason, where there is no GPU."""
 
 import pytest
 import torch

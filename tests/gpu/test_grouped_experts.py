@@ -1,4 +1,4 @@
-"""Expert backends on a GPU against the loop: values, gradients, experts without tokens."""
+"""Compares expert backends on a GPU with the loop: values, gradients, experts without tokens."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Attention experts on a GPU: grouped GEMM against loop, no waiting, a whole small JetMoE."""
+"""Tests attention experts on a GPU: grouped GEMM against loop, host syncs, a small JetMoE."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from moe_ext.functional import sort_choices, topk_softmax
 from tests.distributed.jetmoe_cases import JETMOE
 from tests.distributed.launcher import flags
 
-# What torch, NCCL and megatron-core warn of differs by version; it is shown, and not fatal here.
+# Warnings of torch, NCCL and megatron-core depend on their versions, so they are not errors here.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 INPUTS, OUTPUTS = 64, 32
@@ -39,11 +39,11 @@ def test_grouped_projection_equals_loop_in_bf16_with_all_gradients(counts: list[
     for a, b in zip(run("grouped"), run("loop"), strict=True):
         assert torch.isfinite(a).all()
         if b.numel():
-            # One product each, rounded to bf16 (2^-8) once.
+            # One GEMM each, rounded to bf16 (2^-8) once.
             torch.testing.assert_close(a, b, rtol=0, atol=0.01 * b.abs().max().item() + 1e-6)
 
 
-def test_sorting_and_projecting_never_waits_for_the_gpu() -> None:
+def test_sorting_and_projecting_never_synchronises_the_host() -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     tokens = torch.randn(50, INPUTS, generator=generator, device="cuda").bfloat16()
     weight = torch.randn(8, OUTPUTS, INPUTS, generator=generator, device="cuda").bfloat16()
@@ -64,13 +64,13 @@ def test_sorting_and_projecting_never_waits_for_the_gpu() -> None:
     every = torch.einsum("th,eih->tei", tokens.float(), both)  # [t, e, i]
     routing_map = torch.zeros(50, 8, device="cuda").scatter(1, experts, 1.0)
     expected = (every * routing_map[..., None]).sum(1)
-    # Two products of two experts, each rounded to bf16 (2^-8), and their sum.
+    # Two GEMMs of two experts, each rounded to bf16 (2^-8), and their sum.
     limit = 0.02 * expected.abs().max().item()
     torch.testing.assert_close(output.float(), expected, rtol=0, atol=limit)
 
 
 def test_a_small_jetmoe_trains_in_bf16_like_in_fp32(tmp_path: Path) -> None:
-    """Through the real command, with widths that the grouped GEMM takes."""
+    """Runs the pretrain command with widths that the grouped GEMM supports."""
     sizes = {"hidden-size": 64, "kv-channels": 16, "moe-ffn-hidden-size": 32, "train-iters": 3}
 
     def run(name: str, **changes: Any) -> list[dict[str, Any]]:

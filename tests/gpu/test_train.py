@@ -1,4 +1,4 @@
-"""Training on one GPU through the real command: against the CPU, and across a stop."""
+"""Trains on one GPU through the pretrain command: against the CPU, and across a restart."""
 
 import json
 import os
@@ -23,11 +23,11 @@ from moe_app.pretrain.config import parse_recipe
 from tests.distributed.launcher import flags
 from tests.paths import REPO
 
-# What torch, NCCL and megatron-core warn of differs by version; it is shown, and not fatal here.
+# Warnings of torch, NCCL and megatron-core depend on their versions, so they are not errors here.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 STEPS = 6
-# Widths that the grouped GEMM takes: rows of whole 16-byte blocks.
+# Widths that the grouped GEMM supports: rows of a multiple of 16 bytes.
 SIZES = {
     "hidden-size": 64,
     "num-attention-heads": 4,
@@ -61,20 +61,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(root: Path) -> Path:
-    """An fp32 run on the GPU that never stops."""
+    """Run fp32 on the GPU without a stop."""
     run(save=root / "single")
     return root / "single"
 
 
 @pytest.fixture(scope="module")
 def single_bf16(root: Path) -> Path:
-    """A bf16 run on the GPU that never stops."""
+    """Run bf16 on the GPU without a stop."""
     run(save=root / "single_bf16", bf16=True)
     return root / "single_bf16"
 
 
 def test_fp32_on_the_gpu_trains_like_the_cpu(root: Path, single: Path) -> None:
-    """Initial weights and data are the same bits; only the order of sums differs."""
+    """Compares runs with bitwise equal weights and data; only the order of sums differs."""
     command = [sys.executable, str(REPO / "tools" / "pretrain.py")]
     command += run_flags(save=root / "cpu", device="cpu")
     environment = {**os.environ, "OMP_NUM_THREADS": "4"}
@@ -85,15 +85,15 @@ def test_fp32_on_the_gpu_trains_like_the_cpu(root: Path, single: Path) -> None:
     for key in ("lm_loss", "load_balancing_loss", "z_loss"):
         expected = series(root / "cpu", key)
         assert len(expected) == STEPS
-        # As between layouts on the CPU, ten times as wide for CUDA's own exp and rsqrt.
+        # Ten times the tolerance between layouts on the CPU, for CUDA's own exp and rsqrt.
         assert series(single, key) == pytest.approx(expected, rel=1e-4), key
     assert series(single, "grad_norm") == pytest.approx(series(root / "cpu", "grad_norm"), rel=1e-3)
 
 
 def test_bf16_trains_like_fp32(single: Path, single_bf16: Path) -> None:
-    """bf16 rounds by up to 0.4 %; over the mean of 128 tokens a CPU run differed by 2e-4."""
+    """Compares losses: bf16 rounds by up to 0.4 %, means over 128 tokens by 2e-4 on a CPU."""
     assert series(single_bf16, "lm_loss") == pytest.approx(series(single, "lm_loss"), rel=1e-3)
-    # The first gradient comes from equal weights: 4e-4 apart on a CPU, far off if a part is lost.
+    # The first gradients come from equal weights; they differ by 4e-4 on a CPU.
     assert series(single_bf16, "grad_norm")[0] == pytest.approx(
         series(single, "grad_norm")[0], rel=5e-3
     )
@@ -102,12 +102,12 @@ def test_bf16_trains_like_fp32(single: Path, single_bf16: Path) -> None:
 
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["plain", "distributed_optimizer"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_stopped_run_goes_on_alike(
+def test_stopped_run_resumes_with_the_same_losses(
     bf16: bool, is_sharded: bool, root: Path, single: Path, single_bf16: Path
 ) -> None:
-    """Atomic adds on a GPU sum in any order, so the steps after the stop agree to rounding.
+    """Compares to rounding, because atomic adds on a GPU sum in any order.
 
-    `test_checkpoint_brings_back_every_bit` is the exact half of this claim.
+    `test_checkpoint_restores_every_bit` is the exact half of this claim.
     """
     directory = root / f"stopped_{bf16}_{is_sharded}"
     common = {"bf16": bf16, "use_distributed_optimizer": is_sharded, "save": directory}
@@ -129,7 +129,7 @@ def build(*arguments: str) -> TrainState:
 
 
 def tensors(state: TrainState) -> dict[str, torch.Tensor]:
-    """Weights, moments, master weights and random states by name, as a checkpoint holds them."""
+    """Return weights, moments, master weights and random states by their checkpoint names."""
     found = {}
     for value in nested_values(sharded_state(state)):
         built = value.build() if isinstance(value, ShardedTensorFactory) else value
@@ -140,7 +140,7 @@ def tensors(state: TrainState) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["plain", "distributed_optimizer"])
-def test_checkpoint_brings_back_every_bit(is_sharded: bool, tmp_path: Path) -> None:
+def test_checkpoint_restores_every_bit(is_sharded: bool, tmp_path: Path) -> None:
     arguments = run_flags(
         train_iters=2, bf16=True, use_distributed_optimizer=is_sharded, save=tmp_path
     )

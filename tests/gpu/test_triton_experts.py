@@ -1,4 +1,4 @@
-"""Triton on a GPU at the models' sizes, against float64, and without a synchronisation."""
+"""Compares Triton on a GPU at the models' sizes with float64, without host synchronisation."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ def random(*shape: int, std: float = 1.0) -> Tensor:
 
 
 def order_of(tokens: int, experts: int, k: int) -> ExpertOrder:
-    """Learned-looking: some experts are chosen more often."""
+    """Make an order with an uneven distribution of experts, like a learned routing."""
     logits = torch.randn(tokens, experts, device="cuda") + torch.randn(experts, device="cuda")
     return sort_by_expert(logits.topk(k).indices, num_experts=experts)
 
@@ -44,7 +44,7 @@ def run(compute: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor) 
 
 def assert_near(actual: list[Tensor], exact: list[Tensor]) -> None:
     for a, b in zip(actual, exact, strict=True):
-        # Roundings to bf16 (2^-9 each) on the way are independent: small beside the norm.
+        # Intermediate roundings to bf16 (2^-9 each) are independent, so small relative to the norm.
         error = (a.double() - b).norm() / b.norm()
         assert error < 1e-2, f"{error:.2e}"
 

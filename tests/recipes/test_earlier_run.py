@@ -1,4 +1,4 @@
-"""A run directory of an earlier layout of the code goes on as if nothing had changed.
+"""Resumes a run directory that an earlier version of the code has written.
 
 `run_0.1.0.tar.gz` holds two token files (`data`), a run stopped after 4 of 8 steps (`run`), and the
 records of the same run without a stop (`expected.jsonl`), all of before the packages got rooms.

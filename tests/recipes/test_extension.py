@@ -1,4 +1,4 @@
-"""The example of a user's own router and decay: the command in its README trains with both."""
+"""Tests the example of a custom router and decay, which its README trains with."""
 
 import importlib.util
 import json
@@ -28,12 +28,12 @@ FLAGS = (
     " --moe-ffn-hidden-size 16 --vocab-size 64 --seq-length 32 --train-iters 3 --lr 0.01"
     " --min-lr 0.001 --init-method-std 0.5 --log-interval 1 --no-tensorboard"
 ).split()
-"""Initial weights so large that routing rules differ."""
+"""Flags of a tiny run, with initial weights so large that the routing rules differ."""
 
 
 @pytest.fixture
 def example() -> Iterator[ModuleType]:
-    """The example, imported; what it registered is taken out again."""
+    """Import the example, and unregister its blocks afterwards."""
     tables: tuple[dict[str, Any], ...] = (ROUTERS, DECAYS)
     before = [dict(table) for table in tables]
     spec = importlib.util.spec_from_file_location("sigmoid_router", EXAMPLE)
@@ -48,10 +48,10 @@ def example() -> Iterator[ModuleType]:
 
 @pytest.fixture
 def run_here() -> Iterator[Callable[[list[str]], int]]:
-    """Runs tools/pretrain.py in this process and leaves the process as it was."""
+    """Return `pretrain.main`, and restore the state of this process afterwards."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    # torch.device("meta") looks its factories up once: before they are redirected to the CPU.
+    # torch.device("meta") looks up its factories once; do so before they are redirected to the CPU.
     torch.utils._device._device_constructors()
     yield pretrain.main
     if torch.distributed.is_initialized():
@@ -65,8 +65,8 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if "lm_loss" in record]
 
 
-def route_by_hand(logits: Tensor, k: int) -> Tensor:
-    """Weights [e] of one token's experts, one number after another."""
+def reference_weights(logits: Tensor, k: int) -> Tensor:
+    """Compute the weights [e] of one token's experts, one number at a time."""
     gates = [1.0 / (1.0 + (-logit).exp()) for logit in logits]
     best = sorted(range(len(gates)), key=lambda expert: -gates[expert].item())[:k]
     total = sum(gates[expert] for expert in best)
@@ -74,12 +74,12 @@ def route_by_hand(logits: Tensor, k: int) -> Tensor:
     return torch.stack([gates[e] / total if e in best else zero for e in range(len(gates))])
 
 
-def test_router_is_the_rule_written_out_with_its_gradient(example: ModuleType) -> None:
+def test_router_matches_a_reference_in_value_and_gradient(example: ModuleType) -> None:
     logits = torch.randn(20, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
     experts, gates, scores = example.SigmoidTopKRouter.select(SimpleNamespace(topk=3), logits)
     exact = logits.detach().double().requires_grad_()
-    expected = torch.stack([route_by_hand(row, 3) for row in exact])
-    everyone = torch.stack([route_by_hand(row, 8) for row in exact])
+    expected = torch.stack([reference_weights(row, 3) for row in exact])
+    everyone = torch.stack([reference_weights(row, 8) for row in exact])
     # fp32 against fp64, over a handful of operations on numbers up to 1
     close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
     probs = torch.zeros_like(logits).scatter(1, experts, gates)
@@ -94,7 +94,7 @@ def test_router_is_the_rule_written_out_with_its_gradient(example: ModuleType) -
 
 
 def start(script: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Train on one rank, as the README says."""
+    """Train on one rank."""
     return subprocess.Popen(
         [sys.executable, str(script), *FLAGS, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -120,7 +120,7 @@ def test_example_trains_with_its_own_router_and_decay(tmp_path: Path) -> None:
     for step, record in enumerate(with_own):
         rate = 0.001 + (0.01 - 0.001) * (1 - math.sqrt(step / 3))
         assert record["learning_rate"] == pytest.approx(rate, rel=1e-12)
-    # Both begin with the same weights. Normalised sigmoids are flatter than a softmax: near 0 their
+    # Both start with the same weights. Normalised sigmoids are flatter than a softmax: near 0 their
     # logarithm grows half as fast with the logit, and it is bounded.
     assert with_own[0]["moe_entropy"] > with_ours[0]["moe_entropy"] + 0.01
     assert with_own[0]["lm_loss"] != with_ours[0]["lm_loss"]

@@ -1,4 +1,4 @@
-"""A model that knows one sentence by heart, trained on two ranks, says it and scores it."""
+"""Generates and scores with a model that two ranks trained to memorise one sentence."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ from moe_app.data import train_tokenizer
 from moe_app.infer import generate, open_model, score
 from tests.distributed.launcher import REPO, flags, ranks
 
-# Of torch while it reads a checkpoint.
+# torch warns while it reads a checkpoint.
 pytestmark = pytest.mark.filterwarnings("ignore:Please use DTensor:FutureWarning")
 
 VOCAB = 400
@@ -33,7 +33,7 @@ LAYOUT = {**dict.fromkeys(BOTH, 2), "expert-tensor-parallel-size": 1}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory; its tokenizer is only in the checkpoint."""
+    """Train a run whose tokenizer is only in the checkpoint."""
     folder = tmp_path_factory.mktemp("generate")
     letters = random.Random(0)
     words = ["".join(letters.choices("abcdefgh", k=4)) for _ in range(500)]
@@ -71,10 +71,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def root_logger() -> Iterator[None]:
-    """Give pytest its log handlers back, which the tools replace."""
+    """Restore pytest's log handlers, which the tools replace."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    # torch.device("meta") looks its factories up once: before they are redirected to the CPU.
+    # torch.device("meta") looks up its factories once; do so before they are redirected to the CPU.
     torch.utils._device._device_constructors()
     yield
     root.handlers[:] = handlers
@@ -82,7 +82,7 @@ def root_logger() -> Iterator[None]:
 
 
 def texts(capsys: pytest.CaptureFixture[str], run: Path, *arguments: str) -> tuple[str, str]:
-    """Standard output and error of the tool."""
+    """Run generate; return its standard output and error."""
     capsys.readouterr()
     status = generate.main(["--load", str(run), "--max-new-tokens", "30", *arguments])
     out, err = capsys.readouterr()
@@ -194,7 +194,7 @@ def arguments_of(**settings: str | None) -> argparse.Namespace:
     return argparse.Namespace(**{"tokenizer_type": None, "tokenizer_model": None, **settings})
 
 
-def test_run_without_a_tokenizer_needs_one_named(tmp_path: Path) -> None:
+def test_run_without_a_tokenizer_needs_the_flag(tmp_path: Path) -> None:
     found = FoundCheckpoint(path=tmp_path / "iter_0000001", iteration=1)
     message = (
         f"{found.path} has no tokenizer, because its run had no --tokenizer-model; text needs"
@@ -208,13 +208,13 @@ def test_run_without_a_tokenizer_needs_one_named(tmp_path: Path) -> None:
         open_model.find_tokenizer(mock, found, arguments_of())
 
 
-def test_lines_and_logits_need_files_of_their_own(tmp_path: Path) -> None:
+def test_lines_and_logits_need_different_files(tmp_path: Path) -> None:
     args = argparse.Namespace(output=f"{tmp_path}/a", logits=f"{tmp_path}/./a")
     with pytest.raises(ConfigError, match="--output and --logits are both"):
         score.check_logits(args, score.InputStats(num_lines=1, longest=2), 3)
 
 
-def test_tokenizer_of_the_checkpoint_yields_to_a_named_one(run: Path, tmp_path: Path) -> None:
+def test_tokenizer_flag_overrides_the_checkpoints(run: Path, tmp_path: Path) -> None:
     found = find_checkpoint(run)
     data = DataConfig(tokenizer_model="/nowhere/tokenizer.model")
     assert open_model.find_tokenizer(data, found, arguments_of()).vocab_size == VOCAB
@@ -289,7 +289,7 @@ def run_score(run: Path, source: Path, *arguments: str) -> tuple[int, Path]:
     return score.main(["--load", str(run), *files, *arguments]), output
 
 
-def test_memorised_text_is_likely_and_each_line_keeps_its_place(run: Path, tmp_path: Path) -> None:
+def test_memorised_text_is_likely_and_lines_keep_their_order(run: Path, tmp_path: Path) -> None:
     source = write_lines(
         tmp_path / "in.jsonl",
         {"text": "ten three nine one", "id": "odd"},
@@ -301,7 +301,7 @@ def test_memorised_text_is_likely_and_each_line_keeps_its_place(run: Path, tmp_p
     assert status == 0
     odd, known, short = read_lines(output)
     assert [odd["id"], known["id"], short["id"]] == ["odd", "known", "short"]
-    # The first word of the sentence follows from nothing; the rest is certain.
+    # The first word of the sentence cannot be predicted; the rest is certain.
     assert min(known["token_logprobs"][1:]) > -0.1
     assert odd["sum_logprob"] < -20
     assert short["token_logprobs"] == [] and short["num_tokens"] == 1

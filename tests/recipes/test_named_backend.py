@@ -1,4 +1,4 @@
-"""A run that named an expert backend is scored where that backend is not."""
+"""Tests that a run with a named expert backend can be scored where it is not installed."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from tests.distributed.launcher import REPO, flags
 
 
 def run_tool(name: str, *arguments: str, interprets: bool) -> subprocess.CompletedProcess[str]:
-    """A tool in a process of its own; Triton's kernels can be run there only if it interprets."""
+    """Run a tool in its own process, where Triton works only in interpreter mode."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if interprets:
         environment["TRITON_INTERPRET"] = "1"

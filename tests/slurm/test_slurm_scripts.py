@@ -21,7 +21,7 @@ def late_directives(text: str) -> list[str]:
 
 
 def unsafe_directives(text: str) -> list[str]:
-    """List log directives with a directory: where it is missing, the job fails without a message."""
+    """List log directives with a directory, which if missing makes the job fail silently."""
     return re.findall(r"^#SBATCH.*--(?:output|error)=\S*/.*", text, flags=re.MULTILINE)
 
 

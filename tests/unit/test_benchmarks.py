@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic against simpler truths, and both of them at a toy size."""
+"""Compares the benchmarks' arithmetic with references, and runs them at a toy size."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from tests.paths import REPO
 CPU = torch.device("cpu")
 
 
-def test_summary_is_the_middle_and_the_ends() -> None:
+def test_summary_is_median_and_extremes() -> None:
     odd, even = summarize([3.0, 1.0, 2.0]), summarize([4.0, 1.0, 2.0, 3.0])
     assert (odd.median, odd.low, odd.high) == (2.0, 1.0, 3.0)
     assert even.median == 2.5
@@ -34,7 +34,7 @@ def test_summary_is_the_middle_and_the_ends() -> None:
         summarize([])
 
 
-def test_ratio_of_pairs_does_not_see_a_load_that_both_meet() -> None:
+def test_paired_ratio_is_unaffected_by_load_on_both() -> None:
     load = [1.0, 7.0, 3.0]
     found = paired_ratio([2.0 * x for x in load], [1.0 * x for x in load])
     assert (found.median, found.low, found.high) == (2.0, 2.0, 2.0)
@@ -42,14 +42,14 @@ def test_ratio_of_pairs_does_not_see_a_load_that_both_meet() -> None:
         paired_ratio([1.0, 2.0], [1.0])
 
 
-def test_every_round_visits_all_and_begins_elsewhere() -> None:
+def test_every_round_visits_all_and_rotates_the_order() -> None:
     visits = list(interleave(["a", "b", "c"], 4))
     rounds = [[name for number, name in visits if number == each] for each in range(4)]
     assert [sorted(names) for names in rounds] == [["a", "b", "c"]] * 4
     assert [names[0] for names in rounds] == ["a", "b", "c", "a"]
 
 
-def test_digest_of_a_tensor_is_that_of_its_parts() -> None:
+def test_digest_of_a_tensor_equals_that_of_its_parts() -> None:
     rows = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
     parts = [("w", 0, rows[:4]), ("w", 4, rows[4:])]
     norm, *products = digest(parts)["w"]
@@ -58,7 +58,7 @@ def test_digest_of_a_tensor_is_that_of_its_parts() -> None:
     assert products == pytest.approx([sum(pair) for pair in zip(*of_parts, strict=True)])
 
 
-def test_digests_tell_how_far_gradients_are_apart() -> None:
+def test_digests_measure_the_distance_of_gradients() -> None:
     generator = torch.Generator().manual_seed(4)
     expected = torch.randn(1000, generator=generator)
     for share in (1e-3, 1e-1):
@@ -70,7 +70,7 @@ def test_digests_tell_how_far_gradients_are_apart() -> None:
     assert largest_difference(digest([("w", 0, expected)]), digest([("w", 0, expected)]))[0] == 0
 
 
-def test_a_wrong_sign_or_order_or_nan_is_far_away() -> None:
+def test_wrong_sign_order_or_nan_gives_a_large_difference() -> None:
     rows = torch.randn(64, 3, generator=torch.Generator().manual_seed(5))
     expected = digest([("w", 0, rows)])
     for wrong in (-rows, rows.flip(0), rows * 2):
@@ -78,7 +78,7 @@ def test_a_wrong_sign_or_order_or_nan_is_far_away() -> None:
     broken = rows.clone()
     broken[0, 0] = math.nan
     assert largest_difference(digest([("w", 0, broken)]), expected)[0] == math.inf
-    with pytest.raises(ValueError, match=re.escape("different tensors were given: v, w")):
+    with pytest.raises(ValueError, match=re.escape("only one side has v, w")):
         largest_difference(digest([("v", 0, rows)]), expected)
 
 
@@ -111,8 +111,8 @@ def test_skewed_routing_sends_half_to_a_sixteenth_of_the_experts() -> None:
     assert counts("skewed", 8, 2)[0] == 256
 
 
-def test_learned_routing_has_the_figures_of_the_released_model() -> None:
-    """OLMoE-1B-7B: entropy 3.45 to 3.99 nats, top-8 mass 0.30 to 0.55, balance 1.14 on C4."""
+def test_learned_routing_matches_the_released_model() -> None:
+    """Compares with OLMoE-1B-7B: entropy 3.45 to 3.99 nats, top-8 mass 0.30 to 0.55."""
     made = make_routing("learned", num_tokens=8192, num_experts=64, topk=8, rule="softmax_topk")
     found = made.describe()
     assert 3.45 <= found["mean_entropy"] <= 3.99
@@ -122,8 +122,8 @@ def test_learned_routing_has_the_figures_of_the_released_model() -> None:
 
 
 @pytest.mark.parametrize("name", ["olmoe", "jetmoe", "small"])
-def test_layers_flops_are_the_models(name: str) -> None:
-    """One layer more costs its experts, its attention, router and norms."""
+def test_layer_flops_match_those_of_the_model(name: str) -> None:
+    """Compares with the difference of two models that differ by one layer."""
     shape = SHAPES[name]
     model, sizes = shape.model, {"seq_length": None, "micro_batch_size": None}
     one, two = (resize(shape, num_layers=n, **sizes).model for n in (1, 2))
@@ -154,8 +154,8 @@ print(grown, meter.peak_bytes() - before)
 """
 
 
-def test_peak_memory_is_what_was_held_at_most() -> None:
-    """In a process of its own, whose allocator no other test has tuned."""
+def test_peak_memory_is_the_highest_use() -> None:
+    """Runs in a new process, whose allocator no other test has configured."""
     command = [sys.executable, "-c", _HOLD_64_MIB]
     told = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
     grown, afterwards = map(int, told.split())
@@ -196,7 +196,7 @@ def test_report_takes_ratios_round_by_round() -> None:
     assert "native is 1.75 (1.50 to 2.00) times as fast as quick" in printed
 
 
-def test_other_maths_is_not_timed() -> None:
+def test_different_results_are_not_timed() -> None:
     session = fake_session(native=[], peer=[])
     rows = torch.ones(4, 4)
     digests = {"native": digest([("w", 0, rows)]), "peer": digest([("w", 0, rows)])}
@@ -214,7 +214,7 @@ def test_other_maths_is_not_timed() -> None:
         session._compare_pair("native", "peer", digests)
 
 
-def test_worker_hands_its_failure_to_the_parent_and_lives_on() -> None:
+def test_worker_sends_its_failure_to_the_parent_and_continues() -> None:
     worker = Worker(Entry(build_ceilings, (torch.float32, 16)), device=CPU, num_threads=1)
     try:
         with pytest.raises(RuntimeError, match=re.escape("unknown command 'dance'")):
@@ -224,7 +224,7 @@ def test_worker_hands_its_failure_to_the_parent_and_lives_on() -> None:
         worker.close()
 
 
-def test_fresh_session_keeps_no_process() -> None:
+def test_fresh_session_keeps_no_worker() -> None:
     entries = {"native": Entry(build_ceilings, (torch.float32, 16))}
     plan = Plan(
         entries=entries, device=CPU, dtype=torch.float32, rounds=1, warmup=1, gemm_size=16,
@@ -232,7 +232,7 @@ def test_fresh_session_keeps_no_process() -> None:
     )  # fmt: skip
     session = Session(plan)
     session.run()
-    assert list(session._standing) == ["ceilings"]
+    assert list(session._persistent) == ["ceilings"]
     (sample,), peak = session.found["native"].samples, session.found["native"].peak_bytes
     assert sample["seconds"] > 0
     assert peak is not None and peak > 2 * 2**28  # it holds what it copies and the copy
@@ -257,7 +257,7 @@ def run(main: Any, path: Path, *flags: str) -> dict[str, Any]:
 
 
 def check_rows(found: dict[str, Any], *names: str) -> None:
-    """Rows are there, and their ratios are those of their own samples."""
+    """Check that all rows exist and that their ratios follow from their samples."""
     rows = found["implementations"]
     for name in names:
         row = rows[name]
@@ -285,7 +285,7 @@ def test_attention_benchmark_runs(tmp_path: Path) -> None:
     check_rows(run(moe_layer.main, tmp_path / "a.json", *flags), *names)
 
 
-def test_step_benchmark_runs_and_both_learn_alike(tmp_path: Path) -> None:
+def test_step_benchmark_runs_and_losses_agree(tmp_path: Path) -> None:
     names = ("native", "transformers-grouped_mm")
     flags = ("--shape", "olmoe_toy", "--only", *names)
     found = run(train_step.main, tmp_path / "a.json", *flags)

@@ -1,4 +1,4 @@
-"""Files of the image that need no build to be tested: what they agree on, and the entry point."""
+"""Tests the files of the image without a build: their consistency, and the entry point."""
 
 import ast
 import os
@@ -26,14 +26,14 @@ GUIDE = (REPO / "examples/docker/README.md").read_text("utf-8")
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Name and rest of each instruction of the Dockerfile, continued lines joined."""
+    """Parse the Dockerfile to name and arguments of each instruction; join continued lines."""
     text = re.sub(r"^\s*#.*\n", "", DOCKERFILE, flags=re.MULTILINE).replace("\\\n", " ")
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     return [(line.partition(" ")[0], line.partition(" ")[2]) for line in lines]
 
 
 def arguments() -> dict[str, str]:
-    """Default of each ARG."""
+    """Return the default of each ARG."""
     pairs = (rest.partition("=") for name, rest in instructions() if name == "ARG")
     return {name: value for name, _, value in pairs}
 
@@ -41,7 +41,7 @@ def arguments() -> dict[str, str]:
 # The Dockerfile
 
 
-def test_versions_are_those_that_are_tested() -> None:
+def test_versions_are_the_tested_ones() -> None:
     tested = re.search(r"^TORCH \?= (\S+)$", (REPO / "Makefile").read_text("utf-8"), re.MULTILINE)
     compat = ast.parse((REPO / "moe_ext/compat.py").read_text("utf-8"))
     (core,) = (
@@ -57,7 +57,7 @@ def test_versions_are_those_that_are_tested() -> None:
     assert arguments()["VERSION"] == PYPROJECT["project"]["version"]
 
 
-def test_build_is_sent_what_the_dockerfile_copies_and_no_more() -> None:
+def test_build_context_has_only_what_the_dockerfile_copies() -> None:
     copied = {
         source.partition("/")[0]
         for name, rest in instructions()
@@ -71,7 +71,7 @@ def test_build_is_sent_what_the_dockerfile_copies_and_no_more() -> None:
 
 
 def test_image_ends_as_a_user_after_the_checks() -> None:
-    """The last stage: a user that is a number, then the checks as that user, then the entry."""
+    """Checks the last stage: a numeric user, then the checks as that user, then the entry point."""
     last = [name for name, _ in instructions()][::-1].index("FROM")
     stage = instructions()[-last:]
     names = [name for name, _ in stage]
@@ -81,7 +81,7 @@ def test_image_ends_as_a_user_after_the_checks() -> None:
     assert len(checks) == 1
     assert names.index("USER") < checks[0] < names.index("ENTRYPOINT")
     assert names.count("USER") == 1
-    # pip runs in the first stage only, so its settings and caches are in no layer of the image.
+    # pip runs only in the first stage, so no layer of the image has its settings and caches.
     assert not [rest for _, rest in stage if re.search(r"\bpip\b", rest)]
 
 
@@ -98,7 +98,7 @@ def hadolint(dockerfile: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program, dockerfile], capture_output=True, text=True)
 
 
-def test_hadolint_finds_nothing_here_but_would(tmp_path: Path) -> None:
+def test_hadolint_passes_and_finds_a_planted_mistake(tmp_path: Path) -> None:
     assert hadolint(REPO / "Dockerfile").stdout == ""
     worse = tmp_path / "Dockerfile"
     worse.write_text(f"{DOCKERFILE}USER root\nRUN cd /tmp && pip install torch\n")
@@ -113,7 +113,7 @@ def test_hadolint_finds_nothing_here_but_would(tmp_path: Path) -> None:
 def requirements(
     *words: str, cwd: Path = REPO, path: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run the script; it sees the packages of `path` alone, if that is given."""
+    """Run the script, with only the packages of `path` if given."""
     alone = ["-S"] if path else []
     environment = {**os.environ, **({"PYTHONPATH": str(path)} if path else {})}
     return subprocess.run(
@@ -150,7 +150,7 @@ def test_default_extras_are_extras() -> None:
     ("extras", "message"),
     [("hf,wandd", "no extra 'wandd'.* gpu, triton, wandb"), ("test", "name those in EXTRAS")],
 )
-def test_extra_that_is_none_or_made_of_others_is_refused(extras: str, message: str) -> None:
+def test_unknown_or_composed_extra_is_refused(extras: str, message: str) -> None:
     refused = requirements("wanted", extras)
     assert refused.returncode == 2
     assert re.search(message, refused.stderr)
@@ -163,7 +163,7 @@ def test_pins_are_the_versions_in_use() -> None:
 
 
 def installed(folder: Path, **versions: str) -> Path:
-    """A directory with packages of these versions, and packaging as it is here."""
+    """Make a directory with packages of these versions and the real `packaging`."""
     for name, number in versions.items():
         described = folder / f"{name}-{number}.dist-info"
         described.mkdir(parents=True)
@@ -176,7 +176,7 @@ def installed(folder: Path, **versions: str) -> Path:
     ("torch", "status", "message"),
     [
         ("2.13.0a0+1.nv26.07", 0, ""),
-        ("2.13.0", 1, r"pip replaced torch==2.13.0a0\+1.nv26.07.* in use now: torch==2.13.0,"),
+        ("2.13.0", 1, r"pip replaced torch==2.13.0a0\+1.nv26.07.* now installed: torch==2.13.0,"),
     ],
 )
 def test_replaced_torch_fails_the_build(
@@ -206,7 +206,7 @@ def test_base_with_an_old_torch_fails_the_build(tmp_path: Path) -> None:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """The directory of an image, with a tool that says how it was called."""
+    """Make the directory of an image with a tool that prints its arguments."""
     (tmp_path / "docker").mkdir()
     shutil.copy(REPO / "docker/entrypoint.sh", tmp_path / "docker")
     (tmp_path / "tools").mkdir()
@@ -217,7 +217,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def with_python() -> dict[str, str]:
-    """This process's environment, with this Python as python."""
+    """Return this process's environment with this Python as `python`."""
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
@@ -237,7 +237,7 @@ def test_tool_gets_its_arguments_directory_and_the_first_process(image: Path) ->
     assert process.returncode == 5
 
 
-def test_command_is_run_as_it_is(image: Path) -> None:
+def test_command_is_run_unchanged(image: Path) -> None:
     found = start(image, "bash", "-c", 'echo "$1"; exit 7', "bash", "a  b")
     assert (found.returncode, found.stdout) == (7, "a  b\n")
 
@@ -262,10 +262,10 @@ def test_help_lists_tools(image: Path, words: tuple[str, ...]) -> None:
         ("pretrian", 127, "error: pretrian is neither a tool nor a program of this image"),
         ("recipe", 127, "error: recipe is neither"),
         ("../tools/pretrain", 127, "error: ../tools/pretrain is neither"),
-        ("--config", 2, "error: --config stands where a tool or a command must be"),
+        ("--config", 2, "error: expected a tool or a command, not the flag --config"),
     ],
 )
-def test_what_cannot_be_started_is_named(image: Path, word: str, status: int, message: str) -> None:
+def test_unknown_command_is_named(image: Path, word: str, status: int, message: str) -> None:
     found = start(image, word)
     assert found.returncode == status
     assert found.stdout == ""
@@ -273,7 +273,7 @@ def test_what_cannot_be_started_is_named(image: Path, word: str, status: int, me
     assert "\n  pretrain\n" in found.stderr
 
 
-# This machine's settings for pip, as the build test lends them
+# This machine's pip settings, which the build test mounts
 
 
 def test_environment_wins_over_files_and_sections_stay(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_local_paths_are_found_with_what_an_index_points_to(tmp_path: Path) -> N
 
 
 def guide_commands() -> list[list[str]]:
-    """Words of each command in the guide's blocks of code."""
+    """List the words of each command in the guide's code blocks."""
     blocks = re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.DOTALL)
     text = "\n".join(blocks).replace("\\\n", " ")
     return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
@@ -331,7 +331,7 @@ def test_guide_names_what_is_in_the_image() -> None:
 
 
 def test_guides_trainings_are_valid_for_their_ranks() -> None:
-    """Each `torchrun --nproc-per-node N ... pretrain.py FLAGS` of the guide, on N ranks."""
+    """Validates each `torchrun --nproc-per-node N ... pretrain.py` of the guide on N ranks."""
     trainings = [words for words in guide_commands() if "torchrun" in words]
     assert len(trainings) == 5
     for words in trainings:

@@ -1,4 +1,4 @@
-"""The rules of docs/architecture.md about imports, the environment and files, held by ast.
+"""Checks with ast the rules of docs/architecture.md on imports, environment and files.
 
 Each rule is a function Source -> problems. It is applied to the repository, and to a snippet that
 breaks it, so that a rule which went blind is noticed.
@@ -33,7 +33,7 @@ LAUNCH = "megatron/trainer/runtime/launch.py"
 
 @dataclass(frozen=True)
 class Source:
-    """A Python file of the repository, or a snippet that pretends to be one."""
+    """Holds a Python file of the repository, or a snippet in its place."""
 
     path: str
     text: str
@@ -58,7 +58,7 @@ def repository() -> list[Source]:
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and full name of everything imported below `tree`, modules and what is in them."""
+    """Yield line and full name of everything that `tree` imports, modules and their members."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -71,7 +71,7 @@ def is_within(name: str, package: str) -> bool:
 
 
 def dotted(node: ast.expr) -> str:
-    """`a.b.c` as written, "" for anything else."""
+    """Return `a.b.c` as written, "" for other expressions."""
     if isinstance(node, ast.Attribute):
         owner = dotted(node.value)
         return f"{owner}.{node.attr}" if owner else ""
@@ -95,7 +95,7 @@ def imports_point_down(source: Source) -> list[str]:
 
 
 def launch_alone_reads_globals(source: Source) -> list[str]:
-    """The environment and megatron-core's global groups."""
+    """Check that only launch reads the environment and megatron-core's global groups."""
     if not source.is_product or source.path == LAUNCH:
         return []
     found = []
@@ -116,7 +116,7 @@ def files_are_short(source: Source) -> list[str]:
 
 
 def optional_packages_are_imported_at_use(source: Source) -> list[str]:
-    """Not when the module is imported: only inside a function."""
+    """Check that optional packages are imported inside functions only."""
     if not source.is_product:
         return []
     outside_functions = ast.Module(body=[], type_ignores=[])
@@ -282,7 +282,7 @@ def test_name_of_two_things_is_found(files: list[tuple[str, str]]) -> None:
 
 
 def namespace_problems(root: Path) -> list[str]:
-    """A `megatron/__init__.py` of ours would hide the wheel's megatron.core, or be hidden by it."""
+    """Find a `megatron/__init__.py`, which would shadow the wheel's megatron.core."""
     return [f"{path.name} is there" for path in (root / "megatron").glob("__init__.*")]
 
 

@@ -1,4 +1,4 @@
-"""What the repository ships besides code: recipes, tools' help, links, documents, file habits."""
+"""Tests recipes, tools' help, links, documents and file conventions of the repository."""
 
 import itertools
 import re
@@ -43,7 +43,7 @@ def parse(path: Path) -> PretrainConfig:
     return parse_recipe(["--config", str(path)], prog="test", description="")
 
 
-def test_there_is_something_to_look_at() -> None:
+def test_there_are_recipes_and_documents() -> None:
     assert REPO / "examples/olmoe_1b_7b/olmoe_1b_7b.yaml" in RECIPES
     assert {"pretrain", "preprocess_data", "train_tokenizer", "build_corpus"} <= set(TOOLS)
     assert REPO / "docs/architecture.md" in DOCUMENTS
@@ -70,7 +70,7 @@ def test_printed_config_reloads_to_the_same_config(
 
 
 def test_olmoe_recipe_has_the_papers_numbers() -> None:
-    """arXiv 2409.02060: table 10, section 2 and the text of section 4.1."""
+    """Compares with arXiv 2409.02060: table 10, section 2 and the text of section 4.1."""
     cfg = parse(REPO / "examples/olmoe_1b_7b/olmoe_1b_7b.yaml")
     training, optimizer, model = cfg.training, cfg.optimizer, cfg.model
     tokens_per_step = training.global_batch_size * training.seq_length
@@ -125,7 +125,7 @@ def test_console_command_lists_commands(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def broken_links(document: Path) -> list[str]:
-    """Relative links to files that are not there."""
+    """List relative links to missing files."""
     text = re.sub(r"```.*?```", "", document.read_text("utf-8"), flags=re.DOTALL)
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
     local = [target.partition("#")[0] for target in targets if "://" not in target]
@@ -133,7 +133,7 @@ def broken_links(document: Path) -> list[str]:
 
 
 def missing_paths(document: Path) -> list[str]:
-    """Paths of this repository, written as code, that are not there."""
+    """List missing paths of this repository that are written as code."""
     areas = r"(?:megatron/trainer|moe_ext|moe_app|tools|tests|examples|docs|benchmarks)"
     text = document.read_text("utf-8")
     named = re.findall(rf"(?<![\w/.]){areas}/[\w./-]*\w\.(?:py|md|yaml|sh)\b", text)
@@ -142,7 +142,7 @@ def missing_paths(document: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
-def test_link_and_path_lead_somewhere(document: Path) -> None:
+def test_links_and_paths_exist(document: Path) -> None:
     assert broken_links(document) == []
     assert missing_paths(document) == []
 
@@ -155,7 +155,7 @@ def test_broken_link_and_path_are_found(tmp_path: Path) -> None:
 
 
 def written_records() -> list[Record]:
-    """A step's and an evaluation's record, as the loop puts them together."""
+    """Build the records of a step and of an evaluation, like the training loop."""
     metrics = {"moe": RouterMetrics(2, 4), "moa": RouterMetrics(2, 4)}
     for kind, layer in itertools.product(metrics, (1, 2)):
         metrics[kind].record(
@@ -194,7 +194,7 @@ def test_run_directory_document_explains_every_key() -> None:
     assert {"lm_loss", "valid_loss", "z_loss", "layer_entropy", "model_tflops"} <= keys
     explained = set(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE))
     assert keys - explained == set()
-    # And nothing is explained there that no record has; run.json's table is another section.
+    # Every explained key exists in a record; run.json's table is another section.
     section = text.partition("## metrics.jsonl")[2].partition("## ")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)) == keys
 
@@ -224,7 +224,7 @@ def tracked_files() -> list[Path]:
     return [REPO / name for name in listing.split("\0") if name and (REPO / name).exists()]
 
 
-def habits_broken(path: Path) -> list[str]:
+def broken_conventions(path: Path) -> list[str]:
     content = path.read_bytes()
     found = [f"{len(content)} bytes, at most {MAX_BYTES}"] if len(content) > MAX_BYTES else []
     if b"PRIVATE KEY" + b"-----" in content:
@@ -239,8 +239,8 @@ def habits_broken(path: Path) -> list[str]:
     return found
 
 
-def test_every_tracked_file_keeps_the_habits() -> None:
-    found = {relative(path): habits_broken(path) for path in tracked_files()}
+def test_every_tracked_file_follows_the_conventions() -> None:
+    found = {relative(path): broken_conventions(path) for path in tracked_files()}
     assert len(found) > 50
     assert {name: problems for name, problems in found.items() if problems} == {}
 
@@ -256,7 +256,7 @@ def test_every_tracked_file_keeps_the_habits() -> None:
         (b"-----BEGIN RSA " + b"PRIVATE KEY" + b"-----\n", "holds a private key"),
     ],
 )
-def test_broken_file_habit_is_found(content: bytes, problem: str, tmp_path: Path) -> None:
+def test_broken_convention_is_found(content: bytes, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "a.py"
     path.write_bytes(content)
-    assert problem in habits_broken(path)
+    assert problem in broken_conventions(path)

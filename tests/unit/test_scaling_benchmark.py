@@ -1,4 +1,4 @@
-"""The scaling benchmark at toy sizes, and its arithmetic against simpler truths."""
+"""Runs the scaling benchmark at toy sizes, and compares its arithmetic with references."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from moe_ext.counting import count_parameters, training_flops_per_token
 from tests.paths import REPO
 
 
-def test_finer_experts_cost_the_same_but_for_their_router() -> None:
+def test_finer_experts_change_only_the_cost_of_the_router() -> None:
     shapes = points("experts", BLOCK, (8, 64, 256))
     assert [shape.model.moe_router_topk for shape in shapes.values()] == [1, 8, 32]
     assert [shape.model.moe_ffn_hidden_size for shape in shapes.values()] == [1536, 192, 48]
@@ -39,7 +39,7 @@ def test_tokens_are_whole_sequences() -> None:
         points("tokens", BLOCK, (300,))
 
 
-def test_ranks_are_told_the_shape_and_the_layout() -> None:
+def test_flags_give_the_shape_and_the_layout() -> None:
     cfg = parse_recipe(layout_flags(PROCESS_BLOCK, 4, "PP"), prog="test", description="")
     assert cfg.model == PROCESS_BLOCK.model
     assert cfg.parallel.pipeline_model_parallel_size == 4
@@ -47,14 +47,14 @@ def test_ranks_are_told_the_shape_and_the_layout() -> None:
     assert cfg.training.seq_length == PROCESS_BLOCK.seq_length
 
 
-def test_layouts_that_train_something_else_are_not_compared() -> None:
+def test_layouts_with_different_losses_are_refused() -> None:
     same: list[list[dict[str, Any]]] = [[{"loss": 2.0}]]
     _compare_losses({"1": same, "EP2": same})
     with pytest.raises(DifferentMathsError, match=re.escape("the first loss under EP2 is 2.1")):
         _compare_losses({"1": same, "EP2": [[{"loss": 2.1}]]})
 
 
-def test_recording_leaves_torch_as_it_was() -> None:
+def test_recording_restores_torch() -> None:
     before = {name: vars(ProcessGroup)[name] for name in ("allreduce", "barrier", "send")}
     with recording({}) as calls:
         assert vars(ProcessGroup)["allreduce"] is not before["allreduce"]
@@ -104,7 +104,7 @@ def test_points_are_measured_beside_the_peer(
     assert "| tokens | native: ms | GB | transformers-grouped_mm: ms | GB |" in printed
 
 
-def test_crowded_processes_are_marked(tmp_path: Path) -> None:
+def test_more_processes_than_cores_are_plotted(tmp_path: Path) -> None:
     summary = {"median": 1.0, "low": 0.9, "high": 1.2}
     row = {"speedup": summary, "tokens_per_second": summary, "wire_bytes": 1e6}
     found = {

@@ -1,4 +1,4 @@
-"""No file of the repository executes what it reads, held by ast; each exception is listed with why.
+"""Checks with ast that no file executes what it reads; exceptions are listed with the reason.
 
 Names are followed through `import ... as` and `from ... import`, and a forbidden name need not be
 called to be found. The rule is applied to snippets that break it as well, so that one which went
@@ -19,25 +19,25 @@ AREAS = ("megatron", "moe_ext", "tools", "examples", "benchmarks", "tests", "doc
 
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN = {
-    # Text as a program, or as a command line.
+    # Runs text as a program or a command line.
     *BUILTINS,
     *("runpy.run_path", "code.interact", "os.system", "os.popen"),
     *("subprocess.getoutput", "subprocess.getstatusoutput", "asyncio.create_subprocess_shell"),
-    # Unpickling executes.
+    # Unpickling runs code.
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "pickle._Unpickler"),
     *("_pickle.load", "_pickle.loads", "_pickle.Unpickler", "shelve.open", "pandas.read_pickle"),
     *("dill.load", "dill.loads", "cloudpickle.load", "cloudpickle.loads", "joblib.load"),
     *("marshal.load", "marshal.loads"),
     *("torch.jit.load", "torch.hub.load", "torch.package.PackageImporter"),
-    # YAML with tags that make objects.
+    # YAML tags construct objects.
     *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.unsafe_load_all"),
     *("yaml.full_load", "yaml.full_load_all", "yaml.Loader", "yaml.UnsafeLoader"),
     *("yaml.FullLoader", "yaml.CLoader", "yaml.CUnsafeLoader", "yaml.CFullLoader"),
-    # Templates are programs too; nothing here renders any.
+    # Templates are programs; nothing here renders any.
     *("jinja2.Environment", "jinja2.Template", "jinja2.sandbox", "apply_chat_template"),
-    # Names of files chosen by others, and by chance.
+    # File names that are predictable or chosen by others.
     *("extractall", "tempfile.mktemp"),
-    # Files that nobody but the user may read, whatever the umask says.
+    # Creates private files whatever the umask.
     *("tempfile.mkstemp", "tempfile.NamedTemporaryFile"),
 }
 KEYWORDS = {
@@ -53,7 +53,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     "megatron/trainer/checkpoint/safe_load.py": {
         "pickle._Unpickler": "the guard; it builds what is listed"
     },
-    # Tests that show that a payload is live, or that read back what they wrote themselves.
+    # Tests that prove a payload is live, or read back what they wrote.
     "tests/distributed/test_hostile_checkpoint.py": {
         "allow_pickle not False": "payloads in an index cache",
         "os.system": "what the payload calls",
@@ -73,6 +73,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "trust_remote_code not False": "what a hostile file says",
     },
     "tests/unit/trainer/test_security_text.py": {"yaml.unsafe_load": "a payload"},
+    "tests/recipes/test_earlier_run.py": {"extractall": "the repository's own archive"},
     "tests/distributed/fork_server.py": {"runpy.run_path": "a test's own worker"},
     "tests/unit/trainer/health/test_watchdog.py": {
         "compile": "a function of the test's own in another file",
@@ -82,7 +83,7 @@ ALLOWED: dict[str, dict[str, str]] = {
 
 
 def dotted(node: ast.expr, known: dict[str, str]) -> str:
-    """`a.b.c` with the first name as it was imported, "" for anything else."""
+    """Return `a.b.c` with its first name resolved by imports, "" for other expressions."""
     if isinstance(node, ast.Attribute):
         owner = dotted(node.value, known)
         return f"{owner}.{node.attr}" if owner else f".{node.attr}"
@@ -90,7 +91,7 @@ def dotted(node: ast.expr, known: dict[str, str]) -> str:
 
 
 def imported_names(tree: ast.AST) -> dict[str, str]:
-    """What names stand for after the imports of a file, wherever they are."""
+    """Map the names that a file imports, anywhere, to what they refer to."""
     known: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -101,7 +102,7 @@ def imported_names(tree: ast.AST) -> dict[str, str]:
 
 
 def use(name: str, line: int) -> Iterator[tuple[int, str]]:
-    """The entry of FORBIDDEN that a dotted name is or, if it is no builtin, ends in."""
+    """Yield the entry of FORBIDDEN that a dotted name equals or, unless a builtin, ends in."""
     last = name.rpartition(".")[2]
     for found in {name, last} & FORBIDDEN:
         if found == name or found not in BUILTINS:
@@ -109,7 +110,7 @@ def use(name: str, line: int) -> Iterator[tuple[int, str]]:
 
 
 def problems(text: str) -> Iterator[tuple[int, str]]:
-    """Line and name of everything that is not allowed."""
+    """Yield line and name of every forbidden use."""
     tree = ast.parse(text)
     known = imported_names(tree)
     for node in ast.walk(tree):
@@ -149,7 +150,7 @@ VULNERABLE = {
 """The newest release of each package that has a known hole which a newer one closes."""
 
 
-def test_the_floors_of_dependencies_are_above_their_known_holes() -> None:
+def test_minimum_versions_exclude_known_vulnerabilities() -> None:
     text = (REPO / "pyproject.toml").read_text("utf-8")
     listed = [Requirement(each) for each in re.findall(r'"([a-z][\w-]+>=[^"]+)"', text)]
     found = {each.name: each.specifier for each in listed if each.name in VULNERABLE}

@@ -1,4 +1,4 @@
-"""What a run leaves behind and where it listens: no secrets, the user's umask, loopback alone."""
+"""Tests what a run writes and where it listens: no secrets, the user's umask, loopback only."""
 
 import contextlib
 import io
@@ -42,7 +42,7 @@ KNOWN = "a-name-that-is-known"
 
 @dataclass
 class Run:
-    """A run, and what was seen of it."""
+    """Holds a run and what was observed of it."""
 
     directory: Path
     umask: int
@@ -54,13 +54,13 @@ class Run:
 
 
 def listening() -> list[str]:
-    """Addresses on which this process takes connections."""
+    """List the addresses on which this process accepts connections."""
     found = psutil.Process().net_connections(kind="inet")
     return sorted(each.laddr.ip for each in found if each.status == psutil.CONN_LISTEN)
 
 
 def wandb_for(run: Run) -> Any:
-    """A wandb that writes down what it is given, and looks around while the run goes on."""
+    """Make a fake wandb that records its arguments and the listening addresses during the run."""
 
     def note(*given: Any, **named: Any) -> Any:
         run.wandb.append((given, named))
@@ -75,15 +75,15 @@ def wandb_for(run: Run) -> Any:
 
 
 def unset(patch: pytest.MonkeyPatch, *names: str) -> None:
-    """Remove variables, and later also what was set in their place."""
+    """Remove variables, and restore them afterwards even if they were set again."""
     for name in names:
         patch.setenv(name, "")
         patch.delenv(name)
 
 
 @contextlib.contextmanager
-def as_it_was() -> Iterator[None]:
-    """Put back what a run changes for its process."""
+def restored_process() -> Iterator[None]:
+    """Restore what a run changes in its process."""
     root, threads = logging.getLogger(), torch.get_num_threads()
     handlers, level = root.handlers[:], root.level
     try:
@@ -97,7 +97,7 @@ def as_it_was() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=[0o077, 0o022], ids="umask {:03o}".format)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Two steps with everything that writes: metrics, TensorBoard, wandb, plots, checkpoints."""
+    """Train two steps with all writers: metrics, TensorBoard, wandb, plots, checkpoints."""
     run = Run(
         directory=tmp_path_factory.mktemp("secure") / "run",
         umask=request.param,
@@ -105,7 +105,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     )
     before = os.umask(run.umask)
     log = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, as_it_was():
+    with pytest.MonkeyPatch.context() as patch, restored_process():
         unset(patch, *VARIABLES)
         for name, value in run.secrets.items():
             patch.setenv(name, value)
@@ -135,7 +135,7 @@ def files(run: Run) -> list[Path]:
     return found
 
 
-def test_the_run_did_all_that_it_should(run: Run) -> None:
+def test_the_run_wrote_everything(run: Run) -> None:
     assert run.status == 0, run.log
     assert "iteration 2/2" in run.log
     assert len(run.wandb) > 3
@@ -152,7 +152,7 @@ def test_no_file_and_no_line_of_a_run_holds_a_secret(run: Run) -> None:
         assert not [path for path, content in contents.items() if value.encode() in content], name
 
 
-def test_the_config_that_wandb_gets_has_settings_alone(run: Run) -> None:
+def test_wandb_gets_settings_only(run: Run) -> None:
     (_, started) = run.wandb[0]
     assert started["config"].keys() == flatten(PretrainConfig()).keys()
     assert started["config"]["wandb_project"] == KNOWN
@@ -199,7 +199,7 @@ def test_writers_of_the_tools_keep_to_the_umask_too(tmp_path: Path) -> None:
 
 
 def other_interface() -> tuple[str, str] | None:
-    """An interface with an address that other machines may reach, if there is one."""
+    """Find an interface with an address other than loopback."""
     for name, addresses in psutil.net_if_addrs().items():
         for each in addresses:
             if each.family == socket.AF_INET and not ipaddress.ip_address(each.address).is_loopback:
@@ -207,13 +207,13 @@ def other_interface() -> tuple[str, str] | None:
     return None
 
 
-def test_gloo_listens_elsewhere_when_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gloo_uses_the_interface_of_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     found = other_interface()
     if found is None:
         pytest.skip("this machine has the loopback interface alone")
     unset(monkeypatch, *VARIABLES)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", found[0])
-    with as_it_was():
+    with restored_process():
         launch.connect(ParallelConfig(device="cpu", threads_per_rank=1))
         told = listening()
         dist.destroy_process_group()

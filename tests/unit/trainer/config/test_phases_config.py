@@ -343,7 +343,7 @@ def test_table_names_every_phase_and_a_short_source(files: Path) -> None:
 
 
 def test_source_keeps_its_name_where_one_is_given(files: Path) -> None:
-    """A file may move, or meet another of its stem, and is still the same source."""
+    """Moves a file and adds another one with the same stem; the source keeps its name."""
     _, plain = bundle(files, "data_path: [1, web, 1, code]\n")
     text = "data_path: [1, web, 1, code=old/code, 1, new=code]\n"
     _, named = bundle(files, text)
