@@ -246,7 +246,8 @@ def _charts(runs: Sequence[Watched], screen: Screen, height: int) -> list[Text]:
         for number, run in enumerate(runs)
     ]
     curves = [
-        each if len(each.xs) == len(each.ys) else Curve(xs=(), ys=(), style="") for each in curves
+        each if len(each.xs) == len(each.ys) else Curve(xs=(), ys=(), style=each.style)
+        for each in curves
     ]
     unit = _X_UNITS[screen.x]
     what = f"training loss over {unit}, nats per token"

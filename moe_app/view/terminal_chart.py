@@ -1,20 +1,21 @@
-"""Curves and heat strips of characters: braille, or ASCII where the terminal knows no other."""
+"""Draws curves (by plotext), bars and heat strips of characters, ASCII alone where need be."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import plotext
 from rich.text import Text
 
 from megatron.trainer.records.history import thin
 
-_BRAILLE = 0x2800
-_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-"""Bits of the dots of a braille character, by row and column."""
 _BARS, _ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 _SHADES, _ASCII_SHADES = "·░▒▓█", ".:+#@"
 _SHADE_BORDERS = (0.0, 0.5, 1.5, 3.0)
 _CLIPPED_SHARE = 0.05
+_MAX_POINTS = 1500
+_COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")
+"""In the order of their numbers in a terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,59 +27,13 @@ class Curve:
     ys: Sequence[float]
     """How high."""
     style: str
-    """A colour that rich knows."""
-
-
-class Canvas:
-    """Dots on a grid of characters, each of the style that came last.
-
-    Args:
-        columns: characters in a row.
-        rows: rows of characters.
-        ascii_only: draw a dot a character, instead of 2 x 4 as braille.
-    """
-
-    def __init__(self, columns: int, rows: int, *, ascii_only: bool) -> None:
-        self._ascii_only = ascii_only
-        self._bits = [[0] * columns for _ in range(rows)]
-        self._styles = [[""] * columns for _ in range(rows)]
-        across, down = (1, 1) if ascii_only else (2, 4)
-        self.width, self.height = columns * across, rows * down
-        """Dots."""
-
-    def dot(self, x: int, y: int, style: str) -> None:
-        """Set a dot; `y` counts from the top."""
-        across, down = (1, 1) if self._ascii_only else (2, 4)
-        column, row = x // across, y // down
-        self._bits[row][column] |= _DOTS[y % down][x % across]
-        self._styles[row][column] = style
-
-    def line(self, start: tuple[int, int], end: tuple[int, int], style: str) -> None:
-        """Join two dots."""
-        steps = max(abs(end[0] - start[0]), abs(end[1] - start[1]), 1)
-        for step in range(steps + 1):
-            x = start[0] + (end[0] - start[0]) * step / steps
-            y = start[1] + (end[1] - start[1]) * step / steps
-            self.dot(round(x), round(y), style)
-
-    def lines(self) -> list[Text]:
-        """The rows."""
-        drawn = []
-        for bits, styles in zip(self._bits, self._styles, strict=True):
-            line = Text()
-            for bit, style in zip(bits, styles, strict=True):
-                if self._ascii_only or not bit:
-                    line.append("*" if bit else " ", style)
-                else:
-                    line.append(chr(_BRAILLE + bit), style)
-            drawn.append(line)
-        return drawn
+    """One of the eight colours of a terminal."""
 
 
 def draw_curves(
     curves: Sequence[Curve], *, columns: int, rows: int, x_unit: str, ascii_only: bool
 ) -> list[Text]:
-    """A chart of exactly `rows` lines, the last one for the x axis.
+    """Draw a chart of exactly `rows` lines, the last one for the x axis.
 
     The y axis is as high as all but the highest 5 % of the points need it, so that the fall at the
     beginning of a training does not flatten the rest; what is above runs along the top.
@@ -90,7 +45,7 @@ def draw_curves(
         x_unit: what x counts.
         ascii_only: draw without braille.
     """
-    points = [(x, y) for each in curves for x, y in _points(each)]
+    points = [point for each in curves for stretch in _stretches(each) for point in stretch]
     if not points:
         return [Text("no loss yet", "dim"), *(Text() for _ in range(rows - 1))]
     left, right = min(x for x, _ in points), max(x for x, _ in points)
@@ -98,51 +53,47 @@ def draw_curves(
     bottom, top = heights[0], heights[math.ceil((1 - _CLIPPED_SHARE) * (len(heights) - 1))]
     if top == bottom:
         bottom, top = bottom - 0.5, top + 0.5
-    labels = _y_labels(bottom, top, rows - 1)
-    margin = max(len(label) for label in labels)
-    canvas = Canvas(columns - margin - 2, rows - 1, ascii_only=ascii_only)
+    plotext.clear_figure()
+    plotext.limit_size(False, False)
+    plotext.plot_size(columns, rows)
+    plotext.theme("clear")
+    plotext.xaxes(False, False)
+    plotext.yaxes(True, False)
+    plotext.xlim(left, right if right > left else left + 1)
+    plotext.ylim(bottom, top)
+    plotext.xticks([left, right], [short_number(left), f"{short_number(right)} {x_unit}"])
+    ticks = [bottom, (bottom + top) / 2, top]
+    plotext.yticks(ticks, _labels(ticks))
     for each in curves:
-        _draw_curve(canvas, each, (left, right), (bottom, top))
-    wall = "|" if ascii_only else "│"
-    lines = []
-    for label, line in zip(labels, canvas.lines(), strict=True):
-        lines.append(Text.assemble((f"{label:>{margin}} {wall}", "dim"), line))
-    start, end = short_number(left), f"{short_number(right)} {x_unit}"
-    axis = f"{'':{margin + 2}}{start}{end:>{max(0, columns - margin - 2 - len(start))}}"
-    return [*lines, Text(axis, "dim")]
+        for stretch in _stretches(each):
+            plotext.plot(
+                [x for x, _ in stretch],
+                [min(y, top) for _, y in stretch],
+                marker="*" if ascii_only else "braille",
+                color=_COLOURS.index(each.style),
+            )
+    drawn = plotext.build()
+    if ascii_only:
+        drawn = drawn.replace("│", "|").replace("┤", "|")
+    return [Text.from_ansi(line) for line in drawn.splitlines()]
 
 
-def _points(curve: Curve) -> list[tuple[float, float]]:
-    pairs = zip(curve.xs, curve.ys, strict=True)
-    return [(x, y) for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
-
-
-def _draw_curve(
-    canvas: Canvas, curve: Curve, across: tuple[float, float], down: tuple[float, float]
-) -> None:
-    left, right = across
-    bottom, top = down
-    before: tuple[int, int] | None = None
-    for index in thin(curve.ys, 6 * canvas.width):
+def _stretches(curve: Curve) -> list[list[tuple[float, float]]]:
+    """Points between gaps, at most a few for each dot of a wide screen."""
+    stretches: list[list[tuple[float, float]]] = [[]]
+    for index in thin(curve.ys, _MAX_POINTS):
         x, y = curve.xs[index], curve.ys[index]
-        if not (math.isfinite(x) and math.isfinite(y)):
-            before = None
-            continue
-        share = (x - left) / (right - left) if right > left else 0.5
-        height = min(1.0, (y - bottom) / (top - bottom))
-        here = (round(share * (canvas.width - 1)), round((1 - height) * (canvas.height - 1)))
-        canvas.line(before or here, here, curve.style)
-        before = here
+        if math.isfinite(x) and math.isfinite(y):
+            stretches[-1].append((x, y))
+        elif stretches[-1]:
+            stretches.append([])
+    return [stretch for stretch in stretches if stretch]
 
 
-def _y_labels(bottom: float, top: float, rows: int) -> list[str]:
-    """Numbers at the top, in the middle and at the bottom, with the digits that tell them apart."""
-    digits = max(0, 2 - math.floor(math.log10(top - bottom)))
-    labels = [""] * rows
-    for row in {0, (rows - 1) // 2, rows - 1}:
-        value = top - (top - bottom) * row / max(1, rows - 1)
-        labels[row] = f"{value:.{min(digits, 6)}f}" if abs(value) < 1e6 else f"{value:.3g}"
-    return labels
+def _labels(values: Sequence[float]) -> list[str]:
+    """Numbers of an axis from its lowest to its highest, with the digits that tell them apart."""
+    digits = min(6, max(0, 2 - math.floor(math.log10(values[-1] - values[0]))))
+    return [f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}" for value in values]
 
 
 def sparkline(values: Sequence[float], columns: int, *, ascii_only: bool) -> str:
