@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.trainer.health.patch_collectives import replaced
+from megatron.trainer.health.patch_collectives import patched_methods
 
 
 class Call(NamedTuple):
@@ -99,7 +99,7 @@ def recording(groups: Mapping[str, ProcessGroup | None]) -> Iterator[Counter[Cal
 
         return call
 
-    with replaced(ProcessGroup, _METHODS, wrapped):
+    with patched_methods(ProcessGroup, _METHODS, wrapped):
         yield calls
 
 

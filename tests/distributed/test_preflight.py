@@ -107,7 +107,7 @@ def test_disk_of_one_node_is_measured_once(launched: Any) -> None:
 
 def test_rank_that_hangs_is_named_in_time_with_its_host(launched: Any) -> None:
     _, stderr, seconds = launched
-    assert "watchdog: no rank has got any further for" in stderr, stderr[-5000:]
+    assert "watchdog: no rank has made progress for" in stderr, stderr[-5000:]
     assert "rank 3 on n1 hangs" in stderr
     assert "stage 'all-reduce, world'" in stderr
     assert "in sleep_in_data" in stderr

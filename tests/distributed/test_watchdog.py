@@ -80,7 +80,7 @@ def test_frozen_rank_is_named_in_time_and_the_job_ends(tmp_path: Path) -> None:
     done = run_job("stop", 0, tmp_path)
     host, pid = socket.gethostname(), (tmp_path / "rank0.pid").read_text()
     assert f"{TIMEOUT_S:g} s: rank 0 on {host} hangs" in done.stderr, done.stderr[-4000:]
-    heard = r"last heard of in stage '(data|train)' of iteration [56]"
+    heard = r"last heartbeat in stage '(data|train)' of iteration [56]"
     assert re.search(rf"rank 0 on {host}, pid {pid}, {heard}: silent", done.stderr), done.stderr
     assert "ranks 1-2, stage 'train' of iteration 6: waiting at" in done.stderr
     assert "worker_watchdog.py" in done.stderr
@@ -94,7 +94,7 @@ def test_frozen_rank_is_named_in_time_and_the_job_ends(tmp_path: Path) -> None:
 def test_sleeping_rank_is_named_with_its_line_and_torchrun_starts_again(tmp_path: Path) -> None:
     done = run_job("sleep", 2, tmp_path, restarts=1)
     assert f"rank 2 on {socket.gethostname()} hangs" in done.stderr, done.stderr[-4000:]
-    assert "'data' of iteration 6: stands still and waits for no other rank" in done.stderr
+    assert "'data' of iteration 6: is idle and waits for no other rank" in done.stderr
     line = next(
         number
         for number, text in enumerate(WORKER.read_text().splitlines(), start=1)
@@ -110,7 +110,7 @@ def test_sleeping_rank_is_named_with_its_line_and_torchrun_starts_again(tmp_path
 
 @pytest.mark.timeout(120)
 def test_rank_that_serves_the_store_is_named_by_its_silence(tmp_path: Path) -> None:
-    """Without torchrun rank 0 serves the store, so nobody can compare notes when it is frozen."""
+    """Without torchrun rank 0 serves the store, so no heartbeat can be read when it is frozen."""
     port = free_port()
     ranks = []
     for rank in (0, 1):

@@ -3,7 +3,7 @@
 Usage: torchrun ... worker_watchdog.py FAULT RANK OUT
 
 First comes what must not be taken for a hang: steps shorter than the time-out, then one twice as
-long, of products and collectives without a mark. FAULT then befalls rank RANK in step 6: `stop`
+long, of products and collectives within one stage. FAULT then befalls rank RANK in step 6: `stop`
 freezes its process, `sleep` lets it sleep while it reads data, once; `none` never happens. Writes
 OUT/rankR.pid and, when the fault begins, OUT/fault with the time.
 """
@@ -54,10 +54,10 @@ def main() -> None:
     watchdog = Watchdog(rank=rank, world_size=world_size, timeout_s=TIMEOUT_S)
     watchdog.start()
     for iteration in range(1, STEPS + 1):
-        watchdog.mark("data", iteration)
+        watchdog.on_stage("data", iteration)
         if fault != "none" and iteration == 6 and rank == victim:
             read_data(fault, out)
-        watchdog.mark("train", iteration)
+        watchdog.on_stage("train", iteration)
         if iteration == 3:
             long_step()
         time.sleep(0.1)

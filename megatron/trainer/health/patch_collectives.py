@@ -1,4 +1,4 @@
-"""Other methods in the place of a class's own, for a while."""
+"""Patches methods of a class for a while; lists the methods in which collectives end."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -36,19 +36,19 @@ on; a version of torch has some of these."""
 
 
 @contextmanager
-def replaced(
+def patched_methods(
     owner: type,
     names: Iterable[str],
     wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]],
 ) -> Iterator[None]:
-    """Let methods of a class be what `wrap` makes of them, for this process and while it lasts.
+    """Replace methods of a class, in this process and within the context.
 
     Args:
         owner: the class.
-        names: of methods; those that it has not are passed over.
-        wrap: makes a method of a name and the original, which takes the instance first.
+        names: of methods; those that the class lacks are skipped.
+        wrap: makes the new method from a name and the original, which takes the instance first.
     """
-    # As the class holds them: what getattr makes of them would no longer bind to an instance.
+    # From vars: what getattr returns would no longer bind to an instance.
     originals = {name: vars(owner)[name] for name in names if name in vars(owner)}
     try:
         for name, original in originals.items():

@@ -121,24 +121,24 @@ class _Exchange:
 def _examine(
     ctx: RunContext, watchdog: Watchdog, exchange: _Exchange, save: Path | None
 ) -> Findings:
-    watchdog.mark("roll call", 0)
+    watchdog.on_stage("roll call", 0)
     ranks = tuple(RankFacts(**each) for each in exchange("ranks", asdict(own_facts(ctx))))
 
-    watchdog.mark("a product of matrices", 0)
+    watchdog.on_stage("a product of matrices", 0)
     flops, is_right = multiply(ctx.device)
     groups = []
     for kind, group in kinds_of_groups(ctx).items():
-        watchdog.mark(f"all-reduce, {kind}", 0)
+        watchdog.on_stage(f"all-reduce, {kind}", 0)
         groups.append(measure_all_reduce(ctx, ranks, kind, group))
-    watchdog.mark("comparing clocks", 0)
+    watchdog.on_stage("comparing clocks", 0)
     dist.barrier()
     clock = time.time()
 
-    watchdog.mark("writing to --save", 0)
+    watchdog.on_stage("writing to --save", 0)
     disk, disk_problem = None, None
     if save is not None:
         disk, disk_problem = _examine_disk(ctx, ranks, exchange, save)
-    watchdog.mark("comparing notes", 0)
+    watchdog.on_stage("comparing notes", 0)
     own = {
         "flops": flops,
         "is_right": is_right,

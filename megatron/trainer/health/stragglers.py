@@ -1,4 +1,4 @@
-"""Which rank the others wait for: the one that is busiest, by its own clock.
+"""Finds the rank that the others wait for: the one that is busiest, by its own clock.
 
 In a step that ends with a collective all ranks take equally long. What differs is how much of it a
 rank spends waiting for the others; the rest is its busy time.
@@ -9,29 +9,30 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from megatron.trainer.health.patch_collectives import COLLECTIVES, replaced
+from megatron.trainer.health.patch_collectives import COLLECTIVES, patched_methods
 
 
 class _Meter(Protocol):
-    """Measures stretches of time; what it measured is asked for at last."""
+    """Adds up intervals of time; the sum is asked for at the end."""
 
     def now(self) -> Any:
-        """A moment."""
+        """Take the time."""
 
     def add(self, start: Any, stop: Any) -> None:
-        """Count the time between two moments."""
+        """Add the time between two moments."""
 
     def take_seconds(self) -> float:
-        """The sum of all that was counted; begins anew."""
+        """Return the sum, in seconds, and reset it."""
 
 
 class _HostMeter:
-    """For a CPU, where a collective has ended when the call that waits for it returns."""
+    """Measures on a CPU, where a collective has ended when the call that waits for it returns."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -48,10 +49,10 @@ class _HostMeter:
 
 
 class _DeviceMeter:
-    """For a GPU: the time between two events on the stream that computes.
+    """Measures on a GPU, between two events on the compute stream.
 
-    A collective runs on a stream of its own, which the computing one waits for, or on the computing
-    one; either way the events around the call are apart by as long as nothing else was computed.
+    A collective runs on a stream of its own, which the compute stream waits for, or on the compute
+    stream; either way the two events are as far apart as nothing else was computed.
     """
 
     def __init__(self) -> None:
@@ -78,11 +79,11 @@ class BusyClock:
             train_step(...)
         record |= clock.reduce()
 
-    Only calls of the thread that takes the steps count; on a GPU, only those on the stream that
-    computes. megatron-core's overlapped collectives count when they are waited for.
+    Only calls of the thread that takes the steps count; on a GPU, only those on its compute stream.
+    megatron-core's overlapped collectives count when they are waited for.
 
     Args:
-        device: where the run's tensors live.
+        device: of the run's tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -95,22 +96,22 @@ class BusyClock:
 
     def __enter__(self) -> None:
         self._thread, self._stream = threading.get_ident(), self._current_stream()
-        self._replaced = ExitStack()
-        self._replaced.enter_context(replaced(dist.ProcessGroup, COLLECTIVES, self._wrap))
-        self._replaced.enter_context(replaced(dist.Work, ("wait",), self._wrap))
+        self._patches = ExitStack()
+        self._patches.enter_context(patched_methods(dist.ProcessGroup, COLLECTIVES, self._timed))
+        self._patches.enter_context(patched_methods(dist.Work, ("wait",), self._timed))
         self._started = self._whole.now()
 
     def __exit__(self, *_error: object) -> None:
         self._whole.add(self._started, self._whole.now())
         self._steps += 1
-        self._replaced.close()
+        self._patches.close()
 
     def reduce(self) -> dict[str, Any]:
-        """The busiest rank since the last call; a collective call of all ranks.
+        """Find the busiest rank since the last call; a collective call of all ranks.
 
         Returns:
-            `straggler_rank`, and by `straggler_ratio` how much busier it was than the rank in the
-            middle (the lower one of two); the same on every rank. Nothing if there was no step.
+            `straggler_rank`, and `straggler_ratio`: its busy time over the median rank's (the lower
+            of two); the same on every rank. Empty if there was no step.
         """
         whole_s, waited_s = self._whole.take_seconds(), self._waits.take_seconds()
         steps, self._steps = self._steps, 0
@@ -126,25 +127,50 @@ class BusyClock:
             "straggler_ratio": busy_s[slowest] / statistics.median_low(busy_s),
         }
 
+    def measure(self, call: Callable[..., Any], arguments: tuple[Any, ...], named: Any) -> Any:
+        """Count the time of a call as waiting, unless it is part of one that counts already."""
+        if self._is_waiting or not self._is_ours():
+            return call(*arguments, **named)
+        self._is_waiting = True
+        started = self._waits.now()
+        try:
+            return call(*arguments, **named)
+        finally:
+            self._waits.add(started, self._waits.now())
+            self._is_waiting = False
+
     def _current_stream(self) -> object:
         return None if self._device.type == "cpu" else torch.cuda.current_stream(self._device)
 
-    def _wrap(self, _name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            if self._is_waiting or not self._is_ours():
-                return original(*arguments, **named)
-            self._is_waiting = True
-            started = self._waits.now()
-            try:
-                return original(*arguments, **named)
-            finally:
-                self._waits.add(started, self._waits.now())
-                self._is_waiting = False
-
-        return call
+    def _timed(self, _name: str, original: Callable[..., Any]) -> "TimedMethod":
+        return TimedMethod(self, original)
 
     def _is_ours(self) -> bool:
         if self._device.type == "cpu":
             return threading.get_ident() == self._thread
         # On a GPU the backward pass has threads of its own, which compute on the same stream.
         return self._current_stream() == self._stream
+
+
+class TimedMethod:
+    """Stands for a method of a class of torch while a clock measures it.
+
+    Args:
+        clock: what counts the time.
+        original: the method, which takes the instance first.
+    """
+
+    def __init__(self, clock: BusyClock, original: Callable[..., Any]) -> None:
+        self._clock = clock
+        self._original = original
+
+    def __get__(self, instance: object | None, owner: type) -> Callable[..., Any]:
+        return self if instance is None else MethodType(self, instance)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Call the method."""
+        return self._clock.measure(self._original, arguments, named)
+
+
+CLOCK_CODES = frozenset({BusyClock.measure.__code__, TimedMethod.__call__.__code__})
+"""Of the functions that stand between a collective and its caller while a clock measures it."""

@@ -1,4 +1,4 @@
-"""Hangs told apart from long steps: by what ranks say, by what a thread does, in this process."""
+"""Hangs are told from long steps: by heartbeats, and by what a thread of this process does."""
 
 import re
 import sys
@@ -6,6 +6,7 @@ import threading
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,24 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.trainer.health import stragglers
-from megatron.trainer.health import watchdog as watchdog_module
+from megatron.trainer import watchdog as watchdog_module
 from megatron.trainer.health.heartbeat import (
-    Beat,
     Hang,
-    Sighting,
+    Heartbeat,
+    Observation,
     TrainingThread,
     describe_frames,
     find_hang,
     waits_in_collective,
 )
+from megatron.trainer.health.stragglers import BusyClock, TimedMethod
 from megatron.trainer.health.watchdog import Watchdog, timeout_before
 
 T = 10.0
 CPU = torch.device("cpu")
 
 
-def seen(silent_s: float = 0.1, **changes: Any) -> Sighting:
+def seen(silent_s: float = 0.1, **changes: Any) -> Observation:
     """A rank that has waited in a collective for longer than T, but for the changes."""
     fields = {
         "host": "n0",
@@ -38,97 +39,99 @@ def seen(silent_s: float = 0.1, **changes: Any) -> Sighting:
         "number": 9,
         "stage": "train",
         "iteration": 7,
-        "marks": 20,
-        "mark_age_s": 11.0,
-        "still_s": 10.5,
+        "num_stages": 20,
+        "stage_age_s": 11.0,
+        "idle_s": 10.5,
         "is_waiting": True,
-        "where": ("megatron/trainer/step.py:9 in f",),
+        "frames": ("megatron/trainer/step.py:9 in f",),
     }
-    return Sighting(beat=Beat(**{**fields, **changes}), silent_s=silent_s)
+    return Observation(heartbeat=Heartbeat(**{**fields, **changes}), silent_s=silent_s)
 
 
-UNHEARD = Sighting(beat=None, silent_s=6.0)
+UNHEARD = Observation(heartbeat=None, silent_s=6.0)
 SLEEPS = {"is_waiting": False}
-WORKS = {"is_waiting": False, "still_s": 0.1}
+WORKS = {"is_waiting": False, "idle_s": 0.1}
 
 
 @pytest.mark.parametrize(
-    ("sightings", "speaker", "culprits", "words"),
+    ("observations", "reporter", "culprits", "words"),
     [
         pytest.param(
             [seen(6.0), seen()],
             1,
             (0,),
-            "rank 0 on n0, pid 40, last heard of in .*: silent",
+            "rank 0 on n0, pid 40, last heartbeat in .*: silent",
             id="silent lowest rank",
         ),
         pytest.param([seen(), seen(6.0), seen(6.0)], 0, (1, 2), "hang$", id="two silent"),
+        pytest.param([seen(), UNHEARD], 0, (1,), r"rank 1 \(beside n0\) hangs", id="no heartbeat"),
+        pytest.param([seen(), seen(**SLEEPS)], 0, (1,), "is idle and waits", id="sleeps"),
         pytest.param(
-            [seen(), UNHEARD], 0, (1,), r"rank 1 \(beside n0\) hangs", id="never heard of"
-        ),
-        pytest.param([seen(), seen(**SLEEPS)], 0, (1,), "stands still", id="sleeps"),
-        pytest.param(
-            [seen(), seen(is_waiting=False, still_s=9.8)], 0, (1,), "stands still", id="slept later"
-        ),
-        pytest.param([seen(), seen(**WORKS)], 0, (1,), "is at work while", id="loops"),
-        pytest.param(
-            [seen(), seen(marks=18), seen()],
+            [seen(), seen(is_waiting=False, idle_s=9.8)],
             0,
             (1,),
-            r"; 2 mark\(s\) behind the first",
+            "is idle and waits",
+            id="slept later",
+        ),
+        pytest.param([seen(), seen(**WORKS)], 0, (1,), "is busy while others", id="loops"),
+        pytest.param(
+            [seen(), seen(num_stages=18), seen()],
+            0,
+            (1,),
+            r"; 2 stage\(s\) behind the first",
             id="behind",
         ),
         pytest.param(
-            [seen(), seen(marks=18), seen(**SLEEPS)],
+            [seen(), seen(num_stages=18), seen(**SLEEPS)],
             0,
             (2,),
-            "stands",
+            "is idle",
             id="waits, but not to blame",
         ),
         pytest.param([seen(), seen()], 0, (), "none stands out", id="all wait"),
-        pytest.param([seen(**SLEEPS)], 0, (0,), "stands still", id="one rank alone"),
+        pytest.param([seen(**SLEEPS)], 0, (0,), "is idle and waits", id="one rank alone"),
         pytest.param([seen(**SLEEPS), seen(**SLEEPS)], 0, (0, 1), "hang$", id="all sleep"),
         pytest.param(
-            [seen(is_over=True), seen(), seen(**SLEEPS)], 1, (2,), "rank 0 left", id="one is over"
+            [seen(has_left=True), seen(), seen(**SLEEPS)], 1, (2,), "rank 0 left", id="one has left"
         ),
     ],
 )
-def test_hang_is_found_and_who_keeps_the_others(
-    sightings: list[Sighting], speaker: int, culprits: tuple[int, ...], words: str
+def test_hang_is_found_and_those_who_block_it(
+    observations: list[Observation], reporter: int, culprits: tuple[int, ...], words: str
 ) -> None:
-    hang = find_hang(dict(enumerate(sightings)), timeout_s=T)
+    hang = find_hang(dict(enumerate(observations)), timeout_s=T)
     assert hang is not None
-    assert (hang.speaker, hang.culprits) == (speaker, culprits)
+    assert (hang.reporter, hang.culprits) == (reporter, culprits)
     assert re.search(words, hang.message, re.MULTILINE), hang.message
 
 
 @pytest.mark.parametrize(
-    "sightings",
+    "observations",
     [
-        pytest.param([seen(mark_age_s=1.0), seen(**SLEEPS)], id="one has just made a mark"),
+        pytest.param([seen(stage_age_s=1.0), seen(**SLEEPS)], id="one has just begun a stage"),
         pytest.param([seen(**WORKS), seen(**WORKS)], id="all compute, in a long step"),
-        pytest.param([seen(still_s=0.2), seen(**WORKS)], id="collectives within a long step"),
-        pytest.param([seen(still_s=9.0), seen(**WORKS)], id="a wait shorter than the time-out"),
+        pytest.param([seen(idle_s=0.2), seen(**WORKS)], id="collectives within a long step"),
+        pytest.param([seen(idle_s=9.0), seen(**WORKS)], id="a wait shorter than the time-out"),
         pytest.param([seen(**WORKS), seen(6.0)], id="one silent, the other computes"),
-        pytest.param([seen(), Sighting(beat=None, silent_s=1.0)], id="not heard of so far"),
-        pytest.param([seen(is_over=True), seen(is_over=True)], id="all have ended"),
-        pytest.param([seen(6.0), seen(6.0)], id="nobody is left to speak"),
+        pytest.param([seen(), Observation(heartbeat=None, silent_s=1.0)], id="no heartbeat so far"),
+        pytest.param([seen(has_left=True), seen(has_left=True)], id="all have ended"),
+        pytest.param([seen(6.0), seen(6.0)], id="nobody is left to report"),
     ],
 )
-def test_progress_is_not_taken_for_a_hang(sightings: list[Sighting]) -> None:
-    assert find_hang(dict(enumerate(sightings)), timeout_s=T) is None
+def test_progress_is_not_taken_for_a_hang(observations: list[Observation]) -> None:
+    assert find_hang(dict(enumerate(observations)), timeout_s=T) is None
 
 
 def test_message_says_who_where_and_how_one_knows() -> None:
     here = ("trainer/data/stream.py:80 in read", "trainer/step.py:12 in train_step")
-    sightings = [seen(), seen(), seen(), seen(host="n1", pid=51, is_waiting=False, where=here)]
-    hang = find_hang(dict(enumerate([*sightings, seen()])), timeout_s=T)
+    observations = [seen(), seen(), seen(), seen(host="n1", pid=51, is_waiting=False, frames=here)]
+    hang = find_hang(dict(enumerate([*observations, seen()])), timeout_s=T)
     assert hang == Hang(
-        speaker=0,
+        reporter=0,
         culprits=(3,),
         message=(
-            "no rank has got any further for 10 s: rank 3 on n1 hangs\n"
-            "  rank 3 on n1, pid 51, stage 'train' of iteration 7: stands still and waits for no"
+            "no rank has made progress for 10 s: rank 3 on n1 hangs\n"
+            "  rank 3 on n1, pid 51, stage 'train' of iteration 7: is idle and waits for no"
             " other rank\n"
             "    at trainer/data/stream.py:80 in read\n"
             "    at trainer/step.py:12 in train_step\n"
@@ -138,49 +141,67 @@ def test_message_says_who_where_and_how_one_knows() -> None:
     )
 
 
-def test_beat_survives_the_store() -> None:
-    beat = seen().beat
-    assert beat is not None
-    assert Beat.from_json(beat.to_json()) == beat
+def test_heartbeat_survives_the_store() -> None:
+    heartbeat = seen().heartbeat
+    assert heartbeat is not None
+    assert Heartbeat.from_json(heartbeat.to_json()) == heartbeat
 
 
-def function_in(file: str | Path, then: Callable[[], Any]) -> Callable[[], Any]:
-    """A function that calls `then`, and claims to be in `file`."""
-    names: dict[str, Any] = {"then": then}
-    exec(compile("def function():\n    return then()\n", str(file), "exec"), names)
+def function_of(package: str, then: Callable[[], Any], file: str = "x.py") -> Callable[[], Any]:
+    """Define a function in a module of `package` that calls `then`."""
+    names: dict[str, Any] = {"__name__": f"{package}.module", "then": then}
+    exec(compile("def function():\n    return then()\n", file, "exec"), names)
     function: Callable[[], Any] = names["function"]
     return function
 
 
-TORCH = Path(torch.__file__).parent
+def in_collective(then: Callable[[], Any]) -> Callable[[], Any]:
+    """Call `then` from inside a collective, which pickles an object."""
+
+    def call() -> Any:
+        found: list[Any] = []
+        names: dict[str, Any] = {"__name__": "torch.module", "then": then, "found": found}
+        exec("def reduce(_object):\n    found.append(then())\n    return int, (0,)\n", names)
+        pickled = type("Pickled", (), {"__reduce__": names["reduce"]})()
+        dist.distributed_c10d._object_to_tensor(pickled, CPU, dist.group.WORLD)
+        return found[0]
+
+    return call
+
+
+def timed(then: Callable[[], Any]) -> Callable[[], Any]:
+    """Call `then` as --log-straggler calls a collective."""
+    clock = BusyClock(CPU)
+    clock._thread = threading.get_ident()
+    return TimedMethod(clock, then)
 
 
 @pytest.mark.parametrize(
     ("innermost_first", "waits"),
     [
-        ([TORCH / "distributed/c10d.py"], True),
-        ([TORCH / "utils/wrapper.py", TORCH / "distributed/c10d.py"], True),
-        ([Path(stragglers.__file__), "/project/step.py"], True),
-        ([TORCH / "nn/functional.py"], False),
-        (["/project/data.py"], False),
-        (["/project/data.py", TORCH / "distributed/c10d.py"], False),
+        ([in_collective], True),
+        ([partial(function_of, "torch"), in_collective], True),
+        ([timed, partial(function_of, "project")], True),
+        ([partial(function_of, "torch")], False),
+        ([partial(function_of, "project")], False),
+        ([partial(function_of, "project"), in_collective], False),
     ],
 )
-def test_collective_is_known_by_the_innermost_files(
-    innermost_first: list[str | Path], waits: bool
+def test_collective_is_known_by_its_innermost_functions(
+    innermost_first: list[Callable[..., Callable[[], Any]]], waits: bool
 ) -> None:
     call: Callable[[], Any] = lambda: waits_in_collective(sys._getframe(1))  # noqa: E731
-    for file in innermost_first:
-        call = function_in(file, call)
+    for wrap in innermost_first:
+        call = wrap(call)
     assert call() is waits
 
 
-def test_frames_are_told_innermost_first_without_those_of_libraries() -> None:
+def test_frames_are_listed_innermost_first_without_those_of_libraries() -> None:
     call: Callable[[], Any] = lambda: describe_frames(sys._getframe(1))  # noqa: E731
-    files: list[str | Path]
-    files = [TORCH / "a.py", threading.__file__, "/home/me/project/data/read.py", "/x/step.py"]
-    for file in files:
-        call = function_in(file, call)
+    call = function_of("torch", call, "/torch/a.py")
+    call = timed(function_of("threading", call))
+    call = function_of("project", call, "/home/me/project/data/read.py")
+    call = function_of("step", call, "/x/step.py")
     assert call()[:2] == ("project/data/read.py:2 in function", "//x/step.py:2 in function")
     assert call()[2].split(":")[0] == "trainer/health/test_watchdog.py"
 
@@ -207,7 +228,7 @@ def test_wait_for_work_that_was_begun_before_is_known_by_its_name() -> None:
     assert looks == [True, False]
 
 
-def test_sleeping_thread_stands_still_and_computing_one_moves() -> None:
+def test_sleeping_thread_is_idle_and_computing_one_is_not() -> None:
     done = threading.Event()
 
     def compute() -> None:
@@ -218,13 +239,13 @@ def test_sleeping_thread_stands_still_and_computing_one_moves() -> None:
     looks = [TrainingThread(each.thread, CPU) for each in parked]
     for _ in range(4):
         time.sleep(0.1)
-        (sleeping_s, _), (computing_s, _) = [each.look() for each in looks]
+        (sleeping_s, _), (computing_s, _) = [each.sample() for each in looks]
     done.set()
     assert sleeping_s >= 0.39
     assert computing_s == 0.0
 
 
-def test_reading_thread_moves_although_it_computes_next_to_nothing(tmp_path: Path) -> None:
+def test_reading_thread_is_not_idle_although_it_computes_next_to_nothing(tmp_path: Path) -> None:
     file = tmp_path / "data"
     file.write_bytes(b"0" * 100)
     done = threading.Event()
@@ -239,9 +260,9 @@ def test_reading_thread_moves_although_it_computes_next_to_nothing(tmp_path: Pat
         pytest.skip("this system does not count what a thread reads")
     for _ in range(3):
         time.sleep(0.1)
-        still_s, _ = look.look()
+        idle_s, _ = look.sample()
     done.set()
-    assert still_s == 0.0
+    assert idle_s == 0.0
 
 
 @pytest.fixture
@@ -272,25 +293,25 @@ def test_sleeping_rank_names_itself_and_ends(
     ended: list[int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     watchdog = alone(0.4)
-    watchdog.mark("evaluate", 3)
+    watchdog.on_stage("evaluate", 3)
     time.sleep(0.4)
     assert ended == []
     time.sleep(0.4)
     watchdog.stop()
     assert ended == [7]
     said = capfd.readouterr().err
-    assert "watchdog: no rank has got any further for 0.4 s: rank 0 on " in said
-    assert "stage 'evaluate' of iteration 3: stands still" in said
+    assert "watchdog: no rank has made progress for 0.4 s: rank 0 on " in said
+    assert "stage 'evaluate' of iteration 3: is idle" in said
     assert "test_watchdog.py:" in said and "test_sleeping_rank_names_itself_and_ends" in said
 
 
-@pytest.mark.parametrize("progress", ["marks", "computes"])
-def test_rank_that_gets_on_is_left_alone(progress: str, ended: list[int]) -> None:
+@pytest.mark.parametrize("progress", ["stages", "computes"])
+def test_rank_that_makes_progress_is_left_alone(progress: str, ended: list[int]) -> None:
     watchdog = alone(0.3)
     until = time.monotonic() + 1.0
     while time.monotonic() < until:
-        if progress == "marks":
-            watchdog.mark("train", 1)
+        if progress == "stages":
+            watchdog.on_stage("train", 1)
             time.sleep(0.1)
         else:
             sum(range(1000))
@@ -305,7 +326,7 @@ def test_process_that_was_suspended_is_not_taken_for_hung(
     clock, passed_s = time.monotonic, [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock() + passed_s[0])
     watchdog = alone(1.0)
-    watchdog.mark("train", 1)
+    watchdog.on_stage("train", 1)
     resumed = threading.Timer(0.3, lambda: passed_s.__setitem__(0, 1000.0))
     resumed.start()
     time.sleep(0.8)  # of these, 0.5 s afterwards
@@ -330,7 +351,7 @@ def test_two_ranks_end_with_one_message(
 ) -> None:
     """Rank 1 sleeps while rank 0 waits for it."""
     store = dist.HashStore()
-    store.set("watchdog/0/spoken", "1")  # in an attempt before
+    store.set("watchdog/0/reported", "1")  # in an attempt before
     finish = threading.Event()
     watchdogs = [
         Watchdog(rank=rank, world_size=2, timeout_s=0.6, status=7, store=store) for rank in (0, 1)
@@ -340,7 +361,7 @@ def test_two_ranks_end_with_one_message(
 
     def run(rank: int) -> None:
         watchdogs[rank].start()
-        watchdogs[rank].mark("train", 5)
+        watchdogs[rank].on_stage("train", 5)
         if rank == 0:
             with watchdogs[rank].waiting():
                 finish.wait()
@@ -364,7 +385,7 @@ def test_two_ranks_end_with_one_message(
     )
 
 
-def test_watchdog_speaks_before_the_collectives_give_up() -> None:
+def test_watchdog_reports_before_the_collectives_give_up() -> None:
     # It finds out within a tenth more than it is told to wait.
     assert 1.1 * timeout_before(10) < 600
     assert timeout_before(10) > 400
