@@ -25,9 +25,9 @@ from megatron.trainer.checkpoint.saved_run import (
 from megatron.trainer.config.cli import dump_config
 from megatron.trainer.config.schema import CheckpointConfig
 from megatron.trainer.errors import CheckpointError, DataError
-from megatron.trainer.hooks.base import read_records
 from megatron.trainer.optim.scheduler import LRSchedule, branch_rate, rate_of_branch
 from megatron.trainer.optim.sharded_state import OPTIMIZER_PREFIX
+from megatron.trainer.records.jsonl import has_evaluation, read_records
 from megatron.trainer.records.run_dir import CONFIG_NAME, EVENTS_NAME, METRICS_NAME
 from megatron.trainer.runtime.collective import on_rank0
 from megatron.trainer.state import (
@@ -215,12 +215,7 @@ def evaluation_is_pending(state: TrainState) -> bool:
     metrics = Path(cfg.checkpoint.save) / METRICS_NAME
     return is_due and on_rank0(
         f"reading {metrics}",
-        lambda: (
-            not any(
-                record["iteration"] == iteration and "valid_loss" in record
-                for record in read_records(metrics)
-            )
-        ),
+        lambda: not has_evaluation(metrics, iteration),
     )
 
 
@@ -350,8 +345,9 @@ def _refuse_to_overwrite(save: Path, *, is_from_elsewhere: bool) -> None:
     A job that began from another run's checkpoint and died before it had saved leaves records of
     nothing. It has to begin again, and the command that does so is the same.
     """
-    events = read_records(save / EVENTS_NAME) if is_from_elsewhere else []
-    is_stillborn = bool(events) and all(event.get("event") != "save" for event in events)
+    events = read_records(save / EVENTS_NAME) if is_from_elsewhere else ()
+    names = {event.get("event") for event in events}
+    is_stillborn = bool(names) and "save" not in names
     if _has_checkpoints(save) or ((save / METRICS_NAME).exists() and not is_stillborn):
         raise CheckpointError(
             f"{save} holds an earlier run; continue it with --load {save} (without --finetune), or"

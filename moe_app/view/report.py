@@ -10,7 +10,9 @@ tokens occurs and nothing else. A loss below it shows that the model uses the co
 import argparse
 import math
 import statistics
+from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ from megatron.trainer.data.build import build_data
 from megatron.trainer.data.entropy import token_counts, unigram_entropy
 from megatron.trainer.data.source import MockSource, Source, WindowSource
 from megatron.trainer.errors import ConfigError, DataError
-from megatron.trainer.hooks.base import Record, read_records
 from megatron.trainer.records.history import Validation, validation_results
+from megatron.trainer.records.jsonl import Record, read_records
 from megatron.trainer.records.run_dir import CONFIG_NAME, METRICS_NAME, check_run
 from megatron.trainer.runtime.launch import run_main
 from moe_app.command_line import program
@@ -61,11 +63,11 @@ def run(args: argparse.Namespace) -> int:
         prog=program("report"),
         description="",
     )
-    records = read_records(directory / METRICS_NAME)
-    entropies, problem = validation_entropies(cfg, records)
-    validation = validation_results(records, entropies)
+    metrics = read_metrics(directory / METRICS_NAME)
+    entropies, problem = validation_entropies(cfg) if metrics.evaluations else ({}, None)
+    validation = validation_results(metrics.evaluations, entropies)
     for line in (
-        *describe_training(cfg, records),
+        *describe_training(cfg, metrics),
         "",
         *describe_validation(validation, problem),
         "",
@@ -79,16 +81,36 @@ def run(args: argparse.Namespace) -> int:
     return 0 if is_met else 1
 
 
-def validation_entropies(
-    cfg: PretrainConfig, records: Sequence[Record]
-) -> tuple[dict[str, float], str | None]:
+@dataclass
+class Metrics:
+    """Holds what the report needs of `metrics.jsonl`."""
+
+    last: Record | None = None
+    """The last step's record; None without one."""
+    speeds: "array[float]" = field(default_factory=lambda: array("d"))
+    """Tokens per second of all steps' records."""
+    evaluations: list[Record] = field(default_factory=list)
+    """The evaluations' records."""
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read `metrics.jsonl`, one record at a time."""
+    metrics = Metrics()
+    for record in read_records(path):
+        if "valid_loss" in record:
+            metrics.evaluations.append(record)
+        if "lm_loss" in record:
+            metrics.last = record
+            metrics.speeds.append(record["tokens_per_second"])
+    return metrics
+
+
+def validation_entropies(cfg: PretrainConfig) -> tuple[dict[str, float], str | None]:
     """Unigram entropy of each validation set of a run, in nats per token.
 
     Returns:
         The entropies by name, and what kept the data from being read, if anything did.
     """
-    if not any("valid_loss" in record for record in records):
-        return {}, None
     try:
         data = build_data(
             cfg.data,
@@ -137,21 +159,20 @@ def judge(validation: Sequence[Validation]) -> tuple[str, bool]:
     return f"FAILED: validation loss is not below the unigram entropy ({told})", False
 
 
-def describe_training(cfg: PretrainConfig, records: Sequence[Record]) -> list[str]:
-    """Progress, training loss, speed and expert health."""
-    steps = [record for record in records if "lm_loss" in record]
-    if not steps:
+def describe_training(cfg: PretrainConfig, metrics: Metrics) -> list[str]:
+    """Describe progress, training loss, speed and expert health."""
+    last = metrics.last
+    if last is None:
         return [
             f"no training record yet (one every {cfg.logging.log_interval} iterations of"
             f" {cfg.training.train_iters})"
         ]
-    last = steps[-1]
     done, planned = last["iteration"], cfg.training.train_iters
-    speed = statistics.median(record["tokens_per_second"] for record in steps)
+    speed = statistics.median(metrics.speeds)
     rows = [
         ["iterations", f"{done:,} of {planned:,}, {last['consumed_tokens']:,} tokens"],
         ["training loss", f"{_number(last['lm_loss'])} nats per token"],
-        ["speed", f"{speed:,.0f} tokens/s, median of {len(steps)} records"],
+        ["speed", f"{speed:,.0f} tokens/s, median of {len(metrics.speeds)} records"],
     ]
     rows += _source_rows(last)
     if last.get("moe_max_load_ratio") is not None:

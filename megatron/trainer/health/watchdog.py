@@ -30,7 +30,7 @@ from megatron.trainer.health.heartbeat import (
     TrainingThread,
     find_hang,
 )
-from megatron.trainer.hooks.base.base.base import Hook
+from megatron.trainer.hooks.base import Hook
 
 if TYPE_CHECKING:
     from megatron.trainer.runtime.launch import RunContext

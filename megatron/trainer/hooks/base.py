@@ -4,34 +4,24 @@ A hook is handed to the ranks it should run on; writers go to rank 0 alone and t
 a collective.
 """
 
-import json
 import logging
 import math
-import os
 import re
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron.trainer.config.schema import LoggingConfig
-from megatron.trainer.errors import ConfigError, UserError
+from megatron.trainer.errors import ConfigError
 from megatron.trainer.io.bounded_read import read_small
+from megatron.trainer.records.jsonl import Record, append_record, keep_records_until, scalars
 
 logger = logging.getLogger(__name__)
 
-Record = Mapping[str, Any]
-
 _NOTABLE_RATIO = 1.1
 """A rank this much busier than the median is told of on the console."""
-
-
-class RecordError(UserError):
-    """A file of records cannot be written, by the one rank that does."""
-
-    is_local = True
 
 
 class Hook:
@@ -77,88 +67,6 @@ class MetricsFile(Hook):
     def on_evaluation(self, record: Record) -> None:
         """Append the record."""
         append_record(self.path, record)
-
-
-def append_record(path: Path, record: Record) -> None:
-    """Append one line of JSON; NaN and infinity become null, which JSON can hold.
-
-    Raises:
-        RecordError: it cannot be written.
-    """
-    with _writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_finite(record)) + "\n")
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """All records of a file; what a killed run left unfinished, or is no record, is skipped."""
-    records = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            record = parse_record(line)
-            if record is None:
-                logger.warning("%s: skipped an unfinished record: %.60s", path, line)
-            else:
-                records.append(record)
-    return records
-
-
-def parse_record(line: str) -> dict[str, Any] | None:
-    """The record in a line; None if the line is unfinished or holds something else."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):  # also of numbers too long, and of too much nesting
-        return None
-    is_record = isinstance(record, dict) and isinstance(record.get("iteration"), int)
-    return record if is_record else None
-
-
-def keep_records_until(path: Path, iteration: int) -> None:
-    """Rewrite a record file without the records after `iteration`.
-
-    Raises:
-        RecordError: it cannot be written.
-    """
-    if not path.exists():
-        return
-    records = [record for record in read_records(path) if record["iteration"] <= iteration]
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    temporary = path.with_suffix(".tmp")
-    with _writing(path):
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Say which file it is that cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise RecordError(
-            f"cannot write {path}: {error.strerror}; make room for it, or let this user write"
-            " there, and start the run again with --load: it goes on from its newest checkpoint"
-        ) from error
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def scalars(record: Record, prefix: str = "") -> dict[str, float]:
-    """The numbers of a record, nested ones under `outer/inner`."""
-    found: dict[str, float] = {}
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            found.update(scalars(value, f"{prefix}{key}/"))
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[prefix + key] = float(value)
-    return found
 
 
 class TensorBoard(Hook):

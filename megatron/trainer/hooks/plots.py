@@ -1,130 +1,170 @@
 """Plots of a run, drawn from its records."""
 
-import itertools
-from collections.abc import Sequence
+import math
 from pathlib import Path
 from typing import Any
 
-from megatron.trainer.hooks.base import Hook, Record, read_records
+from megatron.trainer.hooks.base import Hook
+from megatron.trainer.records.jsonl import Record
+from megatron.trainer.records.run_dir import RecordTail
+from megatron.trainer.records.thinned_curve import ThinnedCurve
 
 _COLOURS = ("#2E3168", "#F0539B", "#43C5E0", "#E0A100", "#B11BE8")
 _STYLES = ("-", "--", ":", "-.")
 
 
+class RunCurves:
+    """Collects the curves of a run's plots from its records, in memory that does not grow.
+
+    Every curve is a number of the records over `consumed_tokens`.
+    """
+
+    def __init__(self) -> None:
+        self.loss = ThinnedCurve()
+        """Training loss, nats per token."""
+        self.validation: dict[str, ThinnedCurve] = {}
+        """Validation loss by set, nats per token."""
+        self.learning_rate = ThinnedCurve()
+        self.sources: dict[str, ThinnedCurve] = {}
+        """Tokens that each source has given."""
+        self.phases: list[tuple[int, str]] = []
+        """Where a phase begins, in tokens at the last record before it, and its name."""
+        self._before: Record | None = None
+
+    def add(self, record: Record) -> None:
+        """Take in the next record."""
+        tokens = record["consumed_tokens"]
+        for name, loss in record.get("valid_loss", {}).items():
+            self.validation.setdefault(name, ThinnedCurve()).add(tokens, _number(loss))
+        if "lm_loss" not in record:
+            return
+        before, self._before = self._before, record
+        if before is not None and before.get("phase") != record.get("phase"):
+            self.phases.append((before["consumed_tokens"], str(record["phase"])))
+        given = record.get("consumed_tokens_per_source", {})
+        for name in given:
+            if name not in self.sources:  # until now it has given nothing
+                self.sources[name] = self.loss.at(0.0)
+        for name, curve in self.sources.items():
+            curve.add(tokens, given.get(name, 0))
+        self.loss.add(tokens, _number(record["lm_loss"]))
+        if "learning_rate" in record:
+            self.learning_rate.add(tokens, _number(record["learning_rate"]))
+
+
 class RunPlots(Hook):
-    """Redraws losses, learning rate and sources after every evaluation and at the end."""
+    """Redraws losses, learning rate and sources after every evaluation and at the end.
+
+    Args:
+        metrics: the run's `metrics.jsonl`, of which each record is read once.
+        directory: where the plots go; it is made.
+    """
 
     def __init__(self, metrics: Path, directory: Path) -> None:
-        self._metrics = metrics
+        self._records = RecordTail(metrics)
         self._directory = directory
+        self._curves = RunCurves()
 
     def on_evaluation(self, record: Record) -> None:
         """Redraw."""
-        plot_run(self._metrics, self._directory)
+        self._draw()
 
     def on_end(self) -> None:
         """Redraw."""
-        plot_run(self._metrics, self._directory)
+        self._draw()
+
+    def _draw(self) -> None:
+        starts_over, records = self._records.read_new()
+        if starts_over:
+            self._curves = RunCurves()
+        for record in records:
+            self._curves.add(record)
+        plot_losses(self._curves, self._directory / "loss.png")
+        plot_learning_rate(self._curves, self._directory / "learning_rate.png")
+        plot_sources(self._curves, self._directory / "sources.png")
 
 
-def plot_run(metrics: Path, directory: Path) -> None:
-    """Draw what `metrics.jsonl` holds into `directory`; nothing without records."""
-    records = read_records(metrics)
-    plot_losses(records, directory / "loss.png")
-    plot_learning_rate(records, directory / "learning_rate.png")
-    plot_sources(records, directory / "sources.png")
-
-
-def plot_losses(records: Sequence[Record], path: Path) -> None:
+def plot_losses(curves: RunCurves, path: Path) -> None:
     """Draw losses over tokens; nothing without a training record."""
-    train = [record for record in records if "lm_loss" in record]
-    valid = [record for record in records if "valid_loss" in record]
-    if not train:
+    if not curves.loss.points:
         return
     figure, axes = new_figure(7.0, 4.0)
-    axes.plot(*_over_tokens(train, "lm_loss"), color=_COLOURS[0], linewidth=1.0, label="training")
-    names = sorted({name for record in valid for name in record["valid_loss"]})
-    for index, name in enumerate(names):
-        points = [record for record in valid if name in record["valid_loss"]]
+    axes.plot(*_coordinates(curves.loss), color=_COLOURS[0], linewidth=1.0, label="training")
+    for index, (name, curve) in enumerate(sorted(curves.validation.items())):
         axes.plot(
-            [record["consumed_tokens"] for record in points],
-            [record["valid_loss"][name] for record in points],
+            *_coordinates(curve),
             color=_COLOURS[1:][index % len(_COLOURS[1:])],
             marker="o",
             markersize=4,
             label=f"validation: {name}",
         )
-    _finish(axes, train, "loss (nats per token)")
+    _label(axes, curves, "loss (nats per token)")
     axes.legend(frameon=False)
     write_figure(figure, path)
 
 
-def plot_learning_rate(records: Sequence[Record], path: Path) -> None:
+def plot_learning_rate(curves: RunCurves, path: Path) -> None:
     """Draw the learning rate over tokens; nothing without a training record."""
-    train = [record for record in records if "learning_rate" in record]
-    if not train:
+    if not curves.learning_rate.points:
         return
     figure, axes = new_figure(7.0, 3.0)
-    axes.plot(*_over_tokens(train, "learning_rate"), color=_COLOURS[0], linewidth=1.5)
-    _finish(axes, train, "learning rate")
+    axes.plot(*_coordinates(curves.learning_rate), color=_COLOURS[0], linewidth=1.5)
+    _label(axes, curves, "learning rate")
     axes.set_ylim(bottom=0.0)
     write_figure(figure, path)
 
 
-def plot_sources(records: Sequence[Record], path: Path) -> None:
+def plot_sources(curves: RunCurves, path: Path) -> None:
     """Draw how many tokens each source has given, over tokens; nothing for fewer than two."""
     from matplotlib.ticker import EngFormatter
 
-    train = [record for record in records if "consumed_tokens_per_source" in record]
-    names = dict.fromkeys(name for record in train for name in record["consumed_tokens_per_source"])
-    if len(names) < 2:
+    if len(curves.sources) < 2:
         return
     figure, axes = new_figure(7.0, 4.0)
-    for index, name in enumerate(names):
+    for index, (name, curve) in enumerate(curves.sources.items()):
         axes.plot(
-            [record["consumed_tokens"] for record in train],
-            [record["consumed_tokens_per_source"].get(name, 0) for record in train],
+            *_coordinates(curve),
             color=_COLOURS[index % len(_COLOURS)],
             linestyle=_STYLES[index // len(_COLOURS) % len(_STYLES)],
             linewidth=1.5,
             label=name,
         )
-    _finish(axes, train, "tokens from the source")
+    _label(axes, curves, "tokens from the source")
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend(frameon=False)
     write_figure(figure, path)
 
 
-def _over_tokens(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
-    return (
-        [record["consumed_tokens"] for record in records],
-        [record[key] for record in records],
-    )
+def _number(value: float | None) -> float:
+    """NaN for a number that was not finite, which is `null` in a record."""
+    return math.nan if value is None else value
 
 
-def _finish(axes: Any, records: Sequence[Record], label: str) -> None:
+def _coordinates(curve: ThinnedCurve) -> tuple[list[float], list[float]]:
+    return [x for x, _ in curve.points], [y for _, y in curve.points]
+
+
+def _label(axes: Any, curves: RunCurves, label: str) -> None:
     """Label the axes; draw a line with its name where a phase begins."""
     from matplotlib.ticker import EngFormatter
 
     axes.set_xlabel("tokens")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylabel(label)
-    for before, after in itertools.pairwise(records):
-        if before.get("phase") != after.get("phase"):
-            border = before["consumed_tokens"]
-            axes.axvline(border, color="0.6", linewidth=0.8, linestyle=":", label="_phase")
-            axes.annotate(
-                f" {after['phase']}",
-                (border, 0.98),
-                xycoords=("data", "axes fraction"),
-                va="top",
-                fontsize=8,
-                color="0.4",
-            )
+    for border, name in curves.phases:
+        axes.axvline(border, color="0.6", linewidth=0.8, linestyle=":", label="_phase")
+        axes.annotate(
+            f" {name}",
+            (border, 0.98),
+            xycoords=("data", "axes fraction"),
+            va="top",
+            fontsize=8,
+            color="0.4",
+        )
 
 
 def new_figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its axes, without a display and without the top and right spine."""
+    """Make a figure and its axes, without a display and without the top and right spine."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

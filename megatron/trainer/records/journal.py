@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from megatron.trainer.errors import ConfigError, UserError
 from megatron.trainer.health.stop import Stop
-from megatron.trainer.hooks.base import RecordError, append_record
+from megatron.trainer.records.jsonl import RecordError, append_record
 from megatron.trainer.records.run_dir import ENDED_NAME, EVENTS_NAME
 
 logger = logging.getLogger(__name__)

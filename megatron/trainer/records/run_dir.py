@@ -11,8 +11,14 @@ import yaml
 
 from megatron.trainer.config.recipe import recipe_nodes
 from megatron.trainer.errors import ConfigError
-from megatron.trainer.hooks.base import Record, parse_record
 from megatron.trainer.io.bounded_read import open_regular, read_small
+from megatron.trainer.records.jsonl import (
+    MAX_LINE_BYTES,
+    Record,
+    parse_record,
+    read_backwards,
+    read_lines,
+)
 
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
@@ -159,8 +165,8 @@ class RecordTail:
 
     def _read(self, file: BinaryIO) -> Iterator[Record]:
         with file:
-            for line in file:
-                if not line.endswith(b"\n"):
+            for line in read_lines(file):
+                if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
                     return  # half written; the next call reads it again
                 self._position += len(line)
                 self._last_read = line[-_REMEMBERED_BYTES:]
@@ -172,25 +178,14 @@ class RecordTail:
 
 
 def last_record(path: Path) -> dict[str, Any] | None:
-    """The last whole record of a file of any length; None without one."""
+    """Find the last record of a file of any length; None without one."""
     try:
         file = open(open_regular(path), "rb")
     except FileNotFoundError:
         return None
     with file:
-        size = file.seek(0, os.SEEK_END)
-        block = _BLOCK_BYTES
-        while True:
-            start = max(0, size - block)
-            file.seek(start)
-            lines = file.read(size - start).split(b"\n")[:-1]
-            for line in reversed(lines if start == 0 else lines[1:]):
-                record = _parse(line)
-                if record is not None:
-                    return record
-            if start == 0:
-                return None
-            block *= 4
+        records = (record for _, record in read_backwards(file))
+        return next((record for record in records if _is_countable(record)), None)
 
 
 def sample_records(path: Path, count: int) -> tuple[list[dict[str, Any]], int]:
@@ -204,17 +199,22 @@ def sample_records(path: Path, count: int) -> tuple[list[dict[str, Any]], int]:
     except FileNotFoundError:
         return [], 0
     with file:
-        total = sum(line.endswith(b"\n") for line in file)
+        total = sum(line.endswith(b"\n") for line in read_lines(file))
         wanted = set(spread(total, count))
         file.seek(0)
-        lines = [line for number, line in enumerate(file) if number in wanted]
+        lines = [line for number, line in enumerate(read_lines(file)) if number in wanted]
     records = (_parse(line) for line in lines)
     return [record for record in records if record is not None], total
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    record = parse_record(line.decode(errors="replace"))
-    return record if record and abs(record["iteration"]) < _TOO_LARGE else None
+    record = parse_record(line)
+    return record if record is not None and _is_countable(record) else None
+
+
+def _is_countable(record: Record) -> bool:
+    """Whether its iteration is a number that a float can hold exactly."""
+    return abs(record["iteration"]) < _TOO_LARGE
 
 
 def loads_of(record: Record) -> dict[str, list[list[float]]]:

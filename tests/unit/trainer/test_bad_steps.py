@@ -14,9 +14,10 @@ from torch import Tensor
 
 from megatron.trainer.data.batch import Batch
 from megatron.trainer.errors import StepRefusedError
-from megatron.trainer.hooks.base import Hook, Record, RecordError, append_record, read_records
+from megatron.trainer.hooks.base import Hook
 from megatron.trainer.loop import Upkeep, train
 from megatron.trainer.records.journal import open_journal
+from megatron.trainer.records.jsonl import Record, RecordError, append_record, read_records
 from megatron.trainer.resume import checkpoint_writer, resume, rewind
 from megatron.trainer.state import TrainState
 from megatron.trainer.step import language_model_step, train_step
@@ -235,7 +236,7 @@ def test_rewind_is_the_run_from_the_checkpoint_without_those_samples(
     assert_same(state, truth)
     names = [event["event"] for event in read_records(directory / "events.jsonl")]
     assert names == ["save", "save", "skip", "save", "rewind", "save"]
-    event = read_records(directory / "events.jsonl")[4]
+    event = list(read_records(directory / "events.jsonl"))[4]
     assert (event["iteration"], event["rewound_from"]) == (6, 6)
     saved = json.loads((directory / "iter_0000008" / "run.json").read_text())
     assert saved["guard"]["rewinds"] == [[6, 1]]
@@ -273,7 +274,7 @@ def test_rewinds_to_one_checkpoint_come_to_an_end(make_state: StateMaker, tmp_pa
         StepRefusedError, match=r"^loss is inf at iteration 3, in global samples 32"
     ):
         run(state, tmp_path / "run", range(16, 1000))
-    events = read_records(tmp_path / "run" / "events.jsonl")
+    events = list(read_records(tmp_path / "run" / "events.jsonl"))
     assert [event["event"] for event in events] == ["save", "rewind", "rewind", "end"]
     assert json.loads((tmp_path / "run" / "ended.json").read_text())["reason"] == "error"
 
@@ -300,7 +301,7 @@ def test_rewind_passes_by_the_checkpoints_of_a_run_that_was_rolled_back(
     taken = run(state, tmp_path / "run", range(32, 40))
     assert [record["iteration"] for record in taken] == [5, 6, 7, 8]
     assert taken[-1]["consumed_samples"] == 9 * BATCH
-    events = read_records(tmp_path / "run" / "events.jsonl")[4:]
+    events = list(read_records(tmp_path / "run" / "events.jsonl"))[4:]
     assert [(event["event"], event["iteration"]) for event in events] == [
         ("rewind", 4),
         ("save", 6),

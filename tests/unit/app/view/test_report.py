@@ -2,6 +2,7 @@
 
 import json
 import math
+from array import array
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,9 @@ def test_report_says_what_each_of_several_sources_gave() -> None:
     cfg = PretrainConfig()
     one = {**record, "consumed_tokens_per_source": {"code": 640}}
     two = {**record, "consumed_tokens_per_source": {"code": 480, "docs": 160}}
-    assert not any(line.startswith("tokens from") for line in report.describe_training(cfg, [one]))
-    assert "tokens from     code 480 (75.0%), docs 160 (25.0%)" in report.describe_training(
-        cfg, [two]
-    )
+
+    def lines(last: dict[str, Any]) -> list[str]:
+        return report.describe_training(cfg, report.Metrics(last=last, speeds=array("d", [1.0])))
+
+    assert not any(line.startswith("tokens from") for line in lines(one))
+    assert "tokens from     code 480 (75.0%), docs 160 (25.0%)" in lines(two)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.trainer.hooks.base import append_record, read_records
+from megatron.trainer.records.jsonl import append_record, read_records
 from tests.unit.app.view.report_samples import make_page, make_run, step
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -91,7 +91,7 @@ def test_browser_draws_what_the_records_say(tmp_path: Path, width: int) -> None:
     assert told["curves_hidden"] < told["curves"]
 
     # The heat map is blue below an even share and red above; the slider picks the record.
-    written = read_records(folders[0] / "expert_load.jsonl")
+    written = list(read_records(folders[0] / "expert_load.jsonl"))
     for record, pixels in ((written[-1], "last_pixels"), (written[0], "first_pixels")):
         loads = [load for row in record["load"] for load in row]
         for load, (red, _, blue) in zip(loads, told[pixels], strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from plotly.offline import get_plotlyjs
 
-from megatron.trainer.hooks.base import append_record, read_records
+from megatron.trainer.records.jsonl import append_record, read_records
 from moe_app.view import page_data, report_run
 from moe_app.view.curve_figure import cut_of
 from tests.unit.app.view.report_samples import Page, make_page, make_run, step
@@ -23,7 +23,7 @@ def test_numbers_of_the_page_are_those_of_the_records(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)]
     page = make_page(*folders)
     for run, folder in enumerate(folders):
-        records = read_records(folder / "metrics.jsonl")
+        records = list(read_records(folder / "metrics.jsonl"))
         steps = [record for record in records if "lm_loss" in record]
         for chart, label, key in (
             ("loss", "training", "lm_loss"),
@@ -54,7 +54,7 @@ def test_events_and_phases_are_marked_where_they_were(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)]
     page = make_page(*folders)
     for run, folder in enumerate(folders):
-        events = read_records(folder / "events.jsonl")
+        events = list(read_records(folder / "events.jsonl"))
         (marks,) = page.traces("events", run)
         assert marks["x"] == [64 * event["iteration"] for event in events]
         assert marks["y"] == [run] * len(events)
@@ -75,7 +75,7 @@ def test_expert_loads_are_those_of_the_records(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a")
     _, figure = make_page(folder).data["figures"]
     by_record, by_layer, highest, dead = figure["data"]
-    written = read_records(folder / "expert_load.jsonl")
+    written = list(read_records(folder / "expert_load.jsonl"))
     assert by_record["z"] == written[-1]["load"]
     (slider,) = figure["layout"]["sliders"]
     assert [step["label"] for step in slider["steps"]] == [f"{r['iteration']}" for r in written]

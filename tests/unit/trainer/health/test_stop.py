@@ -17,9 +17,9 @@ from megatron.trainer.config.schema import ReliabilityConfig, RunConfig, Trainin
 from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.health import stop
 from megatron.trainer.health.stop import Stop, StopRule
-from megatron.trainer.hooks.base import read_records
 from megatron.trainer.records import journal
 from megatron.trainer.records.journal import Journal, open_journal
+from megatron.trainer.records.jsonl import read_records
 from megatron.trainer.runtime import signals
 
 
@@ -134,7 +134,7 @@ def test_end_is_written_with_what_was_saved(tmp_path: Path) -> None:
         "detail": "SIGUSR1 received",
         "requeue": True,
     }
-    events = read_records(tmp_path / "run" / "events.jsonl")
+    events = list(read_records(tmp_path / "run" / "events.jsonl"))
     assert [event["event"] for event in events] == ["save", "end"]
     assert events[0]["size"] == 7
     # The next job takes the end away, keeps the events, and may finish.
@@ -145,7 +145,7 @@ def test_end_is_written_with_what_was_saved(tmp_path: Path) -> None:
     with made.recording_errors():
         made.end(None)
     assert ended(tmp_path / "run")["reason"] == "finished"
-    assert len(read_records(tmp_path / "run" / "events.jsonl")) == 4
+    assert len(list(read_records(tmp_path / "run" / "events.jsonl"))) == 4
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.trainer import watchdog as watchdog_module
+from megatron.trainer.health import watchdog as watchdog_module
 from megatron.trainer.health.heartbeat import (
     Hang,
     Heartbeat,

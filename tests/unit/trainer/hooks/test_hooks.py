@@ -4,7 +4,6 @@ import importlib
 import io
 import json
 import logging
-import math
 import os
 import pty
 import re
@@ -24,11 +23,8 @@ from megatron.trainer.hooks.base import (
     MetricsFile,
     TensorBoard,
     WeightsAndBiases,
-    append_record,
-    keep_records_until,
-    read_records,
-    scalars,
 )
+from megatron.trainer.records.jsonl import append_record, read_records
 from megatron.trainer.runtime.log import configure_logging
 from tests.paths import REPO
 
@@ -57,7 +53,7 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     hook.on_log(records[0])
     hook.on_evaluation(records[1])
     hook.on_log(records[2])
-    assert read_records(path) == records
+    assert list(read_records(path)) == records
     assert [json.loads(line) for line in path.read_text().splitlines()] == records
 
 
@@ -80,37 +76,7 @@ def test_fresh_run_starts_an_empty_file(tmp_path: Path) -> None:
 
 def test_run_without_records_starts_without_a_file(tmp_path: Path) -> None:
     MetricsFile(tmp_path / "metrics.jsonl").on_start(3, 10)
-    assert read_records(tmp_path / "metrics.jsonl") == []
-
-
-def test_unfinished_last_line_is_skipped_and_the_next_record_is_whole(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "metrics.jsonl"
-    append_record(path, step_record(1))
-    append_record(path, step_record(2))
-    whole = path.read_text()
-    path.write_text(whole[:-9])
-    assert [record["iteration"] for record in read_records(path)] == [1]
-    assert f"{path}: skipped an unfinished record: " in caplog.text
-
-    keep_records_until(path, 2)
-    append_record(path, step_record(2))
-    assert path.read_text() == whole
-
-
-def test_what_json_cannot_hold_becomes_null(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    append_record(
-        path, {"iteration": 1, "a": math.nan, "b": [1.5, -math.inf], "c": {"d": math.inf}}
-    )
-    line = path.read_text()
-    assert line == '{"iteration": 1, "a": null, "b": [1.5, null], "c": {"d": null}}\n'
-
-
-def test_scalars_are_the_numbers_by_nested_name() -> None:
-    record = {"iteration": 3, "loss": {"books": 1.5, "deep": {"er": 2}}, "list": [1], "ok": True}
-    assert scalars(record) == {"iteration": 3.0, "loss/books": 1.5, "loss/deep/er": 2.0}
+    assert list(read_records(tmp_path / "metrics.jsonl")) == []
 
 
 def test_tensorboard_can_read_every_number_back(tmp_path: Path) -> None:
@@ -133,8 +99,8 @@ def test_tensorboard_can_read_every_number_back(tmp_path: Path) -> None:
 WANDB_PROGRAM = """
 import sys
 from pathlib import Path
-from megatron.trainer.config import LoggingConfig
-from megatron.trainer.hooks import WeightsAndBiases
+from megatron.trainer.config.schema import LoggingConfig
+from megatron.trainer.hooks.base import WeightsAndBiases
 for iteration in (1, 2):
     hook = WeightsAndBiases(LoggingConfig(wandb_project="p"), Path(sys.argv[1]), {"lr": 1})
     hook.on_log({"iteration": iteration, "lm_loss": 4.0})

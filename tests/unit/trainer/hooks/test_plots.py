@@ -1,15 +1,18 @@
 """Plots are drawn from the records, whole or not at all. How they look was judged by eye."""
 
+import json
 import math
 import struct
+import tracemalloc
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron.trainer.hooks import plots
-from megatron.trainer.hooks.base import append_record, read_records
 from megatron.trainer.hooks.plots import (
+    RunCurves,
     RunPlots,
     new_figure,
     plot_expert_load,
@@ -18,6 +21,7 @@ from megatron.trainer.hooks.plots import (
     plot_sources,
     write_figure,
 )
+from megatron.trainer.records.jsonl import Record, append_record, keep_records_until, read_records
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -29,6 +33,13 @@ def png_size(path: Path) -> tuple[int, int]:
     assert content.rstrip().endswith(b"IEND\xaeB`\x82")
     width, height = struct.unpack(">II", content[16:24])
     return width, height
+
+
+def curves_of(records: Iterable[Record]) -> RunCurves:
+    curves = RunCurves()
+    for record in records:
+        curves.add(record)
+    return curves
 
 
 def write_records(path: Path, *, steps: int = 40, valid: tuple[str, ...] = ("books",)) -> None:
@@ -55,7 +66,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_loss_plot_shows_every_record(tmp_path: Path, drawn: list[Any]) -> None:
     write_records(tmp_path / "metrics.jsonl", valid=("books", "code"))
-    plot_losses(read_records(tmp_path / "metrics.jsonl"), tmp_path / "loss.png")
+    plot_losses(curves_of(read_records(tmp_path / "metrics.jsonl")), tmp_path / "loss.png")
     (axes,) = drawn
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     tens = range(10, 41, 10)
@@ -71,13 +82,13 @@ def test_loss_plot_shows_every_record(tmp_path: Path, drawn: list[Any]) -> None:
 
 def test_each_curve_has_a_colour_of_its_own(tmp_path: Path, drawn: list[Any]) -> None:
     write_records(tmp_path / "metrics.jsonl", valid=("a", "b", "c", "d"))
-    plot_losses(read_records(tmp_path / "metrics.jsonl"), tmp_path / "loss.png")
+    plot_losses(curves_of(read_records(tmp_path / "metrics.jsonl")), tmp_path / "loss.png")
     assert len({line.get_color() for line in drawn[0].lines}) == 5
 
 
 def test_run_without_validation_has_a_plot_too(tmp_path: Path, drawn: list[Any]) -> None:
     write_records(tmp_path / "metrics.jsonl", valid=())
-    plot_losses(read_records(tmp_path / "metrics.jsonl"), tmp_path / "loss.png")
+    plot_losses(curves_of(read_records(tmp_path / "metrics.jsonl")), tmp_path / "loss.png")
     assert [line.get_label() for line in drawn[0].lines] == ["training"]
 
 
@@ -87,7 +98,7 @@ def test_loss_that_was_not_finite_leaves_a_gap(tmp_path: Path, drawn: list[Any])
         tmp_path / "metrics.jsonl",
         {"iteration": 4, "consumed_tokens": 4000, "lm_loss": math.nan},
     )
-    plot_losses(read_records(tmp_path / "metrics.jsonl"), tmp_path / "loss.png")
+    plot_losses(curves_of(read_records(tmp_path / "metrics.jsonl")), tmp_path / "loss.png")
     y = drawn[0].lines[0].get_ydata(orig=False)
     assert len(y) == 4
     assert math.isnan(y[3])
@@ -95,8 +106,12 @@ def test_loss_that_was_not_finite_leaves_a_gap(tmp_path: Path, drawn: list[Any])
 
 def test_without_records_there_is_no_plot(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    plot_losses(read_records(tmp_path / "metrics.jsonl"), tmp_path / "plots" / "loss.png")
-    plot_losses(read_records(tmp_path / "missing.jsonl"), tmp_path / "plots" / "loss.png")
+    plot_losses(
+        curves_of(read_records(tmp_path / "metrics.jsonl")), tmp_path / "plots" / "loss.png"
+    )
+    plot_losses(
+        curves_of(read_records(tmp_path / "missing.jsonl")), tmp_path / "plots" / "loss.png"
+    )
     assert not (tmp_path / "plots").exists()
 
 
@@ -137,18 +152,18 @@ PHASED = [
 def test_learning_rate_is_drawn_with_the_begin_of_each_phase(
     tmp_path: Path, drawn: list[Any]
 ) -> None:
-    plot_learning_rate(PHASED, tmp_path / "rate.png")
+    plot_learning_rate(curves_of(PHASED), tmp_path / "rate.png")
     curve, border = drawn[0].lines
     assert curve.get_xydata().tolist() == [[100, 1e-3], [200, 5e-4], [300, 1e-3 / 3]]
     assert list(border.get_xdata()) == [200, 200]
     assert [text.get_text().strip() for text in drawn[0].texts] == ["decay"]
     assert (drawn[0].get_xlabel(), drawn[0].get_ylabel()) == ("tokens", "learning rate")
-    plot_losses(PHASED, tmp_path / "loss.png")
+    plot_losses(curves_of(PHASED), tmp_path / "loss.png")
     assert [text.get_text().strip() for text in drawn[1].texts] == ["decay"]
 
 
 def test_each_source_has_a_curve_from_its_first_record_on(tmp_path: Path, drawn: list[Any]) -> None:
-    plot_sources(PHASED, tmp_path / "sources.png")
+    plot_sources(curves_of(PHASED), tmp_path / "sources.png")
     lines = {line.get_label(): line.get_xydata().tolist() for line in drawn[0].lines}
     del lines["_phase"]
     assert lines == {
@@ -161,15 +176,15 @@ def test_each_source_has_a_curve_from_its_first_record_on(tmp_path: Path, drawn:
 
 def test_sources_differ_in_colour_or_style(tmp_path: Path, drawn: list[Any]) -> None:
     many = {f"source {index}": index for index in range(16)}
-    plot_sources([phased(1, "one", **many)], tmp_path / "sources.png")
+    plot_sources(curves_of([phased(1, "one", **many)]), tmp_path / "sources.png")
     looks = {(line.get_color(), line.get_linestyle()) for line in drawn[0].lines}
     assert len(looks) == 16
 
 
 def test_one_source_needs_no_plot(tmp_path: Path) -> None:
-    plot_sources([phased(1, "one", web=100)], tmp_path / "sources.png")
-    plot_sources([], tmp_path / "sources.png")
-    plot_learning_rate([], tmp_path / "rate.png")
+    plot_sources(curves_of([phased(1, "one", web=100)]), tmp_path / "sources.png")
+    plot_sources(RunCurves(), tmp_path / "sources.png")
+    plot_learning_rate(RunCurves(), tmp_path / "rate.png")
     assert not list(tmp_path.iterdir())
 
 
@@ -238,3 +253,42 @@ def test_heat_map_grows_with_the_model_and_stays_readable(
     assert height >= max(330, 33 * layers)
     assert width <= 2500
     assert height <= 1500
+
+
+def test_hook_draws_what_a_rewind_left_and_what_came_after(
+    tmp_path: Path, drawn: list[Any]
+) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    write_records(metrics, steps=20, valid=())
+    hook = RunPlots(metrics, tmp_path)
+    hook.on_evaluation({})
+    keep_records_until(metrics, 15)
+    for step in range(16, 31):
+        append_record(metrics, {"iteration": step, "consumed_tokens": step * 1000, "lm_loss": 9.0})
+    hook.on_end()
+    before, after = [axes.lines[0].get_ydata().tolist() for axes in drawn]
+    assert before == [3 + 5 / step for step in range(1, 21)]
+    assert after == [3 + 5 / step for step in range(1, 16)] + [9.0] * 15
+
+
+def test_memory_for_curves_does_not_grow_with_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 20 MB of records."""
+    metrics = tmp_path / "metrics.jsonl"
+    rest = json.dumps({"consumed_tokens_per_source": {"web": 7, "code": 3}, "x": "x" * 4000})[1:]
+    with metrics.open("w") as file:
+        for step in range(5000):
+            at = f'"iteration": {step}, "consumed_tokens": {step}, "lm_loss": {step % 977}'
+            file.write(f'{{{at}, "learning_rate": 0.001, {rest}\n')
+    found: list[RunCurves] = []
+    for name in ("plot_losses", "plot_learning_rate", "plot_sources"):
+        monkeypatch.setattr(plots, name, lambda curves, _path: found.append(curves))
+    tracemalloc.start()
+    RunPlots(metrics, tmp_path).on_end()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3e6
+    losses = [loss for _, loss in found[0].loss.points]
+    assert len(losses) < 2100
+    assert (min(losses), max(losses)) == (0, 976)

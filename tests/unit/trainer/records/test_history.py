@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from megatron.trainer.errors import ConfigError
-from megatron.trainer.hooks.base import append_record, keep_records_until, read_records
 from megatron.trainer.records.history import RunHistory, duration, thin
+from megatron.trainer.records.jsonl import append_record, keep_records_until, read_records
 from megatron.trainer.records.run_dir import (
     RecordTail,
     check_run,
@@ -64,7 +64,7 @@ def test_tail_gives_every_record_once_however_the_file_grows(tmp_path: Path) -> 
             starts_over, records = tail.read_new()
             assert not starts_over
             found += records
-    assert found == read_records(path)
+    assert found == list(read_records(path))
     assert len(found) == 60
 
 
@@ -97,7 +97,7 @@ def test_tail_starts_over_when_what_it_read_is_gone(tmp_path: Path, change: Writ
     change(path)
     starts_over, records = tail.read_new()
     assert starts_over
-    assert list(records) == read_records(path)
+    assert list(records) == list(read_records(path))
     append_record(path, step(90))
     assert [record["iteration"] for record in tail.read_new()[1]] == [90]
 
@@ -146,7 +146,7 @@ def test_last_record_is_the_last_that_is_whole(tmp_path: Path) -> None:
     # Lines shorter and longer than a block, and one that ends at a block's border.
     for size in (10, 1 << 16, (1 << 16) - 32, 300_000):
         path.write_text(lines(step(1), step(2, text="x" * size)))
-        assert last_record(path) == read_records(path)[-1]
+        assert last_record(path) == list(read_records(path))[-1]
         with path.open("a") as file:
             file.write('{"iteration": 3, "lm')
         found = last_record(path)
