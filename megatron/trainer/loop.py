@@ -10,9 +10,7 @@ from typing import Any
 from megatron.trainer.errors import StepRefusedError
 from megatron.trainer.health.stop import Stop, StopRule
 from megatron.trainer.health.stragglers import BusyClock
-from megatron.trainer.health.watchdog import Watchdog
 from megatron.trainer.hooks.base import Hook
-from megatron.trainer.records.journal import Journal
 from megatron.trainer.state import ForwardStep, TrainState
 from megatron.trainer.step import StepResult, evaluate, train_step
 
@@ -21,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Upkeep:
-    """What a run needs beside steps, to live long; every part may be left out."""
+    """Saves checkpoints, and goes back to them; every part may be left out."""
 
     save: Callable[[TrainState], None] | None = None
     """Writes a checkpoint, a collective call; None writes none."""
@@ -30,10 +28,6 @@ class Upkeep:
     newest, a collective call; False if it may not."""
     evaluate_first: bool = False
     """Begin with the evaluation that an earlier job was stopped in."""
-    journal: Journal | None = None
-    """Where events are told."""
-    watchdog: Watchdog | None = None
-    """Is told of every step, evaluated batch and save."""
 
 
 def train(
@@ -48,7 +42,7 @@ def train(
     Args:
         state: where the run stands; changed in place.
         forward_step: megatron-core's forward step, `step.language_model_step` for pretraining.
-        hooks: watchers of this rank.
+        hooks: watchers of this rank; at every moment they are called in this order.
         upkeep: checkpoints and what becomes of bad steps; None does without.
 
     Returns:
@@ -77,7 +71,7 @@ def train(
 
 
 class _Run:
-    """A call of `train`, and what it has to remember between steps."""
+    """Holds what a call of `train` remembers between steps."""
 
     def __init__(
         self, state: TrainState, forward_step: ForwardStep, hooks: Sequence[Hook], upkeep: Upkeep
@@ -94,7 +88,7 @@ class _Run:
         self._clock = BusyClock(state.ctx.device) if is_timed else None
 
     def to_the_end(self) -> Stop | None:
-        """Take steps, and between them do what is due."""
+        """Take steps; log, evaluate and save when due."""
         cfg, state = self.state.cfg, self.state
         if self.evaluated < 0:
             self._evaluate_all()
@@ -106,7 +100,7 @@ class _Run:
                 if not self._rewind(str(refused)):
                     raise
                 continue
-            self._tell(result, phase_before=phase)
+            self._report(result, phase_before=phase)
             if self._is_due(cfg.logging.log_interval):
                 self._log(result)
             if self._is_due(cfg.evaluation.eval_interval):
@@ -125,12 +119,12 @@ class _Run:
     def _is_due(self, interval: int) -> bool:
         return interval > 0 and self.state.iteration % interval == 0
 
-    def _mark(self, stage: str) -> None:
-        if self.upkeep.watchdog is not None:
-            self.upkeep.watchdog.mark(stage, self.state.iteration + 1)
+    def _begin(self, stage: str) -> None:
+        for hook in self.hooks:
+            hook.on_stage(stage, self.state.iteration + 1)
 
     def _step(self) -> StepResult:
-        self._mark("step")
+        self._begin("step")
         if self.state.metrics is not None:
             self.state.metrics.reset()
         started = time.perf_counter()
@@ -140,15 +134,13 @@ class _Run:
         self._steps += 1
         return result
 
-    def _tell(self, result: StepResult, *, phase_before: str | None) -> None:
-        iteration, phase = self.state.iteration, self.state.train_data.phase
-        if self.upkeep.journal is not None:
-            self.upkeep.journal.iteration = iteration
+    def _report(self, result: StepResult, *, phase_before: str | None) -> None:
         for hook in self.hooks:
-            hook.on_step(iteration, result.lm_loss)
+            hook.on_step(self.state.iteration, result.lm_loss)
         if result.skipped is not None:
             self._skipped += 1
             self._event("skip", result.skipped)
+        phase = self.state.train_data.phase
         if phase != phase_before and phase is not None:
             self._event("phase", f"{phase} begins")
 
@@ -163,7 +155,7 @@ class _Run:
         self._seconds, self._steps, self._skipped = 0.0, 0, 0
 
     def _evaluate_all(self) -> None:
-        """Evaluate every validation set; without a record if the run has to stop meanwhile."""
+        """Evaluate every validation set; make no record if the run has to stop meanwhile."""
         losses = {}
         for name in self.state.validation:
             loss = evaluate(self.state, self.forward_step, name, is_over=self._evaluation_is_over)
@@ -177,22 +169,21 @@ class _Run:
                 hook.on_evaluation(record)
 
     def _evaluation_is_over(self) -> bool:
-        self._mark("evaluation")
+        self._begin("evaluation")
         return self.stop_rule.ask(self.state.iteration, is_evaluating=True) is not None
 
     def _save(self) -> None:
         if self.upkeep.save is None:
             return
-        self._mark("save")
+        self._begin("save")
         started = time.perf_counter()
         self.upkeep.save(self.state)
         self.saved = self.state.iteration
-        if self.upkeep.journal is not None:
-            self.upkeep.journal.saved = self.saved
-        self._event("save", f"{time.perf_counter() - started:.1f} s")
+        for hook in self.hooks:
+            hook.on_save(self.saved, time.perf_counter() - started)
 
     def _rewind(self, why: str) -> bool:
-        """Go back to the newest checkpoint, and let records and events know."""
+        """Go back to the newest checkpoint; False if the run may not."""
         before = self.state.iteration
         if self.upkeep.rewind is None or not self.upkeep.rewind(self.state, self.saved):
             return False
@@ -205,14 +196,14 @@ class _Run:
         return True
 
     def _event(self, name: str, detail: str, **more: Any) -> None:
-        if self.upkeep.journal is not None:
-            self.upkeep.journal.event(self.state.iteration, name, detail, **more)
+        for hook in self.hooks:
+            hook.on_event(self.state.iteration, name, detail, **more)
 
 
 def step_record(
     state: TrainState, result: StepResult, *, seconds_per_step: float, skipped: int
 ) -> dict[str, Any]:
-    """One object of `metrics.jsonl`; docs/run_directory.md says what each number means."""
+    """Make a step's record of `metrics.jsonl`; docs/run_directory.md defines every number."""
     cfg = state.cfg.training
     tokens_per_second = cfg.global_batch_size * cfg.seq_length / seconds_per_step
     return {
@@ -228,7 +219,7 @@ def step_record(
 
 
 def evaluation_record(state: TrainState, losses: dict[str, float]) -> dict[str, Any]:
-    """The other kind of object there."""
+    """Make an evaluation's record of `metrics.jsonl`."""
     return {**_position(state), "valid_loss": losses}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron.trainer.health.preflight import preflight
 from megatron.trainer.health.stop import Stop
 from megatron.trainer.health.watchdog import Watchdog, start_watchdog, timeout_before
+from megatron.trainer.hooks.base import Hook
 from megatron.trainer.loop import Upkeep, train
 from megatron.trainer.records.journal import Journal, open_journal
 from megatron.trainer.resume import (
@@ -85,16 +86,15 @@ def _train(
     state = build_state(cfg, ctx)
     beginning = resume(state, cfg.model)
     for passed_over in beginning.passed_over:
-        journal.event(state.iteration, "fallback", passed_over)
-    journal.event(state.iteration, beginning.event, beginning.detail)
+        journal.on_event(state.iteration, "fallback", passed_over)
+    journal.on_event(state.iteration, beginning.event, beginning.detail)
     if beginning.is_continued:
         journal.saved = state.iteration
-    hooks = on_all_ranks("opening the records", lambda: build_hooks(cfg, state))
+    hooks: list[Hook] = [journal, watchdog]
+    hooks += on_all_ranks("opening the records", lambda: build_hooks(cfg, state))
     upkeep = Upkeep(
         save=checkpoint_writer(state),
         rewind=rewind,
         evaluate_first=beginning.is_continued and evaluation_is_pending(state),
-        journal=journal,
-        watchdog=watchdog,
     )
     return train(state, language_model_step, hooks=hooks, upkeep=upkeep)

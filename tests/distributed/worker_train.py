@@ -59,8 +59,8 @@ def run_case(flags: list[str], out: Path, name: str) -> None:
         train(
             state,
             language_model_step,
-            hooks=[recorder, *build_hooks(cfg, state)],
-            upkeep=Upkeep(save=checkpoint_writer(state), rewind=rewind, journal=journal),
+            hooks=[journal, recorder, *build_hooks(cfg, state)],
+            upkeep=Upkeep(save=checkpoint_writer(state), rewind=rewind),
         )
     torch.save(final_shards(state), out / f"{name}.rank{ctx.rank}.pt")
     if ctx.rank == 0:

@@ -1,4 +1,4 @@
-"""What a run directory says about the run as a whole: who has it, what happened, how it ended."""
+"""Locks a run directory; records the events of its run, and how the run ended."""
 
 import datetime
 import errno
@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from megatron.trainer.errors import ConfigError, UserError
 from megatron.trainer.health.stop import Stop
+from megatron.trainer.hooks.base import Hook
 from megatron.trainer.records.jsonl import RecordError, append_record
 from megatron.trainer.records.run_dir import ENDED_NAME, EVENTS_NAME
 
@@ -29,11 +30,11 @@ LOCK_PATIENCE_S = 10.0
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 
 
-class Journal:
-    """Events and the end of a run, written by the one rank that has a directory.
+class Journal(Hook):
+    """Writes the events and the end of a run, on the one rank that has a directory.
 
     Args:
-        directory: the run directory, which must be there; None writes nothing.
+        directory: the run directory, which must exist; None writes nothing.
         train_iters: steps to have done when the run ends.
     """
 
@@ -42,28 +43,30 @@ class Journal:
         self._train_iters = train_iters
         self._lock = _take_lock(directory) if directory is not None else None
         self.iteration = 0
-        """Steps done; the loop counts it on."""
+        """Steps done."""
         self.saved: int | None = None
         """Steps that the newest checkpoint holds, of those that this process knows."""
         if directory is not None:
             (directory / ENDED_NAME).unlink(missing_ok=True)
 
-    def event(self, iteration: int, name: str, detail: str = "", **more: Any) -> None:
-        """Append to `events.jsonl`.
+    def on_step(self, iteration: int, lm_loss: float) -> None:
+        """Count it."""
+        self.iteration = iteration
 
-        Args:
-            iteration: steps done.
-            name: what docs/run_directory.md lists.
-            detail: one sentence for a reader.
-            more: further JSON values.
-        """
+    def on_save(self, iteration: int, seconds: float) -> None:
+        """Record the event `save`."""
+        self.saved = iteration
+        self.on_event(iteration, "save", f"{seconds:.1f} s")
+
+    def on_event(self, iteration: int, name: str, detail: str = "", **more: Any) -> None:
+        """Append to `events.jsonl`."""
         self.iteration = iteration
         if self._directory is not None:
             record = {"iteration": iteration, "event": name, "time": _now(), "detail": detail}
             append_record(self._directory / EVENTS_NAME, {**record, **more})
 
     def end(self, stop: Stop | None) -> None:
-        """Say how the run ended: of itself, or stopped early."""
+        """Record and log how the run ended: finished, or stopped early."""
         done = self.iteration >= self._train_iters
         where = f"iteration {self.iteration} of {self._train_iters}"
         if self.saved == self.iteration and self._directory is not None:
@@ -80,7 +83,7 @@ class Journal:
 
     @contextmanager
     def recording_errors(self) -> Iterator[None]:
-        """Write an error that ends the run down before it goes on its way; give the lock back."""
+        """Record an error that ends the run, and raise it; release the lock in any case."""
         try:
             yield
         except BaseException as error:
@@ -96,7 +99,7 @@ class Journal:
             self.close()
 
     def close(self) -> None:
-        """Give the directory free for another run."""
+        """Release the directory for another run."""
         if self._lock is not None:
             self._lock.close()
 
@@ -115,14 +118,14 @@ class Journal:
         scratch = self._directory / f"{ENDED_NAME}.tmp"
         scratch.write_text(json.dumps(record) + "\n", encoding="utf-8")
         os.replace(scratch, self._directory / ENDED_NAME)
-        self.event(self.iteration, "end", f"{reason}: {detail}" if detail else reason)
+        self.on_event(self.iteration, "end", f"{reason}: {detail}" if detail else reason)
 
 
 def open_journal(save: str | None, *, rank: int, train_iters: int) -> Journal:
-    """The journal of this rank: on rank 0 it makes, checks and locks the run directory.
+    """Open this rank's journal; on rank 0 make, check and lock the run directory.
 
     Raises:
-        ConfigError: nothing can be written there, or another run has it.
+        ConfigError: nothing can be written there, or another run holds it.
     """
     if rank != 0 or save is None:
         return Journal(None, train_iters=train_iters)

@@ -197,9 +197,9 @@ def run(state: TrainState, directory: Path, bad: range) -> list[Record]:
     """Train as pretrain.py does, with some samples poisoned."""
     journal = open_journal(str(directory), rank=0, train_iters=state.cfg.training.train_iters)
     records = Records()
-    upkeep = Upkeep(save=checkpoint_writer(state), rewind=rewind, journal=journal)
+    upkeep = Upkeep(save=checkpoint_writer(state), rewind=rewind)
     with journal.recording_errors():
-        train(state, Poisoned(state, bad), hooks=[records], upkeep=upkeep)
+        train(state, Poisoned(state, bad), hooks=[journal, records], upkeep=upkeep)
     return records.steps
 
 
@@ -317,7 +317,7 @@ def test_full_disk_under_the_records_is_told_whatever_else_fails_by_it(
     journal = open_journal(str(tmp_path), rank=0, train_iters=2)
     message = r"^cannot write /dev/full: No space left on device; make room for it, .* with --load"
     with pytest.raises(RecordError, match=message), journal.recording_errors():
-        train(state, language_model_step, hooks=[FullDisk()], upkeep=Upkeep(journal=journal))
+        train(state, language_model_step, hooks=[journal, FullDisk()])
     assert RecordError.is_local
     told = [record.getMessage() for record in caplog.records if "well" in record.msg]
     assert told == ["FullDisk did not end well: [Errno 28] No space left on device"]

@@ -123,8 +123,8 @@ def ended(directory: Path) -> dict[str, object]:
 
 def test_end_is_written_with_what_was_saved(tmp_path: Path) -> None:
     made = open_journal(str(tmp_path / "run"), rank=0, train_iters=9)
-    made.saved = 4
-    made.event(4, "save", "0.1 s", size=7)
+    made.on_save(4, 0.125)
+    made.on_event(4, "rewind", "from iteration 5", rewound_from=5)
     with made.recording_errors():
         made.end(Stop(reason="signal", detail="SIGUSR1 received"))
     common = {"iteration": 4, "train_iters": 9, "saved_iteration": 4}
@@ -135,17 +135,18 @@ def test_end_is_written_with_what_was_saved(tmp_path: Path) -> None:
         "requeue": True,
     }
     events = list(read_records(tmp_path / "run" / "events.jsonl"))
-    assert [event["event"] for event in events] == ["save", "end"]
-    assert events[0]["size"] == 7
+    assert [event["event"] for event in events] == ["save", "rewind", "end"]
+    assert (events[0]["iteration"], events[0]["detail"]) == (4, "0.1 s")
+    assert events[1]["rewound_from"] == 5
     # The next job takes the end away, keeps the events, and may finish.
     made = open_journal(str(tmp_path / "run"), rank=0, train_iters=9)
     assert not (tmp_path / "run" / "ended.json").exists()
-    made.event(9, "save")
-    made.saved = 9
+    made.on_step(9, 4.0)
+    made.on_save(9, 0.0)
     with made.recording_errors():
         made.end(None)
     assert ended(tmp_path / "run")["reason"] == "finished"
-    assert len(list(read_records(tmp_path / "run" / "events.jsonl"))) == 4
+    assert len(list(read_records(tmp_path / "run" / "events.jsonl"))) == 5
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_error_is_written_down_and_goes_on_its_way(
     error: Exception, detail: str, tmp_path: Path
 ) -> None:
     made = open_journal(str(tmp_path), rank=0, train_iters=9)
-    made.event(3, "start")
+    made.on_event(3, "start")
     with pytest.raises(type(error)), made.recording_errors():
         raise error
     found = ended(tmp_path)
@@ -200,7 +201,7 @@ def test_journal_without_a_directory_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     made = Journal(None, train_iters=3)
-    made.event(1, "start")
+    made.on_event(1, "start")
     with made.recording_errors():
         made.end(None)
     assert list(tmp_path.iterdir()) == []
