@@ -27,7 +27,7 @@ from megatron.trainer.config.schema import CheckpointConfig
 from megatron.trainer.errors import CheckpointError, DataError
 from megatron.trainer.optim.scheduler import LRSchedule, branch_rate, rate_of_branch
 from megatron.trainer.optim.sharded_state import OPTIMIZER_PREFIX
-from megatron.trainer.records.jsonl import has_evaluation, read_records
+from megatron.trainer.records.record_file import has_evaluation, read_records
 from megatron.trainer.records.run_dir import CONFIG_NAME, EVENTS_NAME, METRICS_NAME
 from megatron.trainer.runtime.collective import on_rank0
 from megatron.trainer.state import (

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron.trainer.config.cli import dump_config, flatten
-from megatron.trainer.hooks.base import Console, Hook, MetricsFile, TensorBoard, WeightsAndBiases
+from megatron.trainer.hooks.base import Hook
+from megatron.trainer.hooks.console import Console
 from megatron.trainer.hooks.plots import RunPlots, plot_expert_load
-from megatron.trainer.records.jsonl import Record, append_record, keep_records_until
+from megatron.trainer.hooks.writers import MetricsFile, TensorBoard, WeightsAndBiases
+from megatron.trainer.records.record_file import Record, append_record, keep_records_until
 from megatron.trainer.records.run_dir import CONFIG_NAME, LOAD_NAME, METRICS_NAME
 from megatron.trainer.state import TrainState
 from moe_app.pretrain.config import PretrainConfig

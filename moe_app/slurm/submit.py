@@ -18,7 +18,7 @@ from megatron.trainer.config.cli import dump_config
 from megatron.trainer.config.parallel_layout import num_microbatches, resolve_layout
 from megatron.trainer.config.validate import validate
 from megatron.trainer.errors import ConfigError
-from megatron.trainer.records.jsonl import Record
+from megatron.trainer.records.record_file import Record
 from megatron.trainer.records.run_dir import METRICS_NAME, RecordTail, read_ended
 from megatron.trainer.runtime.launch import run_main
 from moe_app.command_line import program, seconds_up_to

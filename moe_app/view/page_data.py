@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.trainer.records.history import Event, RunHistory, finite, thin
-from megatron.trainer.records.jsonl import Record
+from megatron.trainer.records.record_file import Record
 from megatron.trainer.records.run_dir import (
     LOAD_NAME,
     LOAD_TITLES,

@@ -22,7 +22,7 @@ from megatron.trainer.data.entropy import token_counts, unigram_entropy
 from megatron.trainer.data.source import MockSource, Source, WindowSource
 from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.records.history import Validation, validation_results
-from megatron.trainer.records.jsonl import Record, read_records
+from megatron.trainer.records.record_file import Record, read_records
 from megatron.trainer.records.run_dir import CONFIG_NAME, METRICS_NAME, check_run
 from megatron.trainer.runtime.launch import run_main
 from moe_app.command_line import program

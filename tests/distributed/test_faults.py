@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from megatron.trainer.records.jsonl import read_records
+from megatron.trainer.records.record_file import read_records
 from tests.distributed.launcher import HERE, REPO, flags, rank_environment, run_session, torchrun
 
 STEPS, SAVE_EVERY = 12, 3

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron.trainer.records.jsonl import read_records
+from megatron.trainer.records.record_file import read_records
 from tests.distributed.launcher import HERE, flags, rank_environment, run_cases, run_session
 
 KILLS = 10

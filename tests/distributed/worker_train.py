@@ -19,7 +19,7 @@ from megatron.trainer.errors import UserError
 from megatron.trainer.hooks.base import Hook
 from megatron.trainer.loop import Upkeep, train
 from megatron.trainer.records.journal import open_journal
-from megatron.trainer.records.jsonl import Record
+from megatron.trainer.records.record_file import Record
 from megatron.trainer.resume import checkpoint_writer, resume, rewind
 from megatron.trainer.runtime.collective import on_all_ranks
 from megatron.trainer.runtime.launch import environment_rank, initialize, shut_down

@@ -15,7 +15,7 @@ import torch
 from megatron.trainer import loop
 from megatron.trainer.config.schema import RunConfig
 from megatron.trainer.config.validate import validate
-from megatron.trainer.records.jsonl import Record
+from megatron.trainer.records.record_file import Record
 from megatron.trainer.step import StepResult
 from moe_app.cli import COMMANDS, main
 from moe_app.pretrain.config import PretrainConfig, parse_recipe

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.trainer.hooks.base import Hook
-from megatron.trainer.records.jsonl import Record
+from megatron.trainer.records.record_file import Record
 from megatron.trainer.records.run_dir import RecordTail
 from megatron.trainer.records.thinned_curve import ThinnedCurve
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron.trainer.errors import ConfigError
-from megatron.trainer.records.jsonl import Record, scalars
+from megatron.trainer.records.record_file import Record, scalars
 from megatron.trainer.records.run_dir import (
     CONFIG_NAME,
     EVENTS_NAME,

@@ -12,13 +12,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron.trainer.errors import ConfigError, UserError
-from megatron.trainer.health.stop import Stop
 from megatron.trainer.hooks.base import Hook
-from megatron.trainer.records.jsonl import RecordError, append_record
+from megatron.trainer.records.record_file import RecordError, append_record
 from megatron.trainer.records.run_dir import ENDED_NAME, EVENTS_NAME
+
+if TYPE_CHECKING:  # it needs torch
+    from megatron.trainer.health.stop import Stop
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ class Journal(Hook):
             record = {"iteration": iteration, "event": name, "time": _now(), "detail": detail}
             append_record(self._directory / EVENTS_NAME, {**record, **more})
 
-    def end(self, stop: Stop | None) -> None:
+    def end(self, stop: "Stop | None") -> None:
         """Record and log how the run ended: finished, or stopped early."""
         done = self.iteration >= self._train_iters
         where = f"iteration {self.iteration} of {self._train_iters}"

@@ -12,7 +12,7 @@ import yaml
 from megatron.trainer.config.recipe import recipe_nodes
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.io.bounded_read import open_regular, read_small
-from megatron.trainer.records.jsonl import (
+from megatron.trainer.records.record_file import (
     MAX_LINE_BYTES,
     Record,
     parse_record,

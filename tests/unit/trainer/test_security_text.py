@@ -17,7 +17,7 @@ from megatron.trainer.config.recipe import read_recipe, schema_of
 from megatron.trainer.config.schema import LoggingConfig, RunConfig
 from megatron.trainer.data.phase_records import read_records
 from megatron.trainer.errors import CheckpointError, ConfigError, DataError, printable
-from megatron.trainer.hooks import base
+from megatron.trainer.hooks import writers
 from megatron.trainer.optim.scheduler import check_schedule
 from megatron.trainer.runtime.launch import run_main
 from megatron.trainer.runtime.log import configure_logging
@@ -202,7 +202,7 @@ def test_a_hostile_wandb_id_is_refused(
     monkeypatch.setitem(sys.modules, "wandb", wandb_with(given))
     (tmp_path / "wandb_run_id").write_text(text + "\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="wandb_run_id"):
-        base.WeightsAndBiases(LoggingConfig(wandb_project="p"), tmp_path, {})
+        writers.WeightsAndBiases(LoggingConfig(wandb_project="p"), tmp_path, {})
     assert given == {}
 
 
@@ -210,7 +210,7 @@ def test_the_wandb_id_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     given: dict[str, Any] = {}
     monkeypatch.setitem(sys.modules, "wandb", wandb_with(given))
     for _ in range(2):
-        base.WeightsAndBiases(LoggingConfig(wandb_project="p"), tmp_path, {})
+        writers.WeightsAndBiases(LoggingConfig(wandb_project="p"), tmp_path, {})
         assert given["id"] == (tmp_path / "wandb_run_id").read_text().strip()
 
 

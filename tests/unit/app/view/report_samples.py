@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from megatron.trainer.records.jsonl import append_record
+from megatron.trainer.records.record_file import append_record
 from moe_app.view import report_run
 
 SETTINGS = "train_iters: 200\nlog_interval: 10\nglobal_batch_size: 4\nseq_length: 16\nlr: {lr}\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.trainer.records.jsonl import append_record, read_records
+from megatron.trainer.records.record_file import append_record, read_records
 from tests.unit.app.view.report_samples import make_page, make_run, step
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from plotly.offline import get_plotlyjs
 
-from megatron.trainer.records.jsonl import append_record, read_records
+from megatron.trainer.records.record_file import append_record, read_records
 from moe_app.view import page_data, report_run
 from moe_app.view.curve_figure import cut_of
 from tests.unit.app.view.report_samples import Page, make_page, make_run, step

@@ -16,7 +16,7 @@ import pytest
 from rich.text import Text
 
 from megatron.trainer.records.history import RunHistory
-from megatron.trainer.records.jsonl import append_record
+from megatron.trainer.records.record_file import append_record
 from moe_app.view import screen, terminal_chart, watch
 from moe_app.view.screen import Screen, Watched, draw_frame, watch_run
 from moe_app.view.terminal_chart import Curve, draw_curves

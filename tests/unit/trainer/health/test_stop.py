@@ -19,7 +19,7 @@ from megatron.trainer.health import stop
 from megatron.trainer.health.stop import Stop, StopRule
 from megatron.trainer.records import journal
 from megatron.trainer.records.journal import Journal, open_journal
-from megatron.trainer.records.jsonl import read_records
+from megatron.trainer.records.record_file import read_records
 from megatron.trainer.runtime import signals
 
 

@@ -21,7 +21,12 @@ from megatron.trainer.hooks.plots import (
     plot_sources,
     write_figure,
 )
-from megatron.trainer.records.jsonl import Record, append_record, keep_records_until, read_records
+from megatron.trainer.records.record_file import (
+    Record,
+    append_record,
+    keep_records_until,
+    read_records,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -13,7 +13,7 @@ import pytest
 
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.records.history import RunHistory, duration, thin
-from megatron.trainer.records.jsonl import append_record, keep_records_until, read_records
+from megatron.trainer.records.record_file import append_record, keep_records_until, read_records
 from megatron.trainer.records.run_dir import (
     RecordTail,
     check_run,

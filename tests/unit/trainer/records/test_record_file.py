@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from megatron.trainer.records import jsonl
-from megatron.trainer.records.jsonl import (
+from megatron.trainer.records import record_file
+from megatron.trainer.records.record_file import (
     RecordError,
     append_record,
     has_evaluation,
@@ -112,7 +114,7 @@ def cut_whole_file(path: Path, iteration: int) -> str:
 def test_cutting_and_searching_from_the_end_is_as_reading_the_whole_file(
     block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jsonl, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(record_file, "_BLOCK_BYTES", block)
     rng, path = random.Random(block), tmp_path / "metrics.jsonl"
     num_ordered = 0
     for _ in range(60):
@@ -123,7 +125,7 @@ def test_cutting_and_searching_from_the_end_is_as_reading_the_whole_file(
         iterations = [record["iteration"] for record in before]
         iteration = rng.randrange(max(iterations, default=0) + 3)
         with path.open("rb") as file:
-            assert [record for _, record in jsonl.read_backwards(file)] == before[::-1]
+            assert [record for _, record in record_file.read_backwards(file)] == before[::-1]
         expected = cut_whole_file(path, iteration)
         if iterations == sorted(iterations):
             num_ordered += 1
@@ -176,7 +178,7 @@ def test_file_that_cannot_be_cut_is_named(tmp_path: Path) -> None:
 def test_line_too_long_for_a_record_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(record_file, "MAX_LINE_BYTES", 100)
     path = tmp_path / "load.jsonl"
     append_record(path, step(1))
     append_record(path, step(2, load=[1.0] * 100))
@@ -216,3 +218,11 @@ def test_memory_is_that_of_a_record_whatever_the_file_holds(
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1e6
+
+
+def test_files_of_a_run_can_be_read_without_torch() -> None:
+    modules = ("record_file", "run_dir", "history", "journal", "thinned_curve")
+    names = ", ".join(f"megatron.trainer.records.{name}" for name in modules)
+    script = f"import sys, megatron.trainer.hooks.base, {names}\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
