@@ -8,9 +8,10 @@ from megatron.trainer.config.cli import dump_config, flatten
 from megatron.trainer.hooks.base import Hook
 from megatron.trainer.hooks.console import Console
 from megatron.trainer.hooks.plots import RunPlots, plot_expert_load
+from megatron.trainer.hooks.profiler import Profiler
 from megatron.trainer.hooks.writers import MetricsFile, TensorBoard, WeightsAndBiases
 from megatron.trainer.records.record_file import Record, append_record, keep_records_until
-from megatron.trainer.records.run_dir import CONFIG_NAME, LOAD_NAME, METRICS_NAME
+from megatron.trainer.records.run_dir import CONFIG_NAME, LOAD_NAME, METRICS_NAME, profile_directory
 from megatron.trainer.state import TrainState
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.metrics import MOA, MOE, RouterMetrics, RouterReport
@@ -82,9 +83,16 @@ class ExpertLoad(Hook):
 
 
 def build_hooks(cfg: PretrainConfig, state: TrainState) -> list[Hook]:
-    """The watchers of this rank: all of them on rank 0, none elsewhere."""
-    if state.ctx.rank != 0:
-        return []
+    """Build this rank's observers: a profiler where it is wanted, all others on rank 0."""
+    rank, save = state.ctx.rank, cfg.checkpoint.save
+    hooks: list[Hook] = []
+    if cfg.profiling.profile and rank in cfg.profiling.profile_ranks and save is not None:
+        hooks.append(Profiler(cfg.profiling, profile_directory(Path(save), rank), rank=rank))
+    return hooks + _writers(cfg, state) if rank == 0 else hooks
+
+
+def _writers(cfg: PretrainConfig, state: TrainState) -> list[Hook]:
+    """Build what shows and writes the run's records."""
     hooks: list[Hook] = [Console(progress=cfg.logging.progress)]
     if cfg.checkpoint.save is None:
         return hooks

@@ -238,6 +238,20 @@ class ReliabilityConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfilingConfig:
+    """Which steps torch.profiler watches, and on which ranks."""
+
+    profile: bool = False
+    """Profile some steps, and write a trace and a table of operations to save/profile."""
+    profile_step_start: int = 10
+    """Steps done when profiling begins: the first step in the profile is the next one."""
+    profile_step_end: int = 12
+    """Steps done when profiling ends: the last step in the profile."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """Global ranks that are profiled, each into a directory of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Holds every group but the model's; an application subclasses it with a `model` field."""
 
@@ -249,3 +263,4 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)

@@ -14,12 +14,15 @@ from megatron.trainer.config.parallel_layout import (
     world_size_problems,
 )
 from megatron.trainer.config.schema import (
-    CheckpointConfig,
     OptimizerConfig,
     ParallelConfig,
-    ReliabilityConfig,
     RunConfig,
     TrainingConfig,
+)
+from megatron.trainer.config.validate_reliability import (
+    checkpoint_problems,
+    profiling_problems,
+    reliability_problems,
 )
 from megatron.trainer.errors import ConfigError
 
@@ -98,8 +101,9 @@ def validate(cfg: RunConfig, world_size: int, *, is_training: bool = True) -> No
     found += _recompute_module_problems(cfg.training)
     found += _optimizer_problems(cfg.optimizer)
     found += schedule_problems(cfg.optimizer, cfg)
-    found += _checkpoint_problems(cfg.checkpoint) + branch_problems(cfg)
-    found += _reliability_problems(cfg.reliability, cfg.checkpoint)
+    found += checkpoint_problems(cfg.checkpoint) + branch_problems(cfg)
+    found += reliability_problems(cfg.reliability, cfg.checkpoint)
+    found += profiling_problems(cfg, world_size)
     if cfg.logging.wandb_project is not None and cfg.checkpoint.save is None:
         found.append(
             f"wandb_project ({cfg.logging.wandb_project!r}) needs save (None), because the run's"
@@ -309,56 +313,4 @@ def _optimizer_problems(optimizer: OptimizerConfig) -> list[str]:
         )
         if value < 0
     ]
-    return found
-
-
-def _reliability_problems(
-    reliability: ReliabilityConfig, checkpoint: CheckpointConfig
-) -> list[str]:
-    above_zero = {
-        "exit_duration_in_mins": reliability.exit_duration_in_mins,
-        "spike_sigma": reliability.spike_sigma,
-        "preflight_timeout": reliability.preflight_timeout,
-    }
-    found = [
-        f"{name} ({value:g}) must be above 0; use a positive number"
-        for name, value in above_zero.items()
-        if value is not None and value <= 0
-    ]
-    code = reliability.requeue_exit_code
-    if not 0 <= code <= 255:
-        found.append(
-            f"requeue_exit_code ({code}) must be an exit status; use a number from 0 to 255"
-        )
-    if reliability.rewind_on_spike and checkpoint.save is None:
-        found.append(
-            "rewind_on_spike (True) needs save (None), the directory of the checkpoints to"
-            " rewind to; set --save DIR, or drop --rewind-on-spike"
-        )
-    return found
-
-
-def _checkpoint_problems(checkpoint: CheckpointConfig) -> list[str]:
-    found = []
-    if checkpoint.keep_every is not None and checkpoint.keep_last is None:
-        found.append(
-            f"keep_every ({checkpoint.keep_every}) changes nothing without keep_last (None), which"
-            " keeps all checkpoints; set --keep-last N, or drop --keep-every"
-        )
-    if checkpoint.save_interval > 0 and checkpoint.save is None:
-        found.append(
-            f"save_interval ({checkpoint.save_interval}) needs save (None), the directory to write"
-            " to; set --save DIR, or drop --save-interval"
-        )
-    if checkpoint.load is None:
-        if checkpoint.ckpt_step is not None:
-            found.append(
-                f"ckpt_step ({checkpoint.ckpt_step}) needs load (None), the directory to read"
-                " from; set --load DIR, or drop --ckpt-step"
-            )
-        if checkpoint.finetune:
-            found.append(
-                "finetune (True) needs load (None), the directory whose weights to take; set"
-                " --load DIR, or drop --finetune"
-            )
     return found

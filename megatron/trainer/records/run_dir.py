@@ -25,12 +25,18 @@ METRICS_NAME = "metrics.jsonl"
 LOAD_NAME = "expert_load.jsonl"
 EVENTS_NAME = "events.jsonl"
 ENDED_NAME = "ended.json"
+PROFILE_NAME = "profile"
 LOAD_TITLES = {"load": "expert load", "moa_load": "attention expert load"}
 """What a record of `expert_load.jsonl` can hold, by name."""
 
 _BLOCK_BYTES = 1 << 16
 _REMEMBERED_BYTES = 4096
 _TOO_LARGE = 1 << 53
+
+
+def profile_directory(directory: Path, rank: int) -> Path:
+    """Return where a rank's profile goes."""
+    return directory / PROFILE_NAME / f"rank{rank}"
 
 
 def check_run(directory: Path, *, given_as: str) -> None:
