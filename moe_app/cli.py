@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from megatron.trainer.runtime.upstream_warnings import hide_upstream_warnings
+
 Argv = Sequence[str] | None
 
 
+@hide_upstream_warnings()
 def pretrain(argv: Argv = None) -> int:
     """Run `moe_app.pretrain`."""
     from moe_app.pretrain import start
@@ -40,6 +43,7 @@ def preprocess_data(argv: Argv = None) -> int:
     return main(argv)
 
 
+@hide_upstream_warnings()
 def generate(argv: Argv = None) -> int:
     """Run `moe_app.infer.generate`."""
     from moe_app.infer.generate import main
@@ -47,6 +51,7 @@ def generate(argv: Argv = None) -> int:
     return main(argv)
 
 
+@hide_upstream_warnings()
 def score(argv: Argv = None) -> int:
     """Run `moe_app.infer.score`."""
     from moe_app.infer.score import main
@@ -54,6 +59,7 @@ def score(argv: Argv = None) -> int:
     return main(argv)
 
 
+@hide_upstream_warnings()
 def convert_checkpoint(argv: Argv = None) -> int:
     """Run `moe_app.convert.convert_checkpoint`."""
     from moe_app.convert.convert_checkpoint import main
@@ -61,6 +67,7 @@ def convert_checkpoint(argv: Argv = None) -> int:
     return main(argv)
 
 
+@hide_upstream_warnings()
 def doctor(argv: Argv = None) -> int:
     """Run `moe_app.doctor.doctor`."""
     from moe_app.doctor.doctor import main
@@ -68,6 +75,7 @@ def doctor(argv: Argv = None) -> int:
     return main(argv)
 
 
+@hide_upstream_warnings()
 def plan(argv: Argv = None) -> int:
     """Run `moe_app.planner.plan`."""
     from moe_app.planner.plan import main
@@ -75,6 +83,7 @@ def plan(argv: Argv = None) -> int:
     return main(argv)
 
 
+@hide_upstream_warnings()
 def submit(argv: Argv = None) -> int:
     """Run `moe_app.slurm.submit`."""
     from moe_app.slurm.submit import main
@@ -97,6 +106,7 @@ def watch(argv: Argv = None) -> int:
     return main(argv)
 
 
+@hide_upstream_warnings()
 def report(argv: Argv = None) -> int:
     """Run `moe_app.view.report`."""
     from moe_app.view.report import main
