@@ -1,8 +1,8 @@
-"""Differences between megatron-core versions, and guards for its known bugs.
+"""Check megatron-core's version, and list the versions tested together.
 
-Each guard names the versions it serves. Bugs that a block of ours steps around by construction are
-listed where the block is: expert weights that drop out of the gradient norm (`experts.mlp`), float
-token counts and the aux loss's routing map (`routers.base`).
+Bugs that a block of ours works around are listed where the block is: expert weights missing from
+the gradient norm (`experts.mlp`), float token counts and the aux loss's routing map
+(`routers.base`).
 """
 
 import importlib.metadata
@@ -26,12 +26,12 @@ TESTED_COMBINATIONS: tuple[Mapping[str, str], ...] = (
         "safetensors": "0",
     },
 )
-"""Versions that the tests run with, each as far as it matters; on CPUs, with gloo."""
+"""Versions that the tests run with, as precise as matters; on CPUs, with gloo."""
 _LOWEST, _HIGHEST = Version("0.16.1"), Version("0.17")
 
 
 def check_versions() -> None:
-    """Refuse a megatron-core whose seams this package was not written against.
+    """Refuse a megatron-core version this package was not written for.
 
     Raises:
         ValueError: the installed version is outside the supported range.
@@ -45,7 +45,7 @@ def check_versions() -> None:
 
 
 def installed_version(name: str) -> str | None:
-    """The version of a package, or of "python"; None if it is not installed."""
+    """Return the version of a package, or of "python"; None if it is not installed."""
     if name == "python":
         return platform.python_version()
     try:
@@ -55,18 +55,18 @@ def installed_version(name: str) -> str | None:
 
 
 def is_version(version: str, tested: str) -> bool:
-    """Whether a version is one of those that a tested one stands for: 2.13.1 of 2.13."""
+    """Return whether `version` matches the tested one, as 2.13.1 matches 2.13."""
     return Version(version).release[: len(Version(tested).release)] == Version(tested).release
 
 
 def nearest_combination(installed: Mapping[str, str | None]) -> Mapping[str, str]:
-    """The tested combination that most of the installed versions are part of."""
+    """Return the tested combination that matches most of the installed versions."""
 
-    def fitting(combination: Mapping[str, str]) -> int:
+    def num_matching(combination: Mapping[str, str]) -> int:
         return sum(
             version is not None and is_version(version, combination[name])
             for name, version in installed.items()
             if name in combination
         )
 
-    return max(TESTED_COMBINATIONS, key=fitting)
+    return max(TESTED_COMBINATIONS, key=num_matching)

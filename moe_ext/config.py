@@ -1,10 +1,10 @@
-"""The model: the fields people vary, and their translation to megatron-core's TransformerConfig."""
+"""Define and validate the model's fields, and derive sizes from them."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 Convention = Literal["olmoe", "per_layer"]
-"""How a paper's auxiliary-loss coefficients are meant; see `functional.layer_coefficients`."""
+"""How a paper defines its auxiliary-loss coefficients; see `functional.layer_coefficients`."""
 
 MOA = "moa"
 """The attention whose query and output projections are experts; see `attention.moa`."""
@@ -23,7 +23,7 @@ _TRAINING_ONLY = (
 
 @dataclass(frozen=True, kw_only=True)
 class MoEModelConfig:
-    """A decoder-only language model with mixture-of-experts feed-forward layers.
+    """Configures a decoder-only language model with mixture-of-experts feed-forward layers.
 
     Names are Megatron's where Megatron has one. Letters in brackets are those of docs/glossary.md.
     """
@@ -35,10 +35,10 @@ class MoEModelConfig:
     num_attention_heads: int = 4
     """Query heads (np)."""
     num_query_groups: int | None = None
-    """Key/value heads (ng); None means as many as query heads."""
+    """Key/value heads (ng); None means the number of query heads."""
     kv_channels: int | None = None
-    """Size of one head (hn); None means hidden_size / num_attention_heads, but moa attention wants
-    it said."""
+    """Size of one head (hn); None means hidden_size / num_attention_heads; required for moa
+    attention."""
     ffn_hidden_size: int | None = None
     """Feed-forward width of a dense model; used when num_experts is None."""
     num_experts: int | None = 64
@@ -48,15 +48,15 @@ class MoEModelConfig:
     moe_ffn_hidden_size: int = 64
     """Width of one expert (f)."""
     moe_output_bias: bool = False
-    """Add one bias [h], no expert's and not gated, to what the experts add up to (JetMoE)."""
+    """Add one ungated bias [h], shared by all experts, to their sum (JetMoE)."""
     vocab_size: int = 4096
     """Token ids the tokenizer can produce (v)."""
     make_vocab_size_divisible_by: int = 128
-    """Embedding rows are padded to a multiple of this, whatever the tensor parallel size."""
+    """Embedding rows are padded to a multiple of this, independent of the tensor parallel size."""
     rotary_base: float = 10000.0
     """RoPE's theta."""
     norm_epsilon: float = 1.0e-5
-    """Epsilon of every RMSNorm, the final one excepted if that has its own."""
+    """Epsilon of every RMSNorm, except a final one that sets its own."""
     final_norm_epsilon: float | None = None
     """Epsilon of the RMSNorm before the output layer; None means norm_epsilon."""
     attention: str = "full_width_qk_norm"
@@ -67,11 +67,11 @@ class MoEModelConfig:
     moa_router_topk: int | None = None
     """Experts per token of a moa attention; None means moe_router_topk."""
     untie_embeddings_and_output_weights: bool = True
-    """Give the output layer a matrix of its own."""
+    """Give the output layer its own matrix."""
     init_method_std: float = 0.02
     """Standard deviation of every initial matrix, before truncation."""
     init_method_cutoff: float = 3.0
-    """Initial weights are redrawn beyond this many standard deviations (OLMoE: 3)."""
+    """Truncate initial weights at this many standard deviations (OLMoE: 3)."""
     router: str = "softmax_topk"
     """Routing rule, a name in moe_ext.routers.ROUTERS."""
     moe_router_dtype: Literal["fp32"] | None = None
@@ -81,27 +81,27 @@ class MoEModelConfig:
     moe_z_loss_coeff: float = 0.001
     """Router z-loss coefficient as the paper states it (beta)."""
     moe_loss_convention: Convention = "olmoe"
-    """What those two coefficients multiply; the run prints what each layer gets."""
+    """What those two coefficients multiply; the run logs the value per layer."""
     expert_backend: str = "auto"
-    """Expert compute: a name in moe_ext.experts.EXPERT_BACKENDS, or auto, which takes what is best
-    known for the device, precision and sizes, and says what and why."""
+    """Expert compute: a name in moe_ext.experts.EXPERT_BACKENDS, or auto, which picks the best
+    known for device, precision and sizes, and logs the choice and the reason."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
     """megatron-core's token dispatcher."""
 
     @property
     def attention_experts(self) -> int | None:
-        """Experts of each layer's self-attention; None for an attention without experts."""
+        """Return the experts of each layer's self-attention; None if it has no experts."""
         if self.attention != MOA:
             return None
         return self.num_experts if self.moa_num_experts is None else self.moa_num_experts
 
     @property
     def attention_topk(self) -> int:
-        """Experts per token of a moa attention."""
+        """Return the experts per token of a moa attention."""
         return self.moe_router_topk if self.moa_router_topk is None else self.moa_router_topk
 
     def expert_widths(self, *, tensor: int, expert_tensor: int) -> tuple[int, ...]:
-        """How many numbers the rows have that a rank's experts multiply; none without experts.
+        """Return the row widths of the matrix products in a rank's experts; empty without experts.
 
         Args:
             tensor: ranks per attention matrix, at least 1.
@@ -117,24 +117,24 @@ class MoEModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and the output layer: the vocabulary, padded."""
+        """Return the rows of the embedding and the output layer: the vocabulary, padded."""
         step = self.make_vocab_size_divisible_by
         return -(-self.vocab_size // step) * step
 
     def architecture(self) -> dict[str, object]:
-        """The fields that decide what weights there are and what they compute.
+        """Return the fields that determine the weights and what they compute.
 
-        The rest may differ between a checkpoint and the run that continues it.
+        The others may differ between a checkpoint and the run that continues it.
         """
         return {name: value for name, value in vars(self).items() if name not in _TRAINING_ONLY}
 
     def problems(self) -> list[str]:
-        """What is wrong with the architecture on its own, one message each; empty when sound."""
+        """Return what is wrong with the architecture itself, one message each; empty if valid."""
         found = self._size_problems()
         if not found:
             found += self._attention_problems()
             found += self._expert_problems()
-        return found + self._number_problems()
+        return found + self._range_problems()
 
     def layout_problems(
         self,
@@ -148,7 +148,7 @@ class MoEModelConfig:
         seq_length: int,
         is_training: bool = True,
     ) -> list[str]:
-        """What keeps this model from being cut so, one message each; empty when nothing does.
+        """Return what prevents this parallel layout, one message each; empty if valid.
 
         Args:
             tensor_model_parallel_size: ranks per attention or embedding matrix, at least 1.
@@ -158,7 +158,7 @@ class MoEModelConfig:
             expert_tensor_parallel_size: ranks per expert, at least 1.
             sequence_parallel: whether activations are split along the sequence.
             seq_length: tokens per sequence (s).
-            is_training: whether there will be a backward pass.
+            is_training: whether backward passes will run.
         """
         tensor = ("tensor_model_parallel_size", tensor_model_parallel_size)
         pairs = [("num_attention_heads", self.num_attention_heads, *tensor)]
@@ -173,7 +173,7 @@ class MoEModelConfig:
             expert_tensor = ("expert_tensor_parallel_size", expert_tensor_parallel_size)
             pairs.append(("num_experts", self.num_experts, *expert))
             pairs.append(("moe_ffn_hidden_size", self.moe_ffn_hidden_size, *expert_tensor))
-        found = [message for pair in pairs for message in _must_divide(*pair)]
+        found = [message for pair in pairs for message in _divisibility_problems(*pair)]
         found += self._chunk_problems(pipeline_model_parallel_size, virtual_stages)
         if self.padded_vocab_size % tensor_model_parallel_size:
             found.append(
@@ -247,7 +247,9 @@ class MoEModelConfig:
             found += _head_size_problems(source, head_size)
         groups = self.num_query_groups
         if groups is not None:
-            found += _must_divide("num_attention_heads", heads, "num_query_groups", groups)
+            found += _divisibility_problems(
+                "num_attention_heads", heads, "num_query_groups", groups
+            )
         return found
 
     def _moa_problems(self) -> list[str]:
@@ -303,7 +305,7 @@ class MoEModelConfig:
             f" ({self.num_experts}); use 1 to {self.num_experts} experts per token"
         ]
 
-    def _number_problems(self) -> list[str]:
+    def _range_problems(self) -> list[str]:
         positive = {
             "rotary_base": self.rotary_base,
             "norm_epsilon": self.norm_epsilon,
@@ -342,12 +344,12 @@ def _head_size_problems(source: str, head_size: int) -> list[str]:
     if head_size % 2 == 0:
         return []
     return [
-        f"the size of a head ({source} = {head_size}) must be even, because RoPE turns its"
+        f"the size of a head ({source} = {head_size}) must be even, because RoPE rotates its"
         f" channels in pairs; use a head size of {_nearest_multiples(head_size, 2)}"
     ]
 
 
-def _must_divide(name: str, value: int, divisor_name: str, divisor: int) -> list[str]:
+def _divisibility_problems(name: str, value: int, divisor_name: str, divisor: int) -> list[str]:
     if value % divisor == 0:
         return []
     return [
@@ -357,12 +359,12 @@ def _must_divide(name: str, value: int, divisor_name: str, divisor: int) -> list
 
 
 def _divisors(number: int) -> str:
-    """The divisors as a choice in words, for `number` >= 1: "1, 2, 3 or 6"."""
+    """Format the divisors of `number` >= 1 as a choice: "1, 2, 3 or 6"."""
     found = [str(divisor) for divisor in range(1, number + 1) if number % divisor == 0]
     return " or ".join([", ".join(found[:-1]), found[-1]]) if len(found) > 1 else found[0]
 
 
 def _nearest_multiples(number: int, step: int) -> str:
-    """The multiples of `step` around a `number` that is none, leaving out 0: "99 or 102"."""
+    """Format the multiples of `step` next to a `number` that is none, without 0: "99 or 102"."""
     below = number - number % step
     return f"{below} or {below + step}" if below else f"{step}"

@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations, from the config alone."""
+"""Count parameters and floating-point operations, from the config alone."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,18 @@ from moe_ext.config import MoEModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCount:
-    """Parameters of the whole model, padding rows of the vocabulary included."""
+    """Counts parameters of the whole model, including padding rows of the vocabulary."""
 
     total: int
     """Every parameter."""
     active: int
-    """Parameters a token passes through: k of e experts, embedding and output layer counted."""
+    """Parameters used per token: k of e experts; embedding and output layer included."""
     embedding: int
-    """The token embedding; looked up, not multiplied with."""
+    """The token embedding, which is looked up, not multiplied."""
 
 
 def count_parameters(model: MoEModelConfig) -> ParameterCount:
-    """Count the parameters of `model`, in all and per token.
+    """Count the parameters of `model`, in total and active per token.
 
     A self-attention registered from outside is counted as the standard one.
     """
@@ -37,14 +37,14 @@ def count_parameters(model: MoEModelConfig) -> ParameterCount:
 
 
 def _attention_parameters(model: MoEModelConfig) -> tuple[int, int]:
-    """One layer's, in all and those a token passes through."""
+    """Count those of one layer, in total and active per token."""
     h = model.hidden_size
     heads = model.num_attention_heads
     groups = model.num_query_groups or heads
     head_size = model.kv_channels or h // heads
     query_width, key_width = heads * head_size, groups * head_size
     if model.attention_experts is not None:
-        expert = 2 * key_width * h  # a query head for each key head, and their output
+        expert = 2 * key_width * h  # query projection (one head per key head) and output projection
         router = model.attention_experts * h
         shared = 2 * key_width * h + router + h  # keys and values, router, output bias
         return (
@@ -58,7 +58,7 @@ def _attention_parameters(model: MoEModelConfig) -> tuple[int, int]:
 
 
 def _feed_forward_parameters(model: MoEModelConfig) -> tuple[int, int]:
-    """One layer's, in all and those a token passes through."""
+    """Count those of one layer, in total and active per token."""
     h = model.hidden_size
     if model.num_experts is None:
         count = 3 * h * (model.ffn_hidden_size or 0)
@@ -69,12 +69,12 @@ def _feed_forward_parameters(model: MoEModelConfig) -> tuple[int, int]:
 
 
 def training_flops_per_token(model: MoEModelConfig, seq_length: int) -> float:
-    """Model FLOPs of one token's forward and backward pass.
+    """Compute the model FLOPs of one token's forward and backward pass.
 
-    6 per active parameter that is multiplied with (the output layer is, the embedding is not),
-    plus 12 L np hn s for the attention scores and their use; np counts the heads of all k experts
-    of a moa attention. Recomputation is not counted, and
-    attention is counted over the whole square, as the published OLMoE figures do.
+    6 per active parameter that is multiplied (the output layer is, the embedding is not), plus
+    12 L np hn s for attention scores and their use; np counts the heads of all k experts of a moa
+    attention. Recomputation is not counted, and attention is counted over the whole square, as the
+    published OLMoE figures do.
     """
     count = count_parameters(model)
     multiplied = count.active - count.embedding

@@ -1,4 +1,4 @@
-"""Named architectures: the papers' models, their dense comparators, small siblings for tests."""
+"""Name published architectures, their dense comparators, and small siblings for tests."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ _OLMOE_1B_7B: Mapping[str, Any] = {
     "num_experts": 64,
     "moe_router_topk": 8,
     "moe_ffn_hidden_size": 1024,
-    # 50,280 token ids and 24 rows that no token has, part of the softmax as in the released model.
+    # 50,280 token ids and 24 unused rows, part of the softmax as in the released model.
     "vocab_size": 50304,
     "make_vocab_size_divisible_by": 128,
     "rotary_base": 10000.0,
@@ -44,7 +44,7 @@ _JETMOE_8B: Mapping[str, Any] = {
     "attention": "moa",
     "untie_embeddings_and_output_weights": False,
     "init_method_std": 0.01,
-    # The released code draws from a whole normal distribution, of which 6e-7 lies beyond this.
+    # The released code draws from an untruncated normal, of which 6e-7 lies beyond this.
     "init_method_cutoff": 5.0,
     "router": "topk_softmax",
     "moe_aux_loss_coeff": 0.01,
@@ -83,11 +83,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "kv_channels": 32,
         "moe_ffn_hidden_size": 256,
         "vocab_size": 4096,
-        # 0.01 is for a width of 2048; at 128 it would leave the blocks next to silent at first.
+        # 0.01 suits a width of 2048; at 128 it would make the initial block outputs negligible.
         "init_method_std": 0.02,
     },
 }
-"""Field values of `config.MoEModelConfig`; a recipe names one as `preset:` and may override."""
+"""Field values of `config.MoEModelConfig`; a recipe names one as `preset:` and may override
+fields."""
 
 PUBLISHED_STEPS: Mapping[str, Mapping[str, int]] = {
     # configs/OLMoE-1B-7B-0924.yml of https://github.com/allenai/OLMoE.
@@ -95,7 +96,5 @@ PUBLISHED_STEPS: Mapping[str, Mapping[str, int]] = {
     # arXiv:2404.07413, section 4.2: 4M tokens a step in sequences of 4,096.
     "jetmoe_8b": {"seq_length": 4096, "global_batch_size": 1024},
 }
-"""The step that a preset's authors trained with, in fields of the trainer's `TrainingConfig`.
-
-A preset is an architecture and sets neither; a tool that needs a step may take these, and say so.
-"""
+"""The batch that a preset's authors trained with, as fields of the trainer's `TrainingConfig`. A
+preset is an architecture and sets neither; a tool that needs a batch may use these, and says so."""

@@ -1,4 +1,4 @@
-"""The package knows which megatron-core it was written against."""
+"""Check the range of megatron-core versions that the package accepts."""
 
 import importlib.metadata
 import re
@@ -10,7 +10,7 @@ from moe_ext.compat import TESTED, check_versions
 from tests.paths import REPO
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+def fake_version(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(
         importlib.metadata, "version", lambda name: {"megatron-core": version}[name]
     )
@@ -22,10 +22,10 @@ def test_installed_version_is_the_tested_one() -> None:
 
 
 @pytest.mark.parametrize("version", ["0.15.3", "0.16.0", "0.17.0", "0.17.1", "1.0"])
-def test_other_versions_are_refused_with_the_remedy(
+def test_unsupported_versions_are_refused_with_the_remedy(
     version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend(monkeypatch, version)
+    fake_version(monkeypatch, version)
     message = (
         f"megatron-core {version} is installed; supported is >=0.16.1,<0.17 (tested with 0.16.1):"
         " pip install megatron-core==0.16.1"
@@ -35,12 +35,12 @@ def test_other_versions_are_refused_with_the_remedy(
 
 
 @pytest.mark.parametrize("version", ["0.16.1", "0.16.2", "0.16.1.post1"])
-def test_bug_fix_releases_are_taken(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, version)
+def test_bug_fix_releases_are_accepted(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_version(monkeypatch, version)
     check_versions()
 
 
-def test_supported_range_is_the_one_that_the_package_asks_for() -> None:
+def test_supported_range_matches_pyproject() -> None:
     found = re.findall(r'"(megatron-core[^"]*)"', (REPO / "pyproject.toml").read_text())
     (wanted,) = (Requirement(text) for text in found)
     assert {str(each) for each in wanted.specifier} == {">=0.16.1", "<0.17"}

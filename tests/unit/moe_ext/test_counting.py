@@ -1,4 +1,4 @@
-"""Parameter counts and FLOPs against models that were really built, and against sums by hand."""
+"""Compare parameter counts and FLOPs with built models and sums by hand."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ ODD: dict[str, dict[str, Any]] = {
     },
     "output_bias": {"moe_output_bias": True, "final_norm_epsilon": 1e-4},
     "moa": MOA,
-    "moa_of_its_own": {
+    "moa_own_sizes": {
         **MOA,
         "moa_num_experts": 5,
         "moa_router_topk": 4,
@@ -54,7 +54,7 @@ ODD: dict[str, dict[str, Any]] = {
 
 
 def built_parameters(model: MoEModelConfig, groups: ProcessGroupCollection) -> dict[str, int]:
-    """Sizes by name of the real model, built without storage."""
+    """Return the sizes by name of the real model, built without storage."""
     config = transformer_config(
         model, bf16=False, use_cpu_initialization=True, perform_initialization=False
     )
@@ -64,9 +64,7 @@ def built_parameters(model: MoEModelConfig, groups: ProcessGroupCollection) -> d
 
 
 @pytest.mark.parametrize("name", [*PRESETS, *ODD])
-def test_counts_are_those_of_the_built_model(
-    name: str, single_rank: ProcessGroupCollection
-) -> None:
+def test_counts_match_the_built_model(name: str, single_rank: ProcessGroupCollection) -> None:
     values = dict(PRESETS[name]) if name in PRESETS else {**SMALL, **ODD[name]}
     model = MoEModelConfig(**values)
     sizes = built_parameters(model, single_rank)
@@ -85,23 +83,23 @@ def test_counts_are_those_of_the_built_model(
     assert count.active == count.total - idle
 
 
-def test_flops_are_the_matrix_products_of_a_forward_pass_times_three() -> None:
-    """Two FLOPs a multiply-add; the backward pass costs twice the forward pass."""
+def test_flops_are_three_times_those_of_the_forward_pass() -> None:
+    """Count two FLOPs per multiply-add; backward costs twice the forward pass."""
     model = MoEModelConfig(**{**SMALL, **ODD["grouped_queries"], "attention": "standard"})
     h, seq_length = 20, 11
     query, key = 6 * 8, 2 * 8
     attention_products = h * (query + 2 * key) + query * h
     scores_and_use = 2 * query * seq_length
     experts_and_router = 2 * 3 * h * 14 + 6 * h
-    # A norm's weights are counted like a matrix's, which "6 N" formulas do too.
+    # Norm weights count like matrices, as in "6 N" formulas.
     norms = 2 * h
     layer = attention_products + scores_and_use + experts_and_router + norms
     multiply_adds = 3 * layer + h + h * 40
     assert training_flops_per_token(model, seq_length) == 3 * 2 * multiply_adds
 
 
-def test_flops_of_moa_are_those_of_k_experts_and_all_their_heads() -> None:
-    model = MoEModelConfig(**{**SMALL, **ODD["moa_of_its_own"]})
+def test_flops_of_moa_count_k_experts_and_all_their_heads() -> None:
+    model = MoEModelConfig(**{**SMALL, **ODD["moa_own_sizes"]})
     h, seq_length, width = 20, 11, 3 * 8
     projections = 4 * 2 * h * width + 2 * h * width  # k of the experts, keys and values
     scores_and_use = 2 * 4 * width * seq_length
@@ -113,7 +111,7 @@ def test_flops_of_moa_are_those_of_k_experts_and_all_their_heads() -> None:
 
 
 @pytest.mark.parametrize("name", ["experts", "dense"])
-def test_tying_the_embeddings_changes_no_flops(name: str) -> None:
+def test_tied_embeddings_change_no_flops(name: str) -> None:
     untied = MoEModelConfig(**{**SMALL, **ODD[name]})
     tied = MoEModelConfig(
         **{**SMALL, **ODD[name], "untie_embeddings_and_output_weights": False},

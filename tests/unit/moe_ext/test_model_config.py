@@ -1,4 +1,4 @@
-"""The model group: what it refuses on its own, and its padded vocabulary."""
+"""Check what the model config refuses by itself, and its padded vocabulary."""
 
 from typing import Any
 
@@ -24,11 +24,11 @@ MODEL_RULES: list[tuple[dict[str, Any], str]] = [
     (
         {"hidden_size": 12, "num_attention_heads": 4},
         "the size of a head (hidden_size / num_attention_heads = 3) must be even, because RoPE"
-        " turns its channels in pairs; use a head size of 2 or 4",
+        " rotates its channels in pairs; use a head size of 2 or 4",
     ),
     (
         {"kv_channels": 33},
-        "the size of a head (kv_channels = 33) must be even, because RoPE turns its channels in"
+        "the size of a head (kv_channels = 33) must be even, because RoPE rotates its channels in"
         " pairs; use a head size of 32 or 34",
     ),
     (
@@ -84,7 +84,7 @@ MODEL_RULES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {**MOA, "kv_channels": 5},
-        "the size of a head (kv_channels = 5) must be even, because RoPE turns its channels in"
+        "the size of a head (kv_channels = 5) must be even, because RoPE rotates its channels in"
         " pairs; use a head size of 4 or 6",
     ),
     (
@@ -116,7 +116,7 @@ MODEL_SIZES = (
 
 
 @pytest.mark.parametrize(("changes", "expected"), MODEL_RULES)
-def test_each_rule_names_both_values_and_a_remedy(changes: dict[str, Any], expected: str) -> None:
+def test_each_rule_names_value_and_remedy(changes: dict[str, Any], expected: str) -> None:
     assert MoEModelConfig(**changes).problems() == [expected]
 
 
@@ -143,7 +143,7 @@ def test_sizes_are_positive(name: str) -> None:
         {"moe_output_bias": True, "final_norm_epsilon": 1e-6},
     ],
 )
-def test_sound_models_have_no_problems(changes: dict[str, Any]) -> None:
+def test_valid_models_have_no_problems(changes: dict[str, Any]) -> None:
     assert MoEModelConfig(**changes).problems() == []
 
 
@@ -151,8 +151,6 @@ def test_sound_models_have_no_problems(changes: dict[str, Any]) -> None:
     ("vocab_size", "step", "rows"),
     [(50280, 128, 50304), (50304, 128, 50304), (1, 128, 128), (7, 1, 7)],
 )
-def test_the_vocabulary_is_padded_to_the_next_multiple(
-    vocab_size: int, step: int, rows: int
-) -> None:
+def test_vocabulary_is_padded_to_the_next_multiple(vocab_size: int, step: int, rows: int) -> None:
     model = MoEModelConfig(vocab_size=vocab_size, make_vocab_size_divisible_by=step)
     assert model.padded_vocab_size == rows

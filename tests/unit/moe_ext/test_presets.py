@@ -1,4 +1,4 @@
-"""The papers' models have the papers' sizes, and every preset is a sound model."""
+"""Compare presets with published sizes, and check that every preset is valid."""
 
 import dataclasses
 from typing import Any
@@ -23,7 +23,7 @@ def test_olmoe_has_the_published_parameters() -> None:
     assert count.active == 1_282_017_280
 
 
-def test_dense_comparator_has_as_many_parameters_as_olmoe_has_active() -> None:
+def test_dense_comparator_matches_active_parameters_of_olmoe() -> None:
     dense = count_parameters(preset("olmoe_1b_7b_dense"))
     assert dense.total == dense.active == 1_279_854_592
     assert dense.active / count_parameters(preset("olmoe_1b_7b")).active == pytest.approx(
@@ -31,21 +31,21 @@ def test_dense_comparator_has_as_many_parameters_as_olmoe_has_active() -> None:
     )
 
 
-def test_dense_comparator_differs_in_what_the_paper_says_alone() -> None:
+def test_dense_comparator_differs_only_as_the_paper_says() -> None:
     moe, dense = (dataclasses.asdict(preset(f"olmoe_1b_7b{end}")) for end in ("", "_dense"))
     different = {key for key in moe if moe[key] != dense[key]}
     assert different == {"num_experts", "ffn_hidden_size", "attention"}
     assert dense["ffn_hidden_size"] == moe["moe_router_topk"] * moe["moe_ffn_hidden_size"]
 
 
-def test_olmoe_flops_are_six_per_multiplied_parameter_and_the_attention_square() -> None:
-    """6 x 1.179e9 without the embedding, plus 12 L h s: the published 205 TFLOP/s count so."""
+def test_olmoe_flops_are_6n_plus_attention_scores() -> None:
+    """Count 6 x 1.179e9 without the embedding, plus 12 L h s, as the published 205 TFLOP/s do."""
     multiplied = 1_282_017_280 - 50_304 * 2048
     expected = 6 * multiplied + 12 * 16 * 2048 * 4096
     assert training_flops_per_token(preset("olmoe_1b_7b"), 4096) == expected
 
 
-def test_olmoe_losses_apply_to_each_layer_with_the_training_codes_coefficients() -> None:
+def test_olmoe_loss_coefficients_per_layer_match_the_training_code() -> None:
     model = preset("olmoe_1b_7b")
     coefficients = layer_coefficients(
         model.moe_loss_convention,
@@ -68,13 +68,13 @@ def test_jetmoe_has_the_published_parameters() -> None:
     assert count.active == 2_331_445_248
 
 
-def test_jetmoe_flops_are_six_per_multiplied_parameter_and_the_attention_square() -> None:
-    """The tied matrix is multiplied with once, and 2 x 16 heads of 128 attend."""
+def test_jetmoe_flops_are_6n_plus_attention_scores() -> None:
+    """Count the tied matrix once, and attention of 2 x 16 heads of 128."""
     expected = 6 * 2_331_445_248 + 12 * 24 * 2 * 16 * 128 * 4096
     assert training_flops_per_token(preset("jetmoe_8b"), 4096) == expected
 
 
-def test_jetmoe_losses_apply_to_each_router_as_published() -> None:
+def test_jetmoe_loss_coefficients_per_router_are_the_published_ones() -> None:
     model = preset("jetmoe_8b")
     coefficients = layer_coefficients(
         model.moe_loss_convention,
@@ -86,8 +86,8 @@ def test_jetmoe_losses_apply_to_each_router_as_published() -> None:
     assert coefficients == (0.01, 0.001)
 
 
-def test_jetmoe_is_the_model_of_transformers() -> None:
-    """Built without storage: as many parameters, as many heads, the same epsilons."""
+def test_jetmoe_matches_transformers() -> None:
+    """Compare parameters, heads and epsilons, built without storage."""
     model = preset("jetmoe_8b")
     fields: dict[str, Any] = {
         "num_hidden_layers": model.num_layers,
@@ -112,7 +112,7 @@ def test_jetmoe_is_the_model_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_preset_is_a_sound_model(name: str) -> None:
+def test_preset_is_valid(name: str) -> None:
     assert preset(name).problems() == []
 
 
@@ -127,8 +127,8 @@ def test_preset_is_a_sound_model(name: str) -> None:
         ("jetmoe_tiny", set()),
     ],
 )
-def test_family_states_every_choice_that_shapes_the_model(name: str, inherited: set[str]) -> None:
-    """A default that changes later must not change a published model."""
+def test_preset_sets_every_field_that_shapes_the_model(name: str, inherited: set[str]) -> None:
+    """Protect published models from later changes of defaults."""
     runtime = {"expert_backend", "moe_token_dispatcher_type", "moe_router_dtype"}
     derived = {"ffn_hidden_size", "moa_num_experts", "moa_router_topk"}  # None
     fields = {field.name for field in dataclasses.fields(MoEModelConfig)}
