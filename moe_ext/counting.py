@@ -73,7 +73,7 @@ def training_flops_per_token(model: MoEModelConfig, seq_length: int) -> float:
 
     6 per active parameter that is multiplied (the output layer is, the embedding is not), plus
     12 L np hn s for attention scores and their use; np counts the heads of all k experts of a moa
-    attention. Recomputation is not counted, and attention is counted over the whole square, as the
+    attention. Recomputation is not counted, and attention is counted over the full square, as the
     published OLMoE figures do.
     """
     count = count_parameters(model)

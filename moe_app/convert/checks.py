@@ -49,7 +49,7 @@ def check_size(model: MoEModelConfig, num_bytes: int, *, config: Path) -> None:
 
 
 def check_tensors(
-    source: HFDirectory, shapes: Mapping[str, tuple[int, ...]], wanted: str | None
+    source: HFDirectory, shapes: Mapping[str, tuple[int, ...]], requested: str | None
 ) -> torch.dtype:
     """Compare the tensors with those of the config; return the dtype to write.
 
@@ -85,8 +85,8 @@ def check_tensors(
             f" {'; '.join(problems)}; files are missing, or those of two checkpoints are mixed;"
             " download it again"
         )
-    if wanted is not None:
-        return DTYPES[wanted]
+    if requested is not None:
+        return DTYPES[requested]
     kinds = {entry.dtype: name for name, entry in tensors.items()}
     (dtype, name), *rest = kinds.items()
     if rest:
@@ -103,7 +103,7 @@ def check_tensors(
 
 
 def choose_weights(
-    reader: CheckpointReader, pieces: Sequence[Piece], wanted: str | None
+    reader: CheckpointReader, pieces: Sequence[Piece], requested: str | None
 ) -> tuple[dict[str, str], torch.dtype, str]:
     """Return the checkpoint tensor for each native one, the dtype to write, and a description.
 
@@ -131,7 +131,7 @@ def choose_weights(
             " must all be float32 or all bfloat16; take another checkpoint"
         )
     (stored,) = kinds
-    dtype = DTYPES[wanted] if wanted is not None else stored
+    dtype = DTYPES[requested] if requested is not None else stored
     masters = {key: f"{MASTER_PREFIX}{key}" for key in shapes}
     if (
         dtype is torch.float32

@@ -334,7 +334,7 @@ def _read_architecture(source: HFDirectory, divisor: int) -> tuple[Family, MoEMo
 
 
 def _plan_export(
-    model: MoEModelConfig, wanted: ExpertLayout | None, found: FoundCheckpoint
+    model: MoEModelConfig, requested: ExpertLayout | None, found: FoundCheckpoint
 ) -> tuple[Family, ExpertLayout, list[Piece]]:
     """Return the family, layout and pieces of a native model.
 
@@ -346,7 +346,7 @@ def _plan_export(
         family = family_for_model(model)
     except ValueError as error:
         raise CheckpointError(f"{found.path} cannot be exported: {error}") from error
-    form = wanted or family.layouts[0]
+    form = requested or family.layouts[0]
     try:
         return family, form, list(family.pieces(model, form))
     except ValueError as error:

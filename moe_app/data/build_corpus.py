@@ -84,7 +84,7 @@ def topics(root: Path) -> list[str]:
     except (OSError, SyntaxError, ValueError, IndexError) as error:
         raise DataError(
             f"{path} holds no dictionary `topics` ({error}); the docs come from there; use a Python"
-            " with its whole standard library"
+            " with its full standard library"
         ) from error
 
 
@@ -149,7 +149,7 @@ def module_name(path: Path) -> str:
 def write_jsonl(path: Path, documents: Iterator[str], limit_bytes: float) -> tuple[int, int]:
     """Write documents up to a size of text; return how many, and their UTF-8 bytes.
 
-    The file appears whole or not at all.
+    The file appears only when it is complete.
     """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     count = size = 0

@@ -201,9 +201,9 @@ def generate_round(
             vocab_size=vocab_size,
         )
     found = dict(zip(numbers, new, strict=False)) if loaded.parallel.is_output_rank else {}
-    everyone: list[dict[int, list[int]]] = [{} for _ in range(ctx.world_size)]
-    dist.all_gather_object(everyone, found)
-    merged = {number: ids for each in everyone for number, ids in each.items()}
+    gathered: list[dict[int, list[int]]] = [{} for _ in range(ctx.world_size)]
+    dist.all_gather_object(gathered, found)
+    merged = {number: ids for each in gathered for number, ids in each.items()}
     return [merged[number] for number in range(len(prompts))]
 
 

@@ -135,7 +135,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def positive(text: str) -> int:
     """Parse an integer of at least 1, for argparse."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
     return int(text)
 
 

@@ -283,9 +283,9 @@ def _next_group(lines: Iterator[Line]) -> list[Line]:
 def gather_on_rank_0(found: dict[int, T]) -> dict[int, T]:
     """Gather the results of all ranks on rank 0; empty elsewhere. A collective call."""
     is_first = dist.get_rank() == 0
-    everyone: list[dict[int, T]] = [{} for _ in range(dist.get_world_size())]
-    dist.gather_object(found, everyone if is_first else None)
-    return {number: value for each in everyone for number, value in each.items()}
+    gathered: list[dict[int, T]] = [{} for _ in range(dist.get_world_size())]
+    dist.gather_object(found, gathered if is_first else None)
+    return {number: value for each in gathered for number, value in each.items()}
 
 
 def check_logits(args: argparse.Namespace, stats: InputStats, vocab_size: int) -> None:

@@ -95,7 +95,7 @@ def expert_pieces(
         layer: counted from 0.
         stack: layers and experts per layer.
         hf_shape: of an expert's Hugging Face matrix.
-        shape: of an expert's native tensor, which holds the same numbers.
+        shape: of an expert's native tensor, which holds the same values.
     """
     for expert in range(stack[1]):
         source = one_row(name, expert, stack[1], *hf_shape)

@@ -93,7 +93,7 @@ class Fields:
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+            raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
         return value
 
     def non_negative(self, name: str, default: float) -> float:

@@ -160,8 +160,8 @@ def _core_attention(rank: StepRank, *, queries: int, keys: int) -> Iterator[Kept
     if rank.layout.context == 1:
         yield KeptBytes("attention", tokens * keys * width)
     else:
-        whole = rank.batch.seq_length * rank.batch.micro_batch_size
-        yield KeptBytes("attention", whole * 2 * keys * width)
+        all_tokens = rank.batch.seq_length * rank.batch.micro_batch_size
+        yield KeptBytes("attention", all_tokens * 2 * keys * width)
     found = tokens * queries * width
     if rank.batch.recompute_core_attention:
         yield KeptBytes("attention", found)

@@ -161,8 +161,8 @@ def _dispatcher_tensors(rank: StepRank) -> int:
 def _batch_tensors(rank: StepRank) -> int:
     """Return the bytes of tokens, labels, positions and loss weights of all micro-batches."""
     rows = rank.batch.seq_length * rank.batch.micro_batch_size * rank.batch.num_microbatches
-    whole = rows * (2 * _INT64 + _FP32)
-    return whole + (whole // rank.layout.context if rank.layout.context > 1 else 0)
+    num_bytes = rows * (2 * _INT64 + _FP32)
+    return num_bytes + (num_bytes // rank.layout.context if rank.layout.context > 1 else 0)
 
 
 def peak_activations(rank: StepRank) -> float:

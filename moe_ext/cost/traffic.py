@@ -296,8 +296,8 @@ def head(rank: Rank) -> Iterator[Collective]:
         yield rank.call("all_reduce", "tp", count, size, "head")
     rows = rank.model.padded_vocab_size // rank.layout.tensor
     largest = tokens_per_chunk(rank.tokens, rows, rank.batch.device_type)
-    whole, rest = divmod(rank.tokens, largest)
-    for number, tokens in ((whole, largest), (1 if rest else 0, rest)):
+    full_chunks, remainder = divmod(rank.tokens, largest)
+    for number, tokens in ((full_chunks, largest), (1 if remainder else 0, remainder)):
         for values in (1, 2):  # max logit; then sum of exponentials and label logit
             yield rank.call("all_reduce", "tp", count * number, values * tokens * _FP32, "head")
 

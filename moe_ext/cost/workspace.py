@@ -73,8 +73,8 @@ def _attention(rank: StepRank) -> float:
     queries, keys = (width // rank.layout.tensor for width in head_widths(rank.model))
     if rank.model.attention_experts is not None:
         queries *= rank.model.attention_topk
-    whole = rank.tokens * (2 * queries + 2 * (queries + 2 * keys)) * rank.width
-    return float(whole)
+    num_bytes = rank.tokens * (2 * queries + 2 * (queries + 2 * keys)) * rank.width
+    return float(num_bytes)
 
 
 def _dense(rank: StepRank) -> float:

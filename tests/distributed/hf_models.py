@@ -85,9 +85,9 @@ def to_native(
         sources = [hf[part.name][part.start : part.start + part.count] for part in piece.sources]
         block = piece.to_native(sources)
         assert block.shape == piece.block
-        whole = found.setdefault(piece.key, torch.zeros(piece.shape, dtype=block.dtype))
+        full = found.setdefault(piece.key, torch.zeros(piece.shape, dtype=block.dtype))
         count = times_set.setdefault(piece.key, torch.zeros(piece.shape, dtype=torch.int8))
-        whole[window(piece)] = block
+        full[window(piece)] = block
         count[window(piece)] += 1
     assert all((count == 1).all() for count in times_set.values())
     return found
@@ -102,8 +102,8 @@ def to_hf(
         block = native[piece.key][window(piece)]
         for part, tensor in zip(piece.sources, piece.to_hf(block), strict=True):
             assert tensor.shape == part.part_shape
-            whole = found.setdefault(part.name, torch.full(part.shape, torch.nan))
-            whole[part.start : part.start + part.count] = tensor
+            full = found.setdefault(part.name, torch.full(part.shape, torch.nan))
+            full[part.start : part.start + part.count] = tensor
     assert not any(tensor.isnan().any() for tensor in found.values())
     return found
 
@@ -130,13 +130,13 @@ def place(shard: ShardedTensor) -> tuple[int | slice, ...]:
 
 def fill(chunks: Sequence[nn.Module], native: Mapping[str, Tensor]) -> None:
     """Copy to each weight its part of the global native tensors; every name must be known."""
-    wanted = set()
+    used = set()
     with torch.no_grad():
         for shard in shards(chunks):
             assert shard.global_shape == native[shard.key].shape, shard.key
             shard.data.copy_(native[shard.key][place(shard)])
-            wanted.add(shard.key)
-    assert wanted <= native.keys()
+            used.add(shard.key)
+    assert used <= native.keys()
 
 
 def gradients(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
@@ -148,6 +148,6 @@ def gradients(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
     for shard in shards(chunks):
         gradient = parameters[shard.data.data_ptr()].grad
         assert gradient is not None, shard.key
-        whole = found.setdefault(shard.key, torch.full(shard.global_shape, torch.nan))
-        whole[place(shard)] = gradient.view(shard.data.shape)
+        full = found.setdefault(shard.key, torch.full(shard.global_shape, torch.nan))
+        full[place(shard)] = gradient.view(shard.data.shape)
     return found

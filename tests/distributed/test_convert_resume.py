@@ -117,11 +117,11 @@ def test_fp32_export_takes_the_master_weights(root: Path, outcomes: dict[str, Ou
         assert master.dtype is torch.float32
         assert torch.equal(master.bfloat16(), rounded[name]), name
         assert not torch.equal(master, rounded[name].float()), name
-    told = {
+    reported = {
         name: json.loads((root / name / "conversion_report.json").read_text())["weights"]
         for name in ("masters", "rounded")
     }
-    assert told == {
+    assert reported == {
         "masters": "fp32 master weights of a bf16 run",
         "rounded": "torch.bfloat16 weights",
     }

@@ -34,7 +34,7 @@ OVERLAP: Case = {"overlap-grad-reduce": True}
 BF16: Case = {"bf16": True}
 FULL: Case = {"recompute-granularity": "full"}
 SELECTIVE: Case = {"recompute-granularity": "selective"}
-WHOLE: Case = {"no-sequence-parallel": True}
+NO_SP: Case = {"no-sequence-parallel": True}
 LEARNED: Case = {"router": "softmax_topk"}
 DENSE: Case = {"num-experts": "None", "ffn-hidden-size": 40, "attention": "standard"}
 JETMOE: Case = {**jetmoe_cases.JETMOE, "router": "round_robin"}
@@ -58,7 +58,7 @@ CASES: dict[int, dict[str, Case]] = {
         "cp2": CP2,
         "dense_tp2": {**DENSE, **TP2},
         "jetmoe_tp2": {**JETMOE, **TP2},
-        "moa_dense_tp2_whole": {**MOA_DENSE, **TP2, **WHOLE},
+        "moa_dense_tp2_no_sp": {**MOA_DENSE, **TP2, **NO_SP},
     },
     4: {
         "tp2_ep2_etp1": {**TP2, **EP2, **ETP1, **SHARDED},

@@ -39,9 +39,9 @@ def read_all(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_equal_tensors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
+def assert_equal_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
         assert found[name].dtype is tensor.dtype, name
         assert torch.equal(found[name], tensor), name
 
@@ -113,17 +113,17 @@ def test_dtype_converts_on_import_and_export(
     stored: torch.dtype, flag: str, written: torch.dtype, tmp_path: Path
 ) -> None:
     source, weights = make_hf(tmp_path / "hf", "olmoe", "per-expert", dtype=stored)
-    wanted = {name: tensor.to(written) for name, tensor in weights.items()}
+    expected = {name: tensor.to(written) for name, tensor in weights.items()}
     convert("import", "--hf", source, "--save", tmp_path / "one", "--dtype", flag)
     convert("export", "--load", tmp_path / "one", "--hf", tmp_path / "out")
-    assert_equal_tensors(read_all(tmp_path / "out"), wanted)
+    assert_equal_tensors(read_all(tmp_path / "out"), expected)
     config = (tmp_path / "one" / "iter_0000000" / "config.yaml").read_text()
     assert f"bf16: {str(written is torch.bfloat16).lower()}\n" in config
     if stored is torch.float16:
         return
     convert("import", "--hf", source, "--save", tmp_path / "two")
     convert("export", "--load", tmp_path / "two", "--hf", tmp_path / "out2", "--dtype", flag)
-    assert_equal_tensors(read_all(tmp_path / "out2"), wanted)
+    assert_equal_tensors(read_all(tmp_path / "out2"), expected)
 
 
 def test_checksums_report_the_digest_of_every_tensor(tmp_path: Path) -> None:
@@ -132,14 +132,14 @@ def test_checksums_report_the_digest_of_every_tensor(tmp_path: Path) -> None:
     out = tmp_path / "out"
     exporting = ("export", "--load", tmp_path / "run", "--hf", out, "--layout", "fused")
     convert(*exporting, "--checksums")
-    wanted = {
+    expected = {
         name: hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, tensor in weights.items()
     }
     for directory, command in ((tmp_path / "run", "import"), (out, "export")):
         report = json.loads((directory / "conversion_report.json").read_text())
-        assert report["sha256"] == wanted
-        assert report["num_tensors"] == len(wanted)
+        assert report["sha256"] == expected
+        assert report["num_tensors"] == len(expected)
         assert report["num_bytes"] == sum(tensor.nbytes for tensor in weights.values())
         assert (report["command"], report["family"]) == (command, "olmoe")
         assert (report["layout"], report["dtype"]) == ("fused", "bfloat16")

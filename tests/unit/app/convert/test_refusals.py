@@ -41,13 +41,13 @@ def test_an_exact_conversion_is_verified_in_float32(tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     assert convert("import", "--hf", source, "--save", run, "--dtype", "fp32", "--verify") == 0
     assert convert("export", "--load", run, "--hf", out, "--dtype", "bf16", "--verify") == 0
-    told = [
+    reported = [
         json.loads((place / "conversion_report.json").read_text())["verification"]
         for place in (run, out)
     ]
     # The export rounds fp32 to bf16: exact here, but not in general.
-    assert [each["compute_dtype"] for each in told] == ["float32", "bfloat16"]
-    assert told[0]["max_abs"] <= hf_verify.FP32_TOLERANCE * max(1.0, told[0]["std"])
+    assert [each["compute_dtype"] for each in reported] == ["float32", "bfloat16"]
+    assert reported[0]["max_abs"] <= hf_verify.FP32_TOLERANCE * max(1.0, reported[0]["std"])
 
 
 def test_export_into_its_checkpoint_is_refused_and_leaves_it_valid(

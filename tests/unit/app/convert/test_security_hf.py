@@ -66,14 +66,14 @@ def change(path: Path, **fields: Any) -> None:
 def test_corrupt_header_is_refused_or_changes_a_name(data: st.DataObject, hf: Path) -> None:
     """Check that known names keep their bytes; a changed name makes one unexpected tensor."""
     path = hf / "model.safetensors"
-    whole = path.read_bytes()
-    length = struct.unpack("<Q", whole[:8])[0]
+    original = path.read_bytes()
+    length = struct.unpack("<Q", original[:8])[0]
     with HFDirectory(hf) as source:
         known = {name: source.region(name).begin for name in source.tensors}
         entries = dict(source.tensors)
-    damaged = bytearray(whole)
-    damaged[data.draw(st.integers(0, 7 + length))] ^= 1 << data.draw(st.integers(0, 7))
-    path.write_bytes(damaged)
+    corrupted = bytearray(original)
+    corrupted[data.draw(st.integers(0, 7 + length))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(corrupted)
     try:
         with HFDirectory(hf) as source:
             for name in source.tensors.keys() & known.keys():
@@ -83,7 +83,7 @@ def test_corrupt_header_is_refused_or_changes_a_name(data: st.DataObject, hf: Pa
     except CheckpointError:
         pass
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,10 @@ def test_config_of_an_absurd_size_allocates_no_memory(
     change(hf, **fields)
     before = peak_bytes()
     assert convert("import", "--hf", hf, "--save", tmp_path / "run") == 2
-    told = capsys.readouterr().err
-    assert re.search(rf"{re.escape(str(hf))}/config\.json describes a model of [\d,]+ param", told)
+    stderr = capsys.readouterr().err
+    assert re.search(
+        rf"{re.escape(str(hf))}/config\.json describes a model of [\d,]+ param", stderr
+    )
     assert peak_bytes() - before < 64 * MIB
     assert not (tmp_path / "run").exists()
 
@@ -125,8 +127,10 @@ def test_checkpoint_of_an_absurd_size_allocates_no_memory(
     before = peak_bytes()
     assert convert("export", "--load", run, "--hf", tmp_path / "out") == 2
     assert generate.main(["--load", str(run), "--prompt", "a", "--device", "cpu"]) == 2
-    told = capsys.readouterr().err
-    assert len(re.findall(r"config\.yaml describes a model of [\d,]+ parameters", told)) == 2, told
+    stderr = capsys.readouterr().err
+    assert len(re.findall(r"config\.yaml describes a model of [\d,]+ parameters", stderr)) == 2, (
+        stderr
+    )
     assert peak_bytes() - before < 64 * MIB
 
 
@@ -152,9 +156,13 @@ def test_templates_are_copied_and_never_rendered(
     monkeypatch.setattr(jinja2.Environment, "from_string", boom)
     tokenizer = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a"))
     tokenizer.save(str(hf / "tokenizer.json"))
-    told = {"chat_template": template, "tokenizer_class": "EvilTokenizer", "auto_map": {"x": "y.z"}}
+    settings = {
+        "chat_template": template,
+        "tokenizer_class": "EvilTokenizer",
+        "auto_map": {"x": "y.z"},
+    }
     files = {
-        "tokenizer_config.json": json.dumps(told),
+        "tokenizer_config.json": json.dumps(settings),
         "chat_template.jinja": template,
         "generation_config.json": json.dumps({"custom_generate": "evil.py"}),
     }
@@ -192,7 +200,7 @@ def test_verification_runs_no_code_of_the_directory(hf: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"_attn_implementation_internal": "evil/kernels"}, "_attn_implementation_internal"),
         ({"quantization_config": {"quant_method": "evil"}}, "quantization_config"),
@@ -201,12 +209,12 @@ def test_verification_runs_no_code_of_the_directory(hf: Path, tmp_path: Path) ->
     ],
 )
 def test_fields_that_change_transformers_behaviour_are_refused(
-    fields: dict[str, Any], told: str, shared: Path, tmp_path: Path
+    fields: dict[str, Any], message: str, shared: Path, tmp_path: Path
 ) -> None:
     hf = tmp_path / "hf"
     shutil.copytree(shared / "hf", hf)
     change(hf, **fields)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         hf_verify.verify(find_checkpoint(shared / "run"), hf, device="cpu")
     assert convert("import", "--hf", hf, "--save", tmp_path / "run") == 2
 
@@ -243,8 +251,8 @@ def test_huge_or_special_files_are_refused(
             file.truncate(1 << 40)  # a hole; takes no room on the disk
     before = peak_bytes()
     assert convert("import", "--hf", hf, "--save", tmp_path / "run") == 2
-    told = capsys.readouterr().err
-    assert ("is not a regular file" if kind == "pipe" else "more than 134,217,728 bytes") in told
+    stderr = capsys.readouterr().err
+    assert ("is not a regular file" if kind == "pipe" else "more than 134,217,728 bytes") in stderr
     assert peak_bytes() - before < 4 * directory.MOST_BYTES
     assert not (tmp_path / "run").exists()
 
@@ -281,13 +289,13 @@ def test_tensor_names_are_not_used_as_file_names(
     hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = hf / "model.safetensors"
-    whole = path.read_bytes()
-    length = struct.unpack("<Q", whole[:8])[0]
-    header = whole[8 : 8 + length].rstrip()
+    original = path.read_bytes()
+    length = struct.unpack("<Q", original[:8])[0]
+    header = original[8 : 8 + length].rstrip()
     header = header.replace(b'"model.norm.weight"', b'"../../../\\u001b[2Jx"')
     header += b" " * (-len(header) % 8)
-    path.write_bytes(struct.pack("<Q", len(header)) + header + whole[8 + length :])
+    path.write_bytes(struct.pack("<Q", len(header)) + header + original[8 + length :])
     assert convert("import", "--hf", hf, "--save", tmp_path / "run") == 2
-    told = capsys.readouterr().err
-    assert "1 tensors are unexpected: ../../../\\x1b[2Jx" in told
+    stderr = capsys.readouterr().err
+    assert "1 tensors are unexpected: ../../../\\x1b[2Jx" in stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]

@@ -70,7 +70,7 @@ def test_text_survives_the_round_trip(
 @given(text=st.text().filter(lambda text: "\u2581" not in text))
 @settings(max_examples=200, deadline=None)
 def test_any_text_survives_the_round_trip(tokenizers: dict[str, Tokenizer], text: str) -> None:
-    # U+2581 is how SentencePiece writes a space, so it alone is excepted.
+    # SentencePiece stores a space as U+2581, the only exception.
     for kind in TYPES:
         assert tokenizers[kind].decode(tokenizers[kind].encode(text)) == text
 
@@ -194,7 +194,7 @@ def test_token_file_holds_each_document_and_its_end(
     kind: str,
 ) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch and megatron-core say at import
+        warnings.simplefilter("ignore")  # warnings of torch and megatron-core at import
         from megatron.core.datasets.indexed_dataset import IndexedDataset
     inputs = [
         write_jsonl(tmp_path / "a.jsonl", TEXTS[:4]),

@@ -51,17 +51,17 @@ def prefix(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_corrupt_index_is_refused_or_changes_no_token(data: st.DataObject, prefix: str) -> None:
     """Check that lengths, offsets and sizes agree; document starts have no redundancy."""
     path = Path(f"{prefix}.idx")
-    whole, expected = path.read_bytes(), open_tokens(prefix).tokens.tolist()
-    damaged = bytearray(whole)
+    original, expected = path.read_bytes(), open_tokens(prefix).tokens.tolist()
+    corrupted = bytearray(original)
     for _ in range(data.draw(st.integers(1, 3))):
-        damaged[data.draw(st.integers(0, len(whole) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    path.write_bytes(damaged)
+        corrupted[data.draw(st.integers(0, len(original) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(corrupted)
     try:
         found = open_tokens(prefix)
     except DataError:
         return
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)
     assert found.tokens.tolist() == expected
     starts = found.document_starts
     assert 0 <= starts.min() and starts.max() <= len(expected)
@@ -72,36 +72,36 @@ def test_corrupt_index_is_refused_or_changes_no_token(data: st.DataObject, prefi
 @given(data=st.data())
 def test_corrupt_token_stays_within_the_vocabulary(data: st.DataObject, prefix: str) -> None:
     path = Path(f"{prefix}.bin")
-    whole = path.read_bytes()
-    damaged = bytearray(whole)
-    damaged[data.draw(st.integers(0, len(whole) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    path.write_bytes(damaged)
+    original = path.read_bytes()
+    corrupted = bytearray(original)
+    corrupted[data.draw(st.integers(0, len(original) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(corrupted)
     try:
         found = open_tokens(prefix, vocab_size=31).tokens
         assert 0 <= found.min() and found.max() < 31
     except DataError as error:
         assert "but the vocabulary has 31 ids" in str(error)
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_truncated_file_is_refused(suffix: str, prefix: str) -> None:
     path = Path(prefix + suffix)
-    whole = path.read_bytes()
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
+    original = path.read_bytes()
+    for length in range(len(original)):
+        path.write_bytes(original[:length])
         with pytest.raises(DataError):
             open_tokens(prefix)
 
 
 def test_huge_counts_are_checked_against_the_file_size(prefix: str) -> None:
     path = Path(f"{prefix}.idx")
-    whole = path.read_bytes()
+    original = path.read_bytes()
     before = peak_bytes()
     for count in (1 << 31, 1 << 40, (1 << 64) - 1, 1 << 63):
         for at in (18, 26):
-            path.write_bytes(whole[:at] + struct.pack("<Q", count) + whole[at + 8 :])
+            path.write_bytes(original[:at] + struct.pack("<Q", count) + original[at + 8 :])
             with pytest.raises(DataError, match="both must agree"):
                 open_tokens(prefix)
     assert peak_bytes() - before < 32 * MIB
@@ -177,7 +177,7 @@ def test_hostile_tokenizer_is_refused(
     path = bpe(tmp_path / "tokenizer.json", **changes)
     with pytest.raises(DataError, match=f"^tokenizer {re.escape(path)} is not a tokenizers JSON"):
         HFTokenizer(path)
-    capfd.readouterr()  # what Rust says of its panic
+    capfd.readouterr()  # Rust's panic message
 
 
 def test_ids_beyond_int32_are_refused(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_handmade_sentencepiece_model_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         pytest.param(PIECES + piece(b"a" * 200_000), "too long", id="issue 1263"),
         pytest.param(PIECES + piece(b"a\0b"), "null character", id="pull request 1207"),
@@ -240,10 +240,10 @@ def test_handmade_sentencepiece_model_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_models_that_crashed_older_sentencepiece_are_refused(
-    content: bytes, told: str, tmp_path: Path
+    content: bytes, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "m").write_bytes(content)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         SentencePieceTokenizer(str(tmp_path / "m"))
 
 
@@ -256,10 +256,10 @@ kind = {"HF": HFTokenizer, "SP": SentencePieceTokenizer}[sys.argv[1]]
 source, target, refused = Path(sys.argv[2]).read_bytes(), sys.argv[3], 0
 draw = random.Random(int(sys.argv[4]))
 for _ in range(int(sys.argv[5])):
-    damaged = bytearray(source)
+    content = bytearray(source)
     for _ in range(draw.choice((1, 1, 2, 8))):
-        damaged[draw.randrange(len(damaged))] = draw.randrange(256)
-    Path(target).write_bytes(damaged[: draw.choice((len(damaged), draw.randrange(len(damaged))))])
+        content[draw.randrange(len(content))] = draw.randrange(256)
+    Path(target).write_bytes(content[: draw.choice((len(content), draw.randrange(len(content))))])
     try:
         ids = kind(target).encode("def main(): return 12 ab \\u00e9")
         assert all(0 <= each < 1 << 31 for each in ids)
@@ -320,8 +320,8 @@ def test_line_of_any_length_takes_bounded_memory(
     ]
     flags += ["--tokenizer-model", bpe(tmp_path / "tokenizer.json")]
     assert preprocess_data.main([str(flag) for flag in flags]) == 2
-    told = capsys.readouterr().err
-    assert f"error: {lines}, line 2: has more than 1,048,576 bytes" in told
+    stderr = capsys.readouterr().err
+    assert f"error: {lines}, line 2: has more than 1,048,576 bytes" in stderr
     assert peak_bytes() - before < 64 * MIB
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lines.jsonl", "tokenizer.json"]
 

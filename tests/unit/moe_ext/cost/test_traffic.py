@@ -109,7 +109,7 @@ def test_parameters_match_a_built_model_in_order(
 def test_shards_of_all_ranks_sum_to_the_model(name: str, sizes: dict[str, int]) -> None:
     model = MODELS[name]
     if model.num_experts is None and "ep" in sizes:
-        pytest.skip("a dense model has no experts to spread")
+        pytest.skip("a dense model has no experts to shard")
     cut = layout(4, **sizes)
     held = 0
     for stage in range(cut.pipeline):
@@ -311,9 +311,9 @@ def test_collective_time_is_bytes_over_the_slowest_link() -> None:
     far = make_collective(nodes, "all_gather", "dp", 1, 32e9, "parameters")
     assert collective_seconds(far, CLUSTER, nodes) == pytest.approx(31e9 / (8 * 5e10))
     # Experts in a node: their copies are one a node, and have one adapter.
-    spread = layout(32, ep=8)
-    lone = make_collective(spread, "all_gather", "expt_dp", 1, 4e9, "parameters")
-    assert collective_seconds(lone, CLUSTER, spread) == pytest.approx(3e9 / 5e10)
+    distributed = layout(32, ep=8)
+    remote = make_collective(distributed, "all_gather", "expt_dp", 1, 4e9, "parameters")
+    assert collective_seconds(remote, CLUSTER, distributed) == pytest.approx(3e9 / 5e10)
     # An all-to-all over all: 24 of 32 parts leave the node.
     wide = layout(32, ep=32)
     exchange = make_collective(wide, "all_to_all", "ep", 1, 32e6, "dispatch")
