@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron.trainer.data.tokenizer import Tokenizer
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.inference.decode import Prompt, cache_capacity, generate
-from megatron.trainer.inference.lines import AtomicFile, read_tokens
+from megatron.trainer.inference.lines import OutputFile, read_tokens
 from megatron.trainer.inference.sampling import (
     TokenSampler,
     check_sampling,
@@ -213,7 +213,7 @@ def write_round(
     added: Sequence[list[int]],
     *,
     tokenizer: Callable[[], Tokenizer],
-    output: AtomicFile | None,
+    output: OutputFile | None,
 ) -> None:
     """Write the completions of some tasks, numbered after `start`; on rank 0 only."""
     if environment_rank() == 0:
@@ -226,7 +226,7 @@ def write_completion(
     task: GenerationTask,
     new: list[int],
     tokenizer: Tokenizer,
-    output: AtomicFile | None,
+    output: OutputFile | None,
 ) -> None:
     """Write prompt `number`, counted from 1, and its new tokens as text."""
     ids = task.ids
@@ -363,8 +363,8 @@ def make_sampler(args: argparse.Namespace, generator: torch.Generator) -> TokenS
     )
 
 
-def open_output(args: argparse.Namespace) -> AtomicFile | None:
+def open_output(args: argparse.Namespace) -> OutputFile | None:
     """Open the output file on rank 0, if one is requested."""
     if args.output is None or environment_rank() != 0:
         return None
-    return AtomicFile(args.output)
+    return OutputFile(args.output)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.trainer.errors import CheckpointError, ConfigError
-from megatron.trainer.inference.lines import AtomicFile, Line, read_tokens
+from megatron.trainer.inference.lines import Line, OutputFile, read_tokens
 from megatron.trainer.inference.scoring import compute_logits, score
 from megatron.trainer.runtime.collective import on_all_ranks, on_rank0
 from megatron.trainer.runtime.launch import environment_rank, run_main
@@ -189,8 +189,8 @@ class ScoreWriter:
 
     def __init__(
         self,
-        output: AtomicFile | None,
-        logits_output: AtomicFile | None,
+        output: OutputFile | None,
+        logits_output: OutputFile | None,
         stats: InputStats,
         vocab_size: int,
     ) -> None:
@@ -308,6 +308,6 @@ def check_logits(args: argparse.Namespace, stats: InputStats, vocab_size: int) -
         )
 
 
-def open_output(path: str | None) -> AtomicFile | None:
+def open_output(path: str | None) -> OutputFile | None:
     """Open an output file on rank 0, if one is requested."""
-    return None if path is None or environment_rank() != 0 else AtomicFile(path)
+    return None if path is None or environment_rank() != 0 else OutputFile(path)

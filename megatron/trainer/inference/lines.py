@@ -101,7 +101,7 @@ def _checked_ids(value: object, *, vocab_size: int, where: str) -> list[int]:
     return value
 
 
-class AtomicFile:
+class OutputFile:
     """Writes a temporary file beside `path` and renames it to `path` when it is complete.
 
     A context manager; an exception inside leaves `path` as it was.
@@ -124,7 +124,7 @@ class AtomicFile:
         except OSError as error:
             raise self._failure(error) from error
 
-    def __enter__(self) -> "AtomicFile":
+    def __enter__(self) -> "OutputFile":
         return self
 
     def write_record(self, record: dict[str, Any]) -> None:

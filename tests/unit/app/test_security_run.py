@@ -25,7 +25,7 @@ from megatron.trainer.config.cli import flatten
 from megatron.trainer.config.schema import ParallelConfig
 from megatron.trainer.data.writer import TokenFileWriter
 from megatron.trainer.hf_files import new_directory
-from megatron.trainer.inference.lines import AtomicFile
+from megatron.trainer.inference.lines import OutputFile
 from megatron.trainer.runtime import launch
 from moe_app.doctor.facts import slurm_section
 from moe_app.pretrain import pretrain
@@ -182,7 +182,7 @@ def test_writers_of_the_tools_keep_to_the_umask_too(tmp_path: Path) -> None:
         with TokenFileWriter(str(tmp_path / "tokens"), vocab_size=10) as writer:
             writer.add_document([1, 2])
             writer.finish()
-        with AtomicFile(str(tmp_path / "scored.jsonl")) as lines:
+        with OutputFile(str(tmp_path / "scored.jsonl")) as lines:
             lines.write_record({"a": 1})
             lines.finish()
         with new_directory(tmp_path / "hf") as directory:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron.trainer.errors import DataError
-from megatron.trainer.inference.lines import AtomicFile, read_tokens
+from megatron.trainer.inference.lines import OutputFile, read_tokens
 from megatron.trainer.inference.scoring import compute_logits, pad, plan_batches, score
 
 VOCAB = 7
@@ -196,7 +196,7 @@ def test_missing_input_is_named(tmp_path: Path) -> None:
 def test_file_appears_when_finished(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text("old")
-    with AtomicFile(str(path)) as output:
+    with OutputFile(str(path)) as output:
         output.write_record({"text": "é"})
         assert path.read_text() == "old"
         output.finish()
@@ -207,7 +207,7 @@ def test_file_appears_when_finished(tmp_path: Path) -> None:
 def test_lone_surrogate_in_another_key_survives(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     record = {"note": "\ud800", "tokens": [1, 2]}
-    with AtomicFile(str(path)) as output:
+    with OutputFile(str(path)) as output:
         output.write_record(record)
         output.finish()
     assert json.loads(path.read_bytes()) == record
@@ -216,7 +216,7 @@ def test_lone_surrogate_in_another_key_survives(tmp_path: Path) -> None:
 def test_unfinished_file_leaves_no_trace(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), AtomicFile(str(path)) as output:
+    with pytest.raises(KeyboardInterrupt), OutputFile(str(path)) as output:
         output.write_record({"text": "new"})
         raise KeyboardInterrupt
     assert path.read_text() == "old"
@@ -226,7 +226,7 @@ def test_unfinished_file_leaves_no_trace(tmp_path: Path) -> None:
 def test_array_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "logits.npy"
     array = np.array([[1.5, np.nan]], dtype=np.float32)
-    with AtomicFile(str(path)) as output:
+    with OutputFile(str(path)) as output:
         output.write_array(array)
         output.finish()
     np.testing.assert_array_equal(np.load(path, allow_pickle=False), array)
@@ -234,7 +234,7 @@ def test_array_reads_back(tmp_path: Path) -> None:
 
 def test_invalid_output_path_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=re.escape(f"output {tmp_path} is a directory")):
-        AtomicFile(str(tmp_path))
+        OutputFile(str(tmp_path))
     missing = tmp_path / "no" / "out"
     with pytest.raises(DataError, match=re.escape(f"output {missing} is in no existing directory")):
-        AtomicFile(str(missing))
+        OutputFile(str(missing))
