@@ -8,7 +8,8 @@ from megatron.trainer.config.durations import describe_lengths
 from megatron.trainer.config.schema import DataConfig, TrainingConfig
 from megatron.trainer.config.validate import MOE_ACT
 from megatron.trainer.data.batch_views import DocumentRule
-from megatron.trainer.data.build import DataBundle, build_data, describe
+from megatron.trainer.data.build import DataBundle, build_data
+from megatron.trainer.data.describe import describe
 from megatron.trainer.data.tokenizer import load_tokenizer
 from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.optim.adamw import describe_groups

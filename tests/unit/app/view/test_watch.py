@@ -17,7 +17,7 @@ from rich.text import Text
 
 from megatron.trainer.records.history import RunHistory
 from megatron.trainer.records.record_file import append_record
-from moe_app.view import screen, terminal_chart, watch
+from moe_app.view import terminal_chart, watch
 from moe_app.view.screen import Screen, Watched, draw_frame, watch_run
 from moe_app.view.terminal_chart import Curve, draw_curves
 
