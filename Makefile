@@ -2,24 +2,23 @@
 # Needs python3 >= 3.10 and make.
 
 PYTHON ?= python3
-# The torch that is tested, and flags for pip when it installs it: an --index-url of CPU or of CUDA
-# builds, for example.
+# The tested torch, and pip flags to install it, for example an --index-url of CPU or CUDA builds.
 TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
 
-# Test processes at a time.
+# Concurrent test processes.
 JOBS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.made
-# -qq: only errors. Warnings about the machine's own index settings would bury them.
+# -qq shows errors only; warnings about index settings of the machine would hide them.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .PHONY: env train test test-gpu container-test check format clean
 
 env: $(STAMP)
 
-# torch first, so that the packages below find it and do not fetch another build.
+# torch first, so that the packages below use it instead of another build.
 $(STAMP): pyproject.toml setup.py
 	@echo "installing torch and the test tools into .venv; the first time takes minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -30,7 +29,7 @@ $(STAMP): pyproject.toml setup.py
 train: env
 	bash examples/quickstart/run.sh
 
-# Whole files go to processes of one thread each; a file's tests share what they start.
+# Distributes whole files over single-threaded processes, because the tests of a file share fixtures.
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -m "not gpu and not container" \
 		-n $(JOBS) --dist loadfile
@@ -38,7 +37,7 @@ test: env
 test-gpu: env
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
 
-# Builds the image for real, as root: minutes, and gigabytes for that time.
+# Builds the images as root; needs minutes and, meanwhile, gigabytes.
 container-test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m container --durations 6 tests/container
 

@@ -17,13 +17,13 @@ class SigmoidTopKRouter(MoERouter):
     """Routes to the k experts with the largest sigmoid scores, weighted in proportion to them."""
 
     def select(self, logits: Tensor) -> Routing:
-        """Applies the rule to logits [t, e]; `MoERouter.select` says what is returned."""
-        marks = logits.float().sigmoid()  # [t, e]
-        best, experts = marks.topk(self.topk, dim=-1)  # [t, k]
+        """Route by logits [t, e]; see `MoERouter.select` for the result."""
+        affinities = logits.float().sigmoid()  # [t, e]
+        best, experts = affinities.topk(self.topk, dim=-1)  # [t, k]
         return Routing(
             experts=experts,
             gates=best / best.sum(dim=-1, keepdim=True),
-            scores=marks / marks.sum(dim=-1, keepdim=True),
+            scores=affinities / affinities.sum(dim=-1, keepdim=True),
         )
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From nothing to a trained model: corpus, tokenizer, token files, pretraining, report, sample.
+# Builds a corpus, tokenizer and token files, pretrains a model, and prints a report and samples.
 #   bash examples/quickstart/run.sh [flags for pretrain.py]
-# PYTHON names the interpreter, .venv/bin/python if there is one. A run that was interrupted is
-# continued; remove runs/quickstart to start over.
+# PYTHON is the interpreter, by default .venv/bin/python if it exists. An interrupted run is resumed;
+# remove runs/quickstart to start over.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -12,7 +12,7 @@ if [[ -z ${PYTHON:-} ]]; then
 fi
 data=runs/quickstart/data
 run=runs/quickstart/run
-# One compute thread a rank: two ranks share this machine's cores.
+# One compute thread per rank, because two ranks share the cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 step() { printf '\n== %s\n' "$*"; }
