@@ -29,7 +29,6 @@ from megatron.trainer.checkpoint import (
     layout,
     streamed_checkpoint,
 )
-from megatron.trainer.checkpoint.manifest import write_durably
 from megatron.trainer.config.cli import load_config
 from megatron.trainer.errors import CheckpointError, ConfigError
 from megatron.trainer.hf_files import (
@@ -40,6 +39,7 @@ from megatron.trainer.hf_files import (
     plan_shards,
 )
 from megatron.trainer.hf_files.publish import check_new
+from megatron.trainer.io.atomic_write import write_durably, write_text
 from megatron.trainer.io.hashing import DigestThread
 from megatron.trainer.records.run_dir import CONFIG_NAME
 from megatron.trainer.runtime.launch import environment_world_size, run_main
@@ -285,7 +285,7 @@ def run_export(args: argparse.Namespace) -> Conversion:
             new_directory(out) as directory,
         ):
             for name, content in files.items():
-                (directory / name).write_bytes(content)
+                write_durably(directory / name, content)
             plans = plan_shards(shapes, dtype, max_bytes=max_bytes)
             digests = TensorDigests(thread if args.checksums or args.verify else None)
             check = ManifestCheck(reader, thread)
@@ -379,12 +379,9 @@ def _write_report(path: Path, report: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    scratch = path.with_name(f"{path.name}.tmp")
     try:
-        write_durably(scratch, json.dumps(report, indent=2) + "\n")
-        scratch.replace(path)
+        write_text(path, json.dumps(report, indent=2) + "\n", durable=True)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise CheckpointError(
             f"{path.parent} is complete, but its report {path.name} cannot be written:"
             f" {error.strerror}; free some space, and to get a report remove the directory"

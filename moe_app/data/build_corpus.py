@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.trainer.errors import DataError, UserError
+from megatron.trainer.io.atomic_write import atomic_write
 from moe_app.command_line import program
 
 _SKIPPED_FOLDERS = frozenset(
@@ -151,19 +152,15 @@ def write_jsonl(path: Path, documents: Iterator[str], limit_bytes: float) -> tup
 
     The file appears only when it is complete.
     """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     count = size = 0
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            for text in documents:
-                length = len(text.encode("utf-8"))
-                if size + length > limit_bytes:
-                    break
-                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-                count, size = count + 1, size + length
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        for text in documents:
+            length = len(text.encode("utf-8"))
+            if size + length > limit_bytes:
+                break
+            line = json.dumps({"text": text}, ensure_ascii=False) + "\n"
+            file.write(line.encode("utf-8"))
+            count, size = count + 1, size + length
     return count, size
 
 

@@ -9,7 +9,6 @@ except that SentencePiece stores a space as U+2581, so that character itself dec
 
 import argparse
 import io
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import cycle
@@ -21,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from megatron.trainer.data.jsonl import read_texts
 from megatron.trainer.data.tokenizer import END_OF_DOCUMENT, TOKENIZERS, load_tokenizer
 from megatron.trainer.errors import DataError, UserError
+from megatron.trainer.io.atomic_write import write_bytes
 from moe_app.command_line import program
 
 _PIECE_BYTES = 4096
@@ -170,9 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         texts = sample_texts(args.input, key=args.json_key, limit_bytes=limit_bytes)
         data = train(texts, args.vocab_size)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        write_bytes(path, data)
         tokenizer = load_tokenizer(args.tokenizer_type, str(path))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,13 +8,13 @@ in size however long the runs are. docs/watching.md explains what is shown.
 """
 
 import argparse
-import contextlib
 import datetime
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.trainer.errors import ConfigError, printable
+from megatron.trainer.io.atomic_write import write_text
 from megatron.trainer.records.history import RunHistory
 from megatron.trainer.records.run_dir import check_run, run_names
 from moe_app.command_line import program, report_errors
@@ -59,13 +59,9 @@ def write_report(directories: Sequence[Path], output: Path, *, title: str | None
         title=title or ", ".join(names),
         written=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
-    scratch = output.with_name(f"{output.name}.tmp")
     try:
-        scratch.write_text(page, encoding="utf-8", errors="replace")
-        scratch.replace(output)
+        write_text(output, page, errors="replace")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
         raise ConfigError(
             f"cannot write --output {output}: {error.strerror}; give a file in a directory that is"
             " there and may be written to"

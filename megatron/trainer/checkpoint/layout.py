@@ -8,12 +8,11 @@ A checkpoint lives under one of three names:
 """
 
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
 
-from megatron.trainer.checkpoint.manifest import sync_directory, write_durably
+from megatron.trainer.io.atomic_write import sync_directory, write_text
 from megatron.trainer.io.bounded_read import read_small
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
@@ -68,6 +67,8 @@ def clear_leftovers(root: Path) -> None:
         if kind is not None:
             logger.warning("removing %s: the save that wrote it did not finish", path)
             remove(path)
+    for path in root.glob(f"{TRACKER_NAME}.tmp*"):
+        path.unlink()
     sync_directory(root)
 
 
@@ -108,10 +109,7 @@ def remove(path: Path) -> None:
 
 def write_tracker(root: Path, iteration: int) -> None:
     """Let `latest_checkpointed_iteration.txt` name `iteration`; readers see the old or the new."""
-    scratch = root / f"{TRACKER_NAME}.tmp"
-    write_durably(scratch, str(iteration))
-    os.replace(scratch, root / TRACKER_NAME)
-    sync_directory(root)
+    write_text(root / TRACKER_NAME, str(iteration), durable=True)
 
 
 def read_tracker(root: Path) -> int | str:

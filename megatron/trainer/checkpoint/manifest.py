@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.trainer.errors import CheckpointError
+from megatron.trainer.io.atomic_write import sync_directory, write_durably
 from megatron.trainer.io.bounded_read import is_plain_name, read_small
 
 MANIFEST_NAME = "manifest.json"
@@ -167,23 +168,6 @@ def compare_files(directory: Path, manifest: Manifest, names: Sequence[str]) -> 
         if digest != manifest.files[name].sha256:
             problems.append(f"{name} has changed: its SHA-256 is not the manifest's")
     return problems
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write `text` to `path` and force it to disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(directory: Path) -> None:
-    """Force the names in `directory` to disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _record(name: str, entry: Any) -> FileRecord:

@@ -36,14 +36,13 @@ from megatron.trainer.checkpoint.manifest import (
     FileRecord,
     hash_files,
     list_files,
-    sync_directory,
     verify_manifest,
-    write_durably,
     write_manifest,
 )
 from megatron.trainer.checkpoint.safe_load import load_trusted_types, what_it_holds
 from megatron.trainer.checkpoint.stages import on_all_ranks, on_rank0, torch_errors_explained
 from megatron.trainer.errors import CheckpointError, ConfigError
+from megatron.trainer.io.atomic_write import sync_directory, write_durably
 from megatron.trainer.io.bounded_read import is_plain_name
 from megatron.trainer.runtime.collective import broadcast, gather, rank_of
 

@@ -34,11 +34,10 @@ from megatron.trainer.checkpoint.manifest import (
     FileRecord,
     hash_files,
     list_files,
-    sync_directory,
-    write_durably,
     write_manifest,
 )
 from megatron.trainer.errors import CheckpointError
+from megatron.trainer.io.atomic_write import sync_directory, write_durably
 from megatron.trainer.io.hashing import Digest, DigestThread
 
 _SHARD_NAME = "__0_0.distcp"
@@ -212,7 +211,7 @@ def streamed_checkpoint(
             raise CheckpointError(f"{root} holds checkpoints already; give another directory")
         partial.mkdir()
         for name, content in files.items():
-            _write_file(partial / name, content)
+            write_durably(partial / name, content)
         stream = CheckpointStream(partial, shapes, dtype, digests)
         try:
             yield stream
@@ -228,10 +227,3 @@ def streamed_checkpoint(
             with contextlib.suppress(OSError):  # not ours to remove when something else is there
                 root.rmdir()
         raise
-
-
-def _write_file(path: Path, content: str | bytes) -> None:
-    if isinstance(content, str):
-        write_durably(path, content)
-    else:
-        path.write_bytes(content)

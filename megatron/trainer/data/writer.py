@@ -11,13 +11,13 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron.trainer.data.indexed import MAGIC, TOKEN_DTYPES, VERSION, TokenFile, open_tokens
 from megatron.trainer.errors import DataError
+from megatron.trainer.io.atomic_write import sync_file
 
 _LARGEST_LENGTH = 2**31 - 1
 _BLOCK_DOCUMENTS = 1 << 20
@@ -91,7 +91,7 @@ class TokenFileWriter:
         Raises:
             DataError: The files do not verify: nothing was written, or an id is out of range.
         """
-        _flush(self._bin)
+        sync_file(self._bin)
         self._write_index(Path(f"{self._temporary}.idx"))
         open_tokens(self._temporary, vocab_size=self.vocab_size)
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)
@@ -109,10 +109,4 @@ class TokenFileWriter:
             file.write(lengths.astype("<i4").tobytes())
             file.write(offsets.astype("<i8").tobytes())
             file.write(np.arange(lengths.size + 1, dtype="<i8").tobytes())
-            _flush(file)
-
-
-def _flush(file: BinaryIO) -> None:
-    """Bring what was written to the disk, so that a rename cannot come before its content."""
-    file.flush()
-    os.fsync(file.fileno())
+            sync_file(file)

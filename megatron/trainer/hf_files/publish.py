@@ -10,8 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.trainer.checkpoint.manifest import sync_directory
 from megatron.trainer.errors import CheckpointError
+from megatron.trainer.io.atomic_write import sync_directory
 
 logger = logging.getLogger(__name__)
 

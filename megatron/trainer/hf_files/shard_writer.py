@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from megatron.trainer.checkpoint.manifest import write_durably
 from megatron.trainer.hf_files.directory import Region
 from megatron.trainer.hf_files.header import build_header
 from megatron.trainer.hf_files.plan import INDEX_NAME, ShardPlan, index_text
+from megatron.trainer.io.atomic_write import write_durably
 
 
 class HFWriter:

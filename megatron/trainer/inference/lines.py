@@ -1,17 +1,17 @@
 """Read texts or tokens from JSON Lines, and write files that appear only when complete."""
 
 import json
-import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from megatron.trainer.data.jsonl import parse_object, read_lines, valid_text
 from megatron.trainer.errors import DataError
+from megatron.trainer.io.atomic_write import AtomicFile
 
 TOKENS_KEY = "tokens"
 
@@ -102,7 +102,7 @@ def _checked_ids(value: object, *, vocab_size: int, where: str) -> list[int]:
 
 
 class OutputFile:
-    """Writes a temporary file beside `path` and renames it to `path` when it is complete.
+    """Writes records or arrays to a file that appears under its name when it is complete.
 
     A context manager; an exception inside leaves `path` as it was.
 
@@ -115,12 +115,11 @@ class OutputFile:
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
-        self._temporary = self._path.with_name(f"{self._path.name}.tmp-{os.getpid()}")
         if self._path.is_dir() or not self._path.parent.is_dir():
             what = "is a directory" if self._path.is_dir() else "is in no existing directory"
             raise DataError(f"output {path} {what}; name a file in a directory that exists")
         try:
-            self.file: IO[bytes] = self._temporary.open("wb")
+            self._pending = AtomicFile(self._path, durable=True)
         except OSError as error:
             raise self._failure(error) from error
 
@@ -134,24 +133,21 @@ class OutputFile:
         except UnicodeEncodeError:  # a lone surrogate in another key: write it escaped
             text = json.dumps(record).encode("ascii")
         try:
-            self.file.write(text + b"\n")
+            self._pending.file.write(text + b"\n")
         except OSError as error:
             raise self._failure(error) from error
 
     def write_array(self, array: np.ndarray) -> None:
         """Write an array in .npy format."""
         try:
-            np.save(self.file, array, allow_pickle=False)
+            np.save(self._pending.file, array, allow_pickle=False)
         except OSError as error:
             raise self._failure(error) from error
 
     def finish(self) -> None:
         """Sync the file to disk and rename it to its final path."""
         try:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-            os.replace(self._temporary, self._path)
+            self._pending.commit()
         except OSError as error:
             raise self._failure(error) from error
 
@@ -162,8 +158,7 @@ class OutputFile:
         trace: TracebackType | None,
     ) -> None:
         """Remove an unfinished file."""
-        self.file.close()
-        self._temporary.unlink(missing_ok=True)
+        self._pending.discard()
 
     def _failure(self, error: OSError) -> DataError:
         return DataError(

@@ -39,11 +39,10 @@ class AtomicFile:
         Raises:
             OSError: something cannot be written; call `discard` then.
         """
-        self.file.flush()
         if (mode := _mode(self.path)) is not None:
             os.fchmod(self.file.fileno(), mode)
         if self._durable:
-            os.fsync(self.file.fileno())
+            sync_file(self.file)
         self.file.close()
         os.replace(self._temporary, self.path)
         if self._durable:
@@ -87,6 +86,17 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
 def write_text(path: Path, text: str, *, durable: bool = False, errors: str = "strict") -> None:
     """Replace `path` by a file with this text as UTF-8; see `atomic_write`."""
     write_bytes(path, text.encode("utf-8", errors=errors), durable=durable)
+
+
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Write a file straight to its name and force it to disk.
+
+    For a directory that is itself still under a temporary name; `write_text` replaces files that
+    may be read meanwhile.
+    """
+    with path.open("wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        sync_file(file)
 
 
 def temporary_path(path: Path) -> Path:

@@ -20,12 +20,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.trainer.checkpoint.manifest import write_durably
 from megatron.trainer.config.cli import flatten
 from megatron.trainer.config.schema import ParallelConfig
 from megatron.trainer.data.writer import TokenFileWriter
 from megatron.trainer.hf_files import new_directory
 from megatron.trainer.inference.lines import OutputFile
+from megatron.trainer.io.atomic_write import write_durably
 from megatron.trainer.runtime import launch
 from moe_app.doctor.facts import slurm_section
 from moe_app.pretrain import pretrain

@@ -194,7 +194,7 @@ def test_too_small_disk_is_refused_before_writing(
     assert_refused(run_import(tmp_path), message, tmp_path, capsys)
 
 
-def raise_disk_full(*_: object) -> None:
+def raise_disk_full(*_: object, **_named: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -233,7 +233,7 @@ def test_full_disk_on_export_leaves_no_files(
 def test_full_disk_at_the_report_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert_checkpoint, "write_durably", raise_disk_full)
+    monkeypatch.setattr(convert_checkpoint, "write_text", raise_disk_full)
     assert run_import(tmp_path) == 2
     message = f"{tmp_path}/run is complete, but its report conversion_report.json cannot be written"
     assert message in capsys.readouterr().err

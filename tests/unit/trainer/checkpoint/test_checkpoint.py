@@ -28,6 +28,7 @@ from megatron.trainer.checkpoint import (
     save_checkpoint,
 )
 from megatron.trainer.errors import CheckpointError, ConfigError
+from megatron.trainer.io.atomic_write import temporary_path
 
 TRACKER = "latest_checkpointed_iteration.txt"
 SHARD = "__0_0.distcp"
@@ -158,7 +159,7 @@ def test_everything_is_synced_before_the_rename_and_the_parent_after(
     written = set(os.listdir(tmp_path / "iter_0000005"))
     assert written | {attempt} <= before
     assert events[commit + 1] == f"sync {tmp_path.name}"
-    assert events[commit + 2] == f"sync {TRACKER}.tmp"
+    assert events[commit + 2] == f"sync {temporary_path(tmp_path / TRACKER).name}"
     # The manifest is the last file written.
     files = [e for e in events[:commit] if e.removeprefix("sync ") in written]
     assert files[-1] == "sync manifest.json"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron.trainer.io import atomic_write
-from megatron.trainer.io.atomic_write import AtomicFile, write_bytes, write_text
+from megatron.trainer.io.atomic_write import AtomicFile, write_bytes, write_durably, write_text
 
 
 def names(directory: Path) -> list[str]:
@@ -69,6 +69,17 @@ def test_content_is_on_disk_before_it_has_its_name_and_the_name_after(
     calls.clear()
     write_text(tmp_path / "x", "b")
     assert calls == ["rename"]
+
+
+@pytest.mark.parametrize("content", ["\u00e9\n", b"\xc3\xa9\n"])
+def test_durable_write_is_on_disk_under_its_own_name(
+    tmp_path: Path, content: str | bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    write_durably(tmp_path / "x", content)
+    assert (tmp_path / "x").read_bytes() == b"\xc3\xa9\n"
+    assert synced == [3]
 
 
 def test_permissions_of_the_replaced_file_are_kept(tmp_path: Path) -> None:
