@@ -1,4 +1,4 @@
-"""Initial weights that depend on the seed and the parameter's name, never on the layout."""
+"""Draws initial weights from the seed and the parameter's name, whatever the layout."""
 
 import hashlib
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def initialize_weights(chunks: list[nn.Module], *, seed: int, std: float, cutoff: float) -> None:
-    """Draw every matrix of the model from a truncated normal distribution, in place.
+    """Draws every matrix of the model from a truncated normal distribution, in place.
 
     Each matrix has a random stream of its own, seeded by the run's seed, its global name and its
     layer and expert number; a rank draws the whole matrix on the CPU and keeps its shard. Any
@@ -31,7 +31,7 @@ def initialize_weights(chunks: list[nn.Module], *, seed: int, std: float, cutoff
 
 
 def _initialize_shard(shard: ShardedTensor, *, seed: int, std: float, cutoff: float) -> None:
-    """Fill this rank's part of one global tensor.
+    """Fills this rank's part of one global tensor.
 
     The leading `prepend_axis_num` axes of the global shape number layers; stacks of three and more
     dimensions number experts on their first axis.
@@ -60,7 +60,7 @@ def _draw(
     std: float,
     cutoff: float,
 ) -> None:
-    """Copy into `local` its slice of the matrix that `stream` names."""
+    """Copies into `local` its slice of the matrix that `stream` names."""
     if local.is_meta:
         return
     digest = hashlib.sha256(stream.encode()).digest()

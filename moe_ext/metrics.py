@@ -1,4 +1,4 @@
-"""What the routers did since the last report, gathered from every rank in one collective."""
+"""Collects routing statistics of all ranks in one collective."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _NUM_SCALARS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class RouterReport:
-    """Routing over the micro-batches since the last report, over all ranks and layers.
+    """Reports routing over the micro-batches since the last report, all ranks and layers.
 
     Losses carry no coefficient. A layer that recorded nothing is NaN in the lists and left out of
     the means; without any record the means are NaN.
@@ -42,7 +42,7 @@ class RouterReport:
     """[num_layers, e] fp64 on the host: an expert's share of the assignments times e."""
 
     def as_dict(self, kind: str = MOE) -> dict[str, float]:
-        """Scalars for a log line; empty if nothing was recorded.
+        """Returns scalars for a log line; empty if nothing was recorded.
 
         Args:
             kind: of the routers, MOE or MOA; names the keys.
@@ -61,7 +61,7 @@ class RouterReport:
         }
 
     def layers_as_dict(self, kind: str = MOE) -> dict[str, list[float] | list[int]]:
-        """The lists per layer, by the names they have in a run's records.
+        """Returns the lists per layer, by the names they have in a run's records.
 
         Args:
             kind: of the routers, MOE or MOA; names the keys.
@@ -99,7 +99,7 @@ class RouterMetrics:
         num_tokens: int,
         group_size: int,
     ) -> None:
-        """Add one micro-batch of one layer.
+        """Adds one micro-batch of one layer.
 
         Args:
             layer_number: 1 for the model's first layer.
@@ -135,11 +135,11 @@ class RouterMetrics:
         row[_NUM_SCALARS:] += tokens_per_expert
 
     def reset(self) -> None:
-        """Forget what was recorded."""
+        """Drops what was recorded."""
         self._sums = None
 
     def reduce(self, group: torch.distributed.ProcessGroup | None = None) -> RouterReport:
-        """Sum over all ranks, report, and start again from zero.
+        """Sums over all ranks, reports, and starts again from zero.
 
         Collective: every rank of the group calls it, also one that holds no MoE layer. Ranks that
         hold copies of a layer add to numerators and denominators alike.
@@ -163,7 +163,7 @@ class RouterMetrics:
 
 
 def _report(sums: Tensor) -> RouterReport:
-    """Turn summed columns [num_layers, 5 + e] into means."""
+    """Turns summed columns [num_layers, 5 + e] into means."""
     counts = sums[:, _NUM_SCALARS:]  # [num_layers, e]
     load = counts / counts.mean(dim=1, keepdim=True)  # 0 / 0 is NaN: a layer without a record
     recorded = sums[:, _TOKENS] > 0
@@ -182,7 +182,7 @@ def _report(sums: Tensor) -> RouterReport:
 
 
 def _prefix(kind: str) -> str:
-    """What the keys of the losses and of the lists begin with."""
+    """Returns the prefix of the keys of losses and lists."""
     return "" if kind == MOE else f"{kind}_"
 
 

@@ -1,4 +1,4 @@
-"""megatron-core's decoder-only model, with exact positions and an exact vocabulary."""
+"""Extends megatron-core's decoder-only model by exact positions and an exact vocabulary."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ from moe_ext.layers.rotary import PositionRotaryEmbedding
 
 
 class LanguageModel(GPTModel):
-    """A GPTModel whose positions are the `position_ids`, and whose padding rows say nothing.
+    """Computes a GPTModel whose positions are `position_ids` and whose padding rows are masked.
 
     The embedding has rows beyond the vocabulary, so that tensor parallel ranks can share it. Their
     logits are -inf: they take no probability from the tokens, so that the loss does not depend on
@@ -30,7 +30,7 @@ class LanguageModel(GPTModel):
         super().__init__(**kwargs)
         self.num_token_ids = num_token_ids
         if self.post_process and num_token_ids < self.vocab_size:
-            self.output_layer.register_forward_hook(self._silence_padding)
+            self.output_layer.register_forward_hook(self._mask_padding)
         self.rotary_pos_emb = PositionRotaryEmbedding(
             self.config.kv_channels,
             rotary_percent=self.rotary_percent,
@@ -45,7 +45,7 @@ class LanguageModel(GPTModel):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Logits, losses, or this pipeline stage's hidden states.
+        """Computes logits, losses, or this pipeline stage's hidden states.
 
         Args:
             input_ids: [b, s] int64, this context parallel rank's positions.
@@ -68,7 +68,7 @@ class LanguageModel(GPTModel):
         return output
 
     def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """Losses [b, s] where there are labels to compare with; else what GPTModel makes."""
+        """Computes losses [b, s] if there are labels; else what GPTModel returns."""
         labels: Tensor | None = kwargs["labels"]
         if labels is None or not self.post_process:
             output: Tensor = super()._postprocess(hidden_states=hidden_states, **kwargs)
@@ -89,7 +89,7 @@ class LanguageModel(GPTModel):
         return losses.view(labels.T.shape).T.contiguous()  # [b, s]
 
     def _output_weight(self) -> Tensor:
-        """[v of this rank, h]."""
+        """Returns the output layer's weight [v of this rank, h]."""
         weight: Tensor
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
@@ -110,10 +110,10 @@ class LanguageModel(GPTModel):
             group=group,
         )
 
-    def _silence_padding(
+    def _mask_padding(
         self, _layer: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor | None]
     ) -> None:
-        """Set the logits of padding rows to -inf: [s, b, v] of all or of this rank's rows."""
+        """Sets the logits of padding rows to -inf: [s, b, v] of all or of this rank's rows."""
         logits, _ = output
         rows = logits.shape[-1]
         if rows == self.vocab_size:

@@ -1,4 +1,4 @@
-"""Visible tables of named building blocks: look one up, add one."""
+"""Looks up and registers building blocks in tables by name."""
 
 import difflib
 from typing import TypeVar
@@ -7,7 +7,7 @@ Block = TypeVar("Block")
 
 
 def look_up(table: dict[str, Block], name: str, *, kind: str) -> Block:
-    """The block called `name`.
+    """Looks up the block called `name`.
 
     Args:
         table: name -> block.
@@ -25,7 +25,7 @@ def look_up(table: dict[str, Block], name: str, *, kind: str) -> Block:
 
 
 def add(table: dict[str, Block], name: str, block: Block, *, kind: str) -> None:
-    """Enter `block` under `name`.
+    """Registers `block` under `name`.
 
     Raises:
         ValueError: the name is taken; a block is never replaced.

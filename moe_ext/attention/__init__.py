@@ -1,4 +1,8 @@
-"""Self-attentions by name, and the core attention they share."""
+"""Holds self-attentions by name, the core attention they share, and the key-value cache.
+
+Mixture-of-heads attention (moa) multiplies through `moe_ext.experts`; norms and positions are in
+`moe_ext.layers`.
+"""
 
 from megatron.core.transformer.attention import SelfAttention
 
@@ -16,7 +20,7 @@ ATTENTIONS: dict[str, type[SelfAttention | MoASelfAttention]] = {
 
 
 def get_attention(name: str) -> type[SelfAttention | MoASelfAttention]:
-    """The self-attention class called `name`.
+    """Looks up the self-attention class called `name`.
 
     Raises:
         ValueError: no such attention; the message names the nearest one.
@@ -25,7 +29,7 @@ def get_attention(name: str) -> type[SelfAttention | MoASelfAttention]:
 
 
 def register_attention(name: str, attention: type[SelfAttention]) -> None:
-    """Make `attention` available under `name`.
+    """Makes `attention` available under `name`.
 
     Raises:
         ValueError: the name is taken, or the class is not a megatron-core SelfAttention.

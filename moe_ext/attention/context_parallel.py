@@ -1,9 +1,10 @@
-"""Causal attention over a sequence whose positions are spread over context parallel ranks.
+"""Splits causal attention over context parallel ranks, which share a sequence's positions.
 
 A sequence of s positions is cut into 2 cp chunks, and rank r holds chunks r and 2 cp - 1 - r, one
-after the other: the early chunk's queries see few keys and the late one's many, so every rank has
-the same work. This is megatron-core's balanced split. Keys and values are gathered from the group
-as they are, without repeating grouped heads; their gradients are summed back by a reduce-scatter.
+after the other: the early chunk's queries attend to few keys and the late one's to many, so every
+rank has the same work. This is megatron-core's balanced split. Keys and values are gathered from
+the group as they are, without repeating grouped heads; their gradients are summed back by a
+reduce-scatter.
 """
 
 from collections.abc import Iterator
@@ -15,12 +16,12 @@ from torch import Tensor
 
 
 def chunk_order(size: int) -> list[int]:
-    """Chunk numbers in the order in which `size` ranks hold them, rank after rank."""
+    """Lists chunk numbers in the order in which `size` ranks hold them, rank after rank."""
     return [chunk for rank in range(size) for chunk in (rank, 2 * size - 1 - rank)]
 
 
-def gather_whole(local: Tensor, group: Any) -> Tensor:
-    """Every rank's positions in their order in the sequence.
+def gather_sequence(local: Tensor, group: Any) -> Tensor:
+    """Gathers every rank's positions, in their order in the sequence.
 
     Differentiable; the gradient of a position is summed over the ranks that attended to it.
 
@@ -41,7 +42,7 @@ def gather_whole(local: Tensor, group: Any) -> Tensor:
 
 
 def query_parts(size: int, rank: int, length: int) -> Iterator[tuple[slice, int]]:
-    """This rank's queries in two parts, each with the number of keys it may look back on.
+    """Yields this rank's queries in two parts, each with the number of keys it may attend to.
 
     Args:
         size: context parallel ranks (cp).

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from moe_ext.attention.cache import KeyValueCache, LayerCache
-from moe_ext.attention.context_parallel import gather_whole, query_parts
+from moe_ext.attention.context_parallel import gather_sequence, query_parts
 
 _MASKS = (AttnMaskType.causal, AttnMaskType.no_mask)
 
@@ -162,8 +162,8 @@ class SDPACoreAttention(MegatronModule):
     ) -> Tensor:
         """Computes causal attention of this rank's two chunks of queries over everyone's keys."""
         group = self.cp_group
-        # One collective for both: [s whole, b, ng, 2 hn].
-        both = gather_whole(torch.cat((key, value), dim=-1), group)
+        # One collective for both: [s of the whole sequence, b, ng, 2 hn].
+        both = gather_sequence(torch.cat((key, value), dim=-1), group)
         key, value = both.split((key.shape[-1], value.shape[-1]), dim=-1)
         contexts = []
         for rows, seen in query_parts(group.size(), group.rank(), query.shape[0]):

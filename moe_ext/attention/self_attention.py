@@ -1,4 +1,4 @@
-"""Self-attention with RMSNorm over the whole width of q and of k."""
+"""Computes self-attention with RMSNorm over the whole width of q and of k."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from moe_ext.layers.parameters import new_parameter
 
 
 class FullWidthRMSNorm(MegatronModule):
-    """RMSNorm over all heads of a projection jointly, whose heads are split over ranks.
+    """Applies RMSNorm over all heads of a projection jointly; heads are split over ranks.
 
     The mean square is that of the whole vector, reduced over the tensor parallel group. The weight
     is split with the heads, so each rank owns and updates its slice; it is not marked
@@ -48,7 +48,7 @@ class FullWidthRMSNorm(MegatronModule):
         nn.init.ones_(self.weight)
 
     def forward(self, heads: Tensor) -> Tensor:
-        """Normalise [s, b, heads of this rank, hn], same shape out."""
+        """Normalises [s, b, heads of this rank, hn], same shape out."""
         flat = heads.flatten(2)  # [s, b, heads * hn]
         normed = split_unit_rms(flat, self.eps, group=self.tp_group) * self.weight
         return normed.view(heads.shape)  # [s, b, heads, hn]
@@ -59,7 +59,7 @@ class FullWidthRMSNorm(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The weight, split over tensor parallel ranks on its only axis."""
+        """Describes the weight, split over tensor parallel ranks on its only axis."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
             {"weight": self.weight},
@@ -73,7 +73,7 @@ class FullWidthRMSNorm(MegatronModule):
 
 
 class QKNormSelfAttention(SelfAttention):
-    """megatron-core's self-attention with OLMoE's norm of q and k before the rotary embedding.
+    """Adds OLMoE's norm of q and k, before the rotary embedding, to megatron-core's attention.
 
     megatron-core's own `qk_layernorm` normalises each head by itself; here one norm spans all
     query heads and one all key heads, under any tensor parallel size.
@@ -121,7 +121,7 @@ class QKNormSelfAttention(SelfAttention):
     def get_query_key_value_tensors(
         self, *args: Any, split_qkv: bool = True, **kwargs: Any
     ) -> tuple[Tensor, ...]:
-        """Project and normalise.
+        """Projects to q, k and v, and normalises q and k.
 
         Returns:
             query [s, b, np, hn], key and value [s, b, ng, hn] of this rank's heads, and the output

@@ -1,4 +1,4 @@
-"""The element-wise middle of a SwiGLU expert."""
+"""Computes the element-wise middle of a SwiGLU expert, and its gradient."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def gated_forward(projected: Tensor, probs: Tensor) -> Tensor:
-    """silu(gate) * up * prob.
+    """Computes silu(gate) * up * prob.
 
     Args:
         projected: [t, 2f] gate's half, then up's.
@@ -24,7 +24,7 @@ def gated_forward(projected: Tensor, probs: Tensor) -> Tensor:
 
 
 def gated_backward(grad: Tensor, projected: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `gated_forward`, which is computed again on the way.
+    """Computes the gradients of `gated_forward`, and its output again.
 
     Args:
         grad: [t, f] of the output.
@@ -49,7 +49,7 @@ def gated_backward(grad: Tensor, projected: Tensor, probs: Tensor) -> tuple[Tens
 
 
 class GatedActivation(torch.autograd.Function):
-    """`gated_forward` that keeps its two inputs for backward and nothing else.
+    """Applies `gated_forward` and keeps its two inputs alone for backward.
 
     Differentiable once.
     """
@@ -58,14 +58,14 @@ class GatedActivation(torch.autograd.Function):
     def forward(
         ctx: torch.autograd.function.FunctionCtx, projected: Tensor, probs: Tensor
     ) -> Tensor:
-        """See `gated_forward`."""
+        """Computes `gated_forward`."""
         ctx.save_for_backward(projected, probs)
         return gated_forward(projected, probs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """See `gated_backward`."""
+        """Computes `gated_backward`."""
         projected, probs = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_projected, grad_probs, _ = gated_backward(grad, projected, probs)
         return grad_projected, grad_probs

@@ -1,4 +1,4 @@
-"""Reference expert compute: one expert after the other, plain autograd."""
+"""Computes experts one after the other with plain autograd: the reference."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor
 def loop_experts(
     hidden: Tensor, weight1: Tensor, weight2: Tensor, tokens_per_expert: Tensor, probs: Tensor
 ) -> Tensor:
-    """SwiGLU experts over tokens sorted by expert: W2 (silu(Wg x) * (Wu x) * prob).
+    """Computes SwiGLU experts over tokens sorted by expert: W2 (silu(Wg x) * (Wu x) * prob).
 
     Args:
         hidden: [t, h] tokens, those of the first expert first.
@@ -35,7 +35,7 @@ def loop_experts(
 
 
 def loop_projection(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """Multiply each expert's rows by its matrix: x W^T.
+    """Multiplies each expert's rows by its matrix: x W^T.
 
     Args:
         rows: [t, n], those of the first expert first.

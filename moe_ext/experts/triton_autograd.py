@@ -1,4 +1,4 @@
-"""Autograd nodes around moe_ext/experts/triton_products.py: what is kept, what is computed when."""
+"""Wraps the products of `triton_products` in autograd nodes, and decides what they keep."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from moe_ext.layers.gradients import accumulation_buffer, mark_added
 
 
 class Experts(torch.autograd.Function):
-    """SwiGLU experts over tokens, or over rows that are sorted already (rows.index is None).
+    """Computes SwiGLU experts over tokens, or over sorted rows (rows.index is None).
 
     Differentiable once. Kept for backward: the inputs, and the first product [t * k, 2f].
     """
@@ -31,7 +31,7 @@ class Experts(torch.autograd.Function):
         rows: SortedRows,
         is_kept: bool,
     ) -> Tensor:
-        """[t, h] tokens to [t, h]; all tensors contiguous, gates [t, k] (or [t])."""
+        """Computes [t, h] of tokens [t, h]; all tensors contiguous, gates [t, k] (or [t])."""
         projected, product = gated_product(tokens, weight1, gates, rows, is_kept=is_kept)
         if projected is not None:
             ctx.save_for_backward(tokens, weight1, weight2, gates, projected)
@@ -44,7 +44,7 @@ class Experts(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of the first four inputs, those that are asked for."""
+        """Computes the gradients of the first four inputs, those that are needed."""
         tokens, weight1, weight2, gates, projected = ctx.saved_tensors  # type: ignore[attr-defined]
         rows: SortedRows = ctx.rows  # type: ignore[attr-defined]
         needs_tokens, needs_weight1, needs_weight2, needs_gates = ctx.needs_input_grad[:4]  # type: ignore[attr-defined]
@@ -74,7 +74,7 @@ class Experts(torch.autograd.Function):
 
 
 class Projection(torch.autograd.Function):
-    """One matrix per expert, over operands in any order.
+    """Multiplies by one matrix per expert, with operands in any order.
 
     Differentiable once.
     """
@@ -88,7 +88,7 @@ class Projection(torch.autograd.Function):
         read: Mode,
         write: Mode,
     ) -> Tensor:
-        """Source [?, n], in the order `read`, to [?, m], in the order `write`; all contiguous."""
+        """Multiplies source [?, n], arranged as `read`, to [?, m], arranged as `write`."""
         ctx.save_for_backward(source, weight)
         ctx.rows, ctx.read, ctx.write = rows, read, write  # type: ignore[attr-defined]
         return _product(source, weight, rows, read, write)
@@ -98,7 +98,7 @@ class Projection(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of the first two inputs, those that are asked for."""
+        """Computes the gradients of the first two inputs, those that are needed."""
         source, weight = ctx.saved_tensors  # type: ignore[attr-defined]
         rows: SortedRows = ctx.rows  # type: ignore[attr-defined]
         read, write = ctx.read, ctx.write  # type: ignore[attr-defined]
@@ -123,7 +123,7 @@ def _product(
     *,
     is_transposed: bool = False,
 ) -> Tensor:
-    """`grouped_product` that can also write by token, which adds up the token's rows."""
+    """Computes `grouped_product`, whose output can also be summed by token."""
     target: Mode = "row" if write == "token" else write
     output = grouped_product(
         source, weight, rows, read=read, write=target, is_transposed=is_transposed
@@ -140,7 +140,7 @@ def _weight_gradient(
     read_left: Mode,
     read_right: Mode,
 ) -> Tensor:
-    """What backward returns for a weight, whose gradient goes into its buffer if it has one."""
+    """Computes a weight's gradient, into its buffer if it has one, and what backward returns."""
     buffer = accumulation_buffer(weight)
     gradient = torch.empty_like(weight) if buffer is None else buffer
     grouped_weight_gradient(

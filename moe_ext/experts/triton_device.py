@@ -1,4 +1,4 @@
-"""What expert kernels are made of: which tile is mine, where are its rows, and their product.
+"""Defines the parts of expert kernels: find a program's tile and its rows, and multiply them.
 
 A *place* is a position in the order sorted by expert, a *row* is slot `row % TOPK` of token
 `row // TOPK`; `index[place]` is the row. An operand has its rows by place ("place"), by row ("row")
@@ -26,7 +26,7 @@ def locate(
     BLOCK_M: tl.constexpr,
     GROUP_M: tl.constexpr,
 ) -> tl.tensor:
-    """This program's expert (num_experts or more: none), first place, end of places, and column."""
+    """Finds a program's expert (num_experts or more: none), first place, end and column."""
     tile = tl.program_id(0)
     experts = tl.arange(0, BLOCK_E)
     counts = tl.load(counts_ptr + experts, mask=experts < num_experts, other=0).to(tl.int32)
@@ -46,7 +46,7 @@ def locate(
 def traverse(
     tile: tl.tensor, num_blocks: tl.tensor, num_columns: tl.tensor, GROUP_M: tl.constexpr
 ) -> tl.tensor:
-    """Block and column of a tile: down GROUP_M blocks, column by column, then the next group."""
+    """Finds block and column of a tile: GROUP_M blocks go down each column in turn."""
     group_tiles = GROUP_M * num_columns
     first = tile // group_tiles * GROUP_M
     height = tl.maximum(tl.minimum(num_blocks - first, GROUP_M), 1)
@@ -58,7 +58,7 @@ def traverse(
 def lines_at(
     places: tl.tensor, index_ptr: tl.tensor, TOPK: tl.constexpr, MODE: tl.constexpr
 ) -> tl.tensor:
-    """Where an operand has the rows of these places; all places must be there."""
+    """Finds where an operand has the rows of these places; all places must exist."""
     if MODE == "place":
         lines = places
     elif MODE == "row":
@@ -70,7 +70,7 @@ def lines_at(
 
 @jit
 def add_dot(left: tl.tensor, right: tl.tensor, total: tl.tensor) -> tl.tensor:
-    """Total + left right in fp32; operands of fp32 are not rounded to tf32."""
+    """Computes total + left right in fp32; operands of fp32 are not rounded to tf32."""
     if INTERPRETED:
         # The interpreter keeps bf16 as integers of 16 bits, and multiplies those.
         left = left.to(tl.float32)
@@ -92,7 +92,7 @@ def multiply(
     BLOCK_K: tl.constexpr,
     IS_EVEN: tl.constexpr,
 ) -> tl.tensor:
-    """Lines of [?, inputs] by columns of one expert's [outputs, inputs] or its transpose."""
+    """Multiplies lines [?, inputs] by columns of an expert's [outputs, inputs] or its transpose."""
     depth = tl.arange(0, BLOCK_K)
     left_ptrs = source_ptr + lines[:, None] * inputs + depth[None, :]
     if IS_TRANSPOSED:
@@ -119,5 +119,5 @@ def multiply(
 
 @jit
 def halves(tile: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:
-    """The left and the right columns of a tile; nothing moves between threads."""
+    """Splits a tile into left and right columns; nothing moves between threads."""
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))

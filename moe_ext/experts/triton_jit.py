@@ -1,4 +1,4 @@
-"""Where triton is imported: whether it is there, and the decorator of kernels.
+"""Imports triton where it is installed, and defines the decorator of kernels.
 
 Modules with kernels can be imported where triton is not installed; their kernels cannot be run
 there. `is_available` says which of the two it is.
@@ -12,7 +12,7 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # Not swallowed: `is_available` names it, and how to mend it.
+except ImportError:  # Not swallowed: `is_available` names it, and the remedy.
     triton = tl = None
 
 # Triton decides when a kernel is decorated, and never again, whether it is to be interpreted.
@@ -23,7 +23,7 @@ INTERPRETED = None if triton is None else tl.constexpr(IS_INTERPRETED)
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the function as it is where triton is not installed."""
+    """Applies `triton.jit`; without triton the function stays as it is."""
     if triton is None:
         return function
     # How many rows there are changes from step to step; that is no reason to compile again.
@@ -31,7 +31,7 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 def is_available() -> tuple[bool, str]:
-    """Whether kernels can be run here, and how; or why not, and what to do about it."""
+    """Says whether kernels can be run here, and how; or why not, and the remedy."""
     if triton is None:
         return False, "triton is not installed; pip install 'megatron-moe[triton]'"
     if IS_INTERPRETED or torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Kernels: grouped products over rows sorted by expert, and what is fused with them.
+"""Defines kernels: grouped products over rows sorted by expert, and what is fused with them.
 
 moe_ext/experts/triton_device.py has the words and the parts. Sums are fp32, in an order that the
 shapes alone decide; there are no atomics.
@@ -32,7 +32,7 @@ def product_kernel(
     GROUP_M: tl.constexpr,
     IS_EVEN: tl.constexpr,
 ) -> None:
-    """Write each row of source, by its expert's weight^T, to output.
+    """Writes each row of source, by its expert's weight^T, to output.
 
     The weight is [num_experts, outputs, inputs], or the transpose of that.
     """
@@ -88,7 +88,7 @@ def gated_kernel(
     GROUP_M: tl.constexpr,
     IS_EVEN: tl.constexpr,
 ) -> None:
-    """Write silu(gate) * up * router's gate to product, and [gate, up] to projected if it is there.
+    """Writes silu(gate) * up * router's gate to product, and [gate, up] to projected if given.
 
     Gate and up are the source's rows by the two matrices of the place's expert.
     """
@@ -163,7 +163,7 @@ def gated_gradient_kernel(
     GROUP_M: tl.constexpr,
     IS_EVEN: tl.constexpr,
 ) -> None:
-    """Gradient of `gated_kernel` from that of the experts' outputs, and its product again.
+    """Computes the gradient of `gated_kernel`, and its product again.
 
     The gradient of the product, upstream weight, never leaves the registers. grad_gates is one sum
     for each row and column of tiles, for the caller to add up.
@@ -226,7 +226,7 @@ def _gated_gradient(
     columns: tl.tensor,
     ffn: tl.tensor,
 ) -> tl.tensor:
-    """Write what `gated_gradient_kernel` makes of these columns; return sums of grad product."""
+    """Writes what `gated_gradient_kernel` makes of these columns; return sums of grad product."""
     is_real = (places < end)[:, None] & (columns < ffn)[None, :]
     dtype = grad_projected_ptr.dtype.element_ty
     lines = places.to(tl.int64)[:, None]
@@ -269,7 +269,7 @@ def weight_gradient_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ) -> None:
-    """Write (or add) left^T right over an expert's rows to its [outputs, inputs] of output."""
+    """Writes (or add) left^T right over an expert's rows to its [outputs, inputs] of output."""
     num_blocks = tl.cdiv(outputs, BLOCK_M)
     num_columns = tl.cdiv(inputs, BLOCK_N)
     expert = tl.program_id(0) // (num_blocks * num_columns)
@@ -317,7 +317,7 @@ def add_slots_kernel(
     TOPK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """Write the sum of each token's TOPK rows to output, the first slot first."""
+    """Writes the sum of each token's TOPK rows to output, the first slot first."""
     num_columns = tl.cdiv(width, BLOCK_N)
     token = (tl.program_id(0) // num_columns).to(tl.int64)
     columns = tl.program_id(0) % num_columns * BLOCK_N + tl.arange(0, BLOCK_N)

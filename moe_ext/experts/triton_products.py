@@ -1,4 +1,4 @@
-"""Grouped products over rows sorted by expert, on triton: shapes, memory and launches.
+"""Launches grouped products over rows sorted by expert: shapes, memory, grids.
 
 Nothing here reads a number from the device. Grids are bounds that hold for any counts; see
 moe_ext/experts/triton_kernels.py for what a program does with its number.
@@ -17,7 +17,7 @@ from moe_ext.experts.triton_tiles import Tile
 
 @dataclass(frozen=True, kw_only=True)
 class SortedRows:
-    """t * k rows, sorted by expert."""
+    """Describes t * k rows that are sorted by expert."""
 
     counts: Tensor
     """[el] integers on the operands' device: the rows of each expert."""
@@ -30,25 +30,25 @@ class SortedRows:
 
     @property
     def num_experts(self) -> int:
-        """How many there are (el)."""
+        """Number of experts (el)."""
         return self.counts.shape[0]
 
     @property
     def per_expert(self) -> int:
-        """Their mean number, rounded down."""
+        """Mean number of rows per expert, rounded down."""
         return self.number // self.num_experts
 
     def mode(self, wanted: Mode) -> Mode:
-        """The order that operands are in: what is wanted, if there is an index."""
+        """Returns how operands are arranged: as wanted, if there is an index."""
         return "place" if self.index is None else wanted
 
     def max_blocks(self, block_m: int) -> int:
-        """The most blocks of rows that any counts can make: only an expert's last is not full."""
+        """Bounds the blocks of rows for any counts: only an expert's last is not full."""
         nonempty = min(self.num_experts, self.number)
         return nonempty + (self.number - nonempty) // block_m
 
     def arguments(self) -> dict[str, Any]:
-        """What every grouped kernel has to know of the rows."""
+        """Returns the arguments of every grouped kernel about the rows."""
         return {
             "index_ptr": self.index,
             "counts_ptr": self.counts,
@@ -67,7 +67,7 @@ def grouped_product(
     write: Mode,
     is_transposed: bool = False,
 ) -> Tensor:
-    """Each row by its expert's matrix: x W^T, or x W if that is transposed.
+    """Multiplies each row by its expert's matrix: x W^T, or x W if that is transposed.
 
     Args:
         source: [t * k, n], or [t, n] to be read by token.
@@ -108,7 +108,7 @@ def grouped_product(
 def gated_product(
     source: Tensor, weight: Tensor, gates: Tensor, rows: SortedRows, *, is_kept: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """The first half of SwiGLU experts: silu(Wg x) * (Wu x) * gate.
+    """Computes the first half of SwiGLU experts: silu(Wg x) * (Wu x) * gate.
 
     Args:
         source: [t, h] by token.
@@ -155,7 +155,7 @@ def gated_product_gradient(
     *,
     is_product_needed: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """From the gradient of the experts' outputs to those of `gated_product`.
+    """Computes the gradients of `gated_product` from that of the experts' outputs.
 
     Args:
         upstream: [t, h] by token, the gradient of the sum of each token's rows.
@@ -210,7 +210,7 @@ def grouped_weight_gradient(
     out: Tensor,
     accumulate: bool,
 ) -> None:
-    """For each expert, the sum over its rows of left^T right; zero for one without rows.
+    """Sums left^T right over each expert's rows; zero for an expert without rows.
 
     Args:
         left: [t * k, m], or [t, m] to be read by token.
@@ -253,7 +253,7 @@ def grouped_weight_gradient(
 
 
 def add_slots(slots: Tensor, topk: int) -> Tensor:
-    """The sum of each token's rows, in fp32 and in the order of its slots.
+    """Sums each token's rows, in fp32 and in the order of its slots.
 
     Args:
         slots: [t * k, n] by row.
@@ -281,12 +281,12 @@ def _ceil_div(number: int, divisor: int) -> int:
 
 
 def _is_even(tile: Tile, outputs: int, inputs: int) -> bool:
-    """Whether no tile reaches over the edge of a matrix, so that no load needs a mask."""
+    """Says whether no tile reaches over a matrix's edge, so that no load needs a mask."""
     return outputs % tile.block_n == 0 and inputs % tile.block_k == 0
 
 
 def _blocks(tile: Tile) -> dict[str, Any]:
-    """A tile as a kernel's arguments and options."""
+    """Translates a tile to a kernel's arguments and options."""
     options = {
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,

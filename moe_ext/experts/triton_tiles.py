@@ -1,4 +1,4 @@
-"""Which tile a kernel makes: tables by hand, so that the same shapes always sum in the same order.
+"""Chooses tiles of kernels from tables, so that the same shapes always sum in the same order.
 
 A product of bf16 on Hopper is limited by what L2 can deliver before it is limited by the tensor
 cores: a 128 x 128 tile reads a byte for every 64 multiplications, a 128 x 256 tile for every 85. So
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """How a grouped product is cut up for the programs of its kernel."""
+    """Says how a grouped product is divided among the programs of its kernel."""
 
     block_m: int
     """Rows of the output."""
@@ -85,7 +85,7 @@ _FP32: Table = (
 
 
 def product_tile(dtype: torch.dtype, *, rows_per_expert: int, outputs: int, inputs: int) -> Tile:
-    """For rows [t, inputs] by matrices [outputs, inputs], or their transposes.
+    """Chooses for rows [t, inputs] by matrices [outputs, inputs], or their transposes.
 
     Args:
         dtype: of the operands.
@@ -97,25 +97,25 @@ def product_tile(dtype: torch.dtype, *, rows_per_expert: int, outputs: int, inpu
 
 
 def gated_tile(dtype: torch.dtype, *, rows_per_expert: int, ffn: int, width: int) -> Tile:
-    """For rows [t, width] by the pairs of matrices [ffn, width] of SwiGLU experts."""
+    """Chooses for rows [t, width] by the pairs of matrices [ffn, width] of SwiGLU experts."""
     return _choose(_GATED, dtype, rows_per_expert, outputs=ffn, inputs=width)
 
 
 def gated_gradient_tile(dtype: torch.dtype, *, rows_per_expert: int, ffn: int, width: int) -> Tile:
-    """For gradients [t, width] by [width, ffn], and SwiGLU's gradient with them."""
+    """Chooses for gradients [t, width] by [width, ffn], and SwiGLU's gradient with them."""
     return _choose(_GATED_GRADIENT, dtype, rows_per_expert, outputs=ffn, inputs=width)
 
 
 def weight_gradient_tile(
     dtype: torch.dtype, *, rows_per_expert: int, outputs: int, inputs: int
 ) -> Tile:
-    """For the sum over an expert's rows of [t, outputs]^T by [t, inputs]."""
+    """Chooses for the sum over an expert's rows of [t, outputs]^T by [t, inputs]."""
     table = _FP32[:1] if dtype == torch.float32 else _WEIGHT_GRADIENT
     tile = next((each for least, each in table if rows_per_expert >= least), table[-1][1])
     return replace(
         tile,
-        block_m=min(tile.block_m, _enclosing_power(outputs)),
-        block_n=min(tile.block_n, _enclosing_power(inputs)),
+        block_m=min(tile.block_m, _power_of_two_from(outputs)),
+        block_n=min(tile.block_n, _power_of_two_from(inputs)),
     )
 
 
@@ -126,11 +126,11 @@ def _choose(
     tile = next(each for least, each in table if rows_per_expert >= least)
     return replace(
         tile,
-        block_n=min(tile.block_n, _enclosing_power(outputs)),
-        block_k=min(tile.block_k, _enclosing_power(inputs)),
+        block_n=min(tile.block_n, _power_of_two_from(outputs)),
+        block_k=min(tile.block_k, _power_of_two_from(inputs)),
     )
 
 
-def _enclosing_power(size: int) -> int:
-    """The least power of two that is not below `size`, and that `tl.dot` takes: 16 or more."""
+def _power_of_two_from(size: int) -> int:
+    """Returns the smallest power of two that is at least `size` and 16, which `tl.dot` needs."""
     return max(16, 1 << (size - 1).bit_length())

@@ -1,4 +1,4 @@
-"""Dense parts of a layer: norm, linear layers, positions, output layer, products and gradients.
+"""Holds dense parts of a layer: norm, linear layers, positions, output layer, products.
 
 Attention, routers and experts have rooms of their own.
 """

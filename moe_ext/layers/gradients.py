@@ -1,4 +1,4 @@
-"""Weight gradients written straight into the buffers megatron-core reduces them in.
+"""Writes weight gradients straight into the buffers megatron-core reduces them in.
 
 megatron-core's DDP gives every parameter a `main_grad`, a view of one fp32 buffer, and adds each
 gradient to it when autograd has made it. Where a backward pass can add its product to the buffer
@@ -6,10 +6,10 @@ itself, the gradient is never a tensor of its own: one write, one read and one a
 weight's size less. megatron-core has the same protocol for its own linear layers, under
 `gradient_accumulation_fusion`.
 
-What DDP is told holds for the weight until its buffer is set to zero, for all micro-batches of a
-step: every backward pass of a weight must go one way, through the buffer or by autograd. What
-autograd brings for a weight that was marked is dropped: a hook on it, or a penalty on the weight
-itself, does nothing.
+The mark on a weight lasts until its buffer is set to zero, for all micro-batches of a step: every
+backward pass of a weight must go one way, through the buffer or by autograd. A gradient that
+autograd brings for a marked weight is dropped: a hook on it, or a penalty on the weight itself, has
+no effect.
 """
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def accumulation_buffer(weight: Tensor) -> Tensor | None:
-    """The buffer that gradients of `weight` are to be added to, or None if there is none.
+    """Returns the buffer that gradients of `weight` are added to, or None.
 
     Args:
         weight: a parameter, wrapped by megatron-core's DDP or not.
@@ -29,7 +29,7 @@ def accumulation_buffer(weight: Tensor) -> Tensor | None:
 
 
 def mark_added(weight: Tensor) -> Tensor:
-    """Tell DDP that the gradient is in the buffer already.
+    """Tells DDP that the gradient is in the buffer already.
 
     Args:
         weight: whose `accumulation_buffer` was added to in this backward pass.

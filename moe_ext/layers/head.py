@@ -1,14 +1,14 @@
-"""Output layer and cross-entropy in one: logits exist for a chunk of tokens at a time.
+"""Fuses output layer and cross-entropy: logits exist for a chunk of tokens at a time.
 
 Logits [t, v] are the largest activation of a small model, and a cross-entropy passes over them
-about ten times. Here a chunk's logits are made, turned into probabilities and those into gradients
-while they are in memory anyway, and forgotten.
+about ten times. Here a chunk's logits are computed, turned into probabilities and then into
+gradients while they are in cache, and freed.
 
 The gradient of a loss is a product with the gradient of its logits, which is known up to the factor
-that backward brings. So the forward pass computes the gradients of sum_i w_i loss_i for weights w
-that it is told, with the three matrix products that there are in any case, and backward multiplies
-them by its factor. Who cannot tell the weights pays for a fourth product: then backward makes the
-logits again. Both are exact.
+that backward brings. So the forward pass computes the gradients of sum_i w_i loss_i for given
+weights w, with the three matrix products that are needed in any case, and backward multiplies them
+by its factor. Without given weights there is a fourth product: backward recomputes the logits. Both
+are exact.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ _ROW_NUMBERS = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class VocabularyPart:
-    """The rows of the output layer that a tensor parallel rank has."""
+    """Says which rows of the output layer a tensor parallel rank has."""
 
     first: int
     """Token id of the first row."""
@@ -42,7 +42,7 @@ class VocabularyPart:
 
 
 def tokens_per_chunk(num_tokens: int, num_rows: int, device_type: str) -> int:
-    """How many tokens' logits are made at a time, the last ones excepted; at least 1.
+    """Returns how many tokens' logits exist at a time, at least 1; the last chunk may be smaller.
 
     Args:
         num_tokens: t.
@@ -61,7 +61,7 @@ def linear_cross_entropy(
     *,
     part: VocabularyPart,
 ) -> Tensor:
-    """Cross-entropy of softmax(W x) against the labels, without all logits at once.
+    """Computes the cross-entropy of softmax(W x) and labels, without all logits at once.
 
     Differentiable once, in `hidden` and `weight`. On each rank of the group the gradient of
     `hidden` is the addend of that rank's rows: sum over the group for the whole.
@@ -101,12 +101,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         part: VocabularyPart,
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-        is_told = token_weights is not None
+        has_weights = token_weights is not None
         work = _Head(hidden, weight, labels, part)
         losses = work.run(
             token_weights,
-            wants_hidden=needs_hidden and is_told,
-            wants_weight=needs_weight and is_told,
+            wants_hidden=needs_hidden and has_weights,
+            wants_weight=needs_weight and has_weights,
         )
         kept = (token_weights, work.grad_hidden, work.grad_weight)
         ctx.save_for_backward(hidden, weight, labels, *kept)  # type: ignore[arg-type]
@@ -144,7 +144,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _Head:
-    """Losses and gradients of one batch of tokens.
+    """Computes losses and gradients of one batch of tokens.
 
     Args:
         hidden: [t, h].
@@ -174,7 +174,7 @@ class _Head:
         wants_weight: bool,
         buffer: Tensor | None = None,
     ) -> Tensor:
-        """Losses [t]; and the gradients that are wanted of their sum weighted so.
+        """Computes losses [t], and the gradients that are needed of their weighted sum.
 
         Args:
             token_weights: [t]; None if no gradient is wanted.
@@ -200,7 +200,7 @@ class _Head:
         return losses
 
     def _run_chunk(self, chunk: slice, token_weights: Tensor | None) -> Tensor:
-        """Losses [c]; writes the chunk's part of the gradients."""
+        """Computes losses [c] of a chunk and writes its part of the gradients."""
         tokens = self._hidden[chunk].to(self._work)  # [c, h]
         logits = (tokens @ self._rows.T).to(self._exact)  # [c, real rows]
         places, is_here = self._places(chunk)
@@ -226,7 +226,7 @@ class _Head:
         return losses.masked_fill_(is_lost, torch.inf)
 
     def _add_gradients(self, chunk: slice, grad: Tensor, tokens: Tensor, scale: Tensor) -> None:
-        """From grad [c, real rows], which lacks the factor scale [c, 1]."""
+        """Adds gradients from grad [c, real rows], which lacks the factor scale [c, 1]."""
         if self.grad_hidden is not None:
             torch.mul(grad @ self._rows, scale, out=self.grad_hidden[chunk])
         if self.grad_weight is not None:
@@ -234,13 +234,13 @@ class _Head:
             add_product(grad.T, scaled, self.grad_weight[: self._part.number])
 
     def _places(self, chunk: slice) -> tuple[Tensor, Tensor]:
-        """Which of this rank's rows the labels are [c, 1], and whether they are [c] (1 or 0)."""
+        """Finds the labels' rows on this rank [c, 1], and whether they are here [c] (1 or 0)."""
         places = self._labels[chunk] - self._part.first
         is_here = (places >= 0) & (places < self._part.number)
         return places.where(is_here, 0).unsqueeze(1), is_here.to(self._exact)
 
     def _largest(self, logits: Tensor) -> Tensor:
-        """[c] of each token over all ranks."""
+        """Sums [c] over the tensor parallel ranks."""
         if self._part.number:
             largest = logits.amax(dim=1)
         else:
@@ -251,7 +251,7 @@ class _Head:
 
 
 def _exponentials_(logits: Tensor, largest: Tensor) -> Tensor:
-    """Turn logits [c, v] into exp(logits - largest [c]), and give each row's sum [c]."""
+    """Turns logits [c, v] into exp(logits - largest [c]) in place; returns each row's sum [c]."""
     if logits.is_cuda or logits.shape[1] == 0:
         return logits.sub_(largest.unsqueeze(1)).exp_().sum(dim=1)
     step = max(1, _ROW_NUMBERS // logits.shape[1])
@@ -263,7 +263,7 @@ def _exponentials_(logits: Tensor, largest: Tensor) -> Tensor:
 
 
 def _common_factor(grad: Tensor, token_weights: Tensor) -> Tensor:
-    """[] c such that grad [t] = c token_weights [t].
+    """Computes [] c such that grad [t] = c token_weights [t].
 
     Raises:
         ValueError: there is none.

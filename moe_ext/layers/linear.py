@@ -1,4 +1,4 @@
-"""megatron-core's parallel linear layers, on this project's product where no rank waits.
+"""Runs megatron-core's parallel linear layers on `accumulating_linear` where no rank waits.
 
 megatron-core adds a weight gradient to its buffer in one pass only with a CUDA extension of Apex.
 """
@@ -12,7 +12,7 @@ from moe_ext.layers.products import accumulating_linear
 
 
 class ColumnParallelLinear(layers.ColumnParallelLinear):
-    """Rows of the weight are split over tensor parallel ranks."""
+    """Splits rows of the weight over tensor parallel ranks."""
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Under tensor parallelism megatron-core's own overlaps its collectives with the products.
@@ -23,7 +23,7 @@ class ColumnParallelLinear(layers.ColumnParallelLinear):
 
 
 class RowParallelLinear(layers.RowParallelLinear):
-    """Columns of the weight are split over tensor parallel ranks."""
+    """Splits columns of the weight over tensor parallel ranks."""
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return accumulating_linear(input, weight)

@@ -1,4 +1,4 @@
-"""RMSNorm that megatron-core can build and that works under sequence parallelism."""
+"""Defines RMSNorm that megatron-core can build and that works under sequence parallelism."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from moe_ext.layers.parameters import new_parameter
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, with a weight and no bias.
+    """Applies a root-mean-square norm over the last dimension, with a weight and no bias.
 
     Statistics are taken in fp32 (fp64 for fp64 inputs); the normalised value is cast back to the
     input's dtype before the weight multiplies it, as OLMoE and JetMoE have it.
@@ -32,17 +32,17 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise [..., h] to [..., h]."""
+        """Normalises [..., h] to [..., h]."""
         return unit_rms(hidden, self.eps) * self.weight
 
 
 def unit_rms(hidden: Tensor, eps: float) -> Tensor:
-    """Scale the last dimension to a root mean square of 1; [..., h] to [..., h], same dtype."""
+    """Scales the last dimension to a root mean square of 1; [..., h] to [..., h], same dtype."""
     return F.rms_norm(hidden, (hidden.shape[-1],), eps=eps)
 
 
 class _SplitUnitRMS(torch.autograd.Function):
-    """`unit_rms` of vectors whose elements are split over a process group.
+    """Computes `unit_rms` of vectors whose elements are split over a process group.
 
     Both passes need one sum over the whole vector: of squares forward, of gradient times input
     backward. Both are all-reduced over the group, so every rank's slice of output and gradient is
@@ -80,7 +80,7 @@ class _SplitUnitRMS(torch.autograd.Function):
 
 
 def split_unit_rms(hidden: Tensor, eps: float, *, group: torch.distributed.ProcessGroup) -> Tensor:
-    """`unit_rms` over the concatenation of all the group's last dimensions.
+    """Computes `unit_rms` over the concatenation of all the group's last dimensions.
 
     Args:
         hidden: [..., n] this rank's slice; every rank holds slices of the same width.

@@ -1,4 +1,4 @@
-"""Matrix products into memory that is there already."""
+"""Computes matrix products into existing memory."""
 
 import functools
 
@@ -9,7 +9,7 @@ from moe_ext.layers.gradients import accumulation_buffer, mark_added
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:
-    """What products of `tensor` are computed in on its device.
+    """Returns the dtype that products of `tensor` are computed in on its device.
 
     A CPU without instructions for bf16 multiplies it several hundred times slower than fp32, and
     less exactly; there the operands are converted, a block at a time.
@@ -25,7 +25,7 @@ def _has_bf16() -> bool:
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Out = left right.
+    """Computes out = left right.
 
     Args:
         left: [n, d] of a working dtype.
@@ -39,7 +39,7 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Out += left right.
+    """Computes out += left right.
 
     Args:
         left: [n, d] of a working dtype.
@@ -53,7 +53,7 @@ def add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def accumulating_linear(rows: Tensor, weight: Tensor) -> Tensor:
-    """Rows times weight^T; the weight's gradient goes straight into its buffer if it has one.
+    """Computes rows weight^T; the weight's gradient goes straight into its buffer if there is one.
 
     Differentiable once.
 

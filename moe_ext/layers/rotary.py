@@ -1,4 +1,4 @@
-"""Rotary position embedding that follows the position ids of the batch."""
+"""Computes rotary position embeddings from the position ids of the batch."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 class PositionRotaryEmbedding(RotaryEmbedding):
-    """The angles of RoPE for the positions that the model was last given.
+    """Computes the angles of RoPE for the positions that the model was last given.
 
-    megatron-core's embedding counts from 0 along each sequence. Taking the position ids at their
-    word lets a row begin anywhere (a key-value cache), begin again (several documents in a row)
-    and be a part of a longer one (context parallelism), all without another case.
+    megatron-core's embedding counts from 0 along each sequence. Following the position ids lets a
+    row begin anywhere (a key-value cache), restart (several documents in a row) and be part of a
+    longer one (context parallelism), without special cases.
 
     Source: Su et al., "RoFormer" (2021), section 3.2.2, in the half-rotation layout.
     """
@@ -22,7 +22,7 @@ class PositionRotaryEmbedding(RotaryEmbedding):
     """[1 or b, s] of the batch at hand, or None outside a forward pass."""
 
     def forward(self, max_seq_len: int, *_args: Any, **_kwargs: Any) -> Tensor:
-        """Angles [s, 1 or b, 1, hn] fp32; `max_seq_len` is the s that megatron-core derived.
+        """Computes angles [s, 1 or b, 1, hn] fp32; `max_seq_len` is megatron-core's s.
 
         Raises:
             ValueError: there are no positions, or they are too few.
@@ -35,5 +35,5 @@ class PositionRotaryEmbedding(RotaryEmbedding):
         return torch.cat((angles, angles), dim=-1)[:, :, None, :]  # [s, b, 1, hn]
 
     def get_rotary_seq_len(self, *_args: Any, **_kwargs: Any) -> int:
-        """Positions in the batch at hand (s), this context parallel rank's."""
+        """Returns the number of positions of the batch (s) on this context parallel rank."""
         return 0 if self.positions is None else int(self.positions.shape[-1])

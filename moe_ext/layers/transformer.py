@@ -1,4 +1,4 @@
-"""MoEModelConfig -> megatron-core's TransformerConfig: the only place that touches that class."""
+"""Translates MoEModelConfig to megatron-core's TransformerConfig, which is made here alone."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from moe_ext.config import MoEModelConfig
 
 
 def transformer_config(model: MoEModelConfig, *, bf16: bool, **runtime: Any) -> TransformerConfig:
-    """Describe `model` to megatron-core.
+    """Describes `model` to megatron-core.
 
     Auxiliary losses, routing rule and expert compute are left out on purpose: the blocks in
     `specs` bring them, so megatron-core's own are switched off.
@@ -66,7 +66,7 @@ def transformer_config(model: MoEModelConfig, *, bf16: bool, **runtime: Any) -> 
 
 
 def _expert_width(model: MoEModelConfig) -> int | None:
-    """What megatron-core wants beside `num_moe_experts`, dense feed-forward layers or not."""
+    """Returns the width that megatron-core wants beside `num_moe_experts`, dense or not."""
     return model.ffn_hidden_size if model.num_experts is None else model.moe_ffn_hidden_size
 
 
