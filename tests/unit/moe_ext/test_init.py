@@ -80,24 +80,24 @@ def test_no_two_matrices_are_equal(model: MoEModelConfig, groups: ProcessGroupCo
 
 
 @pytest.mark.parametrize("model", [MODEL, DENSE])
-def test_matrices_are_truncated_normal_with_olmoes_spread(
+def test_matrices_are_truncated_normal_with_olmoes_deviation(
     model: MoEModelConfig, groups: ProcessGroupCollection
 ) -> None:
     for name, weight in matrices(build(groups, 5, model)).items():
         assert weight.abs().max() <= 0.06, name
-        # A normal distribution cut at 3 deviations keeps 0.98658 of its spread. Five standard
+        # A normal distribution cut at 3 deviations keeps 0.98658 of its deviation. Five standard
         # errors of a sample of this size, which are 1 / sqrt(2 n) and 1 / sqrt(n).
         error = 5 / weight.numel() ** 0.5
-        spread = 0.02 * 0.98658
-        assert weight.std().item() == pytest.approx(spread, rel=error), name
-        assert abs(weight.mean().item()) <= error * spread, name
+        deviation = 0.02 * 0.98658
+        assert weight.std().item() == pytest.approx(deviation, rel=error), name
+        assert abs(weight.mean().item()) <= error * deviation, name
 
 
-def test_cutoff_and_spread_are_the_models(groups: ProcessGroupCollection) -> None:
+def test_cutoff_and_deviation_are_the_models(groups: ProcessGroupCollection) -> None:
     model = dataclasses.replace(MODEL, init_method_std=0.5, init_method_cutoff=1.0)
     weight = build(groups, 5, model)["embedding.word_embeddings.weight"]
     assert 0.49 < weight.abs().max() <= 0.5
-    # A normal distribution cut at 1 deviation keeps 0.53956 of its spread.
+    # A normal distribution cut at 1 deviation keeps 0.53956 of its deviation.
     assert weight.std().item() == pytest.approx(0.5 * 0.53956, rel=0.01)
 
 
@@ -166,7 +166,7 @@ def test_ranks_draw_slices_of_one_tensor(shape: tuple[int, ...], axis: int) -> N
     assert not torch.equal(*halves)
 
 
-def test_layers_draw_from_streams_of_their_own_wherever_they_lie() -> None:
+def test_layers_draw_from_their_own_streams_on_any_stage() -> None:
     layers = [draw((4, 6, 10), Part(0, 0, 1, layer=(0, layer, 3))) for layer in range(3)]
     again = draw((4, 6, 10), Part(0, 1, 2, layer=(0, 2, 3)))
     assert torch.equal(again, layers[2][2:])

@@ -64,7 +64,7 @@ def test_only_the_final_norm_has_the_final_epsilon(single_rank: ProcessGroupColl
     assert plain.final_layernorm.eps == 1e-6
 
 
-def test_weights_start_at_the_stated_spread_and_biases_at_zero(
+def test_weights_start_with_the_stated_deviation_and_biases_at_zero(
     single_rank: ProcessGroupCollection,
 ) -> None:
     chunk = build(single_rank).chunks[0]

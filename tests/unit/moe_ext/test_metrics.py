@@ -76,7 +76,7 @@ def test_reduce_starts_again_from_zero() -> None:
     assert metrics.reduce().layer_dead_experts == [0]
 
 
-def test_reset_forgets_what_was_recorded() -> None:
+def test_reset_drops_what_was_recorded() -> None:
     metrics = RouterMetrics(1, 2)
     record(metrics, 1, [4, 0])
     metrics.reset()

@@ -37,7 +37,7 @@ def make_model() -> Iterator[ModelMaker]:
     shut_down()
 
 
-def test_a_backend_that_nobody_registered_is_named_without_a_trail() -> None:
+def test_an_unregistered_backend_is_named_without_a_traceback() -> None:
     ctx = initialize(PretrainConfig())
     try:
         with pytest.raises(ConfigError, match=r"did you mean 'grouped'\?$"):

@@ -224,7 +224,7 @@ def test_cache_is_not_replaced_while_it_is_used(module: nn.Module) -> None:
         pass
 
 
-def test_attention_that_would_forget_is_refused(module: nn.Module) -> None:
+def test_attention_that_keeps_no_keys_and_values_is_refused(module: nn.Module) -> None:
     layers: Any = module.decoder
     layers.layers[1].self_attention.core_attention = nn.Identity()
     with refusal("1 of 2 layers attend with SDPACoreAttention, which alone can keep"):
@@ -239,7 +239,7 @@ def test_attention_that_would_forget_is_refused(module: nn.Module) -> None:
         ((2, 0), "batch_size (2) and capacity (0) of a key-value cache must be at least 1"),
     ],
 )
-def test_cache_of_nothing_is_refused(sizes: tuple[int, int], message: str) -> None:
+def test_empty_cache_is_refused(sizes: tuple[int, int], message: str) -> None:
     with refusal(message):
         KeyValueCache(batch_size=sizes[0], capacity=sizes[1])
 
@@ -259,7 +259,7 @@ def test_place_outside_the_cache_is_refused(positions: list[Any], message: str) 
 
 
 @torch.no_grad()
-def test_pass_that_was_not_announced_is_refused(module: nn.Module) -> None:
+def test_pass_whose_positions_were_not_placed_is_refused(module: nn.Module) -> None:
     tokens = torch.zeros(1, 2, dtype=torch.int64)
     cache = KeyValueCache(batch_size=1, capacity=4)
     with use_cache(module, cache):

@@ -18,7 +18,7 @@ def test_auto_takes_the_grouped_backend_on_both_devices_and_says_why() -> None:
         assert choice.name == "grouped" and choice.reason.startswith(reason)
 
 
-def test_auto_passes_by_what_cannot_take_the_sizes_and_says_so() -> None:
+def test_auto_skips_what_cannot_take_the_sizes_and_says_so() -> None:
     odd = dataclasses.replace(ON_GPU, widths=(32, 20))
     choice = choose_backend("auto", odd)
     assert choice.name != "grouped"

@@ -55,14 +55,16 @@ def with_gradients(
 
 
 @pytest.mark.usefixtures("chunked")
-@pytest.mark.parametrize("is_told", [True, False])
-def test_losses_and_gradients_are_those_of_all_logits(part: VocabularyPart, is_told: bool) -> None:
+@pytest.mark.parametrize("has_weights", [True, False])
+def test_losses_and_gradients_are_those_of_all_logits(
+    part: VocabularyPart, has_weights: bool
+) -> None:
     hidden, weight, labels, mask = problem()
     upstream = -2.5 * mask
-    if not is_told:  # no multiple of anything it could have been told
+    if not has_weights:  # no multiple of anything it could have been told
         upstream = torch.randn(TOKENS, generator=torch.Generator().manual_seed(1)).double()
     actual = with_gradients(
-        lambda x, w: linear_cross_entropy(x, w, labels, mask if is_told else None, part=part),
+        lambda x, w: linear_cross_entropy(x, w, labels, mask if has_weights else None, part=part),
         hidden,
         weight,
         upstream,
@@ -114,7 +116,7 @@ def test_a_buffer_is_added_to_and_the_weight_marked(part: VocabularyPart) -> Non
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_other_gradients_than_announced_are_refused(part: VocabularyPart) -> None:
+def test_gradients_that_are_no_multiple_of_the_weights_are_refused(part: VocabularyPart) -> None:
     hidden, weight, labels, mask = problem()
     losses = linear_cross_entropy(hidden, weight.requires_grad_(), labels, mask, part=part)
     with pytest.raises(ValueError, match="no multiple of the token weights"):

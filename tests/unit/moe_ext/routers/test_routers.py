@@ -119,7 +119,7 @@ def test_probs_losses_and_gradients_equal_the_written_out_router(
     assert report.load[1].tolist() == pytest.approx([n * EXPERTS / TOKENS / TOPK for n in counts])
 
 
-def test_bf16_gates_in_bf16_unless_told_fp32(build: RouterMaker) -> None:
+def test_bf16_gates_in_bf16_unless_fp32_is_asked_for(build: RouterMaker) -> None:
     hidden = random_hidden().detach().bfloat16()
     router = build(SoftmaxTopKRouter).bfloat16()
     narrow = router.gating(hidden)
