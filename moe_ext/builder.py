@@ -7,7 +7,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_ext.config import MoEModelConfig
-from moe_ext.experts import BackendChoice, choose_backend, use_of_model
+from moe_ext.experts import BackendChoice, ExpertBackend, choose_backend, use_of_model
 from moe_ext.init import initialize_weights
 from moe_ext.layers.parameters import parameter_device_type
 from moe_ext.metrics import MOA, MOE, RouterMetrics
@@ -58,41 +58,61 @@ def build_model(
         for kind, number in experts.items()
         if number is not None
     }
-    stages = config.virtual_pipeline_model_parallel_size or 1
-    pipeline_size = pg_collection.pp.size()
-    pipeline_rank = pg_collection.pp.rank()
-    chunks = []
-    for stage in range(stages):
-        virtual_stage = stage if stages > 1 else None
-        spec = block_spec(
+    chunks = [
+        _build_chunk(
             model,
             config,
+            stage,
             metrics=metrics,
             pg_collection=pg_collection,
-            virtual_stage=virtual_stage,
+            seq_length=seq_length,
             backend=None if backend is None else backend.backend,
         )
-        chunks.append(
-            LanguageModel(
-                config=config,
-                transformer_layer_spec=spec,
-                vocab_size=model.padded_vocab_size,
-                num_token_ids=model.vocab_size,
-                max_sequence_length=seq_length,
-                pre_process=pipeline_rank == 0 and stage == 0,
-                post_process=pipeline_rank == pipeline_size - 1 and stage == stages - 1,
-                share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-                position_embedding_type="rope",
-                rotary_base=model.rotary_base,
-                pg_collection=pg_collection,
-                vp_stage=virtual_stage,
-            )
-        )
+        for stage in range(config.virtual_pipeline_model_parallel_size or 1)
+    ]
     if seed is not None:
         initialize_weights(
             list(chunks), seed=seed, std=model.init_method_std, cutoff=model.init_method_cutoff
         )
     return BuiltModel(chunks=chunks, config=config, metrics=metrics, backend=backend)
+
+
+def _build_chunk(
+    model: MoEModelConfig,
+    config: TransformerConfig,
+    stage: int,
+    *,
+    metrics: Mapping[str, RouterMetrics],
+    pg_collection: ProcessGroupCollection,
+    seq_length: int,
+    backend: ExpertBackend | None,
+) -> LanguageModel:
+    """Builds the rank's chunk of virtual stage `stage`, from 0; arguments as `build_model`'s."""
+    stages = config.virtual_pipeline_model_parallel_size or 1
+    rank, size = pg_collection.pp.rank(), pg_collection.pp.size()
+    virtual_stage = stage if stages > 1 else None
+    spec = block_spec(
+        model,
+        config,
+        metrics=metrics,
+        pg_collection=pg_collection,
+        virtual_stage=virtual_stage,
+        backend=backend,
+    )
+    return LanguageModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=model.padded_vocab_size,
+        num_token_ids=model.vocab_size,
+        max_sequence_length=seq_length,
+        pre_process=rank == 0 and stage == 0,
+        post_process=rank == size - 1 and stage == stages - 1,
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        pg_collection=pg_collection,
+        vp_stage=virtual_stage,
+    )
 
 
 def _choose_backend(
