@@ -199,23 +199,45 @@ def module_of(source: Source) -> str:
     return source.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def imports_make_no_circle(package: Sequence[Source]) -> list[str]:
-    """Wherever the imports stand: in functions and for type checkers, too."""
+def import_graph(package: Sequence[Source]) -> dict[str, set[str]]:
+    """Return which modules of the package each imports: in functions and for type checkers, too."""
     modules = {module_of(source) for source in package}
     graph: dict[str, set[str]] = {}
     for source in package:
-        module = module_of(source)
         found = {name for _, name in imported(source.tree)}
         found |= {name.rpartition(".")[0] for name in found - modules}
-        graph[module] = (found & modules) - {module}
-    # Whatever imports nothing of the rest is in no circle.
-    while done := [module for module, others in graph.items() if not others & graph.keys()]:
-        for module in done:
-            del graph[module]
+        graph[module_of(source)] = (found & modules) - {module_of(source)}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Name what is left once all that imports nothing of the rest is taken away."""
+    left = dict(graph)
+    while done := [name for name, others in left.items() if not others & left.keys()]:
+        for name in done:
+            del left[name]
     return [
-        f"{module} imports {', '.join(sorted(others & graph.keys()))}, which lead back to it"
-        for module, others in graph.items()
+        f"{name} imports {', '.join(sorted(others & left.keys()))}, which lead back to it"
+        for name, others in left.items()
     ]
+
+
+def imports_make_no_circle(package: Sequence[Source]) -> list[str]:
+    return circles(import_graph(package))
+
+
+def rooms_make_no_circle(package: Sequence[Source]) -> list[str]:
+    """A room is a folder or a module directly in the package, which itself is left out."""
+    root = min((module_of(source) for source in package), key=len)
+
+    def room(module: str) -> str:
+        return module.removeprefix(f"{root}.").split(".")[0]
+
+    rooms: dict[str, set[str]] = {}
+    for module, others in import_graph(package).items():
+        if module != root:
+            rooms.setdefault(room(module), set()).update(room(other) for other in others - {root})
+    return circles({name: others - {name} for name, others in rooms.items()})
 
 
 def names_say_one_thing(package: Sequence[Source]) -> list[str]:
@@ -242,7 +264,11 @@ def names_say_one_thing(package: Sequence[Source]) -> list[str]:
 
 PackageRule = Callable[[Sequence[Source]], list[str]]
 PACKAGE_RULES: list[tuple[PackageRule, str]] = [
-    *((imports_make_no_circle, package) for package in ("moe_ext", "megatron/trainer", "moe_app")),
+    *(
+        (rule, package)
+        for rule in (imports_make_no_circle, rooms_make_no_circle)
+        for package in ("moe_ext", "megatron/trainer", "moe_app")
+    ),
     *((names_say_one_thing, package) for package in ("moe_ext", "megatron/trainer")),
 ]
 CIRCLE = [
@@ -272,6 +298,22 @@ def test_circle_of_imports_is_found_and_nothing_else() -> None:
     found = [problem.split(" imports ")[0] for problem in imports_make_no_circle(CIRCLE)]
     assert found == ["p", "p.a", "p.b", "p.q.c"]
     assert imports_make_no_circle([*CIRCLE[:3], Source("p/q/c.py", "import p.d"), CIRCLE[4]]) == []
+
+
+def test_circle_of_rooms_is_found_where_the_modules_make_none() -> None:
+    package = [
+        Source("p/__init__.py", "import p.q.a"),
+        Source("p/q/a.py", "from p.r.b import B"),
+        Source("p/r/b.py", ""),
+        Source("p/r/c.py", "import p.q.d"),
+        Source("p/q/d.py", ""),
+    ]
+    assert imports_make_no_circle(package) == []
+    assert [problem.split(" imports ")[0] for problem in rooms_make_no_circle(package)] == [
+        "q",
+        "r",
+    ]
+    assert rooms_make_no_circle([*package[:3], package[4]]) == []
 
 
 @pytest.mark.parametrize("files", TWICE)
