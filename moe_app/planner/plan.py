@@ -1,4 +1,4 @@
-"""Say what memory, traffic and time every legal layout of a run needs, and which flags to paste.
+"""Estimate memory, traffic and time of every legal layout of a run, and print its flags.
 
 Takes the recipe and flags of pretrain.py, and the GPUs: --gpus N --memory GB. Without a batch in
 them, that of the preset's publication is planned for; the output says so.
@@ -19,11 +19,11 @@ from megatron.trainer.runtime.launch import run_main
 from moe_app.command_line import program
 from moe_app.planner.search import (
     GB,
-    Found,
     Plan,
     PlanConfig,
+    SearchResult,
     as_dict,
-    best_of_each,
+    best_per_layout,
     memory_limit,
     search,
 )
@@ -98,7 +98,7 @@ def plan(cfg: PlanConfig, published: Sequence[str] = ()) -> None:
     if not found.plans:
         raise ConfigError(_no_layout(found, num_gpus))
     print("\n".join([*_head(cfg, num_gpus, published), "", *_count(found, limit), ""]))
-    best = best_of_each(found.plans)
+    best = best_per_layout(found.plans)
     print("\n".join(table(best[: cfg.planning.rows], limit)), flush=True)
     fitting = [each for each in best if each.fits(limit)]
     if not fitting:
@@ -109,7 +109,7 @@ def plan(cfg: PlanConfig, published: Sequence[str] = ()) -> None:
 
 
 def _check(cfg: PlanConfig) -> int:
-    """The number of GPUs, all settings being sound on one rank.
+    """Validate the settings on one rank; returns the number of GPUs.
 
     Raises:
         ConfigError: they are not.
@@ -141,12 +141,12 @@ def _check(cfg: PlanConfig) -> int:
         )
     if found:
         raise ConfigError("\n".join(found))
-    validate(dataclasses.replace(cfg, parallel=_undivided(cfg.parallel)), 1)
+    validate(dataclasses.replace(cfg, parallel=_on_one_rank(cfg.parallel)), 1)
     return planning.gpus
 
 
-def _undivided(parallel: ParallelConfig) -> ParallelConfig:
-    """The same settings on one rank."""
+def _on_one_rank(parallel: ParallelConfig) -> ParallelConfig:
+    """Return the same settings for one rank."""
     return dataclasses.replace(
         parallel,
         tensor_model_parallel_size=1,
@@ -188,7 +188,7 @@ def _recomputation(training: TrainingConfig) -> str:
     return f"recompute {', '.join(training.recompute_modules)}"
 
 
-def _count(found: Found, limit: float) -> Iterator[str]:
+def _count(found: SearchResult, limit: float) -> Iterator[str]:
     number = sum(each.fits(limit) for each in found.plans)
     legal = found.num_tried - found.refusals.total()
     yield (
@@ -199,7 +199,7 @@ def _count(found: Found, limit: float) -> Iterator[str]:
 
 
 def table(plans: Sequence[Plan], limit: float) -> Iterator[str]:
-    """A line a plan, at most 100 characters."""
+    """Format one line per plan, of at most 100 characters."""
     yield (
         "  #   TP PPxV  CP  EP ETP   DP   mb   opt weights  grads  optim  activ   work   peak"
         "     sent   step"
@@ -227,7 +227,7 @@ def table(plans: Sequence[Plan], limit: float) -> Iterator[str]:
 
 
 def flag_lines(parallel: ParallelConfig) -> Iterator[str]:
-    """The flags of pretrain.py that make this layout, whatever the recipe says."""
+    """Format the flags of pretrain.py for this layout; they override the recipe."""
     sizes = {
         "tensor-model-parallel-size": parallel.tensor_model_parallel_size,
         "pipeline-model-parallel-size": parallel.pipeline_model_parallel_size,
@@ -244,7 +244,7 @@ def flag_lines(parallel: ParallelConfig) -> Iterator[str]:
         yield "    " + " ".join(pair) + (" \\" if start + 2 < len(flags) else "")
 
 
-def _no_layout(found: Found, num_gpus: int) -> str:
+def _no_layout(found: SearchResult, num_gpus: int) -> str:
     reasons = "".join(f"\n- {number} times: {why}" for why, number in found.refusals.most_common(5))
     return (
         f"no layout of {num_gpus} ranks is legal, of {found.num_tried:,} that were tried; change"
@@ -253,7 +253,7 @@ def _no_layout(found: Found, num_gpus: int) -> str:
 
 
 def _nothing_fits(cfg: PlanConfig, nearest: Plan, num_gpus: int) -> str:
-    """The nearest plan, and what would make one fit."""
+    """Describe the nearest plan and the changes that would make one fit."""
     limit = memory_limit(cfg.planning)
     peak = nearest.footprint.peak
     lines = [
@@ -276,7 +276,7 @@ def _nothing_fits(cfg: PlanConfig, nearest: Plan, num_gpus: int) -> str:
 
 
 def _remedies(cfg: PlanConfig, num_gpus: int) -> Iterator[tuple[str, PlanConfig, int]]:
-    """What to try: the flags, the settings that they make, the GPUs."""
+    """Generate changes to try: flags, resulting settings, number of GPUs."""
     sharded = _replanned(cfg, distributed_optimizer="both")
     if cfg.planning.distributed_optimizer == "off":
         yield "--distributed-optimizer on", sharded, num_gpus
@@ -310,7 +310,7 @@ def _retrained(cfg: PlanConfig, **changes: object) -> PlanConfig:
     return dataclasses.replace(cfg, training=dataclasses.replace(cfg.training, **changes))  # type: ignore[arg-type]
 
 
-def _write(cfg: PlanConfig, found: Found, path: Path) -> None:
+def _write(cfg: PlanConfig, found: SearchResult, path: Path) -> None:
     count, limit = count_parameters(cfg.model), memory_limit(cfg.planning)
     content = {
         "parameters": dataclasses.asdict(count),

@@ -1,4 +1,4 @@
-"""Which layouts a run may have on so many GPUs, by the trainer's rules, and what each needs."""
+"""Searches the legal layouts of a run on N GPUs and estimates their cost."""
 
 import dataclasses
 import itertools
@@ -32,7 +32,7 @@ GB = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class PlanningConfig:
-    """The GPUs, and which layouts are looked at."""
+    """Describes the GPUs and the layouts to search."""
 
     gpus: int | None = None
     """GPUs of the run; has to be given."""
@@ -76,7 +76,7 @@ class PlanningConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(PretrainConfig):
-    """A pretraining run, and the GPUs it is planned for."""
+    """Describes a pretraining run and the GPUs that it is planned for."""
 
     planning: PlanningConfig = field(default_factory=PlanningConfig)
     """The GPUs."""
@@ -84,7 +84,7 @@ class PlanConfig(PretrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One layout, and what it needs."""
+    """Holds a layout and its estimated cost."""
 
     parallel: ParallelConfig
     """The settings."""
@@ -100,13 +100,13 @@ class Plan:
     """Of a step, estimated."""
 
     def fits(self, limit: float) -> bool:
-        """Whether the peak is within `limit` bytes."""
+        """Return whether the peak is at most `limit` bytes."""
         return self.footprint.peak <= limit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a search has found."""
+class SearchResult:
+    """Holds the result of a search."""
 
     plans: Sequence[Plan]
     """Those that fit first, then the fastest."""
@@ -117,15 +117,15 @@ class Found:
 
 
 def memory_limit(planning: PlanningConfig) -> float:
-    """Bytes that a rank's tensors may have."""
+    """Return the bytes available for a rank's tensors."""
     return planning.memory * GB * (1 - planning.headroom)
 
 
-def search(cfg: PlanConfig, num_gpus: int) -> Found:
-    """Cost every legal layout on `num_gpus` ranks.
+def search(cfg: PlanConfig, num_gpus: int) -> SearchResult:
+    """Estimate the cost of every legal layout on `num_gpus` ranks.
 
     Raises:
-        ConfigError: something is wrong that no layout mends, or no layout is legal.
+        ConfigError: a setting is wrong under any layout, or no layout is legal.
     """
     plans, refusals, num_tried = [], Counter[str](), 0
     for parallel in _combinations(cfg, num_gpus):
@@ -136,28 +136,28 @@ def search(cfg: PlanConfig, num_gpus: int) -> Found:
         except ConfigError as error:
             refusals[str(error)] += 1
             continue
-        plans += _variants(changed, num_gpus)
+        plans += _optimizer_variants(changed, num_gpus)
     limit = memory_limit(cfg.planning)
-    plans.sort(key=lambda plan: (not plan.fits(limit), _price(plan, limit), plan.footprint.peak))
-    return Found(plans=plans, num_tried=num_tried, refusals=refusals)
+    plans.sort(key=lambda plan: (not plan.fits(limit), _sort_key(plan, limit), plan.footprint.peak))
+    return SearchResult(plans=plans, num_tried=num_tried, refusals=refusals)
 
 
-def _price(plan: Plan, limit: float) -> float:
-    """What plans are compared by: time if they fit, else how far they are from it."""
+def _sort_key(plan: Plan, limit: float) -> float:
+    """Return the sort key of a plan: its time if it fits, else its peak."""
     return plan.seconds if plan.fits(limit) else plan.footprint.peak
 
 
-def _variants(cfg: PlanConfig, num_gpus: int) -> list[Plan]:
-    """A legal layout with each optimizer that is asked for."""
+def _optimizer_variants(cfg: PlanConfig, num_gpus: int) -> list[Plan]:
+    """Cost a legal layout with each requested optimizer."""
     layout, wanted = resolve_layout(cfg.parallel, num_gpus), cfg.planning.distributed_optimizer
     if wanted == "both" and layout.data * layout.context == layout.expert_data == 1:
-        wanted = "off"  # there is nobody to share with
+        wanted = "off"  # no other rank to shard over
     optimizers = {"both": (False, True), "on": (True,), "off": (False,)}
     return [_cost(cfg, layout, is_sharded=each) for each in optimizers[wanted]]
 
 
 def _combinations(cfg: PlanConfig, num_gpus: int) -> Iterator[ParallelConfig]:
-    """Sizes whose groups divide the ranks; whether they suit the run is for `validate` to say."""
+    """Generate the sizes whose groups divide the ranks; `validate` checks them against the run."""
     planning, divisors = cfg.planning, _divisors(num_gpus)
     has_experts = cfg.model.num_experts is not None
     sizes = itertools.product(
@@ -210,7 +210,7 @@ def _cost(cfg: PlanConfig, layout: Layout, *, is_sharded: bool) -> Plan:
     try:
         sent = [step_collectives(cfg.model, layout, step, stage=stage) for stage in ends]
         seconds = [step_seconds(cfg.model, layout, step, cluster, stage=stage) for stage in ends]
-    except ValueError as error:  # a dispatcher whose traffic nobody knows
+    except ValueError as error:  # a dispatcher of unknown traffic
         raise ConfigError(str(error)) from error
     return Plan(
         parallel=parallel,
@@ -229,7 +229,7 @@ def make_step(
     device_type: Literal["cpu", "cuda"],
     imbalance: float = 1.0,
 ) -> Step:
-    """What a rank of the run does in a step."""
+    """Describe a rank's step for the cost model."""
     training, data = cfg.training, cfg.data
     is_selective = training.recompute_granularity == "selective"
     return Step(
@@ -244,7 +244,7 @@ def make_step(
         recompute_num_layers=training.recompute_num_layers,
         recompute_core_attention=is_selective and "core_attn" in training.recompute_modules,
         keeps_activation=_keeps_activation(cfg, device_type),
-        converts_bf16=device_type == "cpu" and _converts(),
+        converts_bf16=device_type == "cpu" and _upcasts_bf16(),
         has_positions=data.reset_position_ids,
         has_mask=data.reset_attention_mask,
         imbalance=imbalance,
@@ -252,8 +252,8 @@ def make_step(
     )
 
 
-def _converts() -> bool:
-    """Whether this machine's CPU multiplies bf16 in fp32."""
+def _upcasts_bf16() -> bool:
+    """Return whether this machine's CPU multiplies bf16 in fp32."""
     return working_dtype(torch.empty(0, dtype=torch.bfloat16)) != torch.bfloat16
 
 
@@ -265,7 +265,7 @@ def _recompute(training: TrainingConfig) -> Literal["full", "moe"] | None:
 
 
 def _keeps_activation(cfg: PretrainConfig, device_type: str) -> bool:
-    """Of the expert backend that the run would take; whether it is installed here is not asked."""
+    """Return whether the run's expert backend keeps its activation, installed here or not."""
     parallel, name = cfg.parallel, cfg.model.expert_backend
     use = use_of_model(
         cfg.model,
@@ -284,8 +284,8 @@ def _keeps_activation(cfg: PretrainConfig, device_type: str) -> bool:
         raise ConfigError(str(error)) from error
 
 
-def best_of_each(plans: Sequence[Plan]) -> list[Plan]:
-    """The first of each layout, whatever its virtual stages and optimizer."""
+def best_per_layout(plans: Sequence[Plan]) -> list[Plan]:
+    """Keep the first plan per layout, over virtual stages and optimizers."""
     found: dict[tuple[int, ...], Plan] = {}
     for plan in plans:
         at = plan.layout
@@ -295,7 +295,7 @@ def best_of_each(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def as_dict(plan: Plan, limit: float) -> dict[str, Any]:
-    """For JSON; bytes and seconds."""
+    """Convert to JSON values, in bytes and seconds."""
     return {
         "fits": plan.fits(limit),
         "layout": dataclasses.asdict(plan.layout),

@@ -40,7 +40,7 @@ _LOST_HEIGHT = 0.97
 
 
 def curve_figure(data: Data) -> go.Figure:
-    """Draw `page_data` of one or several runs; it must have a chart."""
+    """Draw `page_data` of one or several runs, with at least one chart."""
     canvas = _Canvas(data)
     for number, chart in enumerate(data["charts"], start=1):
         canvas.add_chart(number, chart)
@@ -164,7 +164,7 @@ class _Canvas:
             )
 
     def add_events(self) -> None:
-        """Mark events in a row of their own, a line a run, and some across the first chart."""
+        """Mark events in a row of their own, one line per run, and some across the first chart."""
         for run_number, run in enumerate(self._runs):
             events = run["events"]
             texts = [
@@ -255,7 +255,7 @@ class _Canvas:
         ]
 
     def _switch(self, x: str) -> list[Any]:
-        """Arguments of plotly's `update` that draw everything over tokens, or iterations."""
+        """Build plotly's arguments for redrawing everything over tokens or iterations."""
         title = f"{axis_name('x', self._num_charts)}.title.text"
         layout = {"shapes": self._phases(x), "xaxis.autorange": True, title: X_TITLES[x]}
         return [{"x": [xs[x] for xs in self._xs]}, layout]
@@ -283,7 +283,7 @@ class _Canvas:
         )
 
     def _add_key(self, name: str, colour: str, dash: str = "solid", **values: Any) -> None:
-        """Add an entry of a legend, which draws nothing."""
+        """Add a legend entry without points."""
         self._xs.append({key: [None] for key in X_TITLES})
         line = {"color": colour, "dash": dash}
         point: dict[str, Any] = {"x": [None], "y": [None], "mode": "lines", "hoverinfo": "skip"}
@@ -298,7 +298,7 @@ class _Canvas:
         self._parts.set(legend, font={"size": 11}, **place, **still)
 
     def _phases(self, x: str) -> list[dict[str, Any]]:
-        """Shade every second phase of the first run that has several, and name all."""
+        """Shade every second phase of the first run that has several, and label all."""
         run = next((run for run in self._runs if len(run["phases"]) > 1), None)
         if run is None:
             return []
@@ -328,7 +328,7 @@ class _Canvas:
 
 
 def _types(kind: str, axes: Sequence[str]) -> dict[str, Any]:
-    """Attributes that make axes linear or logarithmic, and show all that there is."""
+    """Build the attributes that make axes linear or logarithmic and autoranged."""
     keys = {"type": kind, "autorange": True}
     return {f"{axis}.{key}": value for axis in axes for key, value in keys.items()}
 
@@ -338,7 +338,7 @@ def _toggle(name: str, on: Data, off: Data) -> dict[str, Any]:
 
 
 def _labels_of(chart: Data, runs: Sequence[Data]) -> list[str]:
-    """Names of a chart's curves in all runs; the place says how a curve is dashed."""
+    """List the labels of a chart's curves over all runs; the index selects the dash style."""
     curves = [curve for run in runs for curve in run["curves"]]
     return list(dict.fromkeys(each["label"] for each in curves if each["chart"] == chart["key"]))
 

@@ -1,4 +1,4 @@
-"""What the figures of the HTML page have in common: colours, both themes, places of axes, texts."""
+"""Holds what all figures of the HTML page share: colours, themes, axis placement, escaping."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ Data = Mapping[str, Any]
 RUN_COLOURS = ("#4c6ef5", "#e64980", "#0c9eb0", "#c98500", "#8a5cf6", "#379a45")
 """Legible on both themes."""
 QUIET = "#8a8f9a"
-"""Colour of what is not a run's, legible on both themes."""
+"""Colour of what belongs to no run, legible on both themes."""
 TEMPLATES: Mapping[str, Any] = {
     name: {
         "layout": {
@@ -38,36 +38,36 @@ BUTTONS: Mapping[str, Any] = {
     "pad": {"t": 0, "b": 0},
     "yanchor": "bottom",
 }
-"""Looks of buttons and menus: plotly marks the pressed one with a light colour in any theme."""
+"""Style of buttons and menus; plotly marks the active one with a light colour in any theme."""
 
 _MAX_LETTERS = 60
 
 
 def run_colour(number: int) -> str:
-    """Choose the colour of the run of a number from 0 on."""
+    """Return the colour of run `number`, counted from 0."""
     return RUN_COLOURS[number % len(RUN_COLOURS)]
 
 
 def label(text: str) -> str:
-    """Escape a text of a run for plotly, which obeys some HTML in what it draws, links among it."""
+    """Escape a run's text for plotly, which renders some HTML in labels, including links."""
     cut = text if len(text) <= _MAX_LETTERS else f"{text[: _MAX_LETTERS - 1]}…"
     return html.escape(cut, quote=False)
 
 
 def axis_name(letter: str, number: int) -> str:
-    """Name an axis as a layout does, which does not number the first: `xaxis`, `xaxis2`."""
+    """Return the layout's name of an axis; the first has no number: `xaxis`, `xaxis2`."""
     return f"{letter}axis{number if number > 1 else ''}"
 
 
 def stack(heights: Sequence[int], gaps: Sequence[int]) -> tuple[list[tuple[float, float]], int]:
-    """Place axes below each other.
+    """Stack axes vertically.
 
     Args:
         heights: of the axes in pixels, from the top.
         gaps: below each of them but the last.
 
     Returns:
-        Bottom and top of each, as shares of the height of them all; and that height in pixels.
+        Bottom and top of each, as fractions of the total height; and the total in pixels.
     """
     total = sum(heights) + sum(gaps)
     domains, top = [], total
@@ -78,7 +78,7 @@ def stack(heights: Sequence[int], gaps: Sequence[int]) -> tuple[list[tuple[float
 
 
 class FigureParts:
-    """Collects what a figure is made of; plotly checks it once, when it is built."""
+    """Collects traces and layout; plotly validates them once, in `build`."""
 
     def __init__(self) -> None:
         self.traces: list[Any] = []
@@ -86,24 +86,24 @@ class FigureParts:
         self._titles: list[dict[str, Any]] = []
 
     def set(self, key: str, **values: Any) -> None:
-        """Set attributes of a part of the layout."""
+        """Set attributes of one layout key."""
         self._layout.setdefault(key, {}).update(values)
 
     def top(self, axis: str) -> float:
-        """Where a y axis ends, as a share of the figure's height."""
+        """Return the upper end of a y axis as a fraction of the figure's height."""
         return float(self._layout[axis]["domain"][1])
 
     def add_title(self, text: str, top: float, *, shift: int = 4) -> None:
-        """Write a title above axes that end at `top`, a share of the figure's height."""
+        """Add a title above axes that end at `top`, a fraction of the figure's height."""
         place = {"x": 0, "y": top, "xref": "paper", "yref": "paper", "yshift": shift}
         anchor = {"xanchor": "left", "yanchor": "bottom", "showarrow": False}
         self._titles.append({"text": text, "font": {"size": 13}, **place, **anchor})
 
     def build(self, **layout: Any) -> go.Figure:
-        """Make the figure, with further attributes of its layout.
+        """Build the figure, with further layout attributes.
 
         Raises:
-            ValueError: plotly knows an attribute or a value not; a mistake of the caller.
+            ValueError: plotly rejects an attribute or value; a bug of the caller.
         """
         everything = {**self._layout, "annotations": self._titles, **layout}
         return go.Figure(data=self.traces, layout=everything)

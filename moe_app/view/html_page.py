@@ -1,4 +1,4 @@
-"""The HTML of `report_run.py`: one file, no network, nothing from a run is ever markup or code."""
+"""Writes the HTML of `report_run`: one file, no network; run data is never markup or code."""
 
 import base64
 import datetime
@@ -92,7 +92,7 @@ def make_page(runs: Runs, states: Sequence[RunState], *, title: str, written: st
 
 
 def _figures(runs: Runs) -> list[tuple[str, go.Figure]]:
-    """Draw everything; each figure with the name of the run that it is about, "" for all runs."""
+    """Draw all figures, each with the name of its run, "" for all runs."""
     data = page_data(runs)
     drawn = [("", curve_figure(data))] if data["charts"] else []
     for run in data["runs"]:
@@ -102,7 +102,7 @@ def _figures(runs: Runs) -> list[tuple[str, go.Figure]]:
 
 
 def _figure_places(drawn: Sequence[tuple[str, go.Figure]]) -> list[str]:
-    """Where each figure goes, under a heading of its run."""
+    """Write a placeholder per figure, under a heading with its run's name."""
     parts = ["<h2>Curves</h2>"] if drawn and not drawn[0][0] else []
     has_maps = False
     for number, (name, _) in enumerate(drawn):
@@ -117,14 +117,14 @@ def _figure_places(drawn: Sequence[tuple[str, go.Figure]]) -> list[str]:
 
 
 def _data(drawn: Sequence[tuple[str, go.Figure]]) -> str:
-    """The figures in JSON that no HTML parser finds an end tag or a comment in."""
+    """Serialise the figures to JSON in which no HTML parser finds an end tag or a comment."""
     values = {"figures": [figure.to_plotly_json() for _, figure in drawn], "templates": TEMPLATES}
     text = json.dumps(values, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def summary_rows(runs: Runs, states: Sequence[RunState]) -> list[list[str]]:
-    """What a reader asks first; a row per question, a column per run."""
+    """Build the summary table: a row per quantity, a column per run."""
     answers = [_answers(history, state) for (_, history), state in zip(runs, states, strict=True)]
     questions = dict.fromkeys(question for each in answers for question in each)
     order = sorted(questions, key=lambda question: _RANKS.get(question.partition(":")[0], 0))
@@ -190,7 +190,7 @@ def _answers(history: RunHistory, state: RunState) -> dict[str, str]:
 
 
 def event_seconds(history: RunHistory) -> float | None:
-    """From the first event to the last, waiting between two starts included; None if not known."""
+    """Return seconds from first to last event, queue time included; None if unknown."""
     times = []
     for event in history.events:
         try:
@@ -206,7 +206,7 @@ def event_seconds(history: RunHistory) -> float | None:
 
 
 def setting_differences(settings: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    """A row for each setting that is not the same in all runs."""
+    """List the settings that differ between runs, a row each."""
     keys = dict.fromkeys(key for each in settings for key in each)
     rows = [[key, *(each.get(key, "not set") for each in settings)] for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]
@@ -253,7 +253,7 @@ def _events(runs: Runs) -> str:
 def _table(
     head: Sequence[str], rows: Sequence[Sequence[str]], *, fixed: Sequence[int] | None = None
 ) -> str:
-    """A table; its first column names the rows, unless some columns are told not to be broken."""
+    """Write a table; the first column is of row headers unless `fixed` gives unbreakable ones."""
     lines = ['<div class="scroll"><table><thead><tr>']
     lines += [f'<th scope="col">{_text(name)}</th>' for name in head]
     lines.append("</tr></thead><tbody>")
@@ -272,14 +272,14 @@ def _table(
 
 
 def _text(value: str) -> str:
-    """Escaped for text and attributes, cut where nobody would read on."""
+    """Escape for text and attributes, truncated to `_MAX_VALUE_LETTERS`."""
     if len(value) > _MAX_VALUE_LETTERS:
         value = f"{value[:_MAX_VALUE_LETTERS]} … ({len(value):,} characters)"
     return html.escape(value, quote=True)
 
 
 def _digest(text: str) -> str:
-    """As a content security policy names the one script or style that it lets in."""
+    """Return a script's SHA-256 as a content security policy names it."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 

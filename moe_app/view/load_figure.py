@@ -111,7 +111,7 @@ def _add_layer_map(
 
 
 def _add_over_time(parts: FigureParts, layers: Data, domain: tuple[float, float]) -> None:
-    """Add a number of each layer over time."""
+    """Add a per-layer quantity over time."""
     _add_map(
         parts,
         _transposed(layers["columns"]),
@@ -168,7 +168,7 @@ def _add_map(
 
 
 def _map_height(rows: int) -> int:
-    """Pixels of a map: cells of at most 24, about 320 in all where there are many."""
+    """Return a map's height in pixels: at most 24 per row, about 320 in all if there are many."""
     return max(48, max(2, min(24, 320 // rows)) * rows)
 
 

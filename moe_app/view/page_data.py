@@ -1,4 +1,4 @@
-"""What the page of `report_run.py` draws: curves, heat maps and marks, bounded in size."""
+"""Extracts what `report_run` draws: curves, heat maps and events, bounded in size."""
 
 import bisect
 import math
@@ -18,15 +18,15 @@ from megatron.trainer.records.run_dir import (
 )
 
 MAX_POINTS = 1500
-"""Points of a curve."""
+"""Maximum number of points per curve."""
 MAX_COLUMNS = 120
-"""Columns of a heat map over time."""
+"""Maximum number of columns of a heat map over time."""
 MAX_LOADS = 48
-"""Records of which every expert's load is kept."""
+"""Maximum number of records of which every expert's load is kept."""
 MAX_LOAD_NUMBERS = 50_000
-"""Numbers in all of those together, unless three records have more."""
+"""Maximum number of values in all of those together, unless three records have more."""
 MAX_EVENTS = 400
-"""Events of a run; the newest, and saves only where there is room."""
+"""Maximum number of events per run; the newest, saves only where there is room."""
 
 LAYER_KEYS = {
     "layer_max_load_ratio": "highest load of each layer",
@@ -39,7 +39,7 @@ LAYER_KEYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Curves on the same axes."""
+    """Describes curves on the same axes."""
 
     key: str
     """Its name in the page."""
@@ -111,7 +111,7 @@ CHARTS = (
 
 
 def page_data(runs: Sequence[tuple[str, RunHistory]]) -> dict[str, Any]:
-    """Everything that the page draws, as JSON values.
+    """Collect everything that the page draws, as JSON values.
 
     Args:
         runs: their names and histories; these must keep `LAYER_KEYS`.
@@ -173,7 +173,7 @@ def _picked(column: Sequence[float], kept: Sequence[int]) -> list[int | float | 
 
 
 def _number(value: float) -> int | float | None:
-    """As JSON has it: whole numbers without a point, null for what is not finite."""
+    """Convert for JSON: whole numbers to int, non-finite values to None."""
     if not math.isfinite(value):
         return None
     return int(value) if float(value).is_integer() else value
@@ -200,7 +200,7 @@ def _validation_curves(history: RunHistory) -> list[dict[str, Any]]:
 
 
 def _phase(history: RunHistory, index: int, name: str) -> dict[str, Any]:
-    """A phase and where it begins: at the last record before it."""
+    """Describe a phase; it begins at the last record before it."""
     steps = history.steps
     before = max(0, index - 1)
     tokens = steps["consumed_tokens"]
@@ -222,7 +222,7 @@ def _mark(history: RunHistory, event: Event) -> dict[str, Any]:
 
 
 def chosen_events(events: Sequence[Event]) -> list[Event]:
-    """At most `MAX_EVENTS`, in order: the newest, with saves only where others leave room."""
+    """Select at most `MAX_EVENTS`, in order: the newest, saves only where others leave room."""
     numbered = list(enumerate(events))
     others = [pair for pair in numbered if pair[1].name != "save"][-MAX_EVENTS:]
     saves = [pair for pair in numbered if pair[1].name == "save"]
@@ -232,7 +232,7 @@ def chosen_events(events: Sequence[Event]) -> list[Event]:
 
 
 def tokens_at(history: RunHistory, iteration: int) -> int | None:
-    """Tokens consumed after a step, from the records around it; None without two records."""
+    """Interpolate the tokens consumed after a step; None with fewer than two records."""
     iterations, tokens = history.steps["iteration"], history.steps["consumed_tokens"]
     if len(iterations) < 2 or not tokens:
         return None
@@ -244,7 +244,7 @@ def tokens_at(history: RunHistory, iteration: int) -> int | None:
 
 
 def _loads(history: RunHistory) -> list[dict[str, Any]]:
-    """Every expert's load in records spread over the run, by kind of router."""
+    """Collect every expert's load from records spread over the run, per router type."""
     path = history.directory / LOAD_NAME
     last = loads_of(last_record(path) or {})
     numbers = sum(len(rows) * len(rows[0]) for rows in last.values())
@@ -277,7 +277,7 @@ def _shape(rows: Sequence[Sequence[float]]) -> tuple[int, int]:
 
 
 def _layers(history: RunHistory) -> list[dict[str, Any]]:
-    """Numbers per layer over time; a column is the highest of its stretch of records."""
+    """Collect per-layer values over time; a column is the maximum of its interval of records."""
     found = []
     for key, title in LAYER_KEYS.items():
         rows = history.layers[key]

@@ -1,4 +1,4 @@
-"""Say what a run did: losses, how they compare with the unigram entropy, speed, expert health.
+"""Summarise a run: losses against the unigram entropy, speed, expert health.
 
     python tools/report.py --run runs/quickstart --require-below-entropy
 
@@ -106,7 +106,7 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def validation_entropies(cfg: PretrainConfig) -> tuple[dict[str, float], str | None]:
-    """Unigram entropy of each validation set of a run, in nats per token.
+    """Compute the unigram entropy of each validation set of a run, in nats per token.
 
     Returns:
         The entropies by name, and what kept the data from being read, if anything did.
@@ -127,7 +127,7 @@ def validation_entropies(cfg: PretrainConfig) -> tuple[dict[str, float], str | N
 
 
 def source_entropy(source: Source, *, vocab_size: int) -> float:
-    """Unigram entropy of all tokens of a source, in nats per token.
+    """Compute the unigram entropy of all tokens of a source, in nats per token.
 
     Raises:
         TypeError: the source is of a kind that this tool does not know.
@@ -146,7 +146,7 @@ def source_entropy(source: Source, *, vocab_size: int) -> float:
 
 
 def judge(validation: Sequence[Validation]) -> tuple[str, bool]:
-    """Whether every last loss is below its set's unigram entropy, and a line that says so."""
+    """Compare every last loss with its set's unigram entropy; returns a message and the result."""
     if not validation:
         return "FAILED: no validation loss to compare with a unigram entropy", False
     missed = [result for result in validation if not result.is_below_entropy]
@@ -181,7 +181,7 @@ def describe_training(cfg: PretrainConfig, metrics: Metrics) -> list[str]:
 
 
 def describe_validation(validation: Sequence[Validation], problem: str | None) -> list[str]:
-    """A table of the losses beside the unigram entropies, all in nats per token."""
+    """Tabulate losses and unigram entropies, in nats per token."""
     if not validation:
         return ["validation      none: the run has no validation set, or did not evaluate yet"]
     rows = [["validation", "last loss", "best loss", "unigram entropy", "difference", ""]]
@@ -210,7 +210,7 @@ def describe_validation(validation: Sequence[Validation], problem: str | None) -
 
 
 def describe_files(directory: Path) -> list[str]:
-    """Where a run's files are, those that exist."""
+    """List the paths of a run's existing files."""
     names = {
         "run directory": ".",
         "metrics": METRICS_NAME,
@@ -230,7 +230,7 @@ def _is(directory: Path, name: str) -> bool:
 
 
 def _source_rows(record: Mapping[str, Any]) -> list[list[str]]:
-    """Tokens that each source has given, where there are several."""
+    """Describe the tokens per source, if there are several."""
     tokens = record.get("consumed_tokens_per_source", {})
     if len(tokens) < 2:
         return []
@@ -242,7 +242,7 @@ def _source_rows(record: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _expert_rows(cfg: PretrainConfig, record: Mapping[str, Any]) -> list[list[str]]:
-    """Load of the experts in the last record's global batch."""
+    """Describe the expert load in the last record's global batch."""
     ratios = [ratio or 0.0 for ratio in record["layer_max_load_ratio"]]
     worst = max(range(len(ratios)), key=lambda layer: ratios[layer])
     total = cfg.model.num_layers * (cfg.model.num_experts or 0)
@@ -257,7 +257,7 @@ def _number(value: float | None, sign: str = "") -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their longest entry, the first at least as wide as the labels."""
+    """Align columns to their longest entry, the first at least to the labels."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     widths[0] = max(widths[0], 14)
     return [

@@ -1,4 +1,4 @@
-"""One frame of the terminal view: a list of lines, as wide and high as asked."""
+"""Draws a frame of the terminal view as a list of lines of given width and height."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ _X_UNITS = {"consumed_tokens": "tokens", "iteration": "iterations"}
 
 @dataclass(frozen=True, kw_only=True)
 class Screen:
-    """What can be drawn on."""
+    """Describes the terminal to draw on."""
 
     width: int
     """Columns."""
@@ -48,8 +48,8 @@ class Screen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watched:
-    """A run, as of one moment."""
+class RunSnapshot:
+    """Holds the state of a run at one moment."""
 
     name: str
     """What it is called on the screen."""
@@ -61,31 +61,31 @@ class Watched:
     """Of the last record: [layers][experts] by kind of router."""
 
 
-def watch_run(name: str, history: RunHistory, now: float) -> Watched:
-    """Look at a run now.
+def take_snapshot(name: str, history: RunHistory, now: float) -> RunSnapshot:
+    """Take a snapshot of a run.
 
     Args:
         name: what to call it.
         history: what its directory told, refreshed.
         now: seconds since 1970.
     """
-    return Watched(
-        name=_in_one_line(name),
+    return RunSnapshot(
+        name=_printable_line(name),
         history=history,
         state=history.state(now),
         load=loads_of(last_record(history.directory / LOAD_NAME) or {}),
     )
 
 
-def draw_frame(runs: Sequence[Watched], screen: Screen) -> list[Text]:
-    """At most as many lines as the screen has, none wider than it."""
-    head = _one_head(runs[0], screen) if len(runs) == 1 else _several_heads(runs, screen)
-    sparks = _sparks(runs[0], screen) if len(runs) == 1 else []
+def draw_frame(runs: Sequence[RunSnapshot], screen: Screen) -> list[Text]:
+    """Draw at most `screen.height` lines of at most `screen.width` columns."""
+    head = _run_header(runs[0], screen) if len(runs) == 1 else _run_table(runs, screen)
+    sparks = _sparklines(runs[0], screen) if len(runs) == 1 else []
     rows_of_load = [max((len(each) for each in run.load.values()), default=0) for run in runs]
     most_load = sum(1 + rows for rows in rows_of_load if rows)
     events = _events(runs)
     height = screen.height - len(head)
-    chart, sparks_height, load, told = _share(
+    chart, sparks_height, load, told = _allocate_rows(
         height,
         [
             (6, max(8, int(0.45 * height))),
@@ -108,15 +108,15 @@ def draw_frame(runs: Sequence[Watched], screen: Screen) -> list[Text]:
     return lines[: screen.height]
 
 
-def _in_one_line(text: str) -> str:
-    """The text in one line, without what a terminal would obey."""
+def _printable_line(text: str) -> str:
+    """Replace line breaks and control characters."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def _share(height: int, wishes: Sequence[tuple[int, int]]) -> list[int]:
-    """Rows for each part, given its least and most; the first gets what is left over.
+def _allocate_rows(height: int, wishes: Sequence[tuple[int, int]]) -> list[int]:
+    """Allocate rows to parts by their minimum and maximum; the first gets the rest.
 
-    Parts whose least does not fit any more get none.
+    A part whose minimum does not fit gets none.
     """
     given: list[int] = []
     for least, _ in wishes:
@@ -129,7 +129,7 @@ def _share(height: int, wishes: Sequence[tuple[int, int]]) -> list[int]:
     return given
 
 
-def _one_head(run: Watched, screen: Screen) -> list[Text]:
+def _run_header(run: RunSnapshot, screen: Screen) -> list[Text]:
     history = run.history
     first = Text.assemble((run.name, f"bold {RUN_STYLES[0]}"), "  ", _state(run))
     if history.unreadable:
@@ -137,11 +137,11 @@ def _one_head(run: Watched, screen: Screen) -> list[Text]:
     return [first, _progress(run, screen), *_wrapped(_numbers(history), screen.width)]
 
 
-def _state(run: Watched) -> tuple[str, str]:
-    return _in_one_line(run.state.text), _STATE_STYLES[run.state.kind]
+def _state(run: RunSnapshot) -> tuple[str, str]:
+    return _printable_line(run.state.text), _STATE_STYLES[run.state.kind]
 
 
-def _progress(run: Watched, screen: Screen) -> Text:
+def _progress(run: RunSnapshot, screen: Screen) -> Text:
     history = run.history
     done, planned = history.iteration, history.train_iters
     if not planned:
@@ -163,11 +163,11 @@ def _progress(run: Watched, screen: Screen) -> Text:
 
 
 def _numbers(history: RunHistory) -> list[str]:
-    """Losses, tokens and what else a reader asks for first."""
+    """List losses, tokens and other key metrics."""
     steps = history.steps
     told = [f"loss {_decimals(steps.last('lm_loss'))}"]
     results = validation_results(history.evaluations, {})
-    told += [f"valid {_in_one_line(each.name)} {_decimals(each.last)}" for each in results]
+    told += [f"valid {_printable_line(each.name)} {_decimals(each.last)}" for each in results]
     told.append(f"tokens {_short(steps.last('consumed_tokens'))}")
     for label, key in (("balance", "load_balancing_loss"), ("z-loss", "z_loss")):
         if steps[key]:
@@ -181,7 +181,7 @@ def _numbers(history: RunHistory) -> list[str]:
 
 
 def _wrapped(parts: Sequence[str], width: int) -> list[Text]:
-    """Parts side by side, in as many lines as they need."""
+    """Wrap parts into lines."""
     lines: list[str] = []
     for part in parts:
         if lines and cell_len(lines[-1]) + 3 + cell_len(part) <= width:
@@ -191,8 +191,8 @@ def _wrapped(parts: Sequence[str], width: int) -> list[Text]:
     return [Text(line) for line in lines]
 
 
-def _several_heads(runs: Sequence[Watched], screen: Screen) -> list[Text]:
-    """A table, a run a row; the state comes last and may be cut."""
+def _run_table(runs: Sequence[RunSnapshot], screen: Screen) -> list[Text]:
+    """Tabulate the runs, a row each; the state comes last and may be cut."""
     rows = [["run", "iteration", "loss", "valid", "tokens/s", "rate", "grad", "left", "state"]]
     for run in runs:
         history, steps = run.history, run.history.steps
@@ -210,7 +210,7 @@ def _several_heads(runs: Sequence[Watched], screen: Screen) -> list[Text]:
                 _short(steps.last("learning_rate"), ".1e"),
                 _decimals(steps.last("grad_norm"), 2),
                 duration(left) if left else "-",
-                _in_one_line(run.state.text),
+                _printable_line(run.state.text),
             ]
         )
     widths = [max(cell_len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -233,8 +233,8 @@ def _run_style(number: int) -> str:
     return RUN_STYLES[number % len(RUN_STYLES)]
 
 
-def _charts(runs: Sequence[Watched], screen: Screen, height: int) -> list[Text]:
-    """The training losses: on the same axes in colour, side by side without."""
+def _charts(runs: Sequence[RunSnapshot], screen: Screen, height: int) -> list[Text]:
+    """Draw the training losses: on shared axes in colour, side by side without."""
     if height < 3:
         return []
     curves = [
@@ -267,7 +267,7 @@ def _charts(runs: Sequence[Watched], screen: Screen, height: int) -> list[Text]:
 
 
 def _side_by_side(
-    runs: Sequence[Watched], curves: Sequence[Curve], screen: Screen, height: int
+    runs: Sequence[RunSnapshot], curves: Sequence[Curve], screen: Screen, height: int
 ) -> list[Text]:
     shown = min(len(runs), max(1, screen.width // 26))
     columns = screen.width // shown
@@ -287,8 +287,8 @@ def _side_by_side(
     return lines
 
 
-def _sparks(run: Watched, screen: Screen) -> list[Text]:
-    """Learning rate, gradient norm and speed, each in a line with its last value."""
+def _sparklines(run: RunSnapshot, screen: Screen) -> list[Text]:
+    """Draw learning rate, gradient norm and speed as sparklines with their last values."""
     rows = (
         ("learning rate", "learning_rate", ".3e"),
         ("gradient norm", "grad_norm", ".3f"),
@@ -305,8 +305,8 @@ def _sparks(run: Watched, screen: Screen) -> list[Text]:
     return lines
 
 
-def _load_blocks(runs: Sequence[Watched], screen: Screen, height: int) -> list[Text]:
-    """The last loads: a title and strips for every kind of router of every run, while they fit."""
+def _load_blocks(runs: Sequence[RunSnapshot], screen: Screen, height: int) -> list[Text]:
+    """Draw the last expert loads of every router type of every run, as far as they fit."""
     blocks = [(run, kind, rows) for run in runs for kind, rows in run.load.items()]
     blocks = blocks[: height // 2]
     lines: list[Text] = []
@@ -319,7 +319,7 @@ def _load_blocks(runs: Sequence[Watched], screen: Screen, height: int) -> list[T
     return lines
 
 
-def _load_title(run: Watched, kind: str, rows: list[list[float]], *, is_alone: bool) -> Text:
+def _load_title(run: RunSnapshot, kind: str, rows: list[list[float]], *, is_alone: bool) -> Text:
     dead = sum(load == 0 for row in rows for load in row)
     whose = "" if is_alone else f"{run.name} "
     size = f"{len(rows)} x {len(rows[0])}, {dead} dead"
@@ -327,7 +327,7 @@ def _load_title(run: Watched, kind: str, rows: list[list[float]], *, is_alone: b
 
 
 def _load_legend(screen: Screen) -> Text:
-    """What the cells of the strips mean."""
+    """Explain the colours or shades of the strips."""
     if not screen.in_colour or screen.ascii_only:
         return Text(f"; {shade_legend(ascii_only=screen.ascii_only)}")
     legend = Text("; ", "dim")
@@ -338,7 +338,7 @@ def _load_legend(screen: Screen) -> Text:
 
 
 def _strips(rows: list[list[float]], screen: Screen, count: int) -> list[Text]:
-    """Strips with the numbers of their layers and the highest load; neighbours share one."""
+    """Draw a strip per layer, with its number and highest load; neighbours share one if needed."""
     if count < 1:
         return []
     groups = group_rows(rows, count)
@@ -360,22 +360,22 @@ def _strips(rows: list[list[float]], screen: Screen, count: int) -> list[Text]:
     return strips
 
 
-def _events(runs: Sequence[Watched]) -> list[Text]:
-    """What happened last, the newest at the end."""
+def _events(runs: Sequence[RunSnapshot]) -> list[Text]:
+    """List the latest events, the newest last."""
     found = [(run, event) for run in runs for event in run.history.events[-20:]]
     found.sort(key=lambda pair: pair[1].time)
     return [_event_line(run, event, is_alone=len(runs) == 1) for run, event in found]
 
 
-def _event_line(run: Watched, event: Event, *, is_alone: bool) -> Text:
-    when = _in_one_line(event.time.replace("T", " ").removesuffix("Z"))
+def _event_line(run: RunSnapshot, event: Event, *, is_alone: bool) -> Text:
+    when = _printable_line(event.time.replace("T", " ").removesuffix("Z"))
     whose = "" if is_alone else f"{run.name} "
     return Text.assemble(
         (f"{when} ", "dim"),
         whose,
-        (_in_one_line(event.name), _EVENT_STYLES.get(event.name, "cyan")),
+        (_printable_line(event.name), _EVENT_STYLES.get(event.name, "cyan")),
         f" at {event.iteration:,} ",
-        (_in_one_line(event.detail), "dim"),
+        (_printable_line(event.detail), "dim"),
     )
 
 

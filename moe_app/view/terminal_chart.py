@@ -1,4 +1,4 @@
-"""Draws curves (by plotext), bars and heat strips of characters, ASCII alone where need be."""
+"""Draws curves (with plotext), sparklines and heat strips; in ASCII if needed."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Points to join, in order; a value that is not finite is a gap."""
+    """Describes a curve; a non-finite value is a gap."""
 
     xs: Sequence[float]
     """Where they are, rising."""
@@ -45,7 +45,7 @@ def draw_curves(
         x_unit: what x counts.
         ascii_only: draw without braille.
     """
-    points = [point for each in curves for stretch in _stretches(each) for point in stretch]
+    points = [point for each in curves for segment in _segments(each) for point in segment]
     if not points:
         return [Text("no loss yet", "dim"), *(Text() for _ in range(rows - 1))]
     left, right = min(x for x, _ in points), max(x for x, _ in points)
@@ -65,10 +65,10 @@ def draw_curves(
     ticks = [bottom, (bottom + top) / 2, top]
     plotext.yticks(ticks, _labels(ticks))
     for each in curves:
-        for stretch in _stretches(each):
+        for segment in _segments(each):
             plotext.plot(
-                [x for x, _ in stretch],
-                [min(y, top) for _, y in stretch],
+                [x for x, _ in segment],
+                [min(y, top) for _, y in segment],
                 marker="*" if ascii_only else "braille",
                 color=_COLOURS.index(each.style),
             )
@@ -78,26 +78,26 @@ def draw_curves(
     return [Text.from_ansi(line) for line in drawn.splitlines()]
 
 
-def _stretches(curve: Curve) -> list[list[tuple[float, float]]]:
-    """Points between gaps, at most a few for each dot of a wide screen."""
-    stretches: list[list[tuple[float, float]]] = [[]]
+def _segments(curve: Curve) -> list[list[tuple[float, float]]]:
+    """Split a curve at its gaps, thinned to `_MAX_POINTS`."""
+    segments: list[list[tuple[float, float]]] = [[]]
     for index in thin(curve.ys, _MAX_POINTS):
         x, y = curve.xs[index], curve.ys[index]
         if math.isfinite(x) and math.isfinite(y):
-            stretches[-1].append((x, y))
-        elif stretches[-1]:
-            stretches.append([])
-    return [stretch for stretch in stretches if stretch]
+            segments[-1].append((x, y))
+        elif segments[-1]:
+            segments.append([])
+    return [segment for segment in segments if segment]
 
 
 def _labels(values: Sequence[float]) -> list[str]:
-    """Numbers of an axis from its lowest to its highest, with the digits that tell them apart."""
+    """Format axis values in ascending order with enough digits to distinguish them."""
     digits = min(6, max(0, 2 - math.floor(math.log10(values[-1] - values[0]))))
     return [f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}" for value in values]
 
 
 def sparkline(values: Sequence[float], columns: int, *, ascii_only: bool) -> str:
-    """A row of bars, each the mean of its stretch of `values`, from the lowest to the highest."""
+    """Draw a row of bars, each the mean of its interval, scaled from lowest to highest."""
     bars = _ASCII_BARS if ascii_only else _BARS
     means = []
     count = min(columns, len(values))
@@ -118,7 +118,7 @@ def sparkline(values: Sequence[float], columns: int, *, ascii_only: bool) -> str
 def heat_strip(
     loads: Sequence[float], *, cell_columns: int, in_colour: bool, ascii_only: bool
 ) -> Text:
-    """A cell for each load: 1 is an even share, less is blue or light, more is red or heavy."""
+    """Draw a cell per load: 1 is an even share, less is blue or light, more is red or dark."""
     shades = _ASCII_SHADES if ascii_only else _SHADES
     strip = Text()
     for load in loads:
@@ -131,14 +131,14 @@ def heat_strip(
 
 
 def shade_legend(*, ascii_only: bool) -> str:
-    """What the shades of a strip without colours mean."""
+    """Explain the shades of a strip without colours."""
     shades = _ASCII_SHADES if ascii_only else _SHADES
     told = ("none", *(f"<{border:g}" for border in _SHADE_BORDERS[1:]), "more")
     return " ".join(f"{shade} {text}" for shade, text in zip(shades, told, strict=True))
 
 
 def load_colour(load: float) -> str:
-    """From blue (no token) over grey (an even share) to red (four times as many, or more)."""
+    """Map a load to a colour: blue (none), grey (an even share), red (4 x or more)."""
     blue, grey, red = (0x2C, 0x6F, 0xDB), (0x8A, 0x8A, 0x8A), (0xE0, 0x2F, 0x2F)
     if load < 1:
         share, end = 1 - max(0.0, load), blue
@@ -149,7 +149,7 @@ def load_colour(load: float) -> str:
 
 
 def group_rows(rows: Sequence[Sequence[float]], count: int) -> list[tuple[int, int, list[float]]]:
-    """At most `count` rows: neighbours become one, of the highest values.
+    """Merge neighbouring rows into at most `count`, by their elementwise maximum.
 
     Returns:
         For each the numbers of its first and last row, from 1 on, and the values.
@@ -164,7 +164,7 @@ def group_rows(rows: Sequence[Sequence[float]], count: int) -> list[tuple[int, i
 
 
 def short_number(value: float) -> str:
-    """Three digits and a unit: 950, 1.23k, 45.6M, 7.89G, 1.2T."""
+    """Format with three digits and a unit: 950, 1.23k, 45.6M, 7.89G, 1.2T."""
     for unit in ("", "k", "M", "G"):
         if abs(value) < 999.5:
             return f"{value:.3g}{unit}"

@@ -1,4 +1,4 @@
-"""Watch one or several runs in a terminal: losses, speed, expert health, what happened.
+"""Watch one or several runs in a terminal: losses, speed, expert health, events.
 
     python tools/watch.py runs/olmoe
     python tools/watch.py runs/a runs/b --interval 10
@@ -19,7 +19,7 @@ from rich.live import Live
 from megatron.trainer.records.history import RunHistory
 from megatron.trainer.records.run_dir import check_run, run_names
 from moe_app.command_line import program, report_errors, seconds_up_to
-from moe_app.view.screen import Screen, Watched, draw_frame, watch_run
+from moe_app.view.screen import RunSnapshot, Screen, draw_frame, take_snapshot
 
 _X = {"tokens": "consumed_tokens", "iterations": "iteration"}
 
@@ -51,7 +51,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def watch(args: argparse.Namespace, console: Console) -> None:
-    """Show frames until nothing more is to come.
+    """Show frames until every run has ended.
 
     Raises:
         ConfigError: a directory holds no run.
@@ -62,11 +62,11 @@ def watch(args: argparse.Namespace, console: Console) -> None:
     names = run_names(directories)
     histories = [RunHistory(directory) for directory in directories]
 
-    def look() -> list[Watched]:
+    def look() -> list[RunSnapshot]:
         for history in histories:
             history.refresh()
         pairs = zip(names, histories, strict=True)
-        return [watch_run(name, history, time.time()) for name, history in pairs]
+        return [take_snapshot(name, history, time.time()) for name, history in pairs]
 
     runs = look()
     try:
@@ -87,7 +87,7 @@ def watch(args: argparse.Namespace, console: Console) -> None:
     console.print(_frame(runs, console, args.x))
 
 
-def _frame(runs: Sequence[Watched], console: Console, x: str) -> Group:
+def _frame(runs: Sequence[RunSnapshot], console: Console, x: str) -> Group:
     screen = Screen(
         width=console.width,
         # The last line is left to the prompt.

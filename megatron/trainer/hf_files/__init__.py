@@ -1,8 +1,8 @@
-"""Hugging Face checkpoint directories: config.json, safetensors and what lies beside them.
+"""Reads and writes Hugging Face checkpoint directories: config.json, safetensors, other files.
 
-Read in this order: `header` (one safetensors file), `directory` (reading a whole checkpoint),
-`plan` (how tensors are dealt to files), `writer` (writing one), `publish` (under its name only when
-it is whole). Nothing here knows a model, holds more than one tensor's rows, or executes anything.
+Read in this order: `header` (one safetensors file), `directory` (reading a checkpoint), `plan`
+(which file gets which tensor), `shard_writer` (writing one), `publish` (under its name only when it
+is complete). Nothing here knows a model, holds more than rows of one tensor, or executes anything.
 """
 
 from megatron.trainer.hf_files.directory import HFDirectory

@@ -46,7 +46,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """Consecutive bytes of an open file."""
+    """Describes a byte range of an open file."""
 
     descriptor: int
     begin: int
@@ -54,7 +54,7 @@ class Region:
 
 
 class HFDirectory:
-    """A checkpoint directory whose safetensors headers have been read and checked.
+    """Opens a checkpoint directory and validates its safetensors headers.
 
     Use it in a `with` statement: it keeps its files open.
 
@@ -62,7 +62,7 @@ class HFDirectory:
         path: the directory, downloaded or written by `save_pretrained`.
 
     Raises:
-        CheckpointError: it is none, or a file in it is missing or damaged.
+        CheckpointError: it is not one, or a file in it is missing or damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,11 +90,11 @@ class HFDirectory:
 
     @property
     def tensors(self) -> Mapping[str, TensorEntry]:
-        """Every tensor, by name."""
+        """Return all tensors by name."""
         return {name: entry for name, (_, entry) in self._places.items()}
 
     def region(self, name: str) -> Region:
-        """Where the bytes of a tensor are."""
+        """Return the byte range of a tensor."""
         file, entry = self._places[name]
         return Region(descriptor=file.descriptor, begin=entry.begin, num_bytes=entry.num_bytes)
 
@@ -148,7 +148,7 @@ class _MappedFile:
         self._file: Any = self._open()
 
     def close(self) -> None:
-        """Let the mapping go, once the tensors that were read from it are gone."""
+        """Unmap the file, once the tensors read from it are freed."""
         self._file = None
 
     def read(
@@ -183,7 +183,7 @@ class _MappedFile:
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:
-    """A JSON object in a file of the directory.
+    """Read a JSON object from a file of the directory.
 
     Raises:
         CheckpointError: it is missing, too large, or something else.
@@ -203,7 +203,7 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
 
 
 def read_entry(directory: Path, name: str) -> bytes:
-    """Contents of a file of the directory.
+    """Read a file of the directory.
 
     Raises:
         CheckpointError: it is missing, no regular file, or larger than `MOST_BYTES`.
@@ -245,7 +245,7 @@ def open_entry(directory: Path, name: str) -> Iterator[Any]:
 
 
 def _weight_files(path: Path) -> dict[str, set[str] | None]:
-    """The safetensors files, and for each what an index says it holds (None: there is no index)."""
+    """List the safetensors files, each with its tensors by the index (None without an index)."""
     # A link that leads nowhere counts as there, so that opening it says so.
     is_single, is_sharded = (os.path.lexists(path / name) for name in (SINGLE_NAME, INDEX_NAME))
     if is_single and is_sharded:
@@ -272,7 +272,7 @@ def _weight_files(path: Path) -> dict[str, set[str] | None]:
 
 
 def _read_index(path: Path) -> dict[str, set[str]]:
-    """Names of files, and of the tensors in each."""
+    """Read the index: file names, and the tensors in each."""
     weight_map = read_json(path, INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(

@@ -1,7 +1,7 @@
-"""The header of a safetensors file: names, types, shapes and places of its tensors.
+"""Parses and builds the header of a safetensors file: names, types, shapes, offsets.
 
 A file is 8 bytes with the header's length (little-endian), the header (JSON), and the tensors'
-bytes end to end without holes. Format: https://github.com/huggingface/safetensors#format.
+bytes contiguously. Format: https://github.com/huggingface/safetensors#format.
 """
 
 import json
@@ -32,7 +32,7 @@ _METADATA = "__metadata__"
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """Where a tensor is in its file."""
+    """Describes a tensor's type, shape and offset in its file."""
 
     dtype: torch.dtype
     """Of the numbers on disk."""
@@ -43,12 +43,12 @@ class TensorEntry:
 
     @property
     def num_bytes(self) -> int:
-        """Its size."""
+        """Return its size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_header(file: BinaryIO, name: str) -> dict[str, TensorEntry]:
-    """Read and check the header of an open file.
+    """Read and validate the header of an open file.
 
     Everything is checked against the size of the file before anything of that size is allocated.
 
@@ -60,7 +60,7 @@ def read_header(file: BinaryIO, name: str) -> dict[str, TensorEntry]:
         Its tensors by name, in the order of their bytes.
 
     Raises:
-        CheckpointError: this is not a whole safetensors file of supported types.
+        CheckpointError: this is not a complete safetensors file of supported types.
     """
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
@@ -84,12 +84,12 @@ def read_header(file: BinaryIO, name: str) -> dict[str, TensorEntry]:
         if tensor != _METADATA
     }
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].num_bytes)))
-    _check_cover(ordered, start, size, name)
+    _check_contiguous(ordered, start, size, name)
     return ordered
 
 
 def build_header(tensors: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    """The bytes before the data of a file that holds `tensors` of one type, in this order.
+    """Build the bytes before the data of a file that holds `tensors` of one type, in this order.
 
     Padded with spaces, so that the data begins at a multiple of 8 bytes.
     """
@@ -109,7 +109,7 @@ _AGAIN = "download it again"
 
 
 def _parse(text: bytes, name: str) -> dict[str, Any]:
-    """The header's JSON object; a name that comes twice is an error."""
+    """Parse the header's JSON object; a duplicate name is an error."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -132,7 +132,7 @@ def _parse(text: bytes, name: str) -> dict[str, Any]:
 
 
 def _entry(tensor: str, value: Any, start: int, name: str) -> TensorEntry:
-    """One tensor of the header; `start` is where the data begins."""
+    """Parse one tensor of the header; `start` is the offset of the data."""
     told: dict[str, Any] = value if isinstance(value, dict) else {}
     dtype, shape, offsets = (told.get(key, None) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or not _is_sizes(shape) or not _is_sizes(offsets, count=2):
@@ -157,7 +157,7 @@ def _entry(tensor: str, value: Any, start: int, name: str) -> TensorEntry:
 
 
 def _is_sizes(value: Any, count: int | None = None) -> TypeGuard[list[int]]:
-    """Whether this is a list of numbers from 0 on that no arithmetic here can overflow."""
+    """Return whether this is a list of non-negative integers below 2^48."""
     return (
         isinstance(value, list)
         and (len(value) <= 16 if count is None else len(value) == count)
@@ -165,8 +165,8 @@ def _is_sizes(value: Any, count: int | None = None) -> TypeGuard[list[int]]:
     )
 
 
-def _check_cover(entries: Mapping[str, TensorEntry], start: int, size: int, name: str) -> None:
-    """The tensors must lie end to end and fill the file."""
+def _check_contiguous(entries: Mapping[str, TensorEntry], start: int, size: int, name: str) -> None:
+    """Check that the tensors are contiguous and fill the file."""
     position, before = start, "the header"
     for tensor, entry in entries.items():
         if entry.begin != position:

@@ -1,4 +1,4 @@
-"""How the tensors of a checkpoint are dealt to files."""
+"""Assigns the tensors of a checkpoint to files."""
 
 import json
 import math
@@ -19,7 +19,7 @@ _ENDLESS = 2**63
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """One safetensors file to be."""
+    """Describes a safetensors file to write."""
 
     name: str
     """Of the file."""
@@ -30,7 +30,7 @@ class ShardPlan:
 def plan_shards(
     tensors: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, max_bytes: int
 ) -> list[ShardPlan]:
-    """Deal tensors to files in their order, each filled as far as it goes.
+    """Assign tensors to files in order, filling each up to `max_bytes`.
 
     Args:
         tensors: shapes by name.
@@ -55,7 +55,7 @@ def plan_shards(
 
 
 def index_text(plans: Sequence[ShardPlan], dtype: torch.dtype) -> str:
-    """Contents of the index that says which file holds which tensor."""
+    """Build the index of files by tensor."""
     num_values = sum(math.prod(shape) for plan in plans for shape in plan.tensors.values())
     index = {
         "metadata": {"total_parameters": num_values, "total_size": num_values * dtype.itemsize},
@@ -65,10 +65,10 @@ def index_text(plans: Sequence[ShardPlan], dtype: torch.dtype) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes that "5GB", "500MB", "2GiB" or a plain number mean.
+    """Parse a size in bytes: "5GB", "500MB", "2GiB" or a plain number.
 
     Raises:
-        ConfigError: it means none.
+        ConfigError: it is no size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]I?B)?", text.strip().upper())
     size = float(match[1]) * _UNITS[match[2] or ""] if match else 0.0

@@ -1,4 +1,4 @@
-"""A directory that appears under its name only when it is whole."""
+"""Publishes a directory under its name only when it is complete."""
 
 import contextlib
 import fcntl
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_new(path: Path) -> None:
-    """Refuse a path where something is.
+    """Refuse an existing path.
 
     Raises:
         CheckpointError: it exists, be it a link that leads nowhere.
@@ -30,9 +30,9 @@ def check_new(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Give a temporary directory to fill; it is renamed to `path` when the block ends well.
+    """Yield a temporary directory; it is renamed to `path` when the block succeeds.
 
-    When it ends badly, or is interrupted, the temporary directory is removed. A killed process
+    When the block fails or is interrupted, the temporary directory is removed. A killed process
     leaves one behind, `NAME.tmp-ID`; the next call for the same path removes it, unless the process
     that fills it is alive: it holds a lock on it.
 
@@ -63,7 +63,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def _clear_leftovers(path: Path) -> None:
-    """Remove what killed processes have left of earlier attempts to write `path`."""
+    """Remove what killed processes left of earlier attempts to write `path`."""
     name = re.compile(re.escape(path.name) + r"\.tmp-[0-9a-f]{8}")
     for entry in path.parent.iterdir():
         if not name.fullmatch(entry.name) or not entry.is_dir() or entry.is_symlink():

@@ -1,4 +1,4 @@
-"""Writing safetensors files, any rows of any tensor at any time."""
+"""Writes safetensors files, rows of any tensor in any order."""
 
 import contextlib
 import math
@@ -15,7 +15,7 @@ from megatron.trainer.io.atomic_write import write_durably
 
 
 class HFWriter:
-    """The weight files of a checkpoint, written in place.
+    """Writes the weight files of a checkpoint in place.
 
     Headers are written at once, for names, shapes and the type are known; then rows in any order;
     `finish` checks that nothing is missing and forces all to disk. Use it in a `with` statement.
@@ -69,7 +69,7 @@ class HFWriter:
         return region if self._missing[name] == 0 else None
 
     def finish(self) -> None:
-        """Write the index, if there are several files, and force all of them to disk.
+        """Write the index, if there are several files, and fsync all files.
 
         Raises:
             ValueError: rows of some tensor were not written, or written twice.

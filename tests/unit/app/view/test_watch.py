@@ -18,7 +18,7 @@ from rich.text import Text
 from megatron.trainer.records.history import RunHistory
 from megatron.trainer.records.record_file import append_record
 from moe_app.view import terminal_chart, watch
-from moe_app.view.screen import Screen, Watched, draw_frame, watch_run
+from moe_app.view.screen import RunSnapshot, Screen, draw_frame, take_snapshot
 from moe_app.view.terminal_chart import Curve, draw_curves
 
 PLAIN = Screen(width=80, height=23, in_colour=False, ascii_only=False)
@@ -61,8 +61,8 @@ def make_run(folder: Path, *, records: int = 30, layers: int = 4, experts: int =
     return folder
 
 
-def watched(folder: Path, name: str | None = None) -> Watched:
-    return watch_run(name or folder.name, RunHistory(folder), time.time())
+def watched(folder: Path, name: str | None = None) -> RunSnapshot:
+    return take_snapshot(name or folder.name, RunHistory(folder), time.time())
 
 
 def text_of(lines: Sequence[Text]) -> str:
