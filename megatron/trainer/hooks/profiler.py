@@ -1,8 +1,11 @@
 """Profiles a few steps with torch.profiler."""
 
+import gzip
+import json
 import logging
 import time
-from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ DEVICE_WAITS = (
     "cudaMemcpy",
 )
 """Calls in which the host waits for the GPU."""
+_HOST = {"cpu_op", "cuda_runtime", "cuda_driver"}
+_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 
 
 class Profiler(Hook):
@@ -112,26 +117,69 @@ class Profiler(Hook):
             f"iterations {self._steps[0]} to {self._steps[-1]} on rank {self._rank},"
             f" {seconds:.3f} s"
         )
-        text = describe_operations(found.key_averages(), num_steps=len(self._steps))
-        (self._directory / TABLE_NAME).write_text(f"{head}\n{text}", encoding="utf-8")
+        with gzip.open(self._directory / TRACE_NAME, "rt", encoding="utf-8") as file:
+            events = json.load(file)["traceEvents"]
+        lines = describe_operations(events, num_steps=len(self._steps))
+        text = "".join(f"{line}\n" for line in (head, *lines))
+        (self._directory / TABLE_NAME).write_text(text, encoding="utf-8")
         # Ranks other than 0 log warnings only.
         level = logging.INFO if self._rank == 0 else logging.WARNING
         logger.log(level, "profiled %s: %s", head, self._directory)
 
 
-def describe_operations(averages: Any, *, num_steps: int) -> str:
+@dataclass
+class _Operation:
+    """Sums up the calls of one operation."""
+
+    calls: int = 0
+    own_us: float = 0.0
+    """Microseconds, without operations that it calls."""
+
+
+def describe_operations(events: Sequence[Mapping[str, Any]], *, num_steps: int) -> list[str]:
     """Count the host's synchronisations and list the longest operations.
 
     Args:
-        averages: what `profile.key_averages` returns.
-        num_steps: steps in the profile.
+        events: those of a Chrome trace, as torch.profiler exports it.
+        num_steps: steps in the trace.
     """
-    counts = Counter({event.key: event.count for event in averages})
-    is_on_gpu = any(event.self_device_time_total > 0 for event in averages)
-    names = DEVICE_WAITS if is_on_gpu else (HOST_READ,)
-    total = sum(counts[name] for name in names)
+    timed = [event for event in events if event.get("ph") == "X"]
+    host = _sum_up([event for event in timed if event.get("cat") in _HOST])
+    device = _sum_up([event for event in timed if event.get("cat") in _DEVICE])
+    names = DEVICE_WAITS if device else (HOST_READ,)
+    total = sum(host[name].calls for name in names if name in host)
     lines = [f"host synchronisations: {total}, {total / num_steps:g} a step"]
-    lines += [f"  {counts[name]:6d} {name}" for name in (*DEVICE_WAITS, HOST_READ) if counts[name]]
-    key = "self_device_time_total" if is_on_gpu else "self_cpu_time_total"
-    table = averages.table(sort_by=key, row_limit=NUM_OPERATIONS, max_name_column_width=80)
-    return "\n".join([*lines, "", table])
+    found = [name for name in (*DEVICE_WAITS, HOST_READ) if name in host]
+    lines += [f"  {host[name].calls:6d} {name}" for name in found]
+    if device:
+        lines += ["", f"on the GPU, the {NUM_OPERATIONS} longest:", *_table(device)]
+    return [*lines, "", f"on the host, the {NUM_OPERATIONS} longest:", *_table(host)]
+
+
+def _sum_up(events: list[Mapping[str, Any]]) -> dict[str, _Operation]:
+    """Sum up operations by name; an event within another one of its thread is its child."""
+    found: dict[str, _Operation] = {}
+    parents: dict[tuple[Any, Any], list[Mapping[str, Any]]] = {}
+    for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
+        operation = found.setdefault(event["name"], _Operation())
+        operation.calls += 1
+        operation.own_us += event["dur"]
+        stack = parents.setdefault((event["pid"], event["tid"]), [])
+        while stack and stack[-1]["ts"] + stack[-1]["dur"] <= event["ts"]:
+            stack.pop()
+        if stack:
+            found[stack[-1]["name"]].own_us -= event["dur"]
+        stack.append(event)
+    return found
+
+
+def _table(operations: Mapping[str, _Operation]) -> list[str]:
+    longest = sorted(operations.items(), key=lambda item: -item[1].own_us)[:NUM_OPERATIONS]
+    whole_us = sum(operation.own_us for operation in operations.values())
+    lines = [f"{'self ms':>12} {'share':>7} {'calls':>9} {'self us/call':>13}  operation"]
+    lines += [
+        f"{each.own_us / 1e3:12.3f} {each.own_us / whole_us:7.1%} {each.calls:9d}"
+        f" {each.own_us / each.calls:13.1f}  {name:.120}"
+        for name, each in longest
+    ]
+    return lines

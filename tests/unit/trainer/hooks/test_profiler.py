@@ -12,7 +12,7 @@ import pytest
 
 from megatron.trainer.config.schema import ProfilingConfig
 from megatron.trainer.hooks.base import Hook
-from megatron.trainer.hooks.profiler import HOST_READ, Profiler
+from megatron.trainer.hooks.profiler import HOST_READ, Profiler, describe_operations
 from megatron.trainer.loop import train
 from megatron.trainer.state import TrainState
 from megatron.trainer.step import language_model_step
@@ -73,9 +73,12 @@ def test_profile_holds_its_steps_and_no_others(make_state: StateMaker, tmp_path:
     syncs = len(named(events, HOST_READ))
     assert syncs > 0
     assert f"host synchronisations: {syncs}, {syncs / 2:g} a step\n" in text
-    rows = re.findall(r"^ +(\S.*?)  +[\d.]+% ", text, re.MULTILINE)
-    assert "aten::mm" in rows
+    rows = re.findall(r"^ +([\d.]+) +[\d.]+% +(\d+) +[\d.]+  (\S.*)$", text, re.MULTILINE)
     assert len(rows) == 30
+    times = [float(own_ms) for own_ms, _, _ in rows]
+    assert times == sorted(times, reverse=True)
+    calls = {name: int(count) for _, count, name in rows}
+    assert calls["aten::mm"] == 2 * counts[0]["aten::mm"]
 
     assert losses == run(make_state), "bit for bit"
 
@@ -109,3 +112,31 @@ def test_run_that_has_passed_the_steps_says_so(
         caplog.text
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def event(name: str, ts: float, dur: float, cat: str = "cpu_op", tid: int = 1) -> dict[str, Any]:
+    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "pid": 1, "tid": tid}
+
+
+def test_operations_are_summed_up_without_their_children() -> None:
+    events = [
+        event("outer", 0, 10_000),
+        event("inner", 1000, 3000),
+        event("leaf", 2000, 1000),
+        event("inner", 5000, 2000),
+        event("inner", 4000, 7000, tid=2),  # of another thread, while outer runs
+        event("outer", 10_000, 500),
+        event("cudaStreamSynchronize", 10_500, 250, "cuda_runtime"),
+        event("gemm", 0, 4000, "kernel", tid=7),
+        event("not an operation", 0, 9000, "python_function"),
+    ]
+    lines = describe_operations(events, num_steps=2)
+    assert lines[:2] == ["host synchronisations: 1, 0.5 a step", "       1 cudaStreamSynchronize"]
+    table = [line.split() for line in lines if line.endswith(("outer", "inner", "leaf", "gemm"))]
+    assert [(row[4], row[0], row[2]) for row in table] == [
+        ("gemm", "4.000", "1"),
+        ("inner", "11.000", "3"),
+        ("outer", "5.500", "2"),
+        ("leaf", "1.000", "1"),
+    ]
+    assert table[0][1] == "100.0%" and table[1][3] == "3666.7"
