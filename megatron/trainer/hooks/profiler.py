@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -112,19 +113,29 @@ class Profiler(Hook):
         seconds = time.perf_counter() - self._started
         found.stop()
         self._directory.mkdir(parents=True, exist_ok=True)
-        found.export_chrome_trace(str(self._directory / TRACE_NAME))
+        events = _write_trace(found, self._directory / TRACE_NAME)
         head = (
             f"iterations {self._steps[0]} to {self._steps[-1]} on rank {self._rank},"
             f" {seconds:.3f} s"
         )
-        with gzip.open(self._directory / TRACE_NAME, "rt", encoding="utf-8") as file:
-            events = json.load(file)["traceEvents"]
         lines = describe_operations(events, num_steps=len(self._steps))
         text = "".join(f"{line}\n" for line in (head, *lines))
         (self._directory / TABLE_NAME).write_text(text, encoding="utf-8")
         # Ranks other than 0 log warnings only.
         level = logging.INFO if self._rank == 0 else logging.WARNING
         logger.log(level, "profiled %s: %s", head, self._directory)
+
+
+def _write_trace(found: profile, path: Path) -> list[dict[str, Any]]:
+    """Write a compressed trace; return its events."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        # Compressed here: torch compresses line by line, which takes longer than all the rest.
+        plain = Path(scratch) / "trace.json"
+        found.export_chrome_trace(str(plain))
+        text = plain.read_bytes()
+    path.write_bytes(gzip.compress(text, compresslevel=5))
+    events: list[dict[str, Any]] = json.loads(text)["traceEvents"]
+    return events
 
 
 @dataclass

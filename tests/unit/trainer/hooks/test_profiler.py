@@ -94,10 +94,10 @@ def test_what_comes_between_the_steps_has_its_own_name(
 def test_run_that_ends_before_the_last_step_leaves_its_profile(
     make_state: StateMaker, tmp_path: Path
 ) -> None:
-    run(make_state, profiler(tmp_path, start=4, end=99))
+    run(make_state, profiler(tmp_path, start=5, end=99))
     steps = named(events_of(tmp_path), r"step \d+")
-    assert [step["name"] for step in steps] == ["step 5", "step 6"]
-    assert "iterations 5 to 6 on rank 0" in (tmp_path / "operations.txt").read_text()
+    assert [step["name"] for step in steps] == ["step 6"]
+    assert "iterations 6 to 6 on rank 0" in (tmp_path / "operations.txt").read_text()
 
 
 def test_run_that_has_passed_the_steps_says_so(
