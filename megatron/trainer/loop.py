@@ -1,4 +1,4 @@
-"""The run: steps, records, evaluations and checkpoints, in order."""
+"""Runs the training loop: steps, records, evaluations and checkpoints, in order."""
 
 import logging
 import time
@@ -114,7 +114,7 @@ class _Run:
         return self.stop_rule.stop
 
     def _must_stop(self) -> bool:
-        return self.stop_rule.ask(self.state.iteration) is not None
+        return self.stop_rule.check(self.state.iteration) is not None
 
     def _is_due(self, interval: int) -> bool:
         return interval > 0 and self.state.iteration % interval == 0
@@ -170,7 +170,7 @@ class _Run:
 
     def _evaluation_is_over(self) -> bool:
         self._begin("evaluation")
-        return self.stop_rule.ask(self.state.iteration, is_evaluating=True) is not None
+        return self.stop_rule.check(self.state.iteration, is_evaluating=True) is not None
 
     def _save(self) -> None:
         if self.upkeep.save is None:

@@ -67,7 +67,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What one rank has seen of another."""
+    """Holds what one rank has received from another."""
 
     heartbeat: Heartbeat | None
     """The newest; None if there was none."""
@@ -180,7 +180,7 @@ def _package(frame: FrameType) -> str:
 
 
 def waits_in_collective(frame: FrameType | None) -> bool:
-    """Whether a thread is inside a collective, or waits for one that it has begun.
+    """Return whether a thread is inside a collective, or waits for one that it has begun.
 
     Args:
         frame: the thread's innermost.

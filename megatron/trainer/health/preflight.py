@@ -1,4 +1,4 @@
-"""What every rank can see, compute, exchange and write, found out before a run begins.
+"""Checks before a run begins what every rank sees, computes, communicates and writes.
 
 A rank that hangs on the way is named by a watchdog of its own, with its host and what it was doing.
 """
@@ -44,7 +44,7 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """The same on every rank."""
+    """Holds the results of the checks; the same on every rank."""
 
     ranks: tuple[RankFacts, ...]
     """By rank."""
@@ -61,7 +61,7 @@ class Findings:
 
 
 def preflight(ctx: RunContext, *, timeout_s: float, save: Path | None) -> list[str]:
-    """See that every rank answers, computes, exchanges and writes; a collective call.
+    """Check that every rank answers, computes, communicates and writes; a collective call.
 
     Args:
         ctx: where this rank stands.
@@ -82,7 +82,7 @@ def preflight(ctx: RunContext, *, timeout_s: float, save: Path | None) -> list[s
 
 
 def examine(ctx: RunContext, *, timeout_s: float, save: Path | None) -> Findings:
-    """As `preflight`, but what is wrong is told instead of raised."""
+    """Check as `preflight` does, but return what is wrong instead of raising it."""
     watchdog = Watchdog(
         rank=ctx.rank,
         world_size=ctx.world_size,
@@ -98,7 +98,7 @@ def examine(ctx: RunContext, *, timeout_s: float, save: Path | None) -> Findings
 
 
 class _Exchange:
-    """Lets every rank hear what each has to say, through the store: collectives may not work."""
+    """Gathers a value of every rank on all of them, through the store: collectives may not work."""
 
     def __init__(self, ctx: RunContext, watchdog: Watchdog) -> None:
         self._rank, self._world_size = ctx.rank, ctx.world_size
@@ -108,14 +108,14 @@ class _Exchange:
         if ctx.world_size > 1:
             self._store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
 
-    def __call__(self, topic: str, word: Any) -> list[Any]:
-        """The words of all ranks, by rank; each as JSON would have it."""
+    def __call__(self, topic: str, value: Any) -> list[Any]:
+        """Return the values of all ranks, by rank, each after a round trip through JSON."""
         if self._store is None:
-            return [word]
-        self._store.set(f"{topic}/{self._rank}", json.dumps(word))
+            return [value]
+        self._store.set(f"{topic}/{self._rank}", json.dumps(value))
         with self._watchdog.waiting():
-            words = self._store.multi_get([f"{topic}/{rank}" for rank in range(self._world_size)])
-        return [json.loads(each) for each in words]
+            values = self._store.multi_get([f"{topic}/{rank}" for rank in range(self._world_size)])
+        return [json.loads(each) for each in values]
 
 
 def _examine(
@@ -169,7 +169,7 @@ def _examine(
 def _examine_disk(
     ctx: RunContext, ranks: Sequence[RankFacts], exchange: _Exchange, save: Path
 ) -> tuple[DiskFacts | None, str | None]:
-    """What the first rank of each node finds, and whether all nodes see the same directory."""
+    """Measure the disk on the first rank of each node; check that all nodes see one directory."""
     host = ranks[ctx.rank].host
     is_first = ctx.rank == min(each.rank for each in ranks if each.host == host)
     directory = nearest_directory(save)
@@ -215,7 +215,7 @@ def _version_warnings(ranks: Sequence[RankFacts]) -> list[str]:
 
 
 def _clock_warnings(ranks: Sequence[RankFacts], clocks: Sequence[float]) -> list[str]:
-    """Of hosts whose clocks are off, so that their logs cannot be read side by side."""
+    """Warn of hosts whose clocks are off, so that their logs cannot be compared."""
     usual = statistics.median_low(clocks)
     off: dict[str, float] = {}
     for each, clock in zip(ranks, clocks, strict=True):
@@ -229,7 +229,7 @@ def _clock_warnings(ranks: Sequence[RankFacts], clocks: Sequence[float]) -> list
 
 
 def _speed_warnings(ranks: Sequence[RankFacts], flops: Sequence[float]) -> list[str]:
-    """Of GPUs that are slower than the others; processors are shared, and vary by themselves."""
+    """Warn of GPUs that are slower than the others; CPUs are shared, and vary by themselves."""
     usual = statistics.median(flops)
     return [
         f"rank {each.rank} on {each.host} ({each.device}) multiplies at {speed / 1e9:,.0f} GFLOP/s,"
@@ -259,7 +259,7 @@ def _problems(ranks: Sequence[RankFacts], found: Sequence[Mapping[str, Any]]) ->
 
 
 def describe(findings: Findings) -> list[str]:
-    """The findings as lines of a log, warnings last."""
+    """Describe the findings in lines of a log, warnings last."""
     ranks, flops = findings.ranks, findings.flops
     hosts = list(dict.fromkeys(each.host for each in ranks))
     versions = ", ".join(f"{name} {version}" for name, version in ranks[0].versions.items())

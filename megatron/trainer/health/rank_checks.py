@@ -1,4 +1,4 @@
-"""What a rank is, and how fast it computes, exchanges and writes; each right or not."""
+"""Measures how fast a rank computes, communicates and writes, and checks the results."""
 
 import os
 import socket
@@ -37,12 +37,12 @@ _BLOCK_BYTES = 1 << 20
 
 
 class PreflightError(UserError):
-    """A rank cannot do what the run will ask of it."""
+    """Reports a rank that cannot do what the run needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankFacts:
-    """Where and what a rank is."""
+    """Describes a rank and where it runs."""
 
     rank: int
     """Its global rank."""
@@ -58,7 +58,7 @@ class RankFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupFacts:
-    """An all-reduce in the groups of one kind, all of them at once."""
+    """Holds the measurements of all-reduces in the groups of one kind, all at the same time."""
 
     name: str
     """The kind: world, tp, ..."""
@@ -73,13 +73,13 @@ class GroupFacts:
 
     @property
     def bytes_per_s(self) -> float:
-        """What a ring sends and receives at each rank, by time ("bus bandwidth")."""
+        """Return what each rank of a ring sends and receives in a second ("bus bandwidth")."""
         return 2 * (self.num_ranks - 1) / self.num_ranks * MESSAGE_BYTES / self.message_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiskFacts:
-    """The place of checkpoints, as one rank of a node sees it."""
+    """Describes the directory of checkpoints, as one rank of a node sees it."""
 
     host: str
     """The node."""
@@ -92,7 +92,7 @@ class DiskFacts:
 
 
 def own_facts(ctx: RunContext) -> RankFacts:
-    """Those of this rank."""
+    """Describe this rank."""
     device = str(ctx.device)
     if ctx.device.type == "cuda":
         device = f"{device} ({torch.cuda.get_device_name(ctx.device)})"
@@ -107,7 +107,7 @@ def own_facts(ctx: RunContext) -> RankFacts:
 
 
 def multiply(device: torch.device) -> tuple[float, bool]:
-    """Multiply two matrices of small integers, of which fp32 gets every sum exactly.
+    """Multiply two matrices of small integers, whose sums fp32 computes exactly.
 
     Returns:
         FLOP/s, and whether the product is right: its rows' sums are known without it.
@@ -134,7 +134,7 @@ def _timed(action: Callable[[], Any], device: torch.device) -> tuple[Any, float]
 
 
 def kinds_of_groups(ctx: RunContext) -> dict[str, dist.ProcessGroup]:
-    """This rank's groups by kind."""
+    """Return this rank's groups by kind."""
     world: Any = dist.group.WORLD
     return {
         kind: world if field is None else getattr(ctx.groups, field)
@@ -177,12 +177,12 @@ def measure_all_reduce(
 
 
 def _share(rank: int) -> float:
-    """What a rank gives to a sum: unlike its neighbours', and small enough to add up exactly."""
+    """Return a rank's term of a sum: unlike its neighbours', and small enough to add exactly."""
     return float(rank % 97 + 1)
 
 
 def slowest_of(each: Sequence[GroupFacts]) -> GroupFacts:
-    """What the ranks measured of one kind of group, put together."""
+    """Combine what the ranks measured of one kind of group."""
     return GroupFacts(
         name=each[0].name,
         num_ranks=each[0].num_ranks,
@@ -193,13 +193,13 @@ def slowest_of(each: Sequence[GroupFacts]) -> GroupFacts:
 
 
 def nearest_directory(path: Path) -> Path:
-    """The directory, or what is nearest above it: another directory, or a file in its way."""
+    """Find the directory, or the nearest path above it that exists."""
     path = path.absolute()
     return next(each for each in (path, *path.parents) if os.path.lexists(each))
 
 
 def appears(probe: Path, *, patience_s: float) -> bool:
-    """Whether another node's new file is seen here; network file systems take a moment."""
+    """Return whether another node's new file appears here; network file systems take a moment."""
     deadline = time.monotonic() + patience_s
     while not probe.exists():
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""Which steps are too bad to take: losses and gradient norms that are not finite, or spikes."""
+"""Finds bad steps: losses and gradient norms that are not finite, or spikes."""
 
 import math
 import statistics
@@ -13,10 +13,10 @@ MIN_HISTORY = 16
 
 
 class StepGuard:
-    """Judges steps by those before; the same on every rank, as losses and norms are.
+    """Judges steps by those before; every rank sees the same losses and norms, and agrees.
 
-    A step that is skipped leaves weights and optimizer as they were; it is counted, and its samples
-    are not read again. What it is like does not enter the history.
+    A skipped step leaves weights and optimizer unchanged; it is counted, and its samples are not
+    read again. Its loss and norm do not enter the history.
 
     Args:
         cfg: the flags.
@@ -33,15 +33,15 @@ class StepGuard:
 
     @property
     def looks_for_spikes(self) -> bool:
-        """Whether finite numbers can be refused."""
+        """Return whether finite numbers can be refused."""
         return self._cfg.spike_sigma is not None
 
     def loss_problem(self, loss: float) -> str | None:
-        """What is wrong with a step's loss; None if nothing is."""
+        """Say what is wrong with a step's loss; None if nothing is."""
         return self._problem("loss", loss, self._losses)
 
     def norm_problem(self, norm: float) -> str | None:
-        """What is wrong with a step's gradient norm before clipping; None if nothing is."""
+        """Say what is wrong with a step's gradient norm before clipping; None if nothing is."""
         return self._problem("gradient norm", norm, self._norms)
 
     def took(self, *, loss: float, norm: float) -> None:
@@ -56,7 +56,7 @@ class StepGuard:
         return self.skipped_in_row <= self._cfg.max_skipped
 
     def may_rewind(self, iteration: int) -> bool:
-        """Count a return to the checkpoint of `iteration`; False if it is one too many."""
+        """Count a rewind to the checkpoint of `iteration`; False if it is one too many."""
         if not self._cfg.rewind_on_spike:
             return False
         count = self.rewinds.get(iteration, 0) + 1
@@ -66,7 +66,7 @@ class StepGuard:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume needs, as plain JSON values."""
+        """Return what a resume needs, as plain JSON values."""
         return {
             "losses": list(self._losses),
             "grad_norms": list(self._norms),
@@ -75,7 +75,7 @@ class StepGuard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on as another guard would; a longer history than this run's window is cut.
+        """Restore the state of another guard; a history longer than this run's window is cut.
 
         Raises:
             KeyError, TypeError, ValueError: this is not what `state_dict` returns.

@@ -1,4 +1,4 @@
-"""Whether a run stops before its last step: a notice, a time limit, an interval."""
+"""Decides whether a run stops before its last step: on a signal, a time limit, an interval."""
 
 import signal
 import time
@@ -13,7 +13,7 @@ from megatron.trainer.runtime import signals
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
-    """Why a run stops early; the same on every rank."""
+    """Says why a run stops early; the same on every rank."""
 
     reason: str
     """`signal`, `duration` or `interval`."""
@@ -22,16 +22,16 @@ class Stop:
 
     @property
     def requeue(self) -> bool:
-        """Whether it was stopped from outside, and should be started again."""
+        """Return whether it was stopped from outside, and should be started again."""
         return self.reason != "interval"
 
 
 class StopRule:
-    """Asked between steps, and between the batches of an evaluation, by all ranks alike.
+    """Decides, between steps and between the batches of an evaluation, for all ranks together.
 
     Args:
         cfg: the flags.
-        device: of this rank, for the agreement.
+        device: of this rank, for the all-reduce.
         iteration: steps done when this process began.
     """
 
@@ -41,28 +41,28 @@ class StopRule:
         self._device = device
         self._first = iteration
         self.stop: Stop | None = None
-        """What was decided when last asked."""
+        """The decision; None to go on."""
 
-    def ask(self, iteration: int, *, is_evaluating: bool = False) -> Stop | None:
-        """Say whether to stop; once it is so, it stays so. A collective call.
+    def check(self, iteration: int, *, is_evaluating: bool = False) -> Stop | None:
+        """Return why to stop, or None; the first reason stays. A collective call.
 
         Args:
             iteration: steps done.
             is_evaluating: an evaluation is going on, which no interval cuts short.
         """
         if self.stop is None:
-            self.stop = self._agreed()
+            self.stop = self._any_rank()
         if self.stop is None and not is_evaluating:
             self.stop = self._at_interval(iteration)
         return self.stop
 
-    def _agreed(self) -> Stop | None:
-        """What any rank has noticed; another rank's signal may still be on its way to this one."""
-        notice = signals.seen()
+    def _any_rank(self) -> Stop | None:
+        """All-reduce signals and time limits; a signal may reach this rank later than others."""
+        received = signals.seen()
         limit = self._cfg.exit_duration_in_mins
         minutes = (time.monotonic() - signals.STARTED) / 60
         is_over = limit is not None and minutes >= limit
-        noted = torch.tensor([int(notice or 0), int(is_over)], device=self._device)
+        noted = torch.tensor([int(received or 0), int(is_over)], device=self._device)
         dist.all_reduce(noted, op=dist.ReduceOp.MAX)
         number, over = noted.tolist()
         if number:

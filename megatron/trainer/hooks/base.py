@@ -1,4 +1,4 @@
-"""The moments of a run that an observer can take part in.
+"""Defines the moments of a run at which hooks are called.
 
 A hook is handed to the ranks that it should run on. One that is not on every rank never calls a
 collective.
@@ -10,31 +10,31 @@ from megatron.trainer.records.record_file import Record
 
 
 class Hook:
-    """Watches a run without changing it; a subclass overrides the moments that it needs."""
+    """Observes a run without changing it; a subclass overrides the moments that it needs."""
 
     def on_start(self, iteration: int, train_iters: int) -> None:
-        """Training begins after `iteration` steps."""
+        """Called when training begins, after `iteration` steps."""
 
     def on_stage(self, stage: str, iteration: int) -> None:
-        """A stage of step `iteration` begins: `step`, `save`, or `evaluation` for each batch."""
+        """Called when a stage of step `iteration` begins: `step`, `save`, an `evaluation` batch."""
 
     def on_step(self, iteration: int, lm_loss: float) -> None:
-        """Step `iteration` is done."""
+        """Called when step `iteration` is done."""
 
     def on_log(self, record: Record) -> None:
-        """A step's record is complete; every log_interval steps."""
+        """Called with a step's record, every log_interval steps."""
 
     def on_evaluation(self, record: Record) -> None:
-        """The validation sets were evaluated."""
+        """Called with the record of an evaluation."""
 
     def on_save(self, iteration: int, seconds: float) -> None:
-        """A checkpoint of `iteration` steps was written, in so many seconds."""
+        """Called when a checkpoint of `iteration` steps is written; it took so many seconds."""
 
     def on_rewind(self, iteration: int) -> None:
-        """The run has gone back to `iteration` steps, and will take the later ones again."""
+        """Called when the run has gone back to `iteration` steps; it will repeat the later ones."""
 
     def on_event(self, iteration: int, name: str, detail: str, **more: Any) -> None:
-        """Something happened that a reader of the run should know: `skip`, `phase`, `rewind`.
+        """Called for an event that the run's reader should know: `skip`, `phase` or `rewind`.
 
         Args:
             iteration: steps done.
@@ -44,4 +44,4 @@ class Hook:
         """
 
     def on_end(self) -> None:
-        """Training is over, or failed."""
+        """Called when training has ended, or failed."""

@@ -1,10 +1,11 @@
-"""Plots of a run, drawn from its records."""
+"""Draws plots of a run from its records."""
 
 import math
 from pathlib import Path
 from typing import Any
 
 from megatron.trainer.hooks.base import Hook
+from megatron.trainer.io.atomic_write import atomic_write
 from megatron.trainer.records.record_file import Record
 from megatron.trainer.records.run_dir import RecordTail
 from megatron.trainer.records.thinned_curve import ThinnedCurve
@@ -136,7 +137,7 @@ def plot_sources(curves: RunCurves, path: Path) -> None:
 
 
 def _number(value: float | None) -> float:
-    """NaN for a number that was not finite, which is `null` in a record."""
+    """Replace None, which stands for a number that was not finite, by NaN."""
     return math.nan if value is None else value
 
 
@@ -176,11 +177,10 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def write_figure(figure: Any, path: Path) -> None:
-    """Write a PNG, replacing an older one at once."""
+    """Write a PNG, replacing an older one atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    temporary.replace(path)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
 def plot_expert_load(load: list[list[float]], path: Path, *, title: str) -> None:

@@ -25,11 +25,11 @@ class MetricsFile(Hook):
         self.path = path
 
     def on_start(self, iteration: int, train_iters: int) -> None:
-        """Drop records of steps that a resumed run will take again."""
+        """Drop records of steps that a resumed run will repeat."""
         keep_records_until(self.path, iteration)
 
     def on_rewind(self, iteration: int) -> None:
-        """Drop records of steps that are taken again."""
+        """Drop records of steps that will be repeated."""
         keep_records_until(self.path, iteration)
 
     def on_log(self, record: Record) -> None:
@@ -49,13 +49,13 @@ class TensorBoard(Hook):
         self._writer: Any = None
 
     def on_start(self, iteration: int, train_iters: int) -> None:
-        """Open the file; steps that a resumed run will take again are hidden."""
+        """Open the file; steps that a resumed run will repeat are hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self._directory), purge_step=iteration + 1)
 
     def on_rewind(self, iteration: int) -> None:
-        """Begin another file, which hides the steps that are taken again."""
+        """Begin another file, which hides the steps that will be repeated."""
         self.on_end()
         self.on_start(iteration, 0)
 

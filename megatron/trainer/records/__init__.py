@@ -1,4 +1,4 @@
-"""Files of a run directory: writing, reading while they grow, and what they say of a run.
+"""Writes the files of a run directory, and reads them while they grow.
 
 Imports no torch. Drawing and logging are hooks (`megatron.trainer.hooks`).
 """

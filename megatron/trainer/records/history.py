@@ -1,4 +1,4 @@
-"""What a run directory tells, as columns of numbers that are kept up to date with it."""
+"""Reads a run directory into columns of numbers, and keeps them up to date."""
 
 import math
 import statistics
@@ -28,7 +28,7 @@ _RECENT = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """What a run reached on one validation set."""
+    """Holds the losses of a run on one validation set."""
 
     name: str
     """The set."""
@@ -43,14 +43,14 @@ class Validation:
 
     @property
     def is_below_entropy(self) -> bool:
-        """Whether the last loss is below the entropy; False where one of them is not known."""
+        """Return whether the last loss is below the entropy; False where one is not known."""
         return self.last is not None and self.entropy is not None and self.last < self.entropy
 
 
 def validation_results(
     records: Sequence[Record], entropies: Mapping[str, float]
 ) -> list[Validation]:
-    """Last and best loss of every set that was ever evaluated, in order of appearance."""
+    """Find the last and best loss of every set that was evaluated, in order of appearance."""
     evaluations = [record for record in records if "valid_loss" in record]
     names = list(dict.fromkeys(name for record in evaluations for name in record["valid_loss"]))
     results = []
@@ -75,7 +75,7 @@ def validation_results(
 
 
 class Columns:
-    """Numbers of one kind of record, a column for each name; NaN where a record has none."""
+    """Holds the numbers of records, a column for each name; NaN where a record has none."""
 
     def __init__(self) -> None:
         self.by_name: dict[str, array[float]] = {}
@@ -93,18 +93,18 @@ class Columns:
         self.length += 1
 
     def __getitem__(self, name: str) -> Sequence[float]:
-        """A column; empty if no record has such a number."""
+        """Return a column; empty if no record has such a number."""
         return self.by_name.get(name, array("d"))
 
     def last(self, name: str) -> float | None:
-        """The last record's number; None if there is none, or it was not finite."""
+        """Return the last record's number; None if there is none, or it was not finite."""
         column = self[name]
         return column[-1] if column and math.isfinite(column[-1]) else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """A line of `events.jsonl`."""
+    """Holds a line of `events.jsonl`."""
 
     iteration: int
     """Optimizer steps done."""
@@ -118,7 +118,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Whether a run goes on."""
+    """Says whether a run goes on."""
 
     kind: Literal["starting", "running", "silent", "ended"]
     """Silent is a run that neither writes nor has said that it ended."""
@@ -129,7 +129,7 @@ class RunState:
 
 
 class RunHistory:
-    """Settings, records and events of a run; `refresh` reads what has been added.
+    """Holds settings, records and events of a run; `refresh` reads what has been added.
 
     Args:
         directory: of a run, see `check_run`.
@@ -157,7 +157,7 @@ class RunHistory:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take in what was written since the last time."""
+        """Read what was written since the last time."""
         self._read_settings()
         starts_over, records = self._metrics.read_new()
         if starts_over:
@@ -178,46 +178,46 @@ class RunHistory:
 
     @property
     def unreadable(self) -> int:
-        """Lines that are no records, of metrics and events."""
+        """Count the damaged lines of metrics and events."""
         return self._metrics.unreadable + self._events.unreadable
 
     @property
     def skipped(self) -> int:
-        """Steps that were skipped; without events, those among the steps that have records."""
+        """Count skipped steps; without events, those among the steps that have records."""
         events = sum(event.name == "skip" for event in self.events)
         return max(events, sum(value > 0 for value in self.steps["skipped"]))
 
     @property
     def iteration(self) -> int:
-        """Optimizer steps done, as far as records tell."""
+        """Return the optimizer steps done, as far as records say."""
         last = self.evaluations[-1]["iteration"] if self.evaluations else 0
         return max(last, int(self.steps.last("iteration") or 0))
 
     @property
     def train_iters(self) -> int | None:
-        """Optimizer steps to do; None if the settings do not say."""
+        """Return the optimizer steps to do; None if the settings do not say."""
         return self._whole_number("train_iters")
 
     @property
     def log_interval(self) -> int:
-        """Steps between records."""
+        """Return the steps between records."""
         return self._whole_number("log_interval") or 1
 
     def seconds_per_step(self) -> float | None:
-        """Of the last records, their median; without evaluation and saving. None if not known."""
+        """Return the last records' median, without evaluation and saving; None if not known."""
         speeds = [speed for speed in self.steps["tokens_per_second"][-_RECENT:] if speed > 0]
         tokens = self._tokens_per_step()
         return tokens / statistics.median(speeds) if speeds and tokens else None
 
     def seconds_left(self) -> float | None:
-        """Until all steps are done, at this speed; None if not known."""
+        """Return the time until all steps are done at this speed; None if not known."""
         seconds, planned = self.seconds_per_step(), self.train_iters
         if seconds is None or planned is None:
             return None
         return max(0, planned - self.iteration) * seconds
 
     def training_seconds(self) -> float | None:
-        """In all steps of the records, without evaluation and saving; None if not known."""
+        """Return the time of recorded steps, without evaluation and saving; None if not known."""
         tokens, total, before = self._tokens_per_step(), 0.0, None
         if tokens is None or not self.steps.length:
             return None
@@ -229,7 +229,7 @@ class RunHistory:
         return total
 
     def state(self, now: float) -> RunState:
-        """Whether the run goes on.
+        """Return whether the run goes on.
 
         Args:
             now: seconds since 1970.
@@ -287,7 +287,7 @@ class RunHistory:
 
 
 def finite(value: Any) -> float | None:
-    """A number that can be drawn; None for anything else."""
+    """Return a number that can be drawn; None for anything else."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and abs(value) <= sys.float_info.max else None
 
@@ -302,7 +302,7 @@ def _event(record: Record) -> Event:
 
 
 def thin(values: Sequence[float], limit: int) -> list[int]:
-    """Which of `values` to keep, so that at most `limit` draw the same curve.
+    """Select indices of `values`, at most `limit`, that draw the same curve.
 
     Kept are the ends, and of each stretch the lowest, the highest and one that is not finite.
     """
@@ -322,7 +322,7 @@ def thin(values: Sequence[float], limit: int) -> list[int]:
 
 
 def duration(seconds: float) -> str:
-    """A time in the two units that matter: `45 s`, `12 min`, `3 h 05 min`, `2 d 4 h`."""
+    """Write a time in its two largest units: `45 s`, `12 min`, `3 h 05 min`, `2 d 4 h`."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"

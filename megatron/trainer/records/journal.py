@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron.trainer.errors import ConfigError, UserError
 from megatron.trainer.hooks.base import Hook
+from megatron.trainer.io.atomic_write import write_text
 from megatron.trainer.records.record_file import RecordError, append_record
 from megatron.trainer.records.run_dir import ENDED_NAME, EVENTS_NAME
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 LOCK_NAME = ".lock"
 
 LOCK_PATIENCE_S = 10.0
-"""How long to wait for the lock of a process that is just dying: a job's restart, for example."""
+"""How long to wait for the lock of a process that is just ending, as when a job restarts."""
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -52,7 +53,7 @@ class Journal(Hook):
             (directory / ENDED_NAME).unlink(missing_ok=True)
 
     def on_step(self, iteration: int, lm_loss: float) -> None:
-        """Count it."""
+        """Count the step."""
         self.iteration = iteration
 
     def on_save(self, iteration: int, seconds: float) -> None:
@@ -117,9 +118,7 @@ class Journal(Hook):
             "requeue": requeue,
             "time": _now(),
         }
-        scratch = self._directory / f"{ENDED_NAME}.tmp"
-        scratch.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        os.replace(scratch, self._directory / ENDED_NAME)
+        write_text(self._directory / ENDED_NAME, json.dumps(record) + "\n")
         self.on_event(self.iteration, "end", f"{reason}: {detail}" if detail else reason)
 
 

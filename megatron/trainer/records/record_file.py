@@ -1,4 +1,4 @@
-"""Files of records, one JSON object a line: appended to, cut, and read in constant memory.
+"""Appends to, cuts and reads files of records, one JSON object a line, in constant memory.
 
 Iterations in such a file never fall: a run that goes back cuts its records first.
 """
@@ -24,7 +24,7 @@ _BLOCK_BYTES = 1 << 16
 
 
 class RecordError(UserError):
-    """A file of records cannot be written, by the one rank that does."""
+    """Reports a file of records that its rank cannot write."""
 
     is_local = True
 
@@ -108,7 +108,7 @@ def keep_records_until(path: Path, iteration: int) -> None:
 
 
 def has_evaluation(path: Path, iteration: int) -> bool:
-    """Whether a file of metrics holds an evaluation that was made after `iteration` steps."""
+    """Return whether a file of metrics holds an evaluation after `iteration` steps."""
     if not path.exists():
         return False
     with path.open("rb") as file:
@@ -155,7 +155,7 @@ def _shown(line: bytes) -> str:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Say which file it is that cannot be written."""
+    """Name the file in an error of the file system."""
     try:
         yield
     except OSError as error:

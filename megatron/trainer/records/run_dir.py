@@ -1,4 +1,4 @@
-"""Reads run directories, while the run goes on too. Needs no torch, so viewers start at once."""
+"""Reads run directories, also during the run. Needs no torch, so viewers start at once."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def profile_directory(directory: Path, rank: int) -> Path:
 
 
 def check_run(directory: Path, *, given_as: str) -> None:
-    """See that a directory is one of a run.
+    """Check that a directory holds a run.
 
     Args:
         directory: the directory.
@@ -57,7 +57,7 @@ def check_run(directory: Path, *, given_as: str) -> None:
 
 
 def read_settings(directory: Path) -> dict[str, str]:
-    """Every setting of a run as text, those too that this version does not know.
+    """Read every setting of a run as text, also those that this version does not know.
 
     Raises:
         ConfigError: the file is not a recipe.
@@ -69,7 +69,7 @@ def read_settings(directory: Path) -> dict[str, str]:
 
 
 def _as_text(node: yaml.Node) -> str:
-    """A scalar as it is written, anything else as YAML in one line."""
+    """Return a scalar as it is written, anything else as YAML in one line."""
     if isinstance(node, yaml.ScalarNode):
         return str(node.value)
     if isinstance(node, yaml.CollectionNode):
@@ -79,7 +79,7 @@ def _as_text(node: yaml.Node) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """What the run said when it ended."""
+    """Holds what `ended.json` says."""
 
     reason: str
     """`finished`, `signal`, `duration`, `interval` or `error`; `unknown` if it cannot be read."""
@@ -91,12 +91,12 @@ class Ended:
     """When, in UTC; may be empty."""
 
     def __str__(self) -> str:
-        """Reason and detail."""
+        """Return reason and detail."""
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 def read_ended(directory: Path) -> Ended | None:
-    """How the last run in a directory ended; None while it goes on, or if it was killed."""
+    """Read how the last run in a directory ended; None while it goes on, or if it was killed."""
     try:
         told = json.loads(read_small(directory / ENDED_NAME, most_bytes=_BLOCK_BYTES))
     except FileNotFoundError:
@@ -115,7 +115,7 @@ def read_ended(directory: Path) -> Ended | None:
 
 
 def last_sign(directory: Path) -> float:
-    """When anything in a run directory was last written, in seconds since 1970."""
+    """Return when anything in a run directory was last written, in seconds since 1970."""
     times = [directory.stat().st_mtime]
     with os.scandir(directory) as entries:
         for entry in entries:
@@ -141,7 +141,7 @@ class RecordTail:
         self._last_read = b""
 
     def read_new(self) -> tuple[bool, Iterator[Record]]:
-        """Records of the lines that were finished since the last call.
+        """Read the records of the lines that were finished since the last call.
 
         Returns:
             Whether they start over, because what was read before is no longer what the file begins
@@ -160,7 +160,7 @@ class RecordTail:
         return starts_over, self._read(file)
 
     def _continues(self, file: BinaryIO) -> bool:
-        """Whether the file still holds what was read: one that was cut may have grown again."""
+        """Return whether the file still holds what was read; it may be cut and have grown again."""
         file.seek(self._position - len(self._last_read))
         return file.read(len(self._last_read)) == self._last_read
 
@@ -195,7 +195,7 @@ def last_record(path: Path) -> dict[str, Any] | None:
 
 
 def sample_records(path: Path, count: int) -> tuple[list[dict[str, Any]], int]:
-    """Records spread evenly over a file, the first and the last among them.
+    """Read records spread evenly over a file, the first and the last among them.
 
     Returns:
         At most `count` (2 or more) records, and how many lines the file has.
@@ -219,17 +219,17 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_countable(record: Record) -> bool:
-    """Whether its iteration is a number that a float can hold exactly."""
+    """Return whether a float can hold the record's iteration exactly."""
     return abs(record["iteration"]) < _TOO_LARGE
 
 
 def loads_of(record: Record) -> dict[str, list[list[float]]]:
-    """Of a record of `expert_load.jsonl`: [layers][experts] by the names in `LOAD_TITLES`."""
+    """Return the [layers][experts] loads of a record, by the names in `LOAD_TITLES`."""
     return {key: record[key] for key in LOAD_TITLES if _is_matrix(record.get(key))}
 
 
 def _is_matrix(rows: Any) -> bool:
-    """Whether this is a list of lists of numbers, all of one length and none empty."""
+    """Return whether this is a list of lists of numbers, all of one length and none empty."""
     return (
         isinstance(rows, list)
         and bool(rows)
@@ -239,14 +239,14 @@ def _is_matrix(rows: Any) -> bool:
 
 
 def spread(total: int, count: int) -> list[int]:
-    """At most `count` of the numbers below `total`, evenly spaced, with the first and the last."""
+    """Select at most `count` numbers below `total`, evenly spaced, with the first and the last."""
     if total <= count:
         return list(range(total))
     return [index * (total - 1) // (count - 1) for index in range(count)]
 
 
 def run_names(directories: Sequence[Path]) -> list[str]:
-    """What to call runs: the last parts of their paths, as many as tell them apart.
+    """Name runs by the last parts of their paths, as many as tell them apart.
 
     Raises:
         ConfigError: two are the same.

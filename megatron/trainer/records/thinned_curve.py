@@ -1,4 +1,4 @@
-"""A curve of any length in bounded memory."""
+"""Keeps a curve of any length in bounded memory."""
 
 import math
 from collections.abc import Sequence

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 import tracemalloc
 from collections.abc import Iterable
@@ -201,21 +202,21 @@ def test_hook_draws_everything_there_is(tmp_path: Path) -> None:
     assert names == ["learning_rate.png", "loss.png", "sources.png"]
 
 
-def test_plot_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader never sees half a plot, and a failure leaves the older one."""
+def test_plot_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader never sees part of a plot, and a failure leaves the older one."""
     path = tmp_path / "plot.png"
     write_figure(new_figure(2.0, 1.0)[0], path)
     assert png_size(path) == (300, 150)
     older = path.read_bytes()
     figure, _ = new_figure(4.0, 1.0)
     seen = []
-    replace = Path.replace
+    replace = os.replace
 
-    def look_and_replace(self: Path, target: Path) -> Path:
-        seen.append((target.read_bytes() == older, png_size(self)))
-        return replace(self, target)
+    def look_and_replace(source: Path, target: Path) -> None:
+        seen.append((target.read_bytes() == older, png_size(source)))
+        replace(source, target)
 
-    monkeypatch.setattr(Path, "replace", look_and_replace)
+    monkeypatch.setattr(os, "replace", look_and_replace)
     write_figure(figure, path)
     assert seen == [(True, (600, 150))]
     assert [entry.name for entry in tmp_path.iterdir()] == ["plot.png"]
@@ -228,6 +229,7 @@ def test_plot_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OSError, match="no space left"):
         write_figure(figure, path)
     assert path.read_bytes() == newer
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plot.png"]
 
 
 def test_heat_map_has_a_cell_for_every_expert_of_every_layer(
