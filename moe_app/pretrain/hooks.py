@@ -10,6 +10,7 @@ from megatron.trainer.hooks.console import Console
 from megatron.trainer.hooks.plots import RunPlots, plot_expert_load
 from megatron.trainer.hooks.profiler import Profiler
 from megatron.trainer.hooks.writers import MetricsFile, TensorBoard, WeightsAndBiases
+from megatron.trainer.io.atomic_write import write_text
 from megatron.trainer.records.record_file import Record, append_record, keep_records_until
 from megatron.trainer.records.run_dir import CONFIG_NAME, LOAD_NAME, METRICS_NAME, profile_directory
 from megatron.trainer.state import TrainState
@@ -97,7 +98,7 @@ def _writers(cfg: PretrainConfig, state: TrainState) -> list[Hook]:
     if cfg.checkpoint.save is None:
         return hooks
     directory = Path(cfg.checkpoint.save)
-    (directory / CONFIG_NAME).write_text(dump_config(cfg), encoding="utf-8")
+    write_text(directory / CONFIG_NAME, dump_config(cfg))
     hooks.append(MetricsFile(directory / METRICS_NAME))
     if cfg.logging.tensorboard:
         hooks.append(TensorBoard(directory / "tensorboard"))

@@ -8,7 +8,6 @@ DIR/slurm/, logs to DIR/logs/. Exit status: 0; with --follow the job's; 2 for an
 """
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from megatron.trainer.config.cli import dump_config
 from megatron.trainer.config.parallel_layout import num_microbatches, resolve_layout
 from megatron.trainer.config.validate import validate
 from megatron.trainer.errors import ConfigError
+from megatron.trainer.io.atomic_write import write_text
 from megatron.trainer.records.record_file import Record
 from megatron.trainer.records.run_dir import METRICS_NAME, RecordTail, read_ended
 from megatron.trainer.runtime.launch import run_main
@@ -210,11 +210,9 @@ def _submit(request: JobRequest, script: str, resolved: str) -> str:
         # Without it sbatch cannot open the log, and the job fails without a message.
         (request.run / "logs").mkdir(exist_ok=True)
         for name, text in ((RECIPE, resolved), (SCRIPT, script)):
-            scratch = folder / f"{name}.tmp"
-            scratch.write_text(text, encoding="utf-8")
-            os.replace(scratch, folder / name)
+            write_text(folder / name, text)
         job_id = submit(folder / SCRIPT)
-        (folder / JOB).write_text(f"{job_id}\n", encoding="utf-8")
+        write_text(folder / JOB, f"{job_id}\n")
     except OSError as error:
         raise ConfigError(
             f"cannot write to {folder}: {error.strerror}; give --save a writable directory with"
