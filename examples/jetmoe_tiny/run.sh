@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A small JetMoE from nothing: the quickstart's data, a run of two phases, a branch of it, reports.
+# Trains a small JetMoE: the quickstart's data, a run of two phases, a branch of it, reports.
 #   bash examples/jetmoe_tiny/run.sh
-# PYTHON names the interpreter, .venv/bin/python if there is one. What was interrupted is continued;
+# PYTHON names the interpreter, .venv/bin/python if there is one. An interrupted run is resumed;
 # remove runs/jetmoe_tiny to start over.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -11,7 +11,7 @@ if [[ -z ${PYTHON:-} ]]; then
     [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
 fi
 data=runs/quickstart/data
-# One compute thread a rank: two ranks share this machine's cores.
+# One compute thread per rank: two ranks share this machine's cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 step() { printf '\n== %s\n' "$*"; }

@@ -47,7 +47,7 @@ JETMOE_TINY: dict[str, Any] = {
 def random_model(family: str, *, seed: int = 0, **config: Any) -> PreTrainedModel:
     """Make a transformers model whose every weight matters: no small matrix, no norm of ones."""
     if family == "olmoe":
-        # The plain loop over experts; the default, a grouped product, refuses odd widths.
+        # The plain loop over experts; the default, a grouped GEMM, does not support odd widths.
         plain = OlmoeConfig(**{**OLMOE_TINY, "experts_implementation": "eager", **config})
         model: PreTrainedModel = OlmoeForCausalLM(plain)
     else:

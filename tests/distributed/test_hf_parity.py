@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.distributed.hf_models import random_model, random_tokens
 from tests.distributed.launcher import HERE, ranks
 
-# Layers in two stages, heads and experts in halves; odd otherwise. JetMoE's embeddings are tied.
+# Sizes divide by 2 for PP, TP and EP and are odd otherwise. JetMoE's embeddings are tied.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {"num_hidden_layers": 4}),
     "jetmoe": ("jetmoe", {"num_hidden_layers": 4}),

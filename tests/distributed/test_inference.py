@@ -67,7 +67,7 @@ ROWS = random_rows(12, 5, 1, 33, 2, 20, 20, seed=2)
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Train one step of each family, with weights large enough to matter."""
-    # torch.device("meta") looks its factories up once: before they are redirected to the CPU.
+    # torch.device("meta") caches its factories on first use: fill it before they are patched.
     torch.utils._device._device_constructors()
     runs = {}
     for family, settings in FAMILIES.items():

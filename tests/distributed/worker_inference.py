@@ -29,7 +29,7 @@ def main() -> None:
     task, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     configure_logging(environment_rank())
     for name, flags in task["cases"].items():
-        # Any prompt will do here: the tool's own are not read.
+        # The parser requires a prompt, but it is not used here.
         args = generate.make_parser().parse_args([*flags, "--prompt", ""])
         connect(open_model.parallel_config(args))
         found = run_case(args, task)

@@ -248,7 +248,7 @@ def test_huge_or_special_files_are_refused(
         os.mkfifo(hf / name)
     else:
         with (hf / name).open("wb") as file:
-            file.truncate(1 << 40)  # a hole; takes no room on the disk
+            file.truncate(1 << 40)  # sparse; takes no disk space
     before = peak_bytes()
     assert convert("import", "--hf", hf, "--save", tmp_path / "run") == 2
     stderr = capsys.readouterr().err

@@ -293,7 +293,7 @@ def test_tokenizer_of_any_size_takes_bounded_memory(
 ) -> None:
     monkeypatch.setattr(tokenizer, "_MOST_BYTES", 1 << 20)
     with (tmp_path / "m").open("wb") as file:
-        file.truncate(1 << 40)  # a hole; takes no room on the disk
+        file.truncate(1 << 40)  # sparse; takes no disk space
     before = peak_bytes()
     for kind in (HFTokenizer, SentencePieceTokenizer):
         with pytest.raises(DataError, match="it has more than 1,048,576 bytes"):

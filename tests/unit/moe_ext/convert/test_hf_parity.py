@@ -173,9 +173,9 @@ def test_bf16_logits_are_as_close_to_fp32_as_those_of_transformers(
         assert found.dtype == theirs.dtype == torch.bfloat16
         nn.Module.to(reference, torch.float32)  # exactly the same weights
         truth = reference(tokens, use_cache=False).logits
-    # Two roundings of each of some 16 values a layer, independent in sign; see the function.
+    # Two roundings of about 16 values per layer, independent in sign; see the function.
     limit = bf16_tolerance(model.num_layers, truth.std().item())
     assert (found.float() - theirs.float()).abs().mean() <= limit
-    # Not merely within bounds: a factor of 2 is for what a turned choice of experts adds by chance.
+    # The factor of 2 covers the random effect of flipped expert choices.
     error, their_error = ((x.float() - truth).square().mean().sqrt() for x in (found, theirs))
     assert their_error / 2 <= error <= 2 * their_error

@@ -310,7 +310,7 @@ def test_collective_time_is_bytes_over_the_slowest_link() -> None:
     # A ring over four nodes of eight leaves each through eight adapters.
     far = make_collective(nodes, "all_gather", "dp", 1, 32e9, "parameters")
     assert collective_seconds(far, CLUSTER, nodes) == pytest.approx(31e9 / (8 * 5e10))
-    # Experts in a node: their copies are one a node, and have one adapter.
+    # Experts within a node: one replica per node, which uses one adapter.
     distributed = layout(32, ep=8)
     remote = make_collective(distributed, "all_gather", "expt_dp", 1, 4e9, "parameters")
     assert collective_seconds(remote, CLUSTER, distributed) == pytest.approx(3e9 / 5e10)
@@ -327,7 +327,7 @@ def test_single_gpu_only_computes() -> None:
     flops = training_flops_per_token(OLMOE, 16) * 16 * 2 * 3
     assert found["compute"] == pytest.approx(flops / 1e14)
     assert sum(found.values()) == found["compute"]
-    # A layer computed again costs its forward pass, a third of all, once more.
+    # Recomputing a layer repeats its forward pass, a third of the total.
     again = step_seconds(OLMOE, layout(1), batch(recompute="full"), CLUSTER)
     assert again["compute"] == pytest.approx(found["compute"] * 4 / 3)
 
@@ -341,7 +341,7 @@ def test_every_purpose_belongs_to_one_term() -> None:
     assert {each.purpose for each in found} <= set(known)
     seconds = step_seconds(MODELS["olmoe"], layout(32, tp=2, cp=2, pp=2, ep=2), batch(), CLUSTER)
     assert all(each > 0 for each in seconds.values())
-    # One of two stages waits for one of three micro-batches' worth.
+    # One of two stages is idle for the time of one of three micro-batches.
     busy = sum(seconds[term] for term in ("compute", "dispatch", "tensor", "context"))
     assert seconds["bubble"] == pytest.approx(busy / 3)
 
