@@ -27,6 +27,7 @@ from megatron.trainer.runtime.launch import (
     shut_down,
 )
 from megatron.trainer.runtime.log import configure_logging
+from megatron.trainer.runtime.upstream_warnings import hide_upstream_warnings
 from megatron.trainer.step import language_model_step
 from moe_app.command_line import program
 from moe_app.pretrain.build import build_state
@@ -36,6 +37,7 @@ from moe_app.pretrain.hooks import build_hooks
 logger = logging.getLogger("pretrain")
 
 
+@hide_upstream_warnings()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe and flags in `argv`; returns the exit status."""
     return run_main(

@@ -32,7 +32,7 @@ def said(out: Path, name: str) -> Any:
     return each[0]
 
 
-def test_healthy_ranks_are_told_with_times_of_every_kind_of_group(launched: Any) -> None:
+def test_healthy_ranks_are_listed_with_times_of_every_kind_of_group(launched: Any) -> None:
     out, _, _ = launched
     lines = said(out, "healthy")
     assert re.fullmatch(
@@ -66,7 +66,7 @@ def test_healthy_ranks_are_told_with_times_of_every_kind_of_group(launched: Any)
         ("clock", r"the clock of n1 is (89|90)\.\d s ahead of the others'"),
     ],
 )
-def test_ranks_that_differ_are_told_apart(name: str, warning: str, launched: Any) -> None:
+def test_ranks_that_differ_are_named(name: str, warning: str, launched: Any) -> None:
     lines = said(launched[0], name)
     assert re.search(f"pre-flight: warning: {warning}", "\n".join(lines)), lines
 
@@ -80,7 +80,7 @@ def test_ranks_that_differ_are_told_apart(name: str, warning: str, launched: Any
         ("other_disk", r"--save \S+disk1/run is another directory on n1 than on n0"),
     ],
 )
-def test_fault_is_told_alike_on_every_rank(name: str, message: str, launched: Any) -> None:
+def test_fault_is_reported_on_every_rank(name: str, message: str, launched: Any) -> None:
     error = said(launched[0], name)["error"]
     assert re.search(message, error), error
 

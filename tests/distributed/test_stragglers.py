@@ -39,5 +39,5 @@ def test_slow_rank_is_named_with_how_slow_it_is(name: str, found: dict[str, Any]
     assert case["found"]["straggler_ratio"] == pytest.approx(truth, rel=0.35), case
 
 
-def test_nothing_is_said_of_no_steps(found: dict[str, Any]) -> None:
+def test_no_steps_give_no_figures(found: dict[str, Any]) -> None:
     assert all(case["nothing"] == case["again"] == {} for case in found.values())

@@ -139,7 +139,7 @@ def _is_idle(device: torch.device) -> bool:
 
 
 def _io_counters(file: Path) -> tuple[int, ...]:
-    """Read how many bytes a thread has read and written; () where the system does not tell."""
+    """Read how many bytes a thread has read and written; () where the system does not say."""
     try:
         text = file.read_text("ascii")
     except OSError:

@@ -34,7 +34,7 @@ from megatron.trainer.health.watchdog import Watchdog
 from megatron.trainer.runtime.launch import RunContext
 
 _STATUS = 2
-_SHARE_OF_TIMEOUT = 0.8  # the watchdog needs a little longer than it is told
+_SHARE_OF_TIMEOUT = 0.8  # the watchdog needs a little longer than its timeout
 _LARGEST_SKEW_S = 1.0
 _SHARING_TIME_S = 5.0
 _SLOW_SHARE = 0.8
@@ -57,7 +57,7 @@ class Findings:
     warnings: tuple[str, ...]
     """What may be meant, and may not."""
     problems: tuple[str, ...]
-    """What would stop a run."""
+    """Problems that would stop a run."""
 
 
 def preflight(ctx: RunContext, *, timeout_s: float, save: Path | None) -> list[str]:
@@ -73,7 +73,7 @@ def preflight(ctx: RunContext, *, timeout_s: float, save: Path | None) -> list[s
 
     Raises:
         PreflightError: a rank computes or receives wrong numbers, or cannot write; on all ranks
-            alike, but where a collective fails, which the rank tells that it fails on.
+            alike, except where a collective fails: the ranks that it fails on report it.
     """
     findings = examine(ctx, timeout_s=timeout_s, save=save)
     if findings.problems:
@@ -121,10 +121,10 @@ class _Exchange:
 def _examine(
     ctx: RunContext, watchdog: Watchdog, exchange: _Exchange, save: Path | None
 ) -> Findings:
-    watchdog.on_stage("roll call", 0)
+    watchdog.on_stage("describing ranks", 0)
     ranks = tuple(RankFacts(**each) for each in exchange("ranks", asdict(own_facts(ctx))))
 
-    watchdog.on_stage("a product of matrices", 0)
+    watchdog.on_stage("multiplying matrices", 0)
     flops, is_right = multiply(ctx.device)
     groups = []
     for kind, group in kinds_of_groups(ctx).items():
@@ -138,7 +138,7 @@ def _examine(
     disk, disk_problem = None, None
     if save is not None:
         disk, disk_problem = _examine_disk(ctx, ranks, exchange, save)
-    watchdog.on_stage("comparing notes", 0)
+    watchdog.on_stage("gathering results", 0)
     own = {
         "flops": flops,
         "is_right": is_right,
@@ -195,7 +195,7 @@ def _examine_disk(
         )
     exchange("seen", True)
     if ctx.rank == 0:
-        with contextlib.suppress(OSError):  # it was not made, which is told above
+        with contextlib.suppress(OSError):  # it was not made, which is reported above
             probe.unlink()
     return disk, problem
 
@@ -250,7 +250,7 @@ def _problems(ranks: Sequence[RankFacts], found: Sequence[Mapping[str, Any]]) ->
         wrong = [group["name"] for group in facts["groups"] if not group["is_right"]]
         if wrong:
             problems.append(
-                f"{where} gets wrong sums from the all-reduce of {', '.join(wrong)}; look at its"
+                f"{where} gets wrong sums from the all-reduce of {', '.join(wrong)}; check its"
                 " links and its communication library"
             )
         if facts["disk_problem"] is not None:

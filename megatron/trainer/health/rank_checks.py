@@ -163,7 +163,7 @@ def measure_all_reduce(
         who = ", ".join(f"{rank} on {ranks[rank].host}" for rank in members[:16])
         error = PreflightError(
             f"the all-reduce of the {kind} group of ranks {who} failed on"
-            f" {ranks[ctx.rank].host}: {failure}; look at the network between these hosts"
+            f" {ranks[ctx.rank].host}: {failure}; check the network between these hosts"
         )
         error.is_local = True
         raise error from failure

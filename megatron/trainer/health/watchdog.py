@@ -224,11 +224,11 @@ class Watchdog(Hook):
             self._received = {self._rank: self._received[self._rank]}
         others = [rank for rank in range(self._world_size) if rank != self._rank]
         if self._store is not None:
-            heard = [
+            sending = [
                 rank for rank in others if rank in self._received or self._store.check([str(rank)])
             ]
-            heartbeats = self._store.multi_get([str(rank) for rank in heard])
-            for rank, text in zip(heard, heartbeats, strict=True):
+            heartbeats = self._store.multi_get([str(rank) for rank in sending])
+            for rank, text in zip(sending, heartbeats, strict=True):
                 if rank not in self._received or self._received[rank][0] != text:
                     self._received[rank] = (text, now)
         found = {

@@ -58,7 +58,7 @@ class Console(Hook):
             self._bar.update(self._task, completed=iteration, loss=f"{lm_loss:.4f}")
 
     def on_log(self, record: Record) -> None:
-        """Show the speed, or the whole line."""
+        """Update the speed, or log a line."""
         speed = f"{record['tokens_per_second']:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, speed=speed)

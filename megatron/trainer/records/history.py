@@ -323,10 +323,10 @@ def thin(values: Sequence[float], limit: int) -> list[int]:
 
 def duration(seconds: float) -> str:
     """Write a time in its two largest units: `45 s`, `12 min`, `3 h 05 min`, `2 d 4 h`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    minutes = round(whole / 60)
+    total = max(0, round(seconds))
+    if total < 60:
+        return f"{total} s"
+    minutes = round(total / 60)
     if minutes < 60:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)

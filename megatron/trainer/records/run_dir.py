@@ -98,19 +98,19 @@ class Ended:
 def read_ended(directory: Path) -> Ended | None:
     """Read how the last run in a directory ended; None while it goes on, or if it was killed."""
     try:
-        told = json.loads(read_small(directory / ENDED_NAME, most_bytes=_BLOCK_BYTES))
+        said = json.loads(read_small(directory / ENDED_NAME, most_bytes=_BLOCK_BYTES))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError):
-        told = None
-    if not isinstance(told, dict) or not isinstance(told.get("reason"), str):
+        said = None
+    if not isinstance(said, dict) or not isinstance(said.get("reason"), str):
         detail = f"{ENDED_NAME} cannot be read"
         return Ended(reason="unknown", detail=detail, requeue=False, time="")
     return Ended(
-        reason=told["reason"],
-        detail=str(told.get("detail") or ""),
-        requeue=told.get("requeue") is True,
-        time=str(told.get("time") or ""),
+        reason=said["reason"],
+        detail=str(said.get("detail") or ""),
+        requeue=said.get("requeue") is True,
+        time=str(said.get("time") or ""),
     )
 
 

@@ -248,7 +248,7 @@ def recipe_model(state: TrainState) -> Any:
     return state.cfg.model  # type: ignore[attr-defined]
 
 
-def test_resume_after_a_rewind_goes_on_behind_the_samples_left_out(
+def test_resume_after_a_rewind_skips_the_samples_left_out(
     make_state: StateMaker, tmp_path: Path
 ) -> None:
     settings = {
@@ -266,7 +266,7 @@ def test_resume_after_a_rewind_goes_on_behind_the_samples_left_out(
     assert_same(whole, again)
 
 
-def test_rewinds_to_one_checkpoint_come_to_an_end(make_state: StateMaker, tmp_path: Path) -> None:
+def test_rewinds_to_one_checkpoint_are_limited(make_state: StateMaker, tmp_path: Path) -> None:
     state = make_state(
         train_iters=8, save_interval=2, rewind_on_spike=True, max_rewinds=2, save=tmp_path / "run"
     )
@@ -285,7 +285,7 @@ def test_rewind_without_a_checkpoint_ends_the_run(make_state: StateMaker, tmp_pa
         run(state, tmp_path / "run", range(8, 16))
 
 
-def test_rewind_passes_by_the_checkpoints_of_a_run_that_was_rolled_back(
+def test_rewind_skips_checkpoints_of_a_run_that_was_rolled_back(
     make_state: StateMaker, tmp_path: Path
 ) -> None:
     settings = {
@@ -309,7 +309,7 @@ def test_rewind_passes_by_the_checkpoints_of_a_run_that_was_rolled_back(
     ]
 
 
-def test_full_disk_under_the_records_is_told_whatever_else_fails_by_it(
+def test_full_disk_is_reported_although_hooks_fail_too(
     make_state: StateMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = make_state(train_iters=2, save=tmp_path)
@@ -326,7 +326,7 @@ def test_full_disk_under_the_records_is_told_whatever_else_fails_by_it(
         train(make_state(train_iters=1), language_model_step, hooks=[Ends()])
 
 
-def test_interval_lets_the_evaluation_at_its_end_be_taken(make_state: StateMaker) -> None:
+def test_exit_interval_does_not_cut_an_evaluation_short(make_state: StateMaker) -> None:
     class Evaluations(Hook):
         def __init__(self) -> None:
             self.taken: list[int] = []

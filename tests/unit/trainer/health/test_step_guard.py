@@ -28,13 +28,13 @@ def test_number_that_is_not_finite_is_always_refused(value: float) -> None:
     assert guard().norm_problem(value) == f"gradient norm is {value}"
 
 
-def test_nothing_finite_is_refused_unless_spikes_are_looked_for() -> None:
+def test_finite_numbers_pass_unless_spikes_are_looked_for() -> None:
     made = filled(100)
     assert not made.looks_for_spikes
     assert made.loss_problem(1e30) is None
 
 
-def test_spike_is_what_lies_beyond_the_mean_and_so_many_deviations() -> None:
+def test_spike_is_above_the_mean_by_sigma_deviations() -> None:
     made = filled(20, spike_sigma=5.0)
     history = [2.0, 4.0] * 10
     limit = statistics.fmean(history) + 5 * statistics.pstdev(history)
@@ -54,7 +54,7 @@ def test_short_history_refuses_nothing() -> None:
     assert filled(MIN_HISTORY, spike_sigma=1.0).loss_problem(1e9) is not None
 
 
-def test_window_forgets() -> None:
+def test_steps_before_the_window_are_forgotten() -> None:
     made = filled(20, spike_sigma=5.0, spike_window=4)
     for _ in range(4):
         made.took(loss=100.0, norm=1.0)
@@ -77,7 +77,7 @@ def test_rewinds_to_each_checkpoint_are_counted() -> None:
     assert not guard().may_rewind(10)
 
 
-def test_guard_goes_on_from_json_as_if_never_stopped() -> None:
+def test_guard_restored_from_json_judges_as_the_original() -> None:
     settings = {"spike_sigma": 5.0, "max_skipped": 3, "rewind_on_spike": True, "max_rewinds": 1}
     first, second = filled(20, **settings), guard(**settings)
     first.took(loss=0.1 + 0.2, norm=1 / 3)

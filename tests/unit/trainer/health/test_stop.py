@@ -36,7 +36,7 @@ def rule(*, train_iters: int = 100, iteration: int = 0, **flags: float) -> StopR
     return StopRule(cfg, device=torch.device("cpu"), iteration=iteration)
 
 
-def test_signal_stops_and_stays(world: None) -> None:
+def test_signal_stops_the_run_for_good(world: None) -> None:
     made = rule()
     signals.listen()
     assert made.check(3) is None

@@ -1,4 +1,4 @@
-"""Hangs are told from long steps: by heartbeats, and by what a thread of this process does."""
+"""Hangs are distinguished from long steps by heartbeats, and by what a thread here does."""
 
 import re
 import sys
@@ -122,7 +122,7 @@ def test_progress_is_not_taken_for_a_hang(observations: list[Observation]) -> No
     assert find_hang(dict(enumerate(observations)), timeout_s=T) is None
 
 
-def test_message_says_who_where_and_how_one_knows() -> None:
+def test_message_names_ranks_places_and_evidence() -> None:
     here = ("trainer/data/stream.py:80 in read", "trainer/step.py:12 in train_step")
     observations = [seen(), seen(), seen(), seen(host="n1", pid=51, is_waiting=False, frames=here)]
     hang = find_hang(dict(enumerate([*observations, seen()])), timeout_s=T)

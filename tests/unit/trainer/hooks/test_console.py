@@ -127,7 +127,7 @@ def test_away_from_a_terminal_each_record_is_a_line(
     assert stderr.getvalue() == ""
 
 
-def test_a_hook_may_leave_every_moment_as_it_is() -> None:
+def test_hook_need_not_override_anything() -> None:
     hook = Hook()
     hook.on_start(0, 1)
     hook.on_step(1, 1.0)

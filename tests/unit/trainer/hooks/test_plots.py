@@ -1,4 +1,4 @@
-"""Plots are drawn from the records, whole or not at all. How they look was judged by eye."""
+"""Plots are drawn from the records, and replaced atomically. How they look was judged by eye."""
 
 import json
 import math

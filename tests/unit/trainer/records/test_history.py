@@ -52,7 +52,7 @@ def lines(*records: dict[str, Any]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def test_tail_gives_every_record_once_however_the_file_grows(tmp_path: Path) -> None:
+def test_tail_yields_every_record_once_however_the_file_grows(tmp_path: Path) -> None:
     path, random_ = tmp_path / "metrics.jsonl", random.Random(1)
     written = lines(*(step(i, text="ü" * random_.randrange(300)) for i in range(60))).encode()
     tail, found = RecordTail(path), list[Any]()
@@ -114,7 +114,7 @@ DAMAGED = [
 ]
 
 
-def test_damaged_lines_are_counted_and_passed_over(tmp_path: Path) -> None:
+def test_damaged_lines_are_counted_and_skipped(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", []) / "metrics.jsonl"
     too_large = b'{"iteration": 9, "lm_loss": 1%s}' % (b"0" * 400)
     good = lines(step(10)).encode()
@@ -136,7 +136,7 @@ def test_pipe_in_place_of_a_file_is_refused_at_once(tmp_path: Path) -> None:
     assert RunHistory(run).state(0.0).text == "ended: unknown: ended.json cannot be read"
 
 
-def test_last_record_is_the_last_that_is_whole(tmp_path: Path) -> None:
+def test_last_record_is_the_last_valid_one(tmp_path: Path) -> None:
     path = tmp_path / "load.jsonl"
     assert last_record(path) is None
     path.write_text("")
@@ -183,7 +183,7 @@ def test_thin_keeps_ends_extremes_and_gaps() -> None:
     assert thin(values[:302], 302) == list(range(302))
 
 
-def test_columns_hold_what_the_records_say(tmp_path: Path) -> None:
+def test_columns_hold_the_numbers_of_the_records(tmp_path: Path) -> None:
     records = [
         step(10, consumed_tokens_per_source={"code": 7}, phase="stable", per_layer=[1.0, 2.5]),
         {"iteration": 10, "valid_loss": {"code": 3.5, "docs": None}},
@@ -210,7 +210,7 @@ def test_columns_hold_what_the_records_say(tmp_path: Path) -> None:
     assert (history.iteration, history.train_iters, history.skipped) == (30, 100, 1)
 
 
-def test_refresh_takes_in_new_records_and_forgets_those_cut(tmp_path: Path) -> None:
+def test_refresh_reads_new_records_and_drops_those_cut(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [step(10), step(20)])
     history = RunHistory(run)
     append_record(run / "metrics.jsonl", step(30))
@@ -335,7 +335,7 @@ def test_directory_without_a_run_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_names_are_as_short_as_they_may_be(tmp_path: Path) -> None:
+def test_run_names_are_the_shortest_that_differ(tmp_path: Path) -> None:
     a, b, c = tmp_path / "x/run", tmp_path / "y/run", tmp_path / "z/other"
     assert run_names([a, c]) == ["run", "other"]
     assert run_names([a, b, c]) == ["x/run", "y/run", "other"]

@@ -54,9 +54,7 @@ def test_end_is_written_with_what_was_saved(tmp_path: Path) -> None:
     ("error", "detail"),
     [(DataError("no such file"), "no such file"), (KeyError("x"), "KeyError: 'x'")],
 )
-def test_error_is_written_down_and_goes_on_its_way(
-    error: Exception, detail: str, tmp_path: Path
-) -> None:
+def test_error_is_recorded_and_raised(error: Exception, detail: str, tmp_path: Path) -> None:
     made = open_journal(str(tmp_path), rank=0, train_iters=9)
     made.on_event(3, "start")
     with pytest.raises(type(error)), made.recording_errors():

@@ -40,7 +40,7 @@ def whole_file(path: Path) -> Records:
     return [record for record in found if record is not None]
 
 
-def test_unfinished_last_line_is_skipped_and_the_next_record_is_whole(
+def test_unfinished_last_line_is_skipped_and_then_cut(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -57,9 +57,7 @@ def test_unfinished_last_line_is_skipped_and_the_next_record_is_whole(
 
 
 @pytest.mark.parametrize("unfinished", ['{"iterat', '{"iteration": 2}'])
-def test_record_after_an_unfinished_line_has_a_line_of_its_own(
-    unfinished: str, tmp_path: Path
-) -> None:
+def test_record_after_an_unfinished_line_starts_a_new_line(unfinished: str, tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"  # which is never cut
     append_record(path, step(1))
     with path.open("a") as file:
@@ -210,9 +208,7 @@ def read_all(path: Path) -> None:
         pytest.param(lambda path: append_record(path, step(10)), id="append"),
     ],
 )
-def test_memory_is_that_of_a_record_whatever_the_file_holds(
-    action: Callable[[Path], object], large: Path
-) -> None:
+def test_memory_does_not_grow_with_the_file(action: Callable[[Path], object], large: Path) -> None:
     tracemalloc.start()
     action(large)
     _, peak = tracemalloc.get_traced_memory()

@@ -18,7 +18,7 @@ def no_listening() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("notice", signals.NOTICES)
-def test_notice_is_noted_once_listened_for(notice: signal.Signals) -> None:
+def test_signal_is_recorded_once_listened_for(notice: signal.Signals) -> None:
     before = signal.getsignal(notice)
     signals.listen()
     signals.listen()
@@ -30,14 +30,14 @@ def test_notice_is_noted_once_listened_for(notice: signal.Signals) -> None:
     assert signal.getsignal(notice) == before
 
 
-def test_first_notice_is_the_one_that_is_told() -> None:
+def test_first_signal_is_the_one_returned() -> None:
     signals.listen()
     os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGTERM)
     assert signals.seen() == signal.SIGUSR1
 
 
-def test_notice_that_came_before_the_flag_was_read_kills_where_none_are_wanted() -> None:
+def test_signal_received_before_the_flag_was_read_kills_without_the_handler() -> None:
     script = (
         "import os, signal\nfrom megatron.trainer.runtime import signals\nsignals.listen()\n"
         "os.kill(os.getpid(), signal.SIGUSR1)\nprint('alive', flush=True)\n"
