@@ -8,8 +8,8 @@ from megatron.trainer.health.preflight import preflight
 from megatron.trainer.health.stop import Stop
 from megatron.trainer.health.watchdog import Watchdog, start_watchdog, timeout_before
 from megatron.trainer.hooks.base import Hook
+from megatron.trainer.hooks.journal import Journal, open_journal
 from megatron.trainer.loop import Upkeep, train
-from megatron.trainer.records.journal import Journal, open_journal
 from megatron.trainer.resume import (
     check_directories,
     checkpoint_writer,

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.trainer import loop, resume
-from megatron.trainer.records import journal
+from megatron.trainer.hooks import journal
 from moe_app.pretrain import build, pretrain
 from tests.distributed.ports import free_port
 from tests.paths import REPO

@@ -17,8 +17,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron.trainer.errors import UserError
 from megatron.trainer.hooks.base import Hook
+from megatron.trainer.hooks.journal import open_journal
 from megatron.trainer.loop import Upkeep, train
-from megatron.trainer.records.journal import open_journal
 from megatron.trainer.records.record_file import Record
 from megatron.trainer.resume import checkpoint_writer, resume, rewind
 from megatron.trainer.runtime.collective import on_all_ranks

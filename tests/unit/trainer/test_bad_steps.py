@@ -15,8 +15,8 @@ from torch import Tensor
 from megatron.trainer.data.batch import Batch
 from megatron.trainer.errors import StepRefusedError
 from megatron.trainer.hooks.base import Hook
+from megatron.trainer.hooks.journal import open_journal
 from megatron.trainer.loop import Upkeep, train
-from megatron.trainer.records.journal import open_journal
 from megatron.trainer.records.record_file import Record, RecordError, append_record, read_records
 from megatron.trainer.resume import checkpoint_writer, resume, rewind
 from megatron.trainer.state import TrainState

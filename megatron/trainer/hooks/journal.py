@@ -12,16 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from megatron.trainer.errors import ConfigError, UserError
 from megatron.trainer.hooks.base import Hook
 from megatron.trainer.io.atomic_write import write_text
 from megatron.trainer.records.record_file import RecordError, append_record
 from megatron.trainer.records.run_dir import ENDED_NAME, EVENTS_NAME
-
-if TYPE_CHECKING:  # it needs torch
-    from megatron.trainer.health.stop import Stop
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +28,22 @@ LOCK_PATIENCE_S = 10.0
 """How long to wait for the lock of a process that is just ending, as when a job restarts."""
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class EarlyStop(Protocol):
+    """Says why a run stopped before its last step, as `health.stop.Stop` does."""
+
+    @property
+    def reason(self) -> str:
+        """Return `signal`, `duration` or `interval`."""
+
+    @property
+    def detail(self) -> str:
+        """Return the same in words."""
+
+    @property
+    def requeue(self) -> bool:
+        """Return whether the run should be started again."""
 
 
 class Journal(Hook):
@@ -68,7 +81,7 @@ class Journal(Hook):
             record = {"iteration": iteration, "event": name, "time": _now(), "detail": detail}
             append_record(self._directory / EVENTS_NAME, {**record, **more})
 
-    def end(self, stop: "Stop | None") -> None:
+    def end(self, stop: EarlyStop | None) -> None:
         """Record and log how the run ended: finished, or stopped early."""
         done = self.iteration >= self._train_iters
         where = f"iteration {self.iteration} of {self._train_iters}"

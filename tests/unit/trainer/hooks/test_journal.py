@@ -11,8 +11,8 @@ import pytest
 
 from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.health.stop import Stop
-from megatron.trainer.records import journal
-from megatron.trainer.records.journal import Journal, open_journal
+from megatron.trainer.hooks import journal
+from megatron.trainer.hooks.journal import Journal, open_journal
 from megatron.trainer.records.record_file import read_records
 
 
@@ -69,7 +69,7 @@ def test_second_run_in_a_directory_is_refused_until_the_first_is_gone(
 ) -> None:
     monkeypatch.setattr(journal, "LOCK_PATIENCE_S", 0.3)
     holder = (
-        "import sys, time\nfrom megatron.trainer.records.journal import open_journal\n"
+        "import sys, time\nfrom megatron.trainer.hooks.journal import open_journal\n"
         f"made = open_journal({str(tmp_path)!r}, rank=0, train_iters=1)\n"
         "print('held', flush=True)\ntime.sleep(60)\n"
     )
