@@ -15,7 +15,7 @@ def hf_config(shape: Shape, dtype: torch.dtype, *, experts: str = "eager") -> An
     """Build the config object of the shape's model.
 
     Args:
-        shape: its family is told by its router and attention.
+        shape: its router and attention determine the family.
         dtype: of the weights.
         experts: implementation of OLMoE's experts; transformers has one of JetMoE's.
     """

@@ -71,7 +71,7 @@ CASES: Mapping[str, tuple[int, Flags]] = {
     "tp2_ep2_etp1": (4, {**_TP2, **_EP2, "expert-tensor-parallel-size": 1}),
     "pp2_ep2_sharded_bf16": (4, {**_PP2, **_EP2, **_SHARDED, **_BF16}),
 }
-"""Number of ranks, and flags besides `BASE`."""
+"""Number of ranks, and flags in addition to `BASE`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
     torchrun ... -m benchmarks.plan_rank OUT FLAG...
 
-Writes OUT/rankR.json: what was measured, and what `moe_ext.cost.footprint` says of this rank.
+Writes OUT/rankR.json with the measured memory and the prediction of `moe_ext.cost.footprint`.
 Memory is measured twice: with each tensor in its own pages, which return to the system when it is
 freed; and with the trainer's setting, which keeps freed memory for the next tensor.
 """

@@ -103,7 +103,7 @@ class Session:
                 self._visit(name)
             for name in self._present():
                 if not self._plan.is_fresh:
-                    self.found[name].peak_bytes = self._persistent[name].ask("peak_bytes")
+                    self.found[name].peak_bytes = self._persistent[name].call("peak_bytes")
         finally:
             for worker in self._persistent.values():
                 worker.close()
@@ -119,7 +119,7 @@ class Session:
         digests: dict[str, Digests] = {}
         for name in self._present():
             with self._worker(name) as worker:
-                self.found[name].loss, digests[name] = worker.ask("check")
+                self.found[name].loss, digests[name] = worker.call("check")
         peers = [name for name in self._present() if not name.startswith(NATIVE)]
         for name in self._present() if peers else ():
             self._compare_pair(name, peers[0], digests)
@@ -150,20 +150,20 @@ class Session:
 
     def _prepare(self, worker: Worker) -> None:
         for _ in range(self._plan.warmup):
-            worker.ask("sample")
-        worker.ask("restart_peak")
+            worker.call("sample")
+        worker.call("restart_peak")
 
     def _visit(self, name: str) -> None:
         with self._worker(name) as worker:
             if name == CEILINGS:
-                self.ceilings.append(worker.ask("sample"))
+                self.ceilings.append(worker.call("sample"))
                 return
             if self._plan.is_fresh:
                 self._prepare(worker)
             measured = self.found[name]
-            measured.samples.append(worker.ask("sample"))
+            measured.samples.append(worker.call("sample"))
             if self._plan.is_fresh:
-                measured.peak_bytes = max(measured.peak_bytes or 0, worker.ask("peak_bytes"))
+                measured.peak_bytes = max(measured.peak_bytes or 0, worker.call("peak_bytes"))
 
     @contextmanager
     def _worker(self, name: str) -> Iterator[Worker]:

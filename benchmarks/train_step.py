@@ -4,8 +4,8 @@
     python -m benchmarks.train_step --shape olmoe --num-layers 4 --device cuda --dtype bf16 --fresh
 
 All start from the same weights and take the same batches; loss and all gradients are compared
-before anything is timed. Each implementation has a process of its own; they take turns. The imports
-stand in functions because every process imports this file, and few need all of them.
+before anything is timed. Each implementation has its own process; they take turns. Functions import
+what they need, because every process imports this file.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from moe_ext.counting import training_flops_per_token
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the measurement that `argv` describes; return the exit status."""
-    args = new_parser("train_step", "Time training steps beside transformers'.").parse_args(argv)
+    args = new_parser("train_step", "Time training steps against transformers.").parse_args(argv)
     shape, dtype = shape_of(args), DTYPES[args.dtype]
     session = Session(
         Plan(

@@ -64,7 +64,7 @@ class Worker:
         self._process.start()
         theirs.close()
 
-    def ask(self, command: str) -> Any:
+    def call(self, command: str) -> Any:
         """Have the worker run `check`, `sample`, `restart_peak` or `peak_bytes`.
 
         Raises:

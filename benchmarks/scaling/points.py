@@ -135,11 +135,11 @@ def measure(shapes: Mapping[int, Shape], how: Measurement) -> dict[str, Any]:
             _compare(workers[_key(NATIVE, value)], workers[_key(PEER, value)], value)
         for worker in workers.values():
             for _ in range(how.warmup):
-                worker.ask("sample")
-            worker.ask("restart_peak")
+                worker.call("sample")
+            worker.call("restart_peak")
         for _, name in interleave(list(visits), how.rounds):
-            samples[name].append(workers[name].ask("sample"))
-        peaks = {name: worker.ask("peak_bytes") for name, worker in workers.items()}
+            samples[name].append(workers[name].call("sample"))
+        peaks = {name: worker.call("peak_bytes") for name, worker in workers.items()}
     finally:
         for worker in workers.values():
             worker.close()
@@ -176,8 +176,8 @@ def _entries(shapes: Mapping[int, Shape], how: Measurement) -> Iterator[tuple[st
 
 
 def _compare(mine: Worker, theirs: Worker, value: int) -> None:
-    loss, digests = mine.ask("check")
-    expected, wanted = theirs.ask("check")
+    loss, digests = mine.call("check")
+    expected, wanted = theirs.call("check")
     difference, tensor = largest_difference(digests, wanted)
     limit = LOSS_LIMITS[torch.float32] * max(1.0, abs(expected))
     if not abs(loss - expected) <= limit or not difference <= GRADIENT_LIMITS[torch.float32]:

@@ -88,7 +88,7 @@ class World:
         by_rank = {self._receive(connection): connection for connection in accepted}
         self._connections = [by_rank[rank] for rank in range(self._num_ranks)]
 
-    def ask(self, flags: Sequence[str], steps: int) -> list[dict[str, Any]]:
+    def call(self, flags: Sequence[str], steps: int) -> list[dict[str, Any]]:
         """Have every rank run `rank.visit`.
 
         Raises:
@@ -177,7 +177,7 @@ def measure(
     with worlds(numbers) as ranks:
         for _, name in interleave(list(layouts), rounds):
             number, kind = layouts[name]
-            visits[name].append(ranks[number].ask(layout_flags(shape, number, kind), steps))
+            visits[name].append(ranks[number].call(layout_flags(shape, number, kind), steps))
     _compare_losses(visits)
     seconds = {
         name: [statistics.median(each[0]["seconds"]) for each in rounds_]

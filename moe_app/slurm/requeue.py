@@ -57,7 +57,7 @@ class Limits(NamedTuple):
 
 
 def main(argv: list[str] | None = None, *, prog: str = "requeue.py") -> int:
-    """Run `begin` or `end` as `argv` says; return the exit status."""
+    """Run the subcommand in `argv`, `begin` or `end`; return the exit status."""
     args = parse_args(argv, prog)
     limits = Limits(args.max_restarts, args.max_stalled)
     try:
@@ -126,7 +126,7 @@ def begin(run: Path, job: str, limits: Limits) -> tuple[int, str]:
         OSError: the run directory cannot be read or written.
     """
     if not run.is_dir():
-        raise RunFileError(f"there is no run directory {run}; make it before the job begins")
+        raise RunFileError(f"there is no run directory {run}; create it before the job starts")
     state = next_state(_read_state(run), job, _read_saved(run))
     refusal = _refusal(state, limits)
     if refusal is not None:

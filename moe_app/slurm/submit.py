@@ -191,8 +191,8 @@ def describe(request: JobRequest, cfg: PretrainConfig) -> list[str]:
 
 def _core_notes(request: JobRequest) -> list[str]:
     """Warn if all ranks of a node would share one core, SLURM's default for a task."""
-    asked = ("--exclusive", "--cpus-per-", "-c")
-    if any(option.startswith(asked) for option in request.options):
+    core_options = ("--exclusive", "--cpus-per-", "-c")
+    if any(option.startswith(core_options) for option in request.options):
         return []
     return [
         "cores: none are requested, and SLURM's default is one for all ranks of a node; give"

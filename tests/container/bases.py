@@ -1,7 +1,7 @@
 """Builds substitutes for base images, because tests pull none.
 
-A Debian by debootstrap stands in for the slim Python. The same with torch among the system's
-packages, and NVIDIA's habits, stands in for NVIDIA's image.
+A Debian from debootstrap replaces the slim Python image. The same with torch as a system package
+and the conventions of NVIDIA's image replaces that one.
 """
 
 import re

@@ -217,8 +217,8 @@ def test_torch_of_the_base_is_kept(gpu: Container) -> None:
     script = "import numpy, torch; print(torch.__version__, torch.__file__, numpy.__file__)"
     torch_file = f"{SYSTEM_PACKAGES}/torch/__init__.py"
     numpy_file = f"{SYSTEM_PACKAGES}/numpy/__init__.py"
-    said = gpu.run("python", "-c", script).stdout.split()
-    assert said == [NVIDIA_TORCH, torch_file, numpy_file]
+    printed = gpu.run("python", "-c", script).stdout.split()
+    assert printed == [NVIDIA_TORCH, torch_file, numpy_file]
     packages = names(gpu.path(VENV_PACKAGES))
     assert "megatron" in packages
     assert not {"torch", "numpy"} & packages

@@ -39,6 +39,6 @@ def test_failing_rank_reports_its_error_and_continues() -> None:
     flags = layout_flags(SHAPES["olmoe_toy"], 1, "DP")
     with worlds([1]) as ranks:
         with pytest.raises(RuntimeError, match=r"a rank failed:[\s\S]*must be a multiple of"):
-            ranks[1].ask(layout_flags(SHAPES["olmoe_toy"], 3, "EP"), 1)
-        (answer,) = ranks[1].ask(flags, 1)
+            ranks[1].call(layout_flags(SHAPES["olmoe_toy"], 3, "EP"), 1)
+        (answer,) = ranks[1].call(flags, 1)
     assert answer["loss"] > 0

@@ -39,12 +39,12 @@ def unmet_requirement() -> str | None:
 def free_ports(count: int) -> int:
     """Return the first of `count` consecutive free ports."""
     # Concurrent test processes start their search at different ports.
-    begin = os.getpid() * 10 % 8000
-    for first in (21000 + (begin + step) % 8000 for step in range(0, 8000, 10)):
+    offset = os.getpid() * 10 % 8000
+    for first in (21000 + (offset + step) % 8000 for step in range(0, 8000, 10)):
         sockets = [socket.socket() for _ in range(count)]
         try:
-            for offset, each in enumerate(sockets):
-                each.bind(("", first + offset))
+            for index, each in enumerate(sockets):
+                each.bind(("", first + index))
             return first
         except OSError:
             continue

@@ -157,8 +157,8 @@ print(grown, meter.peak_bytes() - before)
 def test_peak_memory_is_the_highest_use() -> None:
     """Runs in a new process, whose allocator no other test has configured."""
     command = [sys.executable, "-c", _HOLD_64_MIB]
-    told = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
-    grown, afterwards = map(int, told.split())
+    printed = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
+    grown, afterwards = map(int, printed.split())
     assert 0.9 * 2**26 < grown < 1.5 * 2**26
     assert afterwards < 0.5 * 2**26
 
@@ -218,8 +218,8 @@ def test_worker_sends_its_failure_to_the_parent_and_continues() -> None:
     worker = Worker(Entry(build_ceilings, (torch.float32, 16)), device=CPU, num_threads=1)
     try:
         with pytest.raises(RuntimeError, match=re.escape("unknown command 'dance'")):
-            worker.ask("dance")
-        assert worker.ask("sample")["flops_per_second"] > 0
+            worker.call("dance")
+        assert worker.call("sample")["flops_per_second"] > 0
     finally:
         worker.close()
 

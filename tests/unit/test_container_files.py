@@ -210,8 +210,8 @@ def image(tmp_path: Path) -> Path:
     (tmp_path / "docker").mkdir()
     shutil.copy(REPO / "docker/entrypoint.sh", tmp_path / "docker")
     (tmp_path / "tools").mkdir()
-    says = "import os, sys\nprint(sys.argv, os.getcwd(), os.getpid())\n"
-    main = f"def main():\n    sys.exit(5)\n\n\n{says}main()\n"
+    program = "import os, sys\nprint(sys.argv, os.getcwd(), os.getpid())\n"
+    main = f"def main():\n    sys.exit(5)\n\n\n{program}main()\n"
     (tmp_path / "tools/pretrain.py").write_text(main)
     return tmp_path
 
@@ -243,9 +243,9 @@ def test_command_is_run_unchanged(image: Path) -> None:
 
 
 def test_entry_point_leaves_the_environment_alone(image: Path) -> None:
-    says = "import os; print(sorted(os.environ))"
+    program = "import os; print(sorted(os.environ))"
     shells_own = {"_", "SHLVL", "PWD", "OLDPWD"}
-    found = set(ast.literal_eval(start(image, "python", "-c", says).stdout))
+    found = set(ast.literal_eval(start(image, "python", "-c", program).stdout))
     assert found - shells_own == set(os.environ) - shells_own
 
 

@@ -53,7 +53,7 @@ def test_there_are_recipes_and_documents() -> None:
 def test_recipe_is_valid_for_the_ranks_it_names(path: Path) -> None:
     first = path.read_text("utf-8").partition("\n")[0]
     named = re.fullmatch(r"# ranks: (\d+)", first)
-    assert named, f"{relative(path)} must begin with a line like '# ranks: 8', not {first!r}"
+    assert named, f"{relative(path)} must start with a line like '# ranks: 8', not {first!r}"
     validate(parse(path), int(named[1]))
 
 

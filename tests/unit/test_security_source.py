@@ -57,7 +57,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     "tests/distributed/test_hostile_checkpoint.py": {
         "allow_pickle not False": "payloads in an index cache",
         "os.system": "what the payload calls",
-        "pickle.loads": "metadata of a run of its own, and payloads",
+        "pickle.loads": "metadata of its own run, and payloads",
         "weights_only not True": "payloads",
         "yaml.unsafe_load": "a payload",
     },
@@ -70,7 +70,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     },
     "tests/unit/app/convert/test_security_hf.py": {
         "jinja2.Environment": "a payload, and a trap",
-        "trust_remote_code not False": "what a hostile file says",
+        "trust_remote_code not False": "a field of a hostile file",
     },
     "tests/unit/trainer/test_security_text.py": {"yaml.unsafe_load": "a payload"},
     "tests/recipes/test_earlier_run.py": {"extractall": "the repository's own archive"},

@@ -69,7 +69,7 @@ def load_config(
     values = {**named_values, **recipe}
     with contextlib.ExitStack() as stack:
         if quiet:
-            # tyro prints some errors whatever its console_outputs says.
+            # tyro prints some errors regardless of its console_outputs.
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         try:

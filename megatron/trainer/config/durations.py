@@ -83,7 +83,7 @@ def _one_spelling(
 
 
 def _implied_length(cfg: RunConfig, layers: Sequence[Collection[str]]) -> int | None:
-    """Return the length that a branch or phases imply, unless one is set beside or after them."""
+    """Return the length that a branch or phases imply, unless set in the same or a later layer."""
     tail = cfg.optimizer.lr_wsd_decay_iters
     explicit = max(_rank("train_iters", layers), _rank("train_tokens", layers))
     if cfg.checkpoint.anneal_from is not None:
@@ -174,17 +174,18 @@ def _cover_problems(cfg: RunConfig) -> list[str]:
     steps, length = phase_steps(cfg), cfg.training.train_iters - start
     if sum(steps) == length:
         return []
-    told = " + ".join(
+    parts = " + ".join(
         f"{phase.name} {count:,}" for phase, count in zip(cfg.data.phases, steps, strict=True)
     )
     what = f"train_iters ({length:,}) is the length of the run"
     remedy = "change a phase's train_tokens, or leave the length to the phases"
     if start:
         what = f"lr_wsd_decay_iters ({length:,}) is the length of the branch"
-        remedy = "give the branch phases of its own, or one mixture with --data-path"
+        remedy = "give the branch its own phases, or one mixture with --data-path"
     return [
-        f"the phases have {sum(steps):,} steps ({told}, of {tokens_per_step(cfg.training):,} tokens"
-        f" each), but {what}; they must cover it exactly; {remedy}"
+        f"the phases have {sum(steps):,} steps ({parts}, of"
+        f" {tokens_per_step(cfg.training):,} tokens each), but {what}; they must cover it exactly;"
+        f" {remedy}"
     ]
 
 

@@ -244,11 +244,11 @@ class ProfilingConfig:
     profile: bool = False
     """Profile some steps, and write a trace and a table of operations to save/profile."""
     profile_step_start: int = 10
-    """Steps done when profiling begins: the first step in the profile is the next one."""
+    """Completed steps at which profiling starts; the next step is the first in the profile."""
     profile_step_end: int = 12
     """Steps done when profiling ends: the last step in the profile."""
     profile_ranks: tuple[int, ...] = (0,)
-    """Global ranks that are profiled, each into a directory of its own."""
+    """Global ranks to profile, each in its own directory."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Checks what a run does beside its steps: checkpoints, early ends, bad steps, profiling."""
+"""Checks the settings of checkpoints, early exits, bad steps and profiling."""
 
 from megatron.trainer.config.schema import CheckpointConfig, ReliabilityConfig, RunConfig
 

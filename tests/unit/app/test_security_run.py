@@ -215,9 +215,9 @@ def test_gloo_uses_the_interface_of_the_variable(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", found[0])
     with restored_process():
         launch.connect(ParallelConfig(device="cpu", threads_per_rank=1))
-        told = listening()
+        addresses = listening()
         dist.destroy_process_group()
-    assert found[1] in told  # the test of loopback above would have noticed
+    assert found[1] in addresses  # so the loopback test above can fail
 
 
 @pytest.mark.parametrize(

@@ -62,13 +62,13 @@ def test_group_sizes_are_those_of_the_grid_of_ranks(
 
 
 @pytest.mark.parametrize(
-    ("tensor", "asked", "resolved"),
+    ("tensor", "requested", "resolved"),
     [(1, None, False), (2, None, True), (2, False, False), (2, True, True)],
 )
 def test_sequence_parallel_follows_the_tensor_parallel_size_unless_set(
-    tensor: int, asked: bool | None, resolved: bool
+    tensor: int, requested: bool | None, resolved: bool
 ) -> None:
-    parallel = ParallelConfig(tensor_model_parallel_size=tensor, sequence_parallel=asked)
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor, sequence_parallel=requested)
     assert resolve_layout(parallel, 4).sequence_parallel is resolved
 
 

@@ -247,7 +247,7 @@ def test_branch_may_have_phases_that_cover_its_tail(tmp_path: Path) -> None:
     longer = parse(tmp_path, BRANCH.replace("1_280", "1_281") + PHASES)
     assert problems(longer) == COVER.format(
         "lr_wsd_decay_iters (11) is the length of the branch",
-        "give the branch phases of its own, or one mixture with --data-path",
+        "give the branch its own phases, or one mixture with --data-path",
     )
 
 
