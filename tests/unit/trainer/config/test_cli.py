@@ -144,7 +144,8 @@ def test_every_field_has_a_flag() -> None:
         int: lambda name, value: [f"--{name}", str(value + 3)],
         float: lambda name, value: [f"--{name}", str(value + 0.5)],
         str: lambda name, value: [f"--{name}", value + "x"],
-        tuple: lambda name, value: [f"--{name}", "p", "q"],
+        tuple[str, ...]: lambda name, value: [f"--{name}", "p", "q"],
+        tuple[int, ...]: lambda name, value: [f"--{name}", "3", "4"],
     }
     defaults = flatten(PretrainConfig())
     argv = []
@@ -155,9 +156,8 @@ def test_every_field_has_a_flag() -> None:
         if typing.get_origin(hint) is Literal:
             argv += [f"--{name}", str(typing.get_args(hint)[-1])]
             continue
-        kind = typing.get_origin(hint) or hint
         value = defaults[name]
-        argv += strategies[kind](name, kind() if value is None else value)
+        argv += strategies[hint](name, hint() if value is None else value)
     changed = flatten(load(*argv))
     same = [name for name in defaults if changed[name] == defaults[name]]
     # A choice whose last value is the default, and fields that only a recipe can set.
