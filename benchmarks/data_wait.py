@@ -2,10 +2,10 @@
 
     python -m benchmarks.data_wait --work /scratch --json data_wait.json
 
-Writes three token files of random ids under a new directory in --work, and reads them through the
-classes of a run, as the first of each number of ranks in --data-parallel. A step is a pause in
-which a device would compute. What the first step waits for, which nothing can read ahead, is given
-by itself.
+Writes three token files of random ids to a new directory in --work, and reads them with the classes
+of a run as rank 0 of each data parallel size in --data-parallel. Each step sleeps for the time that
+a device would compute. The wait of the first step, which cannot be read ahead, is reported
+separately.
 """
 
 import argparse
@@ -35,17 +35,17 @@ class Waits:
     """Holds the seconds that steps of one kind of reader waited."""
 
     data_parallel: int
-    """Ranks that share the global batch; this one reads the first's part."""
+    """Ranks that share the global batch; this process reads the part of rank 0."""
     num_workers: int
-    """Global batches read ahead; 0 is none."""
+    """Global batches read ahead; 0 means none."""
     first_s: float
-    """What the first step waited."""
+    """Wait of the first step."""
     later_s: list[float]
-    """What each later step waited."""
+    """Wait of each later step."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure as the flags in `argv` say; returns the exit status."""
+    """Run the measurement that `argv` describes; return the exit status."""
     args = _parser().parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         data_path = _write_files(Path(folder), tokens=args.tokens)
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def measure(args: argparse.Namespace, data_path: tuple[str, ...]) -> list[Waits]:
-    """Return what the steps of each reader waited."""
+    """Measure the waits of the steps of each reader."""
     found = []
     for ranks in args.data_parallel:
         for num_workers in args.num_workers:
@@ -114,7 +114,7 @@ def _wait(args: argparse.Namespace, stream: SampleStream, *, ranks: int) -> floa
 
 
 def _write_files(folder: Path, *, tokens: int) -> tuple[str, ...]:
-    """Write a file for each weight; returns the data_path."""
+    """Write a file for each weight; return the data_path."""
     rng = np.random.default_rng(0)
     data_path: list[str] = []
     for number, weight in enumerate(_WEIGHTS):

@@ -1,4 +1,4 @@
-"""Batches read ahead into page-locked memory, and copied to a GPU without blocking."""
+"""Tests reading batches ahead into pinned memory, and copying them to a GPU without blocking."""
 
 import numpy as np
 import pytest
@@ -26,8 +26,8 @@ def stream(loading: Loading) -> SampleStream:
 
 
 @pytest.mark.parametrize("num_ahead", [0, 2])
-def test_batches_on_the_gpu_are_those_in_plain_memory(num_ahead: int) -> None:
-    """Memory that was copied from is used again; no copy may have been overtaken by that."""
+def test_batches_on_the_gpu_equal_those_in_pageable_memory(num_ahead: int) -> None:
+    """Reuses pinned memory; no buffer may be overwritten before its copy has finished."""
     gpu = torch.device("cuda", 0)
     plain, pinned = stream(Loading()), stream(Loading(num_ahead=num_ahead, gpu=gpu))
     found = []

@@ -210,8 +210,8 @@ def import_graph(package: Sequence[Source]) -> dict[str, set[str]]:
     return graph
 
 
-def circles(graph: dict[str, set[str]]) -> list[str]:
-    """Name what is left once all that imports nothing of the rest is taken away."""
+def cycles(graph: dict[str, set[str]]) -> list[str]:
+    """Find cycles: remove modules whose imports are all removed until none is left to remove."""
     left = dict(graph)
     while done := [name for name, others in left.items() if not others & left.keys()]:
         for name in done:
@@ -222,12 +222,12 @@ def circles(graph: dict[str, set[str]]) -> list[str]:
     ]
 
 
-def imports_make_no_circle(package: Sequence[Source]) -> list[str]:
-    return circles(import_graph(package))
+def imports_are_acyclic(package: Sequence[Source]) -> list[str]:
+    return cycles(import_graph(package))
 
 
-def rooms_make_no_circle(package: Sequence[Source]) -> list[str]:
-    """A room is a folder or a module directly in the package, which itself is left out."""
+def rooms_are_acyclic(package: Sequence[Source]) -> list[str]:
+    """Check for cycles between rooms: folders and modules directly in the package."""
     root = min((module_of(source) for source in package), key=len)
 
     def room(module: str) -> str:
@@ -237,11 +237,11 @@ def rooms_make_no_circle(package: Sequence[Source]) -> list[str]:
     for module, others in import_graph(package).items():
         if module != root:
             rooms.setdefault(room(module), set()).update(room(other) for other in others - {root})
-    return circles({name: others - {name} for name, others in rooms.items()})
+    return cycles({name: others - {name} for name, others in rooms.items()})
 
 
-def names_say_one_thing(package: Sequence[Source]) -> list[str]:
-    """No two modules (or folders) have a name in common, nor two classes (or types by a name)."""
+def names_are_unique(package: Sequence[Source]) -> list[str]:
+    """Check that no two modules or folders share a name, nor two classes or named types."""
     places: dict[str, set[str]] = {}
     for source in package:
         *folders, module = module_of(source).split(".")
@@ -266,12 +266,12 @@ PackageRule = Callable[[Sequence[Source]], list[str]]
 PACKAGE_RULES: list[tuple[PackageRule, str]] = [
     *(
         (rule, package)
-        for rule in (imports_make_no_circle, rooms_make_no_circle)
+        for rule in (imports_are_acyclic, rooms_are_acyclic)
         for package in ("moe_ext", "megatron/trainer", "moe_app")
     ),
-    *((names_say_one_thing, package) for package in ("moe_ext", "megatron/trainer")),
+    *((names_are_unique, package) for package in ("moe_ext", "megatron/trainer")),
 ]
-CIRCLE = [
+CYCLE = [
     Source("p/__init__.py", "import p.a"),
     Source("p/a.py", "from p import b"),
     Source("p/b.py", "from p.q.c import C\nimport p.d"),
@@ -294,13 +294,13 @@ def test_package_keeps_the_rule(rule: PackageRule, package: str) -> None:
     assert not problems, "\n".join(problems)
 
 
-def test_circle_of_imports_is_found_and_nothing_else() -> None:
-    found = [problem.split(" imports ")[0] for problem in imports_make_no_circle(CIRCLE)]
+def test_cycle_of_imports_is_found_and_nothing_else() -> None:
+    found = [problem.split(" imports ")[0] for problem in imports_are_acyclic(CYCLE)]
     assert found == ["p", "p.a", "p.b", "p.q.c"]
-    assert imports_make_no_circle([*CIRCLE[:3], Source("p/q/c.py", "import p.d"), CIRCLE[4]]) == []
+    assert imports_are_acyclic([*CYCLE[:3], Source("p/q/c.py", "import p.d"), CYCLE[4]]) == []
 
 
-def test_circle_of_rooms_is_found_where_the_modules_make_none() -> None:
+def test_cycle_of_rooms_is_found_where_modules_have_none() -> None:
     package = [
         Source("p/__init__.py", "import p.q.a"),
         Source("p/q/a.py", "from p.r.b import B"),
@@ -308,19 +308,19 @@ def test_circle_of_rooms_is_found_where_the_modules_make_none() -> None:
         Source("p/r/c.py", "import p.q.d"),
         Source("p/q/d.py", ""),
     ]
-    assert imports_make_no_circle(package) == []
-    assert [problem.split(" imports ")[0] for problem in rooms_make_no_circle(package)] == [
+    assert imports_are_acyclic(package) == []
+    assert [problem.split(" imports ")[0] for problem in rooms_are_acyclic(package)] == [
         "q",
         "r",
     ]
-    assert rooms_make_no_circle([*package[:3], package[4]]) == []
+    assert rooms_are_acyclic([*package[:3], package[4]]) == []
 
 
 @pytest.mark.parametrize("files", TWICE)
 def test_name_of_two_things_is_found(files: list[tuple[str, str]]) -> None:
-    assert names_say_one_thing([Source(*each) for each in files])
-    assert names_say_one_thing([Source(*files[0])]) == []
-    assert names_say_one_thing([Source("p/__init__.py", ""), Source("p/q/a.py", "LIMIT = 1")]) == []
+    assert names_are_unique([Source(*each) for each in files])
+    assert names_are_unique([Source(*files[0])]) == []
+    assert names_are_unique([Source("p/__init__.py", ""), Source("p/q/a.py", "LIMIT = 1")]) == []
 
 
 def namespace_problems(root: Path) -> list[str]:

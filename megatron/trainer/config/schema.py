@@ -239,14 +239,14 @@ class ReliabilityConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfilingConfig:
-    """Which steps torch.profiler watches, and on which ranks."""
+    """Sets the steps and ranks that torch.profiler profiles."""
 
     profile: bool = False
     """Profile some steps, and write a trace and a table of operations to save/profile."""
     profile_step_start: int = 10
     """Completed steps at which profiling starts; the next step is the first in the profile."""
     profile_step_end: int = 12
-    """Steps done when profiling ends: the last step in the profile."""
+    """Completed steps at which profiling ends: the last step in the profile."""
     profile_ranks: tuple[int, ...] = (0,)
     """Global ranks to profile, each in its own directory."""
 
