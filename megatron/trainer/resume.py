@@ -1,4 +1,4 @@
-"""The run's state to and from checkpoints: what `state` describes, written by `checkpoint`."""
+"""Saves the state of a run, and resumes from a checkpoint: by `state`, through `checkpoint`."""
 
 import json
 import logging
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 def checkpoint_writer(state: TrainState) -> Callable[[TrainState], None] | None:
-    """What `loop.train` calls to save; None when the run saves nothing."""
+    """Return the function that saves a checkpoint; None for a run without --save."""
     cfg = state.cfg.checkpoint
     if cfg.save is None:
         return None
@@ -73,25 +73,25 @@ def checkpoint_writer(state: TrainState) -> Callable[[TrainState], None] | None:
 
 
 class Architecture(Protocol):
-    """What `resume` asks of a run's model group."""
+    """Describes the model group of a run to `resume`."""
 
     def architecture(self) -> dict[str, object]:
-        """The fields a checkpoint and the run that loads it must share."""
+        """Return the fields that a checkpoint and the run that loads it must share."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Beginning:
-    """What a run went on from."""
+    """Holds what a run started from."""
 
     event: str
     """`start`, `resume` or `branch`, as in events.jsonl."""
     detail: str
     """The same in words."""
     passed_over: tuple[str, ...] = ()
-    """Newer checkpoints that were not whole, each with what is wrong."""
+    """Newer checkpoints that are not valid, each with its first problem."""
     is_continued: bool = False
-    """It goes on in its own directory, from a checkpoint."""
+    """The run continues in its own directory, from a checkpoint."""
 
 
 def resume(state: TrainState, model_config: Architecture) -> Beginning:
@@ -156,7 +156,7 @@ def resume(state: TrainState, model_config: Architecture) -> Beginning:
 def _take_state(
     state: TrainState, found: FoundCheckpoint, run: Mapping[str, Any], *, is_branching: bool = False
 ) -> None:
-    """Take over everything that a checkpoint of a training run holds."""
+    """Restore everything that a checkpoint of a training run holds."""
     request = request_state(state, run, is_branching=is_branching)
     take_data(state, run, is_branching=is_branching)
     # Another layout, or a branch, leaves the random states unread.
@@ -165,9 +165,9 @@ def _take_state(
 
 
 def rewind(state: TrainState, newest: int) -> bool:
-    """Go back to the newest whole checkpoint in `--save`, past the samples drawn since.
+    """Go back to the newest valid checkpoint in `--save`, and leave out the samples drawn since.
 
-    They are left out: the schedule goes on from the checkpoint's step with samples that the run has
+    The schedule goes on from the checkpoint's step with samples that the run has
     not seen, and no phase gets shorter. Called by every rank.
 
     Args:
@@ -206,7 +206,7 @@ def rewind(state: TrainState, newest: int) -> bool:
 
 
 def evaluation_is_pending(state: TrainState) -> bool:
-    """Whether the job before was stopped in the evaluation of this very step; a collective call."""
+    """Return whether the previous job was stopped in this step's evaluation; a collective call."""
     cfg = state.cfg
     if cfg.checkpoint.save is None or not state.validation:
         return False
@@ -230,7 +230,7 @@ def check_directories(cfg: CheckpointConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Origin:
-    """Says where a run begins."""
+    """Says where a run starts from."""
 
     load: Path | None
     """The directory to load from; None begins with initial weights."""
@@ -241,7 +241,7 @@ class _Origin:
 
 
 def _decide_origin(cfg: CheckpointConfig) -> _Origin:
-    """Look into --save and --load on rank 0; a collective call.
+    """Read on rank 0 what --save and --load hold; a collective call.
 
     Raises:
         CheckpointError: --save holds another run, or a branch cannot begin; on every rank.
@@ -276,7 +276,7 @@ def _take_weights(state: TrainState, found: FoundCheckpoint) -> None:
         )
     load_weights(state.modules, found)
     state.optimizer.reload_model_params()
-    logger.info("took the weights of %s; iteration, optimizer and data start anew", found.path)
+    logger.info("loaded the weights of %s; iteration, optimizer and data start afresh", found.path)
 
 
 def _check_branch_start(cfg: CheckpointConfig, is_own_directory: bool) -> None:
@@ -297,7 +297,7 @@ def _check_branch_start(cfg: CheckpointConfig, is_own_directory: bool) -> None:
 def _branch_schedule(
     state: TrainState, run: Mapping[str, Any], found: FoundCheckpoint, is_branching: bool
 ) -> LRSchedule:
-    """The schedule of a branch, which begins with the learning rate of the run it left.
+    """Return the schedule of a branch, which begins with the learning rate of its trunk.
 
     Raises:
         CheckpointError: the checkpoint does not say it, or is of another branch.
@@ -340,15 +340,15 @@ def _has_checkpoints(root: Path, *, upto: int | None = None) -> bool:
 
 
 def _refuse_to_overwrite(save: Path, *, is_from_elsewhere: bool) -> None:
-    """Keep a run out of another's directory.
+    """Refuse a directory that holds another run.
 
-    A job that began from another run's checkpoint and died before it had saved leaves records of
-    nothing. It has to begin again, and the command that does so is the same.
+    A job that started from another run's checkpoint and ended before its first save leaves records
+    but no checkpoint. It starts again, by the same command.
     """
     events = read_records(save / EVENTS_NAME) if is_from_elsewhere else ()
     names = {event.get("event") for event in events}
-    is_stillborn = bool(names) and "save" not in names
-    if _has_checkpoints(save) or ((save / METRICS_NAME).exists() and not is_stillborn):
+    has_saved_nothing = bool(names) and "save" not in names
+    if _has_checkpoints(save) or ((save / METRICS_NAME).exists() and not has_saved_nothing):
         raise CheckpointError(
             f"{save} holds an earlier run; continue it with --load {save} (without --finetune), or"
             " give --save another directory"

@@ -1,4 +1,4 @@
-"""What a run holds, and what of it survives in a checkpoint."""
+"""Defines the state of a run, and the part of it that a checkpoint holds."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -29,25 +29,25 @@ RNG_PREFIX = "rng."
 
 
 class ModelMetrics(Protocol):
-    """What a model measures about itself while it trains; routers, for example."""
+    """Measures a model while it trains: its routers, for example."""
 
     def reset(self) -> None:
         """Forget what was measured."""
         ...
 
     def reduce(self) -> Mapping[str, Any]:
-        """Figures over the whole run's ranks since the last reset; a collective call."""
+        """Return figures over all ranks since the last reset; a collective call."""
         ...
 
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Everything that changes while a run trains, and what it is made of."""
+    """Holds everything that changes while a run trains, and the parts it is made of."""
 
     cfg: RunConfig
     """The resolved config."""
     ctx: RunContext
-    """Where this rank stands."""
+    """This rank's place in the run."""
     chunks: list[DistributedDataParallel]
     """This rank's model chunks, wrapped."""
     transformer_config: TransformerConfig
@@ -59,7 +59,7 @@ class TrainState:
     anneal: Callable[[float], LRSchedule] | None = None
     """For a branch: its schedule, given the learning rate it begins with."""
     train_data: SampleStream
-    """Where the next global batch comes from."""
+    """Source of the next global batch."""
     validation: dict[str, ValidationSet] = field(default_factory=dict)
     """Named validation sets."""
     documents: DocumentRule | None = None
@@ -74,24 +74,24 @@ class TrainState:
     """Which steps are taken."""
 
     def __post_init__(self) -> None:
-        """Begin without a history."""
+        """Start with an empty history."""
         self.guard = StepGuard(self.cfg.reliability)
 
     @property
     def modules(self) -> list[torch.nn.Module]:
-        """The model chunks without wrappers, as they name their parameters."""
+        """Return the model chunks without wrappers."""
         return [unwrap(chunk) for chunk in self.chunks]
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
-    """The megatron-core model inside DDP and Float16Module."""
+    """Return the megatron-core model inside DDP and Float16Module."""
     while hasattr(module, "module"):
         module = module.module  # type: ignore[assignment]
     return module
 
 
 def model_state(modules: list[torch.nn.Module]) -> dict[str, Any]:
-    """Unwrapped chunks' sharded state: `ShardedTensor`s under global names, in any layout.
+    """Return the sharded state of unwrapped chunks: `ShardedTensor`s under global names.
 
     megatron-core's linear layers add an empty `_extra_state` object each, for Transformer Engine's
     sake; these are left out, so that a checkpoint holds tensors only.
@@ -107,7 +107,7 @@ def model_state(modules: list[torch.nn.Module]) -> dict[str, Any]:
 
 
 def sharded_state(state: TrainState, *, is_loading: bool = False) -> dict[str, Any]:
-    """Weights, optimizer and random states, for megatron-core's `dist_checkpointing`."""
+    """Return weights, optimizer and random states for megatron-core's `dist_checkpointing`."""
     model = model_state(state.modules)
     return {
         **model,
@@ -117,7 +117,7 @@ def sharded_state(state: TrainState, *, is_loading: bool = False) -> dict[str, A
 
 
 def run_state(state: TrainState) -> dict[str, Any]:
-    """What every rank knows alike, as JSON can hold it: `run.json` of a checkpoint."""
+    """Return what is the same on every rank, as JSON values: `run.json` of a checkpoint."""
     return {
         "iteration": state.iteration,
         "optimizer_steps": _optimizer_steps(state.optimizer),
@@ -132,9 +132,9 @@ def run_state(state: TrainState) -> dict[str, Any]:
 def request_state(
     state: TrainState, run: Mapping[str, Any], *, is_branching: bool = False
 ) -> dict[str, Any]:
-    """What to ask a checkpoint for, given its `run_state`.
+    """Return the sharded state to load from a checkpoint, given its `run_state`.
 
-    Random states are asked for only where the checkpoint was written under the same layout; a
+    Random states are loaded only where the checkpoint was written under the same layout; a
     branch starts them from its seed.
 
     Raises:
@@ -162,10 +162,10 @@ def request_state(
 
 
 def take_data(state: TrainState, run: Mapping[str, Any], *, is_branching: bool = False) -> None:
-    """Put the data where a checkpoint's `run_state` stood, or a branch's data after it.
+    """Restore the position in the data from a `run_state`; a branch starts its own after it.
 
     Raises:
-        DataError: the run would not read the same samples; asked before anything is loaded.
+        DataError: the run would not read the same samples; checked before anything is loaded.
     """
     take = state.train_data.inherit if is_branching else state.train_data.load_state_dict
     for line in take(run["data"]):
@@ -173,10 +173,10 @@ def take_data(state: TrainState, run: Mapping[str, Any], *, is_branching: bool =
 
 
 def apply_state(state: TrainState, loaded: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    """Take over what was loaded into a request of `request_state`.
+    """Restore the state that was loaded into a request of `request_state`.
 
     Raises:
-        CheckpointError: what it says about earlier steps is damaged.
+        CheckpointError: its record of earlier steps is damaged.
     """
     if "guard" in run:
         try:
@@ -194,13 +194,13 @@ def apply_state(state: TrainState, loaded: Mapping[str, Any], run: Mapping[str, 
 
 
 def load_model(modules: list[torch.nn.Module], loaded: Mapping[str, Any]) -> None:
-    """Take over the weights of every chunk."""
+    """Load the weights of every chunk."""
     for index, module in enumerate(modules):
         module.load_state_dict(loaded[f"model{index}"], strict=True)
 
 
 def _layout(ctx: RunContext) -> dict[str, int | str]:
-    """What random states belong to."""
+    """Return the layout that random states belong to."""
     layout = ctx.layout
     return {
         "device": ctx.device.type,
@@ -214,12 +214,12 @@ def _layout(ctx: RunContext) -> dict[str, int | str]:
 
 
 def _optimizer_steps(optimizer: ChainedOptimizer) -> int:
-    """Updates made so far; every group agrees, an empty optimizer has made none."""
+    """Return the number of updates; the same in every group, 0 for an empty optimizer."""
     return max((int(group.get("step", 0)) for group in optimizer.param_groups), default=0)
 
 
 def _rng_state(ctx: RunContext) -> dict[str, ShardedTensor]:
-    """Every generator state of this rank as a row of a [ranks, bytes] tensor: nothing pickled."""
+    """Return this rank's generator states as rows of [ranks, bytes] tensors, without a pickle."""
     states = {"cpu": torch.get_rng_state(), **get_cuda_rng_tracker().get_states()}
     if ctx.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state()

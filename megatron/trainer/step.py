@@ -1,4 +1,4 @@
-"""One forward-backward-update, and one evaluation pass; no I/O."""
+"""Runs one forward-backward-update, or one evaluation pass; no I/O."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from megatron.trainer.state import ForwardStep, TrainState
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step did; the same on every rank."""
+    """Holds the outcome of a step; the same on every rank."""
 
     lm_loss: float
     """Mean cross-entropy over the tokens of the global batch, nats."""
@@ -34,7 +34,7 @@ class StepResult:
 def language_model_step(
     batches: Iterator[Batch], model: torch.nn.Module
 ) -> tuple[torch.Tensor, Any]:
-    """megatron-core's forward step for next-token prediction.
+    """Run megatron-core's forward step for next-token prediction.
 
     Args:
         batches: micro-batches of this rank; `tokens` and `labels` are [b, s], this context
@@ -59,8 +59,8 @@ def language_model_step(
         total = (losses.float() * mask).sum()
         tokens = mask.sum()
         # Where one is given, it makes the gradient the mean over all tokens of the global batch.
-        whole = tokens if batch.loss_tokens is None else batch.loss_tokens
-        return total / whole.clamp(min=1.0), {"loss_sum": total.detach(), "tokens": tokens}
+        denominator = tokens if batch.loss_tokens is None else batch.loss_tokens
+        return total / denominator.clamp(min=1.0), {"loss_sum": total.detach(), "tokens": tokens}
 
     return output, loss
 
@@ -68,8 +68,8 @@ def language_model_step(
 def train_step(state: TrainState, forward_step: ForwardStep) -> StepResult:
     """Take the next global batch, update the weights, and count the iteration.
 
-    A step whose loss or gradient norm the guard refuses is skipped: it counts, but weights and
-    optimizer stay as they were.
+    A step whose loss or gradient norm the guard refuses is skipped: it is counted, but weights and
+    optimizer do not change.
 
     Raises:
         StepRefusedError: it is one more than may be skipped; raised on every rank alike, with
@@ -136,10 +136,10 @@ def _update(state: TrainState) -> tuple[float, str | None]:
 
 
 def _agreed(state: TrainState, problem: str | None) -> str | None:
-    """This rank's problem or, where only others have one, that they do.
+    """Return this rank's problem or, where only others have one, that they do.
 
-    A number that is not finite is so on every rank. A spike is a matter of the last digit, in which
-    replicas may differ; only then is it worth asking.
+    A number that is not finite is so on every rank. Replicas may differ in the last digit, which
+    can decide about a spike; only then is an all-reduce needed.
     """
     if not state.guard.looks_for_spikes:
         return problem
@@ -149,7 +149,7 @@ def _agreed(state: TrainState, problem: str | None) -> str | None:
 
 
 def _refusal(state: TrainState, what: str) -> str:
-    """Say why the run cannot go on, and what to do."""
+    """Describe why the run cannot go on, with the remedy."""
     skipped = state.guard.skipped_in_row - 1
     before = f" after {skipped} skipped in a row (--max-skipped)" if skipped else ""
     return (
@@ -165,16 +165,16 @@ def evaluate(
     *,
     is_over: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """Mean cross-entropy of the named validation set, nats per token; a collective call.
+    """Compute the mean cross-entropy of a validation set, nats per token; a collective call.
 
     Args:
-        state: where the run stands.
+        state: of the run.
         forward_step: as in training.
         name: of the set.
-        is_over: asked before each global batch, on every rank alike; True gives the evaluation up.
+        is_over: called before each global batch, on every rank; True stops the evaluation.
 
     Returns:
-        The mean, or None where it was given up.
+        The mean, or None where it was stopped.
     """
     cfg = state.cfg
     batches = state.validation[name].batches(
@@ -187,15 +187,15 @@ def evaluate(
     for chunk in state.chunks:
         chunk.eval()
     parts = []
-    given_up = False
+    is_stopped = False
     with torch.no_grad():
         for global_batch in batches:
-            if given_up := is_over():
+            if is_stopped := is_over():
                 break
             parts += _forward_backward(state, forward_step, global_batch, forward_only=True)
     for chunk in state.chunks:
         chunk.train()
-    return None if given_up else _mean_loss(state, parts)
+    return None if is_stopped else _mean_loss(state, parts)
 
 
 def _forward_backward(
@@ -222,11 +222,12 @@ def _forward_backward(
 
 
 def _place(state: TrainState, batches: Sequence[Batch]) -> list[Batch]:
-    """This rank's part of its micro-batches, on its device, as the model takes them.
+    """Return this rank's part of its micro-batches, on its device, as the model takes them.
 
     megatron-core averages over micro-batches and data parallel ranks. Where these count different
-    numbers of tokens, a mean of their means would weigh a token by the company it is in; so each
-    divides its sum of losses by the mean number of tokens, which gives the mean over all tokens.
+    numbers of tokens, a mean of their means would weigh tokens by the size of their micro-batch; so
+    each divides its sum of losses by the mean number of tokens, which gives the mean over all
+    tokens.
     """
     groups = state.ctx.groups
     placed = [batch.to(state.ctx.device) for batch in batches]
@@ -244,7 +245,7 @@ def _place(state: TrainState, batches: Sequence[Batch]) -> list[Batch]:
 
 
 def _mean_loss(state: TrainState, parts: Sequence[dict[str, torch.Tensor]]) -> float:
-    """Mean over all tokens of all ranks.
+    """Compute the mean loss over all tokens of all ranks.
 
     Tensor parallel ranks count their copies alike, in sum and in number; stages before the last
     add nothing. So one all-reduce over the world gives the mean.
@@ -261,7 +262,7 @@ def _mean_loss(state: TrainState, parts: Sequence[dict[str, torch.Tensor]]) -> f
 def _bad_samples(
     state: TrainState, parts: Sequence[dict[str, torch.Tensor]], first_sample: int
 ) -> str:
-    """Say which samples broke the loss: all, where none alone did; a collective call."""
+    """Name the samples whose loss is not finite, or all of the batch; a collective call."""
     size = state.cfg.training.micro_batch_size
     mine = [
         (first_sample + (index * state.ctx.layout.data + state.ctx.data_parallel_rank) * size)

@@ -153,7 +153,7 @@ def test_named_checkpoint_without_a_shard_is_refused(run: Path, tmp_path: Path) 
         load(root, ckpt_step=1),
         f"CheckpointError: the checkpoint of iteration 1 in {root} is damaged (iter_0000001:"
         " __1_0.distcp is missing); ask for another with --ckpt-step, or leave --ckpt-step out to"
-        " take the newest whole one\n",
+        " take the newest valid one\n",
     )
     assert listing(root) == before
 

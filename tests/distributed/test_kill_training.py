@@ -1,4 +1,4 @@
-"""A rank killed in the middle of a save, ten times: training always finds a whole checkpoint."""
+"""A rank killed in the middle of a save, ten times: training always finds a valid checkpoint."""
 
 import json
 import sys

@@ -130,7 +130,7 @@ def test_both_ranks_begin_where_rank_0_sees_a_beginning(
     ("name", "message"),
     [
         ("fresh_rank1_sees_nothing", "CheckpointError: /run holds an earlier run; continue it"),
-        ("resume_rank1_reads_nothing", "CheckpointError: no whole checkpoint in /run (iter_000"),
+        ("resume_rank1_reads_nothing", "CheckpointError: no valid checkpoint in /run (iter_000"),
         ("resume_rank1_lacks_what_it_must_read", "CheckpointError: on rank 1: host "),
         (
             "other_data",

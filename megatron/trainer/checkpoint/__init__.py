@@ -1,8 +1,9 @@
-"""What survives a run: saving, finding and loading checkpoints.
+"""Saves, finds and loads checkpoints.
 
-Read in this order: `layout` (names, renames, the tracker), `save`, `find`, `load`; `ranks` keeps
-the ranks in step, and `fit` compares configurations. `stream_write` and `stream_read` do for one
-process and block by block what `save` and `load` do for a whole run.
+Read in this order: `layout` (names, renames, the tracker), `save`, `find`, `load`; `stages` keeps
+the ranks in step, `compare_config` compares configurations, `saved_run` reads what a run keeps
+beside its state. `stream_write` and `stream_read` do in one process, block by block, what `save`
+and `load` do for all ranks.
 """
 
 from megatron.trainer.checkpoint.compare_config import compare_configs, config_mismatch

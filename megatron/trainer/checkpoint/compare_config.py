@@ -1,4 +1,4 @@
-"""Comparing the configuration in a checkpoint with that of the run that wants to load it."""
+"""Compares the configuration in a checkpoint with that of the run that loads it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ _ABSENT = object()
 
 
 def compare_configs(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Differences between two configurations, a line each.
+    """List the differences between two configurations, a line each.
 
     Args:
         saved: the checkpoint's; nested mappings are compared field by field.
@@ -28,7 +28,7 @@ def compare_configs(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list
 
 
 def config_mismatch(path: Path, differences: Sequence[str]) -> CheckpointError:
-    """The error for a checkpoint that was saved by another configuration, naming every difference.
+    """Return the error for a checkpoint of another configuration; it names every difference.
 
     Args:
         path: the checkpoint.
@@ -43,7 +43,7 @@ def config_mismatch(path: Path, differences: Sequence[str]) -> CheckpointError:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings by dotted name, sequences as tuples."""
+    """Return the leaves of nested mappings by dotted name, sequences as tuples."""
     leaves: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):

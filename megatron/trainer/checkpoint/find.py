@@ -1,4 +1,4 @@
-"""Finding the checkpoint to continue from: the newest whole one, the same on every rank."""
+"""Finds the checkpoint to continue from: the newest valid one, the same on every rank."""
 
 import logging
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class FoundCheckpoint:
-    """A whole checkpoint, and what was passed over to get to it."""
+    """Holds a valid checkpoint, and the candidates that were skipped before it."""
 
     path: Path
     iteration: int
@@ -36,7 +36,7 @@ class FoundCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What rank 0 sees in a run directory."""
+    """Holds what rank 0 sees in a run directory."""
 
     candidates: tuple[tuple[int, Path], ...]
     """Iteration and directory, best first."""
@@ -53,11 +53,11 @@ def find_checkpoint(
     compare_contents: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> FoundCheckpoint:
-    """The checkpoint that the tracker names or, where that one is no good, the newest whole one.
+    """Find the checkpoint that the tracker names or, if it is not valid, the newest valid one.
 
     Called by every rank; rank 0 decides, the ranks share the reading. Every byte of the checkpoint
     that is returned was compared with its checksum, unless the caller does that while it reads.
-    What is passed over is logged as a warning.
+    Skipped candidates are logged as warnings.
 
     Args:
         root: a run directory.
@@ -67,7 +67,7 @@ def find_checkpoint(
         group: all ranks; None is the default group, or this process alone if there is none.
 
     Raises:
-        CheckpointError: no whole checkpoint there, or not the one asked for.
+        CheckpointError: there is no valid checkpoint, or not the one asked for.
     """
     plan = on_rank0("looking for checkpoints", partial(_survey, root, iteration, upto), group)
     skipped: list[tuple[Path, tuple[str, ...]]] = []
@@ -83,10 +83,10 @@ def find_checkpoint(
     if iteration is not None:
         raise CheckpointError(
             f"the checkpoint of iteration {iteration} in {root} is damaged ({listed}); ask for "
-            "another with --ckpt-step, or leave --ckpt-step out to take the newest whole one"
+            "another with --ckpt-step, or leave --ckpt-step out to take the newest valid one"
         )
     raise CheckpointError(
-        f"no whole checkpoint in {root} ({listed}); restore one from a copy, or start without "
+        f"no valid checkpoint in {root} ({listed}); restore one from a copy, or start without "
         "--load"
     )
 
@@ -145,7 +145,7 @@ def _nothing_there(root: Path) -> str:
 def _examine(
     path: Path, iteration: int, group: dist.ProcessGroup | None, *, compare_contents: bool
 ) -> list[str]:
-    """What is wrong with one candidate: names and sizes on rank 0, contents shared by all."""
+    """List the problems of a candidate: rank 0 checks names and sizes, all ranks share contents."""
     problems, manifest = on_rank0(
         f"examining {path}", partial(_examine_outside, path, iteration), group
     )
@@ -158,7 +158,7 @@ def _examine(
 
 
 def _examine_outside(path: Path, iteration: int) -> tuple[list[str], Manifest | None]:
-    """Problems of a candidate or, where there are none, its manifest."""
+    """Return the problems of a candidate or, where there are none, its manifest."""
     if problems := verify_manifest(path, checksums=False):
         return problems, None
     manifest = read_manifest(path)
@@ -168,15 +168,15 @@ def _examine_outside(path: Path, iteration: int) -> tuple[list[str], Manifest | 
 
 
 def _report(found: FoundCheckpoint, plan: _Plan) -> None:
-    """Warn when this is not what the tracker names."""
+    """Warn if this is not the checkpoint that the tracker names."""
     if plan.tracker_problem is not None:
         logger.warning(
-            "%s; taking the newest whole checkpoint, iteration %d",
+            "%s; taking the newest valid checkpoint, iteration %d",
             plan.tracker_problem,
             found.iteration,
         )
     for path, problems in found.skipped:
-        logger.warning("passed over %s: %s", path, _shorten(problems))
+        logger.warning("skipped %s: %s", path, _shorten(problems))
     if found.skipped:
         logger.warning(
             "continuing from iteration %d, not %s: the steps between are lost",

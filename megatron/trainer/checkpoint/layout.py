@@ -1,10 +1,10 @@
-"""Names in a run directory, as Megatron-LM lays them out, and moves that a crash cannot tear.
+"""Names checkpoints as Megatron-LM does, and moves them so that a crash leaves a valid state.
 
 A checkpoint lives under one of three names:
 
-* `iter_0000100`: whole, or damaged since; nothing is ever written into it;
+* `iter_0000100`: complete, or damaged since; nothing is ever written into it;
 * `iter_0000100.tmp-<id>`: being written, or being deleted;
-* `iter_0000100.replaced-<id>`: whole, set aside for a moment while a newer one takes its name.
+* `iter_0000100.replaced-<id>`: complete, set aside while a newer one takes its name.
 """
 
 import logging
@@ -23,32 +23,32 @@ logger = logging.getLogger(__name__)
 
 
 def directory_name(iteration: int) -> str:
-    """Name of the checkpoint of `iteration`: iter_0000100."""
+    """Return the name of the checkpoint of `iteration`: iter_0000100."""
     return f"iter_{iteration:07d}"
 
 
 def final_path(root: Path, iteration: int) -> Path:
-    """Where the checkpoint of `iteration` is found."""
+    """Return the path of the checkpoint of `iteration`."""
     return root / directory_name(iteration)
 
 
 def partial_path(root: Path, iteration: int, attempt: str) -> Path:
-    """Where one attempt to save `iteration` writes."""
+    """Return the path that one attempt to save `iteration` writes to."""
     return root / f"{directory_name(iteration)}.tmp-{attempt}"
 
 
 def replaced_path(root: Path, iteration: int, attempt: str) -> Path:
-    """Where the earlier checkpoint of `iteration` waits until its successor has its name."""
+    """Return the path of the earlier checkpoint of `iteration` while it is being replaced."""
     return root / f"{directory_name(iteration)}.replaced-{attempt}"
 
 
 def final_iterations(root: Path) -> list[int]:
-    """Iterations with a directory of final name, ascending."""
+    """Return the iterations with a directory of final name, ascending."""
     return sorted(iteration for iteration, kind, _ in _entries(root) if kind is None)
 
 
 def stranded(root: Path) -> dict[int, Path]:
-    """Checkpoints whose process died after setting them aside, before the successor moved in."""
+    """Return checkpoints that were set aside and not replaced, because the process was killed."""
     finals = set(final_iterations(root))
     return {
         iteration: path
@@ -58,11 +58,13 @@ def stranded(root: Path) -> dict[int, Path]:
 
 
 def clear_leftovers(root: Path) -> None:
-    """Undo what saves that died have left in `root`: unfinished directories, unfinished moves."""
+    """Clean up after killed saves in `root`: remove partial directories, undo unfinished moves."""
     for path in stranded(root).values():
         original = root / path.name.partition(".")[0]
         path.rename(original)
-        logger.warning("moved %s back to %s: a save died while replacing it", path, original.name)
+        logger.warning(
+            "moved %s back to %s: a save was killed while replacing it", path, original.name
+        )
     for _, kind, path in _entries(root):
         if kind is not None:
             logger.warning("removing %s: the save that wrote it did not finish", path)
@@ -73,9 +75,9 @@ def clear_leftovers(root: Path) -> None:
 
 
 def publish(root: Path, iteration: int, attempt: str) -> None:
-    """Give a finished attempt its final name; an earlier checkpoint of that name is set aside.
+    """Rename a finished attempt to its final name, and set an earlier checkpoint aside.
 
-    At every moment the directory holds a whole checkpoint of that iteration, if it did before,
+    At every moment the directory holds a complete checkpoint of that iteration, if it did before,
     under a name where `find_checkpoint` finds it.
     """
     partial, final = partial_path(root, iteration, attempt), final_path(root, iteration)
@@ -92,7 +94,7 @@ def publish(root: Path, iteration: int, attempt: str) -> None:
 
 
 def discard(root: Path, iteration: int, attempt: str) -> None:
-    """Delete a checkpoint; a crash on the way leaves no half of it under its final name."""
+    """Delete a checkpoint; a crash leaves no part of it under its final name."""
     doomed = partial_path(root, iteration, attempt)
     final_path(root, iteration).rename(doomed)
     sync_directory(root)
@@ -100,7 +102,7 @@ def discard(root: Path, iteration: int, attempt: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a directory of ours, or say that it could not be."""
+    """Delete a directory; log a warning if that fails."""
     try:
         shutil.rmtree(path)
     except OSError as error:
@@ -108,12 +110,12 @@ def remove(path: Path) -> None:
 
 
 def write_tracker(root: Path, iteration: int) -> None:
-    """Let `latest_checkpointed_iteration.txt` name `iteration`; readers see the old or the new."""
+    """Write `iteration` to `latest_checkpointed_iteration.txt` atomically."""
     write_text(root / TRACKER_NAME, str(iteration), durable=True)
 
 
 def read_tracker(root: Path) -> int | str:
-    """The iteration that the tracker names, or what is wrong with the tracker."""
+    """Return the iteration that the tracker names, or a description of its problem."""
     path = root / TRACKER_NAME
     try:
         text = read_small(path, most_bytes=64).decode("utf-8", errors="replace").strip()
@@ -127,7 +129,7 @@ def read_tracker(root: Path) -> int | str:
 
 
 def _entries(root: Path) -> list[tuple[int, str | None, Path]]:
-    """Iteration, kind (None: final) and path of every checkpoint directory, sorted by name."""
+    """Return iteration, kind (None: final) and path of every checkpoint directory, by name."""
     entries = []
     for path in sorted(root.iterdir()):
         match = _NAME.fullmatch(path.name)

@@ -1,4 +1,4 @@
-"""Reading a checkpoint into a sharded state, of the layout it was saved from or another."""
+"""Reads a checkpoint into a sharded state, whatever layout it was saved from."""
 
 import json
 import socket
@@ -71,7 +71,7 @@ def load_checkpoint(
 
 
 def read_text(path: Path, name: str) -> str:
-    """A small text file that was saved with the checkpoint `path`, such as config.yaml.
+    """Read a small text file of the checkpoint `path`, such as config.yaml.
 
     Raises:
         CheckpointError: there is none of that name, or it is not text.
@@ -92,7 +92,7 @@ def read_text(path: Path, name: str) -> str:
 
 
 def _check_visible(path: Path) -> None:
-    """Look for the files that megatron-core reads before its first collective.
+    """Check that this rank sees the files that megatron-core reads before its first collective.
 
     A rank that failed to read them would leave the others waiting.
 
@@ -191,12 +191,12 @@ def _read(path: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _key(entry: ShardedTensor | ShardedObject) -> str:
-    """The name under which the checkpoint's metadata lists an entry."""
+    """Return the name under which the checkpoint's metadata lists an entry."""
     return str(entry.unique_key if isinstance(entry, ShardedObject) else entry.key)
 
 
 def _differs(asked: Any, stored: Any) -> bool:
-    """Whether two entries of one name cannot be the same tensor."""
+    """Return whether two entries of one name cannot be the same tensor."""
     if not isinstance(asked, ShardedTensor) or asked.allow_shape_mismatch:
         return False
     return tuple(asked.global_shape) != tuple(stored.global_shape)

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: every file with its size and SHA-256.
+"""Writes and checks the manifest of a checkpoint: every file with its size and SHA-256.
 
 `manifest.json` is written last, so its presence says that everything before it was written; its
 contents say that nothing has changed since. Hashing can be shared: each rank hashes some files.
@@ -26,7 +26,7 @@ _MOST_BYTES = 1 << 26
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
-    """What the manifest says of one file."""
+    """Holds the size and digest of one file."""
 
     size_bytes: int
     sha256: str
@@ -35,20 +35,20 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a manifest says of one checkpoint directory."""
+    """Holds the manifest of one checkpoint directory."""
 
     iteration: int
     files: Mapping[str, FileRecord]
-    """By name, manifest.json excepted."""
+    """By name, except manifest.json."""
 
 
 def list_files(directory: Path) -> list[str]:
-    """Sorted names of what lies in `directory`, the manifest excepted."""
+    """Return the sorted names in `directory`, except the manifest."""
     return sorted(entry.name for entry in directory.iterdir() if entry.name != MANIFEST_NAME)
 
 
 def hash_files(directory: Path, names: Sequence[str]) -> dict[str, FileRecord]:
-    """Size and digest of each named file, which is forced to disk on the way.
+    """Return size and digest of each named file, after forcing it to disk.
 
     Raises:
         CheckpointError: a name is not a regular file.
@@ -171,7 +171,7 @@ def compare_files(directory: Path, manifest: Manifest, names: Sequence[str]) -> 
 
 
 def _record(name: str, entry: Any) -> FileRecord:
-    """One entry of `files`, checked."""
+    """Parse and check one entry of `files`."""
     size = entry.get("bytes") if isinstance(entry, dict) else None
     digest = entry.get("sha256") if isinstance(entry, dict) else None
     if not is_plain_name(name) or type(size) is not int or not isinstance(digest, str):

@@ -1,4 +1,4 @@
-"""Whether the metadata of a distributed checkpoint makes sense.
+"""Checks that the metadata of a distributed checkpoint is consistent.
 
 A pickle says which class a record is of, not what its fields hold. Here they are held against each
 other, so that whoever reads the checkpoint may take a size for a size, and so that no value of a
@@ -28,7 +28,7 @@ Chunk = tuple[str, tuple[int, ...]]
 
 
 def metadata_problems(metadata: Any) -> Iterator[str]:
-    """What is wrong with unpickled metadata, a clause each; nothing where it is sound.
+    """List the problems of unpickled metadata, a clause each; nothing if it is valid.
 
     Args:
         metadata: torch's `Metadata`, or megatron-core's own class of the same fields.
@@ -60,7 +60,7 @@ def metadata_problems(metadata: Any) -> Iterator[str]:
 
 
 def _place_problems(key: str, info: Any) -> Iterator[str]:
-    """Where a chunk of a tensor, or an object, lies."""
+    """Check where a chunk of a tensor, or an object, is stored."""
     shard = getattr(info, "relative_path", None)
     if not isinstance(shard, str) or not is_plain_name(shard):
         yield (
@@ -78,7 +78,7 @@ def _place_problems(key: str, info: Any) -> Iterator[str]:
 
 
 def _tensor_problems(key: str, record: TensorStorageMetadata, placed: set[Chunk]) -> Iterator[str]:
-    """One tensor: its sizes, its type, and chunks that fill it."""
+    """Check one tensor: its sizes, its type, and that its chunks fill it."""
     shape, dtype = record.size, getattr(record.properties, "dtype", None)
     if (
         not _are_sizes(shape)
@@ -113,7 +113,7 @@ def _lies_within(chunk: ChunkStorageMetadata, shape: torch.Size) -> bool:
 
 
 def _are_sizes(value: Any) -> TypeGuard[tuple[int, ...]]:
-    """Whether these are numbers from 0 on that no arithmetic can overflow."""
+    """Return whether these are integers from 0 on that no arithmetic can overflow."""
     return (
         isinstance(value, tuple)
         and len(value) <= _MOST_AXES
@@ -122,7 +122,7 @@ def _are_sizes(value: Any) -> TypeGuard[tuple[int, ...]]:
 
 
 def _shown(value: Any) -> str:
-    """A value for a message; tuples in tuples in tuples could be too long for any memory."""
+    """Format a value for a message, at bounded length even for deeply nested tuples."""
     if isinstance(value, tuple | list) and len(value) <= _MOST_AXES:
         return f"({', '.join(_shown_leaf(item) for item in value)})"
     return _shown_leaf(value)

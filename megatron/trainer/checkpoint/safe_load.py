@@ -1,4 +1,4 @@
-"""Reading checkpoints without executing them.
+"""Reads checkpoints without executing them.
 
 A pickle is a program. torch 2.6 to 2.13 and megatron-core 0.16 and 0.17 still run three kinds of it
 when a distributed checkpoint is loaded: the `.metadata` file, every object stored inside a
@@ -94,7 +94,7 @@ def _code_of(name: str) -> int:
 
 
 class _Opcodes(dict[int, Callable[..., None]]):
-    """What to do for each opcode of a pickle."""
+    """Maps each opcode of a pickle to its handler, and refuses all others."""
 
     def __missing__(self, opcode: int) -> Callable[..., None]:
         raise pickle.UnpicklingError(f"it has the opcode {opcode:#x}, which no checkpoint needs")
@@ -105,7 +105,7 @@ class _MetadataUnpickler(pickle._Unpickler):
 
     The one written in Python: it needs half as long again for real metadata, and the one written in
     C allocates as much memory as a few bytes tell it to. Keys of dicts are checked before they are
-    hashed, which for tuples in tuples could take for ever.
+    hashed, which for nested tuples could take exponential time.
     """
 
     stack: list[Any]
@@ -143,7 +143,7 @@ class _MetadataUnpickler(pickle._Unpickler):
 
 
 def _is_plain_key(key: Any) -> bool:
-    """Whether this can be hashed at once: a text, a number, a tuple of such."""
+    """Return whether this is cheap to hash: a string, a number, or a tuple of these."""
     if isinstance(key, MetadataIndex):
         return isinstance(key.fqn, str) and _is_plain_key(key.offset)
     if isinstance(key, tuple):
@@ -152,7 +152,7 @@ def _is_plain_key(key: Any) -> bool:
 
 
 class _GuardedPickle(types.ModuleType):
-    """The pickle module as `torch.distributed.checkpoint.filesystem` sees it: `load` is guarded."""
+    """Replaces the pickle module in `torch.distributed.checkpoint.filesystem`; guards `load`."""
 
     def __getattr__(self, name: str) -> Any:
         if name in {"dump", "dumps"}:
@@ -166,7 +166,7 @@ class _GuardedPickle(types.ModuleType):
 
 
 class _GuardedTorch(types.ModuleType):
-    """The torch module as `torch.distributed.checkpoint.filesystem` sees it: `load` is guarded."""
+    """Replaces the torch module in `torch.distributed.checkpoint.filesystem`; guards `load`."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -212,7 +212,7 @@ def load_metadata(file: IO[bytes]) -> Metadata:
 
 
 def load_trusted_types(file: str | Path | IO[bytes], *, name: str) -> Any:
-    """`torch.load` to the CPU, for tensors, containers, numbers and strings only.
+    """Call `torch.load` to the CPU, for tensors, containers, numbers and strings only.
 
     `weights_only=True` is passed explicitly: torch then disregards the environment variable
     TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, which silently replaces the default. What other packages have
@@ -258,7 +258,7 @@ def _require_plain_archive(file: str | Path | IO[bytes]) -> None:
 
 
 class _Rewindable(io.RawIOBase):
-    """A file for zipfile, which seeks from its end; torch's view of a part of a file cannot."""
+    """Wraps a file for zipfile, which seeks from the end; torch's view of a part cannot."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -288,12 +288,12 @@ class _Rewindable(io.RawIOBase):
 
 
 def refusal(error: pickle.UnpicklingError) -> str:
-    """Why a file that torch refused to load is refused."""
+    """Explain why torch refused to load a file, with a remedy."""
     return f"{what_it_holds(error)}; {_REMEDY}"
 
 
 def what_it_holds(error: pickle.UnpicklingError) -> str:
-    """The offending global out of torch's page of advice on how to load it all the same."""
+    """Return the offending global from torch's message, without its advice to load it anyway."""
     found = re.search(r"GLOBAL (\S+)", str(error))
     return f"it asks for `{found[1]}`" if found else "it is not made of plain values alone"
 

@@ -1,4 +1,4 @@
-"""Writing a checkpoint, so that no crash at any moment costs more than the save it interrupts.
+"""Writes a checkpoint, so that a crash at any moment loses no more than the save it interrupts.
 
 All of it is written to a directory of a temporary name, forced to disk and described by a manifest;
 then one rename makes it a checkpoint, and an atomic replacement makes the tracker name it. Every
@@ -110,7 +110,7 @@ def save_checkpoint(
             f"could not save iteration {iteration} to {root}: {error}; the checkpoints that were "
             "there before are untouched"
         ) from error
-    # From here on the checkpoint stands, whatever happens.
+    # From here on the checkpoint is complete; a failure below does not undo it.
     on_rank0(
         f"writing {layout.TRACKER_NAME}", partial(layout.write_tracker, root, iteration), group
     )
@@ -126,7 +126,7 @@ def _write(
     files: Mapping[str, str | Path],
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Write a whole checkpoint into the new `directory`, manifest included."""
+    """Write a complete checkpoint into the new `directory`, including its manifest."""
     # Its collectives come first and its checks, on rank 0, last: no rank is left behind.
     sharded, common = on_all_ranks("checking the state", partial(save_preprocess, state), group)
     shards = on_all_ranks("preparing the shards", partial(_to_torch, sharded), group)
@@ -146,7 +146,7 @@ def _write(
 
 
 def _to_torch(sharded: ShardedStateDict) -> dict[str, Any]:
-    """This rank's main replicas as torch's checkpoint planner takes them.
+    """Return this rank's main replicas in the form of torch's checkpoint planner.
 
     Raises:
         CheckpointError: an object's data could not be loaded back.
@@ -176,7 +176,7 @@ def _write_shards(directory: Path, shards: dict[str, Any], group: dist.ProcessGr
 def _write_rank0_files(
     directory: Path, common: dict[str, Any], files: Mapping[str, str | Path]
 ) -> None:
-    """Make `directory`; write the unsharded state and the files that keep it company."""
+    """Make `directory`; write the unsharded state and the small files."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     layout.clear_leftovers(directory.parent)
     directory.mkdir()
@@ -218,7 +218,7 @@ def _hash_own(directory: Path, rank: int) -> dict[str, FileRecord]:
 
 
 def _is_shard_of_another(name: str) -> bool:
-    """Whether a rank other than 0 wrote `name`."""
+    """Return whether a rank other than 0 wrote `name`."""
     return name.endswith(".distcp") and not name.startswith("__0_")
 
 
@@ -228,7 +228,7 @@ def _prune(
     """Delete what was replaced and the checkpoints before the `keep_last` newest."""
     if problems := verify_manifest(layout.final_path(root, iteration), checksums=False):
         logger.warning(
-            "the checkpoint of iteration %d is not whole any more (%s); nothing older is deleted",
+            "the checkpoint of iteration %d is no longer valid (%s); nothing older is deleted",
             iteration,
             problems[0],
         )

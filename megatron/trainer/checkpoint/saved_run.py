@@ -1,4 +1,4 @@
-"""The small files that a run keeps in its checkpoints: its configuration, and run.json."""
+"""Reads the small files that a run keeps in its checkpoints: its configuration, and run.json."""
 
 import json
 from collections.abc import Mapping

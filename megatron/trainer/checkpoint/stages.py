@@ -1,4 +1,4 @@
-"""Stages of saving and loading: whatever fails in one is a CheckpointError on every rank."""
+"""Runs stages of saving and loading: a failure in one is a CheckpointError on every rank."""
 
 import contextlib
 import pickle

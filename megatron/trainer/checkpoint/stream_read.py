@@ -1,4 +1,4 @@
-"""Reading blocks of a checkpoint's tensors, by one process that never holds them all.
+"""Reads blocks of a checkpoint's tensors, in one process that never holds them all.
 
 Any layout may have written it: `.metadata` says which chunks of a tensor lie where, and only the
 chunks that a block needs are read. Nothing is executed: every chunk goes through `safe_load`.
@@ -27,7 +27,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """What the metadata says of one tensor."""
+    """Holds shape, type and chunks of one tensor, from the metadata."""
 
     shape: tuple[int, ...]
     """Global."""
@@ -37,7 +37,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where a chunk is serialized; places of one file sort by position."""
+    """Locates a serialized chunk; places in one file sort by position."""
 
     file: str
     begin: int
@@ -45,7 +45,7 @@ class Place:
 
     @property
     def end(self) -> int:
-        """Offset behind its last byte."""
+        """Return the offset behind its last byte."""
         return self.begin + self.num_bytes
 
 
@@ -95,7 +95,7 @@ class CheckpointReader:
 
     @property
     def num_bytes(self) -> int:
-        """Of all shard files together."""
+        """Return the size of all shard files together."""
         names = {place.file for chunks in self._chunks.values() for place in chunks.values()}
         return sum(os.fstat(self.open(name)).st_size for name in names)
 
@@ -106,7 +106,7 @@ class CheckpointReader:
         self._stack.close()
 
     def places(self, key: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> dict[Place, Box]:
-        """The chunks that a block is spread over, by where they lie, each with its own box.
+        """Return the chunks that a block overlaps, in the order of the file, each with its box.
 
         Raises:
             CheckpointError: the checkpoint holds the block in part only, or twice.
@@ -130,7 +130,7 @@ class CheckpointReader:
         return dict(sorted(found.items()))
 
     def read(self, key: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-        """One block; it may share memory with other blocks and must not be changed.
+        """Read one block; it may share memory with other blocks and must not be changed.
 
         Args:
             key: global name of the tensor.
@@ -153,7 +153,7 @@ class CheckpointReader:
         return block
 
     def open(self, name: str) -> int:
-        """Descriptor of a file of the checkpoint, open for as long as the reader is."""
+        """Return the descriptor of a file of the checkpoint; it stays open with the reader."""
         if name not in self._files:
             try:
                 file = self._stack.enter_context((self.path / name).open("rb", buffering=0))
@@ -166,7 +166,7 @@ class CheckpointReader:
         return self._files[name]
 
     def _load(self, key: str, place: Place, box: Box) -> torch.Tensor:
-        """A whole chunk, from the cache or the file."""
+        """Load a complete chunk, from the cache or the file."""
         if place in self._cache:
             return self._cache[place]
         stored = self.tensors[key]
@@ -235,7 +235,7 @@ class ManifestCheck:
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file of its own."""
+    """Presents a part of a file as a file."""
 
     def __init__(self, descriptor: int, place: Place) -> None:
         self._descriptor, self._place, self._position = descriptor, place, 0
@@ -263,7 +263,7 @@ class _Window(io.RawIOBase):
 
 
 def _check_chunk(chunk: Any, key: str, stored: StoredTensor, box: Box) -> None:
-    """What was read must be what the metadata says."""
+    """Refuse a chunk that differs from what the metadata says."""
     found = (tuple(chunk.shape), chunk.dtype) if isinstance(chunk, torch.Tensor) else type(chunk)
     if found != (box[1], stored.dtype):
         raise CheckpointError(
@@ -273,7 +273,7 @@ def _check_chunk(chunk: Any, key: str, stored: StoredTensor, box: Box) -> None:
 
 
 def _common(left: Box, right: Box) -> Box:
-    """The box that two have in common; a size is 0 or less where there is none."""
+    """Return the intersection of two boxes; a size of 0 or less means that it is empty."""
     begins = tuple(map(max, left[0], right[0]))
     ends = map(min, _ends(left), _ends(right))
     return begins, tuple(end - begin for begin, end in zip(begins, ends, strict=True))
@@ -288,7 +288,7 @@ def _volume(box: Box) -> int:
 
 
 def _window(box: Box, *, within: Box) -> tuple[slice, ...]:
-    """Index of a box in the tensor of an enclosing one."""
+    """Return the index of a box in the tensor of an enclosing box."""
     begins: Sequence[int] = [a - b for a, b in zip(box[0], within[0], strict=True)]
     return tuple(slice(b, b + size) for b, size in zip(begins, box[1], strict=True))
 

@@ -1,4 +1,4 @@
-"""Writing a checkpoint of weights block by block, by one process that never holds them all.
+"""Writes a checkpoint of weights block by block, in one process that never holds them all.
 
 The result is the same directory that `save` writes from one rank: a shard file of serialized
 blocks, torch's `.metadata` that says where each lies, megatron-core's `common.pt` and
@@ -46,7 +46,7 @@ _STEP_BYTES = 32 << 20
 
 
 class CheckpointStream:
-    """A checkpoint that is being written; `streamed_checkpoint` makes and completes it.
+    """Receives the blocks of a checkpoint; `streamed_checkpoint` creates and completes it.
 
     Args:
         directory: exists, and is empty of these files.
@@ -144,7 +144,7 @@ class CheckpointStream:
         write_manifest(self._directory, iteration, records)
 
     def _hash(self, end: int, *, is_last: bool = False) -> None:
-        """Let the other thread hash what is surely in the file by now."""
+        """Queue for the hashing thread what is in the file by now."""
         if not is_last:
             end -= end % _STEP_BYTES
             if end <= self._hashed:
@@ -154,7 +154,7 @@ class CheckpointStream:
         self._hashed = end
 
     def _write_metadata(self) -> None:
-        """Torch's description of the shard file; every field as its own writer leaves it."""
+        """Write torch's description of the shard file, every field as its own writer sets it."""
         tensors = {
             key: TensorStorageMetadata(
                 properties=TensorProperties(dtype=self._dtype),
@@ -185,7 +185,7 @@ def streamed_checkpoint(
     files: Mapping[str, str | bytes],
     digests: DigestThread,
 ) -> Iterator[CheckpointStream]:
-    """Give a stream to fill; when the block ends well it is `root/iter_NNNNNNN`.
+    """Yield a stream to fill; it becomes `root/iter_NNNNNNN` if the block ends without an error.
 
     When it ends badly, or is interrupted, nothing of it is left. A killed process leaves a
     directory that no reader takes for a checkpoint and the next save removes.

@@ -29,7 +29,7 @@ class AtomicFile:
         self.path = path
         self._durable = durable
         self._temporary = temporary_path(path)
-        # Of an earlier process with this id; whatever it is, `x` does not write through it.
+        # Left by an earlier process of this id, or a link: `x` never writes through it.
         self._temporary.unlink(missing_ok=True)
         self.file: BinaryIO = self._temporary.open("xb")
 

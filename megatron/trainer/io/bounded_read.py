@@ -1,4 +1,4 @@
-"""Reading small files that somebody else may have made: regular ones, of bounded size.
+"""Reads small files from untrusted sources: regular files of bounded size.
 
 Every problem is an OSError, as of any file that cannot be read; its `strerror` says what it is.
 """
@@ -13,12 +13,12 @@ _BLOCK_BYTES = 1 << 20
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether `name` names an entry of a directory and cannot lead out of it."""
+    """Return whether `name` is an entry of a directory and cannot lead out of it."""
     return name not in {"", ".", ".."} and PurePath(name).name == name and "\0" not in name
 
 
 def open_regular(path: Path) -> int:
-    """Descriptor of a regular file, or of a link to one, opened without waiting for a writer.
+    """Open a regular file, or a link to one, without waiting for a writer; return its descriptor.
 
     Raises:
         OSError: it is not there, or is something else: reading a pipe might never end.
@@ -41,7 +41,7 @@ def read_small(path: Path, *, most_bytes: int) -> bytes:
 
 
 def read_at_most(file: BinaryIO, most_bytes: int) -> bytes:
-    """The rest of an open file; memory grows with what is there, not with what is allowed.
+    """Read the rest of an open file; memory grows with its content, not with the limit.
 
     Raises:
         OSError: it cannot be read, or has more than `most_bytes`.

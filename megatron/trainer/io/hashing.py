@@ -1,4 +1,4 @@
-"""SHA-256 of file regions, computed by a second thread while the first goes on.
+"""Computes SHA-256 of file regions in a second thread.
 
 hashlib and reading let go of Python's lock, so on two cores the digests cost no time of their own.
 The bytes are read from the file, where they still are in the system's memory when they have just
@@ -20,7 +20,7 @@ _Job = tuple["Digest", int, int, int]
 
 
 class Digest:
-    """The digest of bytes that become known bit by bit."""
+    """Accumulates the digest of bytes that arrive in pieces."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -28,7 +28,7 @@ class Digest:
         self.hash = hashlib.sha256()
 
     def hexdigest(self) -> str:
-        """Of what has been hashed so far; call it after `DigestThread.finish`."""
+        """Return the digest of what was hashed so far; call it after `DigestThread.finish`."""
         return self.hash.hexdigest()
 
 
@@ -99,7 +99,7 @@ def _update(digest: Digest, descriptor: int, begin: int, num_bytes: int, block: 
         if count == 0:
             raise CheckpointError(
                 f"{digest.name} ends {end - begin} bytes too early; it was changed while it was"
-                " read, start again with a whole one"
+                " read, start again with a valid one"
             )
         digest.hash.update(block[:count])
         begin += count

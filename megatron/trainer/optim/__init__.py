@@ -1,4 +1,4 @@
-"""AdamW, its checkpoint form, learning-rate schedules, and the wrapping of a model for training.
+"""Provides AdamW, its checkpoint form, learning-rate schedules, and wraps models for training.
 
 The step that uses them is `megatron.trainer.step`.
 """

@@ -1,4 +1,4 @@
-"""AdamW for megatron-core's optimizers, its parameter groups, and the optimizer's construction."""
+"""Builds megatron-core's optimizer over an AdamW of our own, and its parameter groups."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -23,7 +23,7 @@ ParameterGroups = Iterable[dict[str, Any]]
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW whose step count lives in the parameter group, as in Apex's and TE's fused Adam.
+    """Implements AdamW with its step count in the parameter group, as Apex and TE have it.
 
     torch's own AdamW counts per parameter, which megatron-core's distributed optimizer does not
     store; a run that resumed with it would restart the bias correction. The arithmetic is torch's
@@ -53,7 +53,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def initialize_moments(self) -> None:
-        """Give every parameter its zero moments, so that a checkpoint has a place for them."""
+        """Create zero moments for every parameter, so that a checkpoint can be loaded into them."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self.state[parameter]
@@ -142,7 +142,7 @@ def build_optimizer(
 
 
 def decay_overrides(rule: Literal["all", "matrices"]) -> dict[ParamKey, dict[str, float]]:
-    """megatron-core's group overrides for a weight-decay rule.
+    """Return megatron-core's group overrides for a weight-decay rule.
 
     `all` is OLMoE's (norms, QK-norms, embeddings and biases decay too; paper sections 4.2.3 and
     4.2.4). `matrices` leaves one-dimensional parameters alone, as Megatron-LM does.
@@ -161,7 +161,7 @@ def apply_schedule(optimizer: ChainedOptimizer, *, lr: float, weight_decay: floa
 
 
 def clip_gradients(optimizer: ChainedOptimizer, norm: float) -> None:
-    """Scale the prepared gradients down to `clip_grad`, as megatron-core's own step does.
+    """Clip the prepared gradients to the norm `clip_grad`, as megatron-core's own step does.
 
     Args:
         optimizer: after `prepare_grads`; with a `clip_grad` of 0 its gradients stay as they are.
@@ -174,7 +174,7 @@ def clip_gradients(optimizer: ChainedOptimizer, norm: float) -> None:
 
 
 def describe_groups(optimizer: ChainedOptimizer, weight_decay: float) -> list[str]:
-    """One line per parameter group of this rank, for the log's head."""
+    """Describe each parameter group of this rank in one line, for the log."""
     lines = []
     for group in optimizer.param_groups:
         kind = "expert" if group["is_expert_parallel"] else "dense"

@@ -1,4 +1,4 @@
-"""What the trainer knows of a learning-rate schedule, and which one a resumed run may follow."""
+"""Defines the learning-rate schedule's interface, and which one a resumed run may follow."""
 
 import logging
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ _EXTENSIBLE = {"lr_decay_iters", "lr_wsd_decay_iters"}
 
 
 class LRSchedule(Protocol):
-    """A learning-rate schedule: steps done -> learning rate of the next step."""
+    """Maps steps done to the learning rate of the next step."""
 
     def __call__(self, step: int) -> float:
-        """The learning rate of step number `step`, counted from 0."""
+        """Return the learning rate of step number `step`, counted from 0."""
         ...
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -81,7 +81,7 @@ def check_schedule(
 
 
 def branch_rate(run: Mapping[str, Any], *, where: object) -> float:
-    """The learning rate that a branch from a checkpoint begins with.
+    """Return the learning rate that a branch from a checkpoint begins with.
 
     Args:
         run: What `run_state` said when the checkpoint was written.
@@ -100,7 +100,7 @@ def branch_rate(run: Mapping[str, Any], *, where: object) -> float:
 
 
 def rate_of_branch(saved: Mapping[str, Any], *, anneal_from: int, where: object) -> float:
-    """The learning rate that a branch which is continued began with.
+    """Return the learning rate that a continued branch began with.
 
     Args:
         saved: The schedule in its checkpoint.

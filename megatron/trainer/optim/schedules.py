@@ -1,4 +1,4 @@
-"""Learning-rate schedules as functions step -> value.
+"""Computes learning-rate schedules as functions step -> value.
 
 A decay is a function from the share of the decay that is done, 0 to 1, to the share of the way from
 the peak to the final learning rate that is left, 1 to 0. A WSD schedule (warm-up, stable, decay)
@@ -19,17 +19,17 @@ Decay = Callable[[float], float]
 
 
 def cosine(done: float) -> float:
-    """Half a cosine wave."""
+    """Compute half a cosine wave."""
     return 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 def linear(done: float) -> float:
-    """A straight line."""
+    """Compute a straight line."""
     return 1.0 - done
 
 
 def constant(_done: float) -> float:
-    """No decay."""
+    """Return 1: no decay."""
     return 1.0
 
 
@@ -39,7 +39,7 @@ def exponential(done: float) -> float:
 
 
 def minus_sqrt(done: float) -> float:
-    """One minus the square root."""
+    """Compute one minus the square root."""
     return 1.0 - math.sqrt(done)
 
 
@@ -70,7 +70,7 @@ def register_decay(name: str, decay: Decay) -> None:
 
 
 def decayed(style: str, done: float, *, peak: float, final: float) -> float:
-    """The learning rate when the share `done` (0 to 1) of a decay from peak to final is over."""
+    """Return the learning rate when the share `done` (0 to 1) of a decay is over."""
     if style != GEOMETRIC:
         return final + (peak - final) * DECAYS[style](done)
     return peak * (final / peak) ** done if done < 1.0 else final
@@ -102,7 +102,7 @@ def _check_decay(style: str, *, peak: float, final: float, kind: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Linear warm-up, then a decay, then the final learning rate.
+    """Computes a linear warm-up, then a decay, then the final learning rate.
 
     Calling it with the number of steps done gives the learning rate of the next step.
     """
@@ -150,7 +150,7 @@ class Schedule:
             )
 
     def __call__(self, step: int) -> float:
-        """The learning rate of step number `step`, counted from 0."""
+        """Return the learning rate of step number `step`, counted from 0."""
         if step < self.warmup_iters:
             share = step / self.warmup_iters
             return self.warmup_init + (self.peak - self.warmup_init) * share
@@ -164,7 +164,7 @@ class Schedule:
         return decayed(style, done, peak=self.peak, final=self.final)
 
     def state_dict(self) -> dict[str, str | float | int | None]:
-        """The curve by the names of its flags, to tell whether a resumed run follows the same.
+        """Return the curve by the names of its flags, to compare with that of a resumed run.
 
         A constant schedule has no end to keep, one without a tail no tail.
         """
@@ -183,7 +183,7 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Anneal:
-    """The schedule of an annealing branch: a tail that begins at a step of another run.
+    """Computes the schedule of an annealing branch: a tail that begins at a step of another run.
 
     Calling it with the number of steps done, the other run's included, gives the learning rate of
     the next step.
@@ -215,12 +215,12 @@ class Anneal:
             )
 
     def __call__(self, step: int) -> float:
-        """The learning rate of step number `step`, counted from 0 over both runs."""
+        """Return the learning rate of step number `step`, counted from 0 over both runs."""
         done = min(1.0, max(0.0, (step - self.start) / self.tail_iters))
         return decayed(self.tail, done, peak=self.peak, final=self.final)
 
     def state_dict(self) -> dict[str, str | float | int]:
-        """The curve, mostly by the names of its flags; `anneal_lr` is the rate it begins with."""
+        """Return the curve by the names of its flags; `anneal_lr` is the rate it begins with."""
         return {
             "anneal_from": self.start,
             "anneal_lr": self.peak,
@@ -231,7 +231,7 @@ class Anneal:
 
 
 def build_schedule(cfg: RunConfig) -> Schedule | Anneal:
-    """The learning rate; that of a branch as if it began with `lr`, which `resume` corrects.
+    """Build the schedule; that of a branch as if it began with `lr`, which `resume` corrects.
 
     Raises:
         ConfigError: the shape is unknown, or its parts do not fit together.
@@ -255,7 +255,7 @@ def build_schedule(cfg: RunConfig) -> Schedule | Anneal:
 
 
 def anneal_schedule(cfg: RunConfig, rate: float) -> Anneal:
-    """The schedule of a branch that begins with the learning rate `rate`.
+    """Build the schedule of a branch that begins with the learning rate `rate`.
 
     Raises:
         ConfigError: its tail cannot begin there.

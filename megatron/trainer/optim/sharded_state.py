@@ -1,4 +1,4 @@
-"""Optimizer state in a form that no layout and no optimizer class owns.
+"""Converts optimizer state to a form independent of layout and optimizer class.
 
 megatron-core's optimizers each have a checkpoint form of their own. Here a checkpoint holds, for
 each parameter by its global name, `exp_avg`, `exp_avg_sq` and (bf16) the fp32 master weight; the
@@ -31,7 +31,7 @@ MASTER_PREFIX = f"{OPTIMIZER_PREFIX}fp32_param."
 def optimizer_state(
     optimizer: ChainedOptimizer, model: Mapping[str, Any], *, is_loading: bool
 ) -> dict[str, Any]:
-    """The optimizer's sharded state, to save or to ask a checkpoint for.
+    """Return the optimizer's sharded state, to save or to load into.
 
     Args:
         optimizer: with initialised moments.
@@ -58,7 +58,7 @@ def optimizer_state(
 def load_optimizer_state(
     optimizer: ChainedOptimizer, loaded: Mapping[str, Any], *, steps: int
 ) -> None:
-    """Take over loaded moments and master weights; `steps` updates have been made."""
+    """Restore loaded moments and master weights, after `steps` updates."""
     for index, inner in enumerate(optimizer.chained_optimizers):
         if inner.optimizer is not None:
             inner.load_state_dict(loaded[str(index)])
@@ -67,14 +67,14 @@ def load_optimizer_state(
 
 
 def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
-    """One name space over the chunks; megatron-core looks parameters up by identity."""
+    """Merge the chunks into one name space; megatron-core looks parameters up by identity."""
     return {
         f"{chunk}.{name}": value for chunk, part in model.items() for name, value in part.items()
     }
 
 
 def _share_weights(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:
-    """In fp32 master weights are the model's own: they are saved, and loaded, with the model.
+    """Leave fp32 master weights out: they are the model's own, saved and loaded with it.
 
     megatron-core numbers the parameters of `param_state` in the order of its buffers.
     """

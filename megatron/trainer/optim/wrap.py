@@ -1,4 +1,4 @@
-"""From a model to something that trains: precision, data parallelism, optimizer, callbacks."""
+"""Wraps a model for training: precision, data parallelism, optimizer, callbacks."""
 
 import torch
 from megatron.core.distributed import (

@@ -1,4 +1,4 @@
-"""Work that ranks do in step: what fails on one rank fails on all of them, with one message.
+"""Keeps ranks in step: what fails on one rank fails on all of them, with one message.
 
 What ranks could see differently, a directory on a network file system above all, is read on rank 0
 and broadcast. Only object collectives over one group are used; they work on gloo and on NCCL.

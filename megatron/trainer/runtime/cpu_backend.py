@@ -1,4 +1,4 @@
-"""megatron-core on a machine without CUDA: one explicit set of redirections to the CPU.
+"""Redirects megatron-core's CUDA calls to the CPU, on a machine without CUDA.
 
 megatron-core 0.16 names CUDA outright in its schedules, optimizers, dispatchers and checkpoints.
 `redirect_cuda` makes those names mean the CPU, so that the same training code runs on gloo. It is
@@ -42,7 +42,7 @@ _state = {"redirected": False}
 
 
 class _HostEvent:
-    """An event that has always happened: work on the CPU is done when the call returns."""
+    """Stands for an event that is always complete: work on the CPU is done when a call returns."""
 
     def __init__(self, *_args: object, **_kwargs: object) -> None:
         pass
@@ -61,7 +61,7 @@ class _HostEvent:
 
 
 class _HostStream:
-    """A stream in which everything runs at once, in program order."""
+    """Stands for a stream that runs everything at once, in program order."""
 
     def __init__(self, *_args: object, **_kwargs: object) -> None:
         pass
@@ -119,7 +119,7 @@ def redirect_cuda() -> None:
 
 
 def _returns(value: object) -> Callable[..., Any]:
-    """A function of any arguments that returns `value`."""
+    """Return a function of any arguments that returns `value`."""
 
     def constant(*_args: object, **_kwargs: object) -> object:
         return value
@@ -160,7 +160,7 @@ def _redirect_device_and_streams() -> None:
 
 
 def _redirect_rng() -> None:
-    """tensor_parallel/random keeps "CUDA" generator states for dropout and recompute."""
+    """Redirect the "CUDA" generator states that tensor_parallel/random keeps."""
     from megatron.core.tensor_parallel import random as mcore_random
 
     def get_state(*_args: object, **_kwargs: object) -> torch.Tensor:
@@ -199,7 +199,7 @@ def _redirect_tensor_methods() -> None:
 
 
 def _redirect_factories() -> None:
-    """`device="cuda"` is written out in schedules, optimizer, clip_grads and checkpointing."""
+    """Redirect `device="cuda"`, written out in schedules, optimizer, clip_grads, checkpointing."""
     # torch remembers the factories by identity on first use, for `torch.device("meta")` contexts:
     # let it remember the originals, which ours call.
     torch.utils._device._device_constructors()
@@ -208,7 +208,7 @@ def _redirect_factories() -> None:
 
 
 def _on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The factory, with a CUDA `device` argument replaced by the CPU."""
+    """Return the factory with a CUDA `device` argument replaced by the CPU."""
 
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -221,7 +221,7 @@ def _on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 
 
 def _redirect_all_to_all() -> None:
-    """Gloo wants split sizes as lists; the dispatcher passes tensors and NumPy arrays."""
+    """Pass split sizes to gloo as lists; the dispatcher passes tensors and NumPy arrays."""
     from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -247,7 +247,7 @@ def _as_list(sizes: Any) -> Any:
 
 
 def _redirect_uneven_collectives() -> None:
-    """Gather and reduce-scatter parts of unequal length, which gloo's own calls refuse.
+    """Implement gather and reduce-scatter of unequal parts, which gloo's own calls refuse.
 
     The dispatchers use them under expert tensor parallelism, where ranks hold unequal numbers of
     tokens.

@@ -29,14 +29,14 @@ from megatron.trainer.runtime.rendezvous import meet
 
 logger = logging.getLogger(__name__)
 
-SPEAKING_TIME_S = 30.0
-"""How long the other ranks wait for rank 0 to say what is wrong. torchrun ends all ranks as soon as
-one has failed, so a rank that fails before rank 0 has spoken would silence it."""
+RANK0_MESSAGE_TIME_S = 30.0
+"""How long the other ranks wait for rank 0 to print its error, seconds. torchrun ends all ranks as
+soon as one has failed, so a rank that failed before rank 0 had printed it would suppress it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """Where this process stands in the run."""
+    """Describes the place of this process in the run."""
 
     rank: int
     """Global rank."""
@@ -55,22 +55,22 @@ class RunContext:
 
 
 def environment_rank() -> int:
-    """This process's rank as torchrun announces it, 0 outside torchrun."""
+    """Return this process's rank from torchrun's environment, 0 outside torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
 def environment_world_size() -> int:
-    """The number of processes torchrun started, 1 outside torchrun."""
+    """Return the number of processes that torchrun started, 1 outside torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def slurm_environment() -> dict[str, str]:
-    """What SLURM says about the job that this process is in; nothing outside of one."""
+    """Return SLURM's environment variables; none outside a job."""
     return {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
 
 
 def connect(parallel: ParallelConfig) -> tuple[torch.device, int]:
-    """Start device, threads and the group of all ranks; for what comes before a config is whole.
+    """Start device, threads and the group of all ranks, before a complete config is known.
 
     `initialize` does so too, and may follow.
 
@@ -157,7 +157,7 @@ def run_main(main: Callable[[], int | None]) -> int:
         rank = environment_rank()
         is_alone = error.is_local
         if rank != 0 and not is_alone:
-            time.sleep(SPEAKING_TIME_S)
+            time.sleep(RANK0_MESSAGE_TIME_S)
             is_alone = True  # or torchrun would have ended this rank by now
         where = f" on rank {rank}" if is_alone else ""
         sys.stderr.write(printable(f"{type(error).__name__}{where}: {error}\n"))
@@ -166,7 +166,7 @@ def run_main(main: Callable[[], int | None]) -> int:
     except SystemExit as end:
         signals.stop_listening()
         if end.code not in (None, 0) and environment_rank() != 0:
-            time.sleep(SPEAKING_TIME_S)
+            time.sleep(RANK0_MESSAGE_TIME_S)
         raise
 
 
@@ -199,14 +199,14 @@ def _resolve_threads(parallel: ParallelConfig) -> int:
 
 
 def _num_cores() -> int:
-    """Cores this process may run on: fewer than the machine's where a job has some of them."""
+    """Return the number of cores this process may use, which a job may limit."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _is_omp_of_torchrun() -> bool:
-    """Whether it was torchrun, not the user, that set OMP_NUM_THREADS to 1.
+    """Return whether torchrun, not the user, set OMP_NUM_THREADS to 1.
 
     It does so for several ranks on a node where nobody has set it, which would leave all cores but
     one a rank idle. The environment that torchrun itself was started with tells.
@@ -221,7 +221,7 @@ def _is_omp_of_torchrun() -> bool:
 
 
 def _omp_threads(value: str) -> int:
-    """The outermost level of OMP_NUM_THREADS, which may list one number a nesting level."""
+    """Return the outermost level of OMP_NUM_THREADS, which may list a number per nesting level."""
     outermost = value.split(",")[0].strip()
     if not outermost.isdigit() or int(outermost) < 1:
         raise ConfigError(
@@ -234,7 +234,7 @@ def _omp_threads(value: str) -> int:
 def _start_process_group(device: torch.device, timeout_minutes: int) -> None:
     if dist.is_initialized():
         return
-    _keep_gloo_at_home()
+    _restrict_gloo_to_loopback()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "gloo" if device.type == "cpu" else "nccl"
     if "RANK" in os.environ:
@@ -244,10 +244,10 @@ def _start_process_group(device: torch.device, timeout_minutes: int) -> None:
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
 
 
-def _keep_gloo_at_home() -> None:
-    """Let gloo listen on the loopback interface where all ranks are on this machine.
+def _restrict_gloo_to_loopback() -> None:
+    """Make gloo listen on the loopback interface if all ranks are on this machine.
 
-    It would listen on the address that the host's name stands for, and believe whoever connects.
+    It would listen on the address of the host's name, and accept any connection.
     GLOO_SOCKET_IFNAME names another interface.
     """
     names = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}

@@ -1,4 +1,4 @@
-"""Logging: rank 0 speaks for the run; other ranks only when something is wrong with them."""
+"""Configures logging: rank 0 logs the run, other ranks only their warnings."""
 
 import logging
 import sys
@@ -24,7 +24,7 @@ class _Formatter(logging.Formatter):
     """Keeps what stands in names and texts of others from the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, with control characters spelled out."""
+        """Format a line, with control characters spelled out."""
         return printable(super().format(record))
 
 

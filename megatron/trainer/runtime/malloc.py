@@ -1,4 +1,4 @@
-"""How the C library treats memory that is freed."""
+"""Tunes how the C library treats freed memory."""
 
 import ctypes
 import sys

@@ -235,5 +235,5 @@ def test_loopback_is_for_runs_on_one_machine(
     unset(monkeypatch, *VARIABLES)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    launch._keep_gloo_at_home()
+    launch._restrict_gloo_to_loopback()
     assert os.environ.get("GLOO_SOCKET_IFNAME") == ("lo" if is_kept else None)

@@ -131,7 +131,7 @@ def test_update_is_bitwise_that_of_megatron_cores_own_step(
 def test_skipped_step_counts_but_changes_nothing(
     precision: dict[str, Any], make_state: StateMaker
 ) -> None:
-    """As if its samples had been passed over, at the same place of the schedule."""
+    """As if its samples had been left out, at the same place of the schedule."""
     flags_ = {"train_iters": 5, "max_skipped": 1, "log_interval": 2, **precision}
     state, records = make_state(**flags_), Records()
     assert train(state, Poisoned(state, range(16, 24)), hooks=[records]) is None

@@ -190,7 +190,7 @@ def test_keep_every_spares_its_multiples(tmp_path: Path) -> None:
 def test_nothing_is_deleted_for_a_checkpoint_that_is_not_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The only whole one may be the one before: here a shard goes missing after the rename."""
+    """The only valid one may be the one before: here a shard goes missing after the rename."""
     save(tmp_path, 10)
 
     def lose_a_shard(root: Path, iteration: int, attempt: str) -> None:
@@ -201,7 +201,7 @@ def test_nothing_is_deleted_for_a_checkpoint_that_is_not_whole(
     monkeypatch.setattr(layout, "publish", lose_a_shard)
     save(tmp_path, 20, keep_last=1)
     assert layout.final_iterations(tmp_path) == [10, 20]
-    assert "the checkpoint of iteration 20 is not whole any more" in caplog.text
+    assert "the checkpoint of iteration 20 is no longer valid" in caplog.text
     assert find_checkpoint(tmp_path).iteration == 10
 
 

@@ -1,4 +1,4 @@
-"""Finding whole checkpoints among damaged ones, in a world of one."""
+"""Valid checkpoints are found among damaged ones, in a world of one."""
 
 import logging
 import os
@@ -81,7 +81,7 @@ def test_damage_after_a_roll_back_does_not_lead_into_what_was_given_up(
     with caplog.at_level(logging.WARNING):
         assert find_checkpoint(tmp_path, upto=29).iteration == 10
     assert told(caplog)[-3] == (
-        f"{TRACKER} names iteration 30, which is later than 29; taking the newest whole checkpoint,"
+        f"{TRACKER} names iteration 30, which is later than 29; taking the newest valid checkpoint,"
         " iteration 10"
     )
 
@@ -106,7 +106,7 @@ def test_bad_tracker_falls_back_to_the_newest_and_says_so(
         (tmp_path / TRACKER).write_text(content)
     with caplog.at_level(logging.WARNING):
         assert find_checkpoint(tmp_path).iteration == 20
-    assert told(caplog) == [f"{complaint}; taking the newest whole checkpoint, iteration 20"]
+    assert told(caplog) == [f"{complaint}; taking the newest valid checkpoint, iteration 20"]
 
 
 def damage_missing(path: Path) -> str:
@@ -163,7 +163,7 @@ def test_damaged_checkpoint_is_passed_over_with_the_reason(
     assert found.iteration == 10
     assert found.skipped == ((bad, (problem,)),)
     assert told(caplog) == [
-        f"passed over {bad}: {problem}",
+        f"skipped {bad}: {problem}",
         "continuing from iteration 10, not 20: the steps between are lost",
     ]
     assert load_checkpoint(found.path, make_state(0))["iteration"] == 10
@@ -175,7 +175,7 @@ def test_damaged_checkpoint_asked_for_by_number_is_refused(tmp_path: Path, damag
     problem = damage(save(tmp_path, 20))
     message = (
         f"the checkpoint of iteration 20 in {tmp_path} is damaged (iter_0000020: {problem}); ask "
-        "for another with --ckpt-step, or leave --ckpt-step out to take the newest whole one"
+        "for another with --ckpt-step, or leave --ckpt-step out to take the newest valid one"
     )
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
         find_checkpoint(tmp_path, iteration=20)
@@ -210,7 +210,7 @@ def test_directories_without_checkpoints_say_what_to_give_instead(tmp_path: Path
     ):
         find_checkpoint(path)
     flip_bit(path / SHARD)
-    with pytest.raises(CheckpointError, match=re.escape(f"no whole checkpoint in {tmp_path} (")):
+    with pytest.raises(CheckpointError, match=re.escape(f"no valid checkpoint in {tmp_path} (")):
         find_checkpoint(tmp_path)
 
 
@@ -222,7 +222,9 @@ def test_checkpoint_set_aside_by_a_dead_save_is_found_and_moved_back(
     assert find_checkpoint(tmp_path).path == aside
     with caplog.at_level(logging.WARNING):
         save(tmp_path, 20)
-    assert told(caplog) == [f"moved {aside} back to iter_0000010: a save died while replacing it"]
+    assert told(caplog) == [
+        f"moved {aside} back to iter_0000010: a save was killed while replacing it"
+    ]
     assert find_checkpoint(tmp_path, iteration=10).path == path
 
 

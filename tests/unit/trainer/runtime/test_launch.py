@@ -197,7 +197,7 @@ def test_other_ranks_let_rank_0_speak_and_speak_themselves_only_if_nothing_ends_
 
     assert run_main(fail) == 2
     assert capsys.readouterr() == ("", "ConfigError on rank 1: said by rank 0\n")
-    assert waits == [launch.SPEAKING_TIME_S]
+    assert waits == [launch.RANK0_MESSAGE_TIME_S]
 
 
 def test_error_of_one_rank_alone_is_told_by_that_rank(
