@@ -279,7 +279,7 @@ def _values(hint: Any) -> st.SearchStrategy[Any]:
         fields = {name: _values(kind) for name, kind in typing.get_type_hints(record).items()}
         return st.lists(st.builds(record, **fields), max_size=2).map(tuple)
     if typing.get_origin(hint) is tuple:
-        return st.lists(kinds[str], max_size=3).map(tuple)
+        return st.lists(kinds[typing.get_args(hint)[0]], max_size=3).map(tuple)
     return kinds[hint]
 
 
