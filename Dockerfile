@@ -80,7 +80,7 @@ USER ${USER_ID}:${GROUP_ID}
 
 # An image in which these fail is not built.
 RUN mkdir /tmp/check && export HOME=/tmp/check TMPDIR=/tmp/check \
-    && python -c "import megatron.core, megatron.trainer.loop, moe_app.pretrain.pretrain" \
+    && python -c "import megatron.core, megatron.trainer.loop, moe_app.pretrain.command" \
     && python tools/doctor.py \
     && rm -r /tmp/check
 

@@ -69,8 +69,8 @@ def convert_checkpoint(argv: Argv = None) -> int:
 
 @hide_upstream_warnings()
 def doctor(argv: Argv = None) -> int:
-    """Run `moe_app.doctor.doctor`."""
-    from moe_app.doctor.doctor import main
+    """Run `moe_app.doctor.diagnose`."""
+    from moe_app.doctor.diagnose import main
 
     return main(argv)
 

@@ -9,7 +9,7 @@ import sys
 from torch import Tensor
 
 from megatron.trainer.optim.schedules import register_decay
-from moe_app.pretrain import pretrain
+from moe_app.pretrain import command
 from moe_ext.routers import MoERouter, Routing, register_router
 
 
@@ -36,4 +36,4 @@ register_router("sigmoid_topk", SigmoidTopKRouter)
 register_decay("sqrt", sqrt_decay)
 
 if __name__ == "__main__":
-    sys.exit(pretrain.main())
+    sys.exit(command.main())

@@ -11,6 +11,6 @@ from megatron.trainer.runtime import signals
 def start(argv: Sequence[str] | None = None) -> int:
     """Listen for signals, then import the command, which takes seconds, and run it."""
     signals.listen()
-    from moe_app.pretrain.pretrain import main
+    from moe_app.pretrain.command import main
 
     return main(argv)

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from moe_app.pretrain import pretrain
+from moe_app.pretrain import command
 from tests.distributed.faults_worker import arm
 
 
@@ -26,7 +26,7 @@ def main() -> int:
 
     if os.environ["RANK"] == "1" and not mark.exists():
         arm("step", 7, damage_and_die)
-    return pretrain.main(flags)
+    return command.main(flags)
 
 
 if __name__ == "__main__":

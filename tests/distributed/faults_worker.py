@@ -26,7 +26,7 @@ from typing import Any
 
 from megatron.trainer import loop, resume
 from megatron.trainer.hooks import journal
-from moe_app.pretrain import build, pretrain
+from moe_app.pretrain import build, command
 from tests.distributed.ports import free_port
 from tests.paths import REPO
 
@@ -115,7 +115,7 @@ def fork_ranks(attempt: dict[str, Any]) -> list[int]:
                 fault = attempt.get("fault")
                 if fault is not None and fault["rank"] == rank:
                     prepare(fault, attempt)
-                status = pretrain.main(attempt["flags"])
+                status = command.main(attempt["flags"])
             except BaseException as error:
                 sys.stderr.write(f"rank {rank}: {type(error).__name__}: {error}\n")
             finally:

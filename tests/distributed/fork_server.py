@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed.checkpoint  # noqa: F401
 
 from megatron.trainer.runtime import signals
-from moe_app.pretrain import pretrain  # noqa: F401  what most scripts are about
+from moe_app.pretrain import command  # noqa: F401  what most scripts are about
 from tests.distributed.ports import free_port
 
 GRACE_S = 10.0

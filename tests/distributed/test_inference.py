@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron.trainer.runtime.launch import connect, shut_down
 from moe_app.infer import open_model
-from moe_app.pretrain import pretrain
+from moe_app.pretrain import command
 from tests.distributed.launcher import HERE, flags, ranks
 
 # From torch when it reads a checkpoint, and from megatron-core about its embedding and loss.
@@ -80,7 +80,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             init_method_std=0.1,  # logits of order one: fp32 rounding stays well below 1e-5
             log_interval=1,
         )
-        assert pretrain.main(arguments) == 0
+        assert command.main(arguments) == 0
     return runs
 
 

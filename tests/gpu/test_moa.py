@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_app.pretrain import pretrain
+from moe_app.pretrain import command
 from moe_ext.experts import EXPERT_BACKENDS
 from moe_ext.experts.slots import sort_by_expert
 from moe_ext.functional import sort_choices, topk_softmax
@@ -75,7 +75,7 @@ def test_a_small_jetmoe_trains_in_bf16_like_in_fp32(tmp_path: Path) -> None:
 
     def run(name: str, **changes: Any) -> list[dict[str, Any]]:
         case = {**JETMOE, **sizes, **changes}
-        assert pretrain.main(flags(**case, save=tmp_path / name)) == 0
+        assert command.main(flags(**case, save=tmp_path / name)) == 0
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         return [record for record in map(json.loads, lines) if "lm_loss" in record]
 

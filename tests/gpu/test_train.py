@@ -17,7 +17,7 @@ from megatron.trainer.resume import checkpoint_writer, resume
 from megatron.trainer.runtime.launch import initialize, shut_down
 from megatron.trainer.state import TrainState, sharded_state
 from megatron.trainer.step import language_model_step
-from moe_app.pretrain import pretrain
+from moe_app.pretrain import command
 from moe_app.pretrain.build import build_state
 from moe_app.pretrain.config import parse_recipe
 from tests.distributed.launcher import flags
@@ -51,7 +51,7 @@ def series(directory: Path, key: str) -> list[float]:
 
 
 def run(**changes: Any) -> None:
-    assert pretrain.main(run_flags(**changes)) == 0
+    assert command.main(run_flags(**changes)) == 0
 
 
 @pytest.fixture(scope="module")

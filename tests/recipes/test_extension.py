@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron.trainer.optim.schedules import DECAYS
 from megatron.trainer.runtime.launch import shut_down
-from moe_app.pretrain import pretrain
+from moe_app.pretrain import command
 from moe_ext.routers import ROUTERS
 from tests.distributed.launcher import REPO
 
@@ -53,7 +53,7 @@ def run_here() -> Iterator[Callable[[list[str]], int]]:
     handlers, level = root.handlers[:], root.level
     # torch.device("meta") looks up its factories once; do so before they are redirected to the CPU.
     torch.utils._device._device_constructors()
-    yield pretrain.main
+    yield command.main
     if torch.distributed.is_initialized():
         shut_down()
     root.handlers[:] = handlers

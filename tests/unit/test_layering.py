@@ -269,7 +269,7 @@ PACKAGE_RULES: list[tuple[PackageRule, str]] = [
         for rule in (imports_are_acyclic, rooms_are_acyclic)
         for package in ("moe_ext", "megatron/trainer", "moe_app")
     ),
-    *((names_are_unique, package) for package in ("moe_ext", "megatron/trainer")),
+    *((names_are_unique, package) for package in ("moe_ext", "megatron/trainer", "moe_app")),
 ]
 CYCLE = [
     Source("p/__init__.py", "import p.a"),

@@ -28,7 +28,7 @@ from megatron.trainer.inference.lines import OutputFile
 from megatron.trainer.io.atomic_write import write_durably
 from megatron.trainer.runtime import launch
 from moe_app.doctor.facts import slurm_section
-from moe_app.pretrain import pretrain
+from moe_app.pretrain import command
 from moe_app.pretrain.config import PretrainConfig
 from tests.distributed.launcher import flags
 
@@ -119,7 +119,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         plan |= {"save": run.directory, "wandb_project": KNOWN, "save_interval": 1}
         try:
             with contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
-                run.status = pretrain.main(flags(**plan, threads_per_rank=1))
+                run.status = command.main(flags(**plan, threads_per_rank=1))
         finally:
             os.umask(before)
     run.log = log.getvalue()

@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from megatron.trainer.errors import ConfigError
-from moe_app.doctor import doctor, facts
+from moe_app.doctor import diagnose, facts
 from moe_app.doctor.page import Page, Row, Section, show
 from moe_ext import compat
 from moe_ext.experts import EXPERT_BACKENDS, ExpertBackend
@@ -104,8 +104,8 @@ def test_nearest_combination_is_the_one_with_most_in_common(
     assert compat.nearest_combination({"torch": "2.10.1", "numpy": None}) == old
 
 
-def config(*flags: str) -> doctor.DoctorConfig:
-    return doctor.parse(["--mock-data", *flags])
+def config(*flags: str) -> diagnose.DoctorConfig:
+    return diagnose.parse(["--mock-data", *flags])
 
 
 def test_unusable_expert_backends_are_reported_with_the_reason(
@@ -257,11 +257,11 @@ def test_file_in_the_way_of_save_would_stop_a_run(tmp_path: Path) -> None:
 
 def test_wrong_flag_is_a_matter_of_usage() -> None:
     with pytest.raises(SystemExit) as exit_:
-        doctor.main(["--tensor-model-parallel-sise", "2"])
+        diagnose.main(["--tensor-model-parallel-sise", "2"])
     assert exit_.value.code == 2
 
 
 def test_wrong_recipe_is_a_matter_of_usage(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         config("--config", str(tmp_path / "none.yaml"))
-    assert doctor.main(["--config", str(tmp_path / "none.yaml")]) == 2
+    assert diagnose.main(["--config", str(tmp_path / "none.yaml")]) == 2
