@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron.trainer.config.parallel_layout import resolved_expert_tensor_parallel_size
-from moe_app.doctor.page import Row, Section, State
+from moe_app.doctor.page import Row, RowState, Section
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.compat import check_versions, installed_version, is_version, nearest_combination
 from moe_ext.experts import AUTO, EXPERT_BACKENDS, choose_backend, use_of_model
@@ -327,7 +327,7 @@ def slurm_section(variables: Mapping[str, str], *, num_hosts: int | None) -> Sec
         rows.append(Row(name="time left", value=f"{left / 60:.0f} min"))
     num_nodes = variables.get("SLURM_JOB_NUM_NODES", "")
     if num_hosts is not None and num_nodes.isdigit() and int(num_nodes) != num_hosts:
-        state: State = "warn"
+        state: RowState = "warn"
         rows.append(
             Row(
                 name="nodes used",

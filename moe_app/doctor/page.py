@@ -4,10 +4,10 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-State = Literal["ok", "note", "warn", "bad"]
+RowState = Literal["ok", "note", "warn", "bad"]
 """Fine; worth knowing; probably unintended; would stop a run."""
 
-_SIGNS: dict[State, tuple[str, str, str]] = {
+_SIGNS: dict[RowState, tuple[str, str, str]] = {
     "ok": ("✓", "+", "green"),
     "note": ("·", ".", "dim"),
     "warn": ("!", "!", "yellow"),
@@ -25,7 +25,7 @@ class Row:
     """What was checked."""
     value: str
     """What was found."""
-    state: State = "ok"
+    state: RowState = "ok"
     """Severity."""
     detail: str = ""
     """Reason and remedy; a full sentence for `warn` and `bad`."""
@@ -48,7 +48,7 @@ class Page:
 
     sections: tuple[Section, ...]
 
-    def messages(self, state: State) -> list[str]:
+    def messages(self, state: RowState) -> list[str]:
         """Format the rows of a state, one sentence each."""
         return [
             f"{row.name}: {row.detail or row.value}"

@@ -245,6 +245,8 @@ def names_are_unique(package: Sequence[Source]) -> list[str]:
     places: dict[str, set[str]] = {}
     for source in package:
         *folders, module = module_of(source).split(".")
+        if module == "__main__":
+            continue
         for number, folder in enumerate(folders, start=1):
             places.setdefault(folder, set()).add(".".join(folders[:number]))
         places.setdefault(module, set()).add(module_of(source))
