@@ -51,7 +51,7 @@ def pretrain(cfg: PretrainConfig) -> int:
     if cfg.reliability.exit_signal_handler:
         signals.listen()
     else:
-        signals.ignore_no_more()
+        signals.stop_deferring()
     try:
         return _pretrain(cfg)
     finally:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.trainer.health.watchdog import Watchdog
-from megatron.trainer.runtime.rendezvous import meet
+from megatron.trainer.runtime.rendezvous import rendezvous
 
 TIMEOUT_S = 2.0
 STEPS = 8
@@ -48,7 +48,7 @@ def long_step() -> None:
 def main() -> None:
     fault, victim, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     timeout = timedelta(seconds=60)
-    store, rank, world_size = meet(timeout)
+    store, rank, world_size = rendezvous(timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     (out / f"rank{rank}.pid").write_text(str(os.getpid()))
     watchdog = Watchdog(rank=rank, world_size=world_size, timeout_s=TIMEOUT_S)

@@ -58,7 +58,7 @@ class StopRule:
 
     def _any_rank(self) -> Stop | None:
         """All-reduce signals and time limits; a signal may reach this rank later than others."""
-        received = signals.seen()
+        received = signals.received()
         limit = self._cfg.exit_duration_in_mins
         minutes = (time.monotonic() - signals.STARTED) / 60
         is_over = limit is not None and minutes >= limit

@@ -25,7 +25,7 @@ from megatron.trainer.errors import ConfigError, UserError, printable
 from megatron.trainer.runtime import signals
 from megatron.trainer.runtime.collective import require_same
 from megatron.trainer.runtime.malloc import keep_freed_memory
-from megatron.trainer.runtime.rendezvous import meet
+from megatron.trainer.runtime.rendezvous import rendezvous
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ def _start_process_group(device: torch.device, timeout_minutes: int) -> None:
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "gloo" if device.type == "cpu" else "nccl"
     if "RANK" in os.environ:
-        store, rank, world_size = meet(timeout)
+        store, rank, world_size = rendezvous(timeout)
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)

@@ -1,9 +1,9 @@
-"""How the ranks of one attempt find each other, and nobody else.
+"""Lets the ranks of one attempt find each other, apart from those of an earlier attempt.
 
-torchrun keeps one store for a job: after a restart it still holds what the ranks of the attempt
-before wrote there, and torch 2.13 takes the addresses of the dead for those of the living. Most
-restarts then fail with a refused connection. The count of restarts does not tell attempts apart,
-for each node has its own. So the ranks agree on a part of the store that is new.
+torchrun keeps one store for a job. After a restart it still holds the keys of the previous attempt,
+and torch 2.13 takes the addresses of ended processes for those of the running ones: most restarts
+then fail with a refused connection. The restart count cannot tell attempts apart, for each node has
+its own. So the ranks agree on a key prefix that is new.
 """
 
 import datetime
@@ -11,7 +11,7 @@ import secrets
 import time
 
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
 from megatron.trainer.errors import UserError
 
@@ -19,23 +19,23 @@ _PAUSE_S = 0.01
 _SHOWN_RANKS = 16
 
 
-class MeetingError(UserError):
-    """A rank has not come."""
+class RendezvousError(UserError):
+    """Reports that a rank has not joined in time."""
 
     is_local = True
 
 
-def meet(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
+def rendezvous(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
     """Wait for all ranks that torchrun has started.
 
     Returns:
-        A store that holds nothing yet and is shared by these ranks alone, this rank, and how many
-        there are; for `init_process_group`.
+        An empty store that only these ranks share, this rank, and the number of ranks; for
+        `init_process_group`.
 
     Raises:
-        MeetingError: some have not come in time.
+        RendezvousError: some have not joined in time.
     """
-    store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+    store, rank, world_size = next(iter(torch_rendezvous("env://", timeout=timeout)))
     prefix = agree_on_prefix(store, rank=rank, world_size=world_size, timeout=timeout)
     return dist.PrefixStore(prefix, store), rank, world_size
 
@@ -43,44 +43,44 @@ def meet(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
 def agree_on_prefix(
     store: dist.Store, *, rank: int, world_size: int, timeout: datetime.timedelta
 ) -> str:
-    """A name that ranks which are here now agree on, whatever others have left in the store.
+    """Agree on a key prefix among the running ranks, whatever else is in the store.
 
-    Each rank says hello with a word of its own; rank 0 answers under that word, which the dead
-    cannot hear, and waits until each has thanked it.
+    Each rank posts a random token; rank 0 writes the prefix under that token, which only the
+    running process reads, and waits until each rank has acknowledged it.
 
     Raises:
-        MeetingError: not all have come in time.
+        RendezvousError: not all have joined in time.
     """
-    word = secrets.token_hex(8)
+    token = secrets.token_hex(8)
     if rank != 0:
-        store.set(f"hello/{rank}", word)
+        store.set(f"join/{rank}", token)
         try:
-            store.wait([f"welcome/{word}"], timeout)
+            store.wait([f"prefix/{token}"], timeout)
         except dist.DistStoreError as error:
-            raise MeetingError(
+            raise RendezvousError(
                 f"rank 0 has not answered within {timeout.total_seconds():g} s; look at its log,"
                 " and whether its host can be reached from here"
             ) from error
-        prefix = store.get(f"welcome/{word}").decode()
-        store.set(f"{prefix}/thanks/{rank}", "")
+        prefix = store.get(f"prefix/{token}").decode()
+        store.set(f"{prefix}/joined/{rank}", "")
         return prefix
-    prefix = f"attempt/{word}"
+    prefix = f"attempt/{token}"
     deadline = time.monotonic() + timeout.total_seconds()
     missing = set(range(1, world_size))
-    welcomed: set[bytes] = set()
+    answered: set[bytes] = set()
     while missing:
         for other in sorted(missing):
-            if store.check([f"{prefix}/thanks/{other}"]):
+            if store.check([f"{prefix}/joined/{other}"]):
                 missing.remove(other)
-            elif store.check([f"hello/{other}"]):
-                said = store.get(f"hello/{other}")
-                if said not in welcomed:
-                    welcomed.add(said)
-                    store.set(f"welcome/{said.decode()}", prefix)
+            elif store.check([f"join/{other}"]):
+                posted = store.get(f"join/{other}")
+                if posted not in answered:
+                    answered.add(posted)
+                    store.set(f"prefix/{posted.decode()}", prefix)
         if missing and time.monotonic() > deadline:
             shown = ", ".join(str(each) for each in sorted(missing)[:_SHOWN_RANKS])
-            raise MeetingError(
-                f"{len(missing)} of {world_size} ranks have not come within"
+            raise RendezvousError(
+                f"{len(missing)} of {world_size} ranks have not joined within"
                 f" {timeout.total_seconds():g} s: {shown}"
                 f"{', ...' if len(missing) > _SHOWN_RANKS else ''}; look at the logs of their nodes"
             )

@@ -1,6 +1,6 @@
-"""Notices that the run should stop soon: SIGTERM and SIGUSR1, noted and not died of.
+"""Records SIGTERM and SIGUSR1, which ask the run to stop soon, instead of ending the process.
 
-Imports nothing heavy, so that a program can listen before the imports that take seconds.
+Imports nothing heavy, so that a program can listen before imports that take seconds.
 """
 
 import os
@@ -10,45 +10,45 @@ import time
 from types import FrameType
 from typing import Any
 
-NOTICES = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send before they take the machine away."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals that schedulers send before they reclaim the machine."""
 
 STARTED = time.monotonic()
-"""When this process came up, give or take the interpreter's own start."""
+"""Time when this process started, on the monotonic clock, seconds."""
 
-_seen: list[signal.Signals] = []
+_received: list[signal.Signals] = []
 _before: dict[signal.Signals, Any] = {}
 
 
 def listen() -> None:
-    """Note notices from now on; does nothing outside the main thread, or when listening already."""
+    """Record signals from now on; do nothing outside the main thread or when listening already."""
     if _before or threading.current_thread() is not threading.main_thread():
         return
-    for notice in NOTICES:
-        _before[notice] = signal.signal(notice, _note)
+    for number in STOP_SIGNALS:
+        _before[number] = signal.signal(number, _record)
 
 
 def stop_listening() -> None:
-    """Handle notices as before `listen`, and forget what was noted."""
+    """Restore the handlers from before `listen`, and forget recorded signals."""
     while _before:
-        notice, handler = _before.popitem()
+        number, handler = _before.popitem()
         # None: it was not set from Python.
-        signal.signal(notice, signal.SIG_DFL if handler is None else handler)
-    _seen.clear()
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    _received.clear()
 
 
-def ignore_no_more() -> None:
-    """Die of notices as programs do, of one that has come already too."""
-    seen = list(_seen)
+def stop_deferring() -> None:
+    """Restore the default handling, and raise again what was recorded."""
+    pending = list(_received)
     stop_listening()
-    for notice in seen:
-        os.kill(os.getpid(), notice)
+    for number in pending:
+        os.kill(os.getpid(), number)
 
 
-def seen() -> signal.Signals | None:
-    """The first notice that came since `listen`."""
-    return _seen[0] if _seen else None
+def received() -> signal.Signals | None:
+    """Return the first signal since `listen`, or None."""
+    return _received[0] if _received else None
 
 
-def _note(number: int, _frame: FrameType | None) -> None:
-    _seen.append(signal.Signals(number))
+def _record(number: int, _frame: FrameType | None) -> None:
+    _received.append(signal.Signals(number))

@@ -1,4 +1,4 @@
-"""Ranks agree on a part of the store of their own, whatever an attempt before has left there."""
+"""Ranks agree on a key prefix of their own, whatever an earlier attempt has left in the store."""
 
 import datetime
 import threading
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch.distributed as dist
 
-from megatron.trainer.runtime.rendezvous import MeetingError, agree_on_prefix
+from megatron.trainer.runtime.rendezvous import RendezvousError, agree_on_prefix
 
 SHORT = datetime.timedelta(seconds=0.3)
 
@@ -19,13 +19,13 @@ def attempt(
     world_size: int = 3,
     timeout: datetime.timedelta = datetime.timedelta(seconds=20),
 ) -> dict[int, str]:
-    """What each rank gets, or the error it meets."""
+    """Return the prefix or the error of each rank."""
     found: dict[int, str] = {}
 
     def run(rank: int) -> None:
         try:
             found[rank] = agree_on_prefix(store, rank=rank, world_size=world_size, timeout=timeout)
-        except MeetingError as error:
+        except RendezvousError as error:
             found[rank] = str(error)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in ranks]
@@ -48,17 +48,17 @@ def test_ranks_of_each_attempt_agree_and_never_with_one_before(order: tuple[int,
     assert len(set(prefixes)) == 4
 
 
-def test_ranks_that_died_on_the_way_leave_the_next_attempt_alone() -> None:
+def test_ranks_that_ended_early_do_not_disturb_the_next_attempt() -> None:
     store = dist.HashStore()
-    died = attempt(store, [1, 2], timeout=SHORT)  # without rank 0
-    assert all("rank 0 has not answered within 0.3 s" in said for said in died.values())
-    died = attempt(store, [0, 1], timeout=SHORT)  # without rank 2, who said hello before
-    assert "1 of 3 ranks have not come within 0.3 s: 2; look at" in died[0]
+    ended = attempt(store, [1, 2], timeout=SHORT)  # without rank 0
+    assert all("rank 0 has not answered within 0.3 s" in text for text in ended.values())
+    ended = attempt(store, [0, 1], timeout=SHORT)  # without rank 2, which has joined before
+    assert "1 of 3 ranks have not joined within 0.3 s: 2; look at" in ended[0]
     found = attempt(store, [0, 1, 2])
     assert len(set(found.values())) == 1
     assert found[0].startswith("attempt/")
     assert not dist.PrefixStore(found[0], store).check(["anything"])
 
 
-def test_one_rank_alone_waits_for_nobody() -> None:
+def test_one_rank_alone_waits_for_no_other() -> None:
     assert attempt(dist.HashStore(), [0], world_size=1)[0].startswith("attempt/")

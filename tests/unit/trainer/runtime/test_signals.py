@@ -17,16 +17,16 @@ def no_listening() -> Iterator[None]:
     signals.stop_listening()
 
 
-@pytest.mark.parametrize("notice", signals.NOTICES)
+@pytest.mark.parametrize("notice", signals.STOP_SIGNALS)
 def test_signal_is_recorded_once_listened_for(notice: signal.Signals) -> None:
     before = signal.getsignal(notice)
     signals.listen()
     signals.listen()
-    assert signals.seen() is None
+    assert signals.received() is None
     os.kill(os.getpid(), notice)
-    assert signals.seen() == notice
+    assert signals.received() == notice
     signals.stop_listening()
-    assert signals.seen() is None
+    assert signals.received() is None
     assert signal.getsignal(notice) == before
 
 
@@ -34,14 +34,14 @@ def test_first_signal_is_the_one_returned() -> None:
     signals.listen()
     os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert signals.seen() == signal.SIGUSR1
+    assert signals.received() == signal.SIGUSR1
 
 
 def test_signal_received_before_the_flag_was_read_kills_without_the_handler() -> None:
     script = (
         "import os, signal\nfrom megatron.trainer.runtime import signals\nsignals.listen()\n"
         "os.kill(os.getpid(), signal.SIGUSR1)\nprint('alive', flush=True)\n"
-        "signals.ignore_no_more()\nprint('dead')\n"
+        "signals.stop_deferring()\nprint('dead')\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (-signal.SIGUSR1, "alive\n")
