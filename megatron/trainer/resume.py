@@ -121,7 +121,7 @@ def resume(state: TrainState, model_config: Architecture) -> Beginning:
     found = find_checkpoint(load, iteration=cfg.anneal_from if is_branching else cfg.ckpt_step)
     run = on_rank0(
         f"reading the configuration in {found.path}",
-        lambda: _read_run(found, model_config.architecture(), weights_only=cfg.finetune),
+        lambda: _read_run(found, model_config.architecture(), finetune=cfg.finetune),
     )
     passed_over = tuple(f"{path.name}: {problems[0]}" for path, problems in found.skipped)
     if run is None or run.get(WEIGHTS_ONLY) is True:
@@ -319,11 +319,11 @@ def load_weights(modules: list[torch.nn.Module], found: FoundCheckpoint) -> None
 
 
 def _read_run(
-    found: FoundCheckpoint, architecture: Mapping[str, Any], *, weights_only: bool
+    found: FoundCheckpoint, architecture: Mapping[str, Any], *, finetune: bool
 ) -> dict[str, Any] | None:
     """Check that a checkpoint fits, and return its run.json; None where only weights are wanted."""
     check_architecture(found, architecture)
-    return None if weights_only else read_run(found)
+    return None if finetune else read_run(found)
 
 
 def _require_tokenizer(tokenizer: Path) -> None:
