@@ -182,7 +182,7 @@ def compare(found: dict[str, Any], truth: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_process_match_full_forward_passes(
+def test_one_process_matches_full_forward_passes(
     family: str, one: dict[str, Any], truth: dict[str, Any]
 ) -> None:
     compare(one[f"{family}_one"], truth[family])

@@ -266,7 +266,7 @@ def test_leftover_of_a_killed_import_is_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("source")
-def test_damaged_checkpoint_is_not_exported(
+def test_corrupt_checkpoint_is_not_exported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_import(tmp_path)
