@@ -120,7 +120,8 @@ def router(inputs: dict[str, Tensor], rank: int, world_size: int) -> dict[str, T
     gate.weight.data.copy_(inputs["gate"])
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(0.25, dtype=torch.float64))
     hidden = inputs["hidden"].chunk(world_size)[rank].clone().requires_grad_()
-    probs, _ = gate(hidden)
+    routing = gate(hidden)
+    probs = torch.zeros_like(routing.scores).scatter(1, routing.experts, routing.gates)  # [t, e]
     (probs * inputs["upstream_probs"].chunk(world_size)[rank]).sum().backward()
     report = metrics.reduce()
     return {
