@@ -88,7 +88,7 @@ class Beginning:
     """`start`, `resume` or `branch`, as in events.jsonl."""
     detail: str
     """The same in words."""
-    passed_over: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     """Newer checkpoints that are not valid, each with its first problem."""
     is_continued: bool = False
     """The run continues in its own directory, from a checkpoint."""
@@ -123,12 +123,10 @@ def resume(state: TrainState, model_config: Architecture) -> Beginning:
         f"reading the configuration in {found.path}",
         lambda: _read_run(found, model_config.architecture(), finetune=cfg.finetune),
     )
-    passed_over = tuple(f"{path.name}: {problems[0]}" for path, problems in found.skipped)
+    skipped = tuple(f"{path.name}: {problems[0]}" for path, problems in found.skipped)
     if run is None or run.get(WEIGHTS_ONLY) is True:
         _take_weights(state, found)
-        return Beginning(
-            event="start", detail=f"from the weights of {found.path}", passed_over=passed_over
-        )
+        return Beginning(event="start", detail=f"from the weights of {found.path}", skipped=skipped)
     if state.anneal is not None:
         state.schedule = _branch_schedule(state, run, found, is_branching)
     _take_state(state, found, run, is_branching=is_branching)
@@ -148,7 +146,7 @@ def resume(state: TrainState, model_config: Architecture) -> Beginning:
     return Beginning(
         event="branch" if is_branching else "resume",
         detail=f"from {found.path}",
-        passed_over=passed_over,
+        skipped=skipped,
         is_continued=is_continued,
     )
 

@@ -87,8 +87,8 @@ def _train(
 ) -> Stop | None:
     state = build_state(cfg, ctx)
     beginning = resume(state, cfg.model)
-    for passed_over in beginning.passed_over:
-        journal.on_event(state.iteration, "fallback", passed_over)
+    for skipped in beginning.skipped:
+        journal.on_event(state.iteration, "fallback", skipped)
     journal.on_event(state.iteration, beginning.event, beginning.detail)
     if beginning.is_continued:
         journal.saved = state.iteration

@@ -152,7 +152,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoint_is_passed_over_with_the_reason(
+def test_damaged_checkpoint_is_skipped_with_the_reason(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any
 ) -> None:
     save(tmp_path, 10)
