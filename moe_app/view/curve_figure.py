@@ -41,15 +41,15 @@ _LOST_HEIGHT = 0.97
 
 def curve_figure(data: Data) -> go.Figure:
     """Draw `page_data` of one or several runs, with at least one chart."""
-    canvas = _Canvas(data)
+    charts = _CurveCharts(data)
     for number, chart in enumerate(data["charts"], start=1):
-        canvas.add_chart(number, chart)
-    if canvas.has_events:
-        canvas.add_events()
-    return canvas.finish()
+        charts.add_chart(number, chart)
+    if charts.has_events:
+        charts.add_events()
+    return charts.finish()
 
 
-class _Canvas:
+class _CurveCharts:
     """Collects traces, each with its x over tokens and over iterations.
 
     Charts have the axes 1 on. The events' row lies below the first chart and has the next axis; the

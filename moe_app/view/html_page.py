@@ -48,7 +48,7 @@ def make_page(runs: Runs, states: Sequence[RunState], *, title: str, written: st
     """Write the page.
 
     Args:
-        runs: names and histories, see `report_data.page_data`.
+        runs: names and histories, see `page_data.page_data`.
         states: whether each of them goes on.
         title: of the page.
         written: when, for the reader.
