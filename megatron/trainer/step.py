@@ -11,7 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron.trainer.config.parallel_layout import num_microbatches
 from megatron.trainer.data.batch import Batch
-from megatron.trainer.data.batch_views import separate_documents, share_positions
+from megatron.trainer.data.batch_views import separate_documents, shard_positions
 from megatron.trainer.errors import StepRefusedError
 from megatron.trainer.optim.adamw import apply_schedule, clip_gradients
 from megatron.trainer.state import ForwardStep, TrainState
@@ -237,7 +237,7 @@ def _place(state: TrainState, batches: Sequence[Batch]) -> list[Batch]:
     dist.all_reduce(counted, group=groups.dp)  # sum over the ranks that read other samples
     each = (counted / (len(placed) * groups.dp.size())).float()
     return [
-        share_positions(
+        shard_positions(
             replace(batch, loss_tokens=each), rank=groups.cp.rank(), size=groups.cp.size()
         )
         for batch in placed

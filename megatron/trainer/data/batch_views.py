@@ -1,4 +1,4 @@
-"""A micro-batch as the model takes it: documents kept apart, positions shared out over ranks."""
+"""Separates documents within a micro-batch, and splits its positions over ranks."""
 
 from dataclasses import dataclass, replace
 
@@ -10,7 +10,7 @@ from megatron.trainer.data.batch import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentRule:
-    """How the documents within one sequence are kept apart."""
+    """Says how the documents within one sequence are kept apart."""
 
     eod: int
     """Id of the token that ends a document, and belongs to it."""
@@ -40,8 +40,8 @@ def separate_documents(batch: Batch, rule: DocumentRule) -> Batch:
     )
 
 
-def share_positions(batch: Batch, *, rank: int, size: int) -> Batch:
-    """This context parallel rank's part of each row: chunks `rank` and 2 `size` - 1 - `rank`.
+def shard_positions(batch: Batch, *, rank: int, size: int) -> Batch:
+    """Return this context parallel rank's shard of each row, chunks rank and 2 size - 1 - rank.
 
     Args:
         batch: of whole sequences, whose length 2 x `size` divides.

@@ -1,4 +1,4 @@
-"""What a model reaches that knows only how often each token occurs; compare its loss with this."""
+"""Computes the loss of a model that knows only how often each token occurs, to compare with."""
 
 import numpy as np
 import numpy.typing as npt

@@ -1,4 +1,4 @@
-"""Verify and map a token file: PREFIX.idx and PREFIX.bin in Megatron's indexed format.
+"""Verifies and maps a token file: PREFIX.idx and PREFIX.bin in Megatron's indexed format.
 
 Layout of the .idx, little-endian: 9 bytes of magic, u64 version (1), u8 dtype code, u64 number of
 sequences n, u64 number of document bounds d, int32[n] sequence lengths in tokens, int64[n] byte
@@ -38,7 +38,7 @@ _FULL_SCAN_TOKENS = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFile:
-    """A verified token file, mapped read-only."""
+    """Holds a verified token file, mapped read-only."""
 
     prefix: str
     """Path without .bin and .idx."""
@@ -63,7 +63,7 @@ class TokenFile:
         return self.tokens.dtype
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Read every token once and hold it against the vocabulary.
+        """Check every token against the vocabulary.
 
         Args:
             vocab_size: Token ids the model has an embedding for.
@@ -86,7 +86,7 @@ class TokenFile:
 def check_ids(
     ids: npt.NDArray[np.integer], vocab_size: int, *, file: str, first_token: int
 ) -> None:
-    """Hold token ids against the vocabulary.
+    """Check token ids against the vocabulary.
 
     Args:
         ids: [n] a stretch of a token file.
@@ -109,7 +109,7 @@ def check_ids(
 
 @dataclass(frozen=True)
 class _Index:
-    """The content of a verified .idx."""
+    """Holds the content of a verified .idx."""
 
     dtype: np.dtype[np.integer]
     lengths: npt.NDArray[np.int32]

@@ -1,4 +1,4 @@
-"""Texts out of JSON Lines files, one object a line."""
+"""Reads texts from JSON Lines files, one object a line."""
 
 import json
 from collections.abc import Iterator

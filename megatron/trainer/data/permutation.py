@@ -1,4 +1,4 @@
-"""A random order of n things that needs no list of n things."""
+"""Permutes a range pseudo-randomly without storing the order."""
 
 import hashlib
 
@@ -11,7 +11,7 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 class KeyedPermutation:
-    """A pseudo-random permutation of range(n), computed element by element.
+    """Computes a pseudo-random permutation of range(n), element by element.
 
     A balanced Feistel network permutes the numbers of 2k bits, the smallest such range that holds
     n. A result outside range(n) is permuted again until it falls inside (cycle walking), which
@@ -60,7 +60,7 @@ class KeyedPermutation:
         return values.astype(np.int64).reshape(positions.shape)
 
     def _permute(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        """One pass of the network over 1-D values of 2k bits; uint64 wraps on purpose."""
+        """Apply the network once to 1-D values of 2k bits; uint64 wraps on purpose."""
         left, right = values >> self._half_bits, values & self._mask
         for round_key in self._round_keys:
             mixed = right + round_key

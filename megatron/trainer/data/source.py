@@ -18,7 +18,7 @@ from megatron.trainer.errors import DataError
 
 
 class Source(Protocol):
-    """What a stream draws from."""
+    """Declares what a stream asks of what it draws from."""
 
     @property
     def name(self) -> str:
@@ -53,7 +53,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WindowSource:
-    """Windows of a contiguous range of a token file, reshuffled every epoch.
+    """Cuts a contiguous range of a token file into windows, reshuffled every epoch.
 
     Raises:
         DataError: The range is too short for one window.
@@ -74,7 +74,7 @@ class WindowSource:
     num_documents: int | None = None
     """Documents in the range, for the table."""
     vocab_size: int | None = None
-    """When given, every window's ids are held against it."""
+    """When given, every window's ids are checked against it."""
 
     def __post_init__(self) -> None:
         if self.num_windows < 1:
@@ -127,7 +127,7 @@ class WindowSource:
 
 @dataclass(frozen=True, kw_only=True)
 class MockSource:
-    """Uniformly random tokens without end, a function of seed and n, for benchmarks."""
+    """Makes uniformly random tokens without end, a function of seed and n, for benchmarks."""
 
     name: str = "mock"
     """Name in tables and metrics."""

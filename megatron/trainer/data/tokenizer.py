@@ -1,4 +1,4 @@
-"""Tokenizers behind one interface, read from files that hold data, not code."""
+"""Reads tokenizers behind one interface, from files that hold data, not code."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ _LARGEST_ID = (1 << 31) - 1
 
 
 class Tokenizer(Protocol):
-    """What the tools and the trainer ask of a tokenizer."""
+    """Declares what the tools and the trainer ask of a tokenizer."""
 
     @property
     def vocab_size(self) -> int:
@@ -38,7 +38,7 @@ class Tokenizer(Protocol):
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece .model; documents end with `<|endoftext|>`, or `</s>` where that is missing.
+    """Reads a SentencePiece .model; documents end with `<|endoftext|>`, or `</s>` without it.
 
     Args:
         path: The .model file.
@@ -77,7 +77,7 @@ _JSON_KIND = "a tokenizers JSON file"
 
 
 class HFTokenizer:
-    """A tokenizer.json of the `tokenizers` library; documents end with `<|endoftext|>`.
+    """Reads a tokenizer.json of the `tokenizers` library; documents end with `<|endoftext|>`.
 
     Args:
         path: The .json file.

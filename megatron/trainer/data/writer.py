@@ -1,4 +1,4 @@
-"""Write a token file: PREFIX.idx and PREFIX.bin, complete or not at all.
+"""Writes a token file: PREFIX.idx and PREFIX.bin, complete or not at all.
 
 The bytes are those of megatron-core's IndexedDatasetBuilder (a test compares them). Ours needs
 neither torch nor megatron-core, whose import costs each worker process seconds, and keeps eight
@@ -29,7 +29,7 @@ def token_dtype(vocab_size: int) -> np.dtype[np.integer]:
 
 
 class TokenFileWriter:
-    """Write documents of one sequence each; as a context manager, leave nothing half-written.
+    """Writes documents of one sequence each; as a context manager, leaves nothing half-written.
 
     Both files grow under temporary names beside the target. `finish` verifies them as a reader
     would, then renames: first the .bin, the .idx last. A prefix without .idx is refused by

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.trainer.data.batch import Batch
-from megatron.trainer.data.batch_views import DocumentRule, separate_documents, share_positions
+from megatron.trainer.data.batch_views import DocumentRule, separate_documents, shard_positions
 from moe_ext.attention.context_parallel import chunk_order, query_parts
 
 EOD = 0
@@ -33,7 +33,7 @@ def rule(*, positions: bool = True, mask: bool = True) -> DocumentRule:
 
 @given(rows=ROWS)
 @settings(max_examples=60, deadline=None, database=None, derandomize=True)
-def test_positions_and_mask_are_those_of_a_walk_along_each_row(rows: list[list[int]]) -> None:
+def test_positions_and_mask_equal_those_of_a_loop_over_each_row(rows: list[list[int]]) -> None:
     separated = separate_documents(batch_of(rows), rule())
     mask = separated.attention_mask()
     assert mask is not None
@@ -48,7 +48,7 @@ def test_positions_and_mask_are_those_of_a_walk_along_each_row(rows: list[list[i
                 start = query + 1
 
 
-def test_each_reset_is_made_only_where_it_is_asked_for() -> None:
+def test_each_reset_happens_only_where_it_is_set() -> None:
     batch = batch_of([[1, EOD, 1, 1]])
     only_mask = separate_documents(batch, rule(positions=False))
     assert only_mask.position_ids.tolist() == [[0, 1, 2, 3]]
@@ -68,7 +68,7 @@ def test_ranks_hold_every_position_once_with_its_own_mask_and_place(size: int) -
     assert whole_mask is not None
     seen = []
     for rank in range(size):
-        part = share_positions(whole, rank=rank, size=size)
+        part = shard_positions(whole, rank=rank, size=size)
         assert part.places is not None
         places = part.places.tolist()
         half = 12 // (2 * size)
@@ -87,13 +87,13 @@ def test_ranks_hold_every_position_once_with_its_own_mask_and_place(size: int) -
     assert sorted(seen) == list(range(12))
 
 
-def test_one_rank_keeps_the_batch_as_it_is() -> None:
+def test_single_rank_keeps_the_batch_unchanged() -> None:
     batch = batch_of([[1, 2, 3, 4]])
-    assert share_positions(batch, rank=0, size=1) is batch
+    assert shard_positions(batch, rank=0, size=1) is batch
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_attention_meets_the_positions_that_the_batch_was_split_into(size: int) -> None:
+def test_attention_mask_is_of_the_positions_the_batch_was_split_into(size: int) -> None:
     length = 4 * size  # two positions a chunk
     order = chunk_order(size)
     gathered = list(itertools.chain(*([2 * chunk, 2 * chunk + 1] for chunk in order)))
@@ -101,7 +101,7 @@ def test_attention_meets_the_positions_that_the_batch_was_split_into(size: int) 
         mine = gathered[rank * 4 : (rank + 1) * 4]
         parts = list(query_parts(size, rank, 4))
         assert [mine[rows][-1] + 1 for rows, _ in parts] == [seen for _, seen in parts]
-        batch = share_positions(batch_of([list(range(length))]), rank=rank, size=size)
+        batch = shard_positions(batch_of([list(range(length))]), rank=rank, size=size)
         places = list(range(length)) if batch.places is None else batch.places.tolist()
         assert places == mine
     work = [sum(seen for _, seen in query_parts(size, rank, 4)) for rank in range(size)]

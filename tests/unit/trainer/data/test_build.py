@@ -248,7 +248,7 @@ def test_every_file_is_verified_before_the_first_sample(tmp_path: Path, position
         )
 
 
-def test_every_file_is_held_against_the_vocabulary(tmp_path: Path) -> None:
+def test_every_file_is_checked_against_the_vocabulary(tmp_path: Path) -> None:
     prefix = write(tmp_path / "a", [40])
     with pytest.raises(DataError, match="token 39 has id 39, but the vocabulary has 39 ids"):
         build_data(DataConfig(data_path=(prefix,)), vocab_size=39, seq_length=4, seed=1)
@@ -304,7 +304,7 @@ def test_entropy_of_nothing_is_refused() -> None:
         unigram_entropy(np.zeros(3, dtype=np.int64))
 
 
-def test_mock_data_stands_above_a_recipes_files() -> None:
+def test_mock_data_overrides_a_recipes_files() -> None:
     bundle = build(mock_data=True, data_path=("missing",), valid_data_path=("also=missing",))
     assert [source.name for source in bundle.train.sources] == ["mock"]
     assert list(bundle.validation) == ["mock"]

@@ -1,4 +1,4 @@
-"""Which token ends a document: what `--eod-token-id` may be, and who else can say."""
+"""Which token ends a document: valid values of `--eod-token-id`, and its default."""
 
 import re
 
@@ -16,13 +16,13 @@ def test_an_id_of_the_vocabulary_may_end_documents(eod: int) -> None:
     assert found == DocumentRule(eod=eod, reset_position_ids=True, reset_attention_mask=False)
 
 
-def test_without_a_reset_documents_run_together() -> None:
+def test_without_a_reset_documents_are_not_separated() -> None:
     assert document_rule(DataConfig(), 50) is None
 
 
 @pytest.mark.parametrize("eod", [-1, 50])
 def test_an_id_outside_the_vocabulary_is_refused(eod: int) -> None:
-    """It would end no document, and everything would run together without a word."""
+    """It would end no document, and all would be one document without any warning."""
     message = (
         f"the id that ends a document ({eod}) is no token of a vocabulary of 50, so no document"
         " would end; give an --eod-token-id of 0 to 49"

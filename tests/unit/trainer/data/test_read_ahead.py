@@ -1,4 +1,4 @@
-"""Batches read ahead in a thread: the same as without it, and nothing left of it."""
+"""Batches read ahead in a thread: the same as without it, and no thread is left."""
 
 import gc
 import os
@@ -81,7 +81,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 class Counting:
-    """Counts up, and says how far it got."""
+    """Counts up, and records how far it got."""
 
     def __init__(self, error_at: int | None = None) -> None:
         self.taken = 0
@@ -98,7 +98,7 @@ class Counting:
 
 
 @pytest.mark.parametrize("num_ahead", [0, 1, 3])
-def test_items_come_in_order_to_the_last_and_no_more_are_held_than_asked_for(
+def test_items_come_in_order_and_no_more_are_taken_than_the_limit(
     num_ahead: int,
 ) -> None:
     items = Counting()
@@ -120,7 +120,7 @@ def test_error_is_raised_where_its_item_is_asked_for(num_ahead: int) -> None:
         next(reader)
 
 
-def test_item_is_taken_while_the_one_before_it_is_used() -> None:
+def test_next_item_is_taken_while_the_current_one_is_used() -> None:
     asked = threading.Event()
 
     def items() -> Iterator[int]:
@@ -134,7 +134,7 @@ def test_item_is_taken_while_the_one_before_it_is_used() -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_stream_is_the_same_with_and_without_a_thread_whatever_happens_to_it(seed: int) -> None:
+def test_stream_is_the_same_with_and_without_a_thread(seed: int) -> None:
     """Resumes, skipped samples and other batch sizes; states are of what was returned."""
     rng = random.Random(seed)
     plain, ahead = stream(0), stream(rng.randint(1, 3))
@@ -161,7 +161,7 @@ def test_stream_is_the_same_with_and_without_a_thread_whatever_happens_to_it(see
 
 
 @pytest.mark.parametrize("num_ahead", [0, 2])
-def test_end_of_the_phases_is_told_by_the_step_that_needs_more(num_ahead: int) -> None:
+def test_end_of_the_phases_is_raised_by_the_step_that_needs_more(num_ahead: int) -> None:
     drawn = stream(num_ahead, num_samples=8)
     for _ in range(6):
         drawn.next_global_batch(**ALONE)
@@ -173,7 +173,7 @@ def test_end_of_the_phases_is_told_by_the_step_that_needs_more(num_ahead: int) -
 
 
 @pytest.mark.parametrize("num_ahead", [0, 2])
-def test_token_outside_the_vocabulary_is_told_by_the_step_that_needs_it(num_ahead: int) -> None:
+def test_token_outside_the_vocabulary_is_raised_by_the_step_that_needs_it(num_ahead: int) -> None:
     healthy, drawn = stream(0), stream(num_ahead, vocab_size=70)
     taken = 0
     with pytest.raises(DataError, match=re.escape("but the vocabulary has 70 ids")) as caught:
@@ -187,7 +187,7 @@ def test_token_outside_the_vocabulary_is_told_by_the_step_that_needs_it(num_ahea
     assert drawn.consumed_samples == 8 * taken
 
 
-def test_thread_ends_with_the_stream_and_is_not_needed_to_read_on() -> None:
+def test_thread_ends_with_the_stream_and_restarts_when_needed() -> None:
     before = readers()
     drawn = stream(1)
     drawn.next_global_batch(**ALONE)
@@ -203,7 +203,7 @@ def test_thread_ends_with_the_stream_and_is_not_needed_to_read_on() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_forked_process_reads_on_without_the_thread() -> None:
+def test_forked_process_restarts_the_thread() -> None:
     drawn, truth = stream(1), stream(0)
     expected = [ids(truth.next_global_batch(**ALONE)) for _ in range(4)]
     assert ids(drawn.next_global_batch(**ALONE)) == expected[0]
@@ -221,7 +221,7 @@ def test_forked_process_reads_on_without_the_thread() -> None:
     assert [ids(drawn.next_global_batch(**ALONE)) for _ in range(3)] == expected[1:]
 
 
-def test_process_ends_though_batches_are_read_ahead() -> None:
+def test_process_exits_while_batches_are_read_ahead() -> None:
     program = (
         "import itertools, time\n"
         "from megatron.trainer.data.read_ahead import Loading, ReadAhead\n"
@@ -235,7 +235,7 @@ def test_process_ends_though_batches_are_read_ahead() -> None:
 
 
 @pytest.mark.parametrize("num_ahead", [0, 1])
-def test_validation_is_the_same_with_and_without_a_thread_and_may_be_given_up(
+def test_validation_is_the_same_with_and_without_a_thread_and_may_stop_early(
     num_ahead: int,
 ) -> None:
     plain = ValidationSet("v", source("v", 50))

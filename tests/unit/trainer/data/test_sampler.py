@@ -1,4 +1,4 @@
-"""Phases: exact shares in each, sources that go on across borders, resumes and branches."""
+"""Sampler: exact shares in each phase, sources that span phases, resumes and branches."""
 
 import json
 import re
@@ -113,7 +113,7 @@ def test_every_prefix_of_every_phase_is_within_one_of_its_shares(
         sampler.draw(1)
 
 
-def test_no_window_comes_twice_before_its_epoch_ends_whatever_the_phase() -> None:
+def test_no_window_is_drawn_twice_in_an_epoch_across_phases() -> None:
     drawn = draw(stream(), 11)
     per_source = [[id_ for id_ in drawn if id_ // 1000 == n] for n in range(3)]
     assert [len(found) for found in per_source] == [14 + 9, 15, 34 + 16]
@@ -126,7 +126,7 @@ def test_no_window_comes_twice_before_its_epoch_ends_whatever_the_phase() -> Non
     assert sorted(per_source[2]) == list(range(2000, 2200, 4))
 
 
-def test_border_falls_between_two_steps_and_the_phase_is_named() -> None:
+def test_phase_changes_between_two_steps_and_is_named() -> None:
     drawn = stream()
     names = []
     for _ in range(11):
@@ -137,7 +137,7 @@ def test_border_falls_between_two_steps_and_the_phase_is_named() -> None:
 
 @pytest.mark.parametrize("stop", range(12))
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_resume_anywhere_with_any_number_of_ranks_goes_on_alike(stop: int, size: int) -> None:
+def test_resume_anywhere_on_any_number_of_ranks_continues_alike(stop: int, size: int) -> None:
     """Both sides of every border are among the stops."""
     whole = stream()
     expected = draw(whole, 11)
@@ -156,7 +156,7 @@ def test_resume_anywhere_with_any_number_of_ranks_goes_on_alike(stop: int, size:
     assert [rank.state_dict() for rank in ranks] == [whole.state_dict()] * size
 
 
-def test_global_batch_may_straddle_a_border_and_loses_nothing() -> None:
+def test_global_batch_may_span_two_phases_and_loses_nothing() -> None:
     alone, large = stream(), stream()
     assert draw(large, 5, global_batch_size=16) == draw(alone, 10)
 
@@ -234,7 +234,7 @@ def test_resume_under_another_seed_or_with_a_changed_file_is_refused() -> None:
         stream(windows={"web": 51}).load_state_dict(after(3))
 
 
-def test_phases_to_come_may_change_and_the_change_is_told() -> None:
+def test_future_phases_may_change_and_the_change_is_reported() -> None:
     """At the border and before it; the stable phase may be made longer as long as it lasts."""
     for steps in (3, 6):
         longer = changed(STABLE, num_samples=56)
@@ -256,7 +256,7 @@ def test_phases_can_follow_a_run_that_had_none() -> None:
     assert draw(drawn, 5) == draw(stream(), 11)[48:]
 
 
-def test_branch_under_the_same_seed_goes_on_where_the_trunk_stopped() -> None:
+def test_branch_under_the_same_seed_continues_where_the_trunk_stopped() -> None:
     """Trunk and branch together are the run with both phases, to the sample."""
     plain = Phase(sources=("web", "code"), weights=(0.7, 0.3))
     branch = stream(changed(DECAY, name=None))
@@ -286,7 +286,7 @@ def test_branch_under_another_seed_is_shuffled_anew_and_keeps_the_counts() -> No
 
 @pytest.mark.parametrize("seed", [3, 42])
 @pytest.mark.parametrize("stop", [0, 2, 5])
-def test_resumed_branch_goes_on_alike(seed: int, stop: int) -> None:
+def test_resumed_branch_continues_identically(seed: int, stop: int) -> None:
     whole, first, rest = (stream(DECAY, seed=seed) for _ in range(3))
     whole.inherit(after(6))
     first.inherit(after(6))
@@ -297,7 +297,7 @@ def test_resumed_branch_goes_on_alike(seed: int, stop: int) -> None:
     assert rest.state_dict() == whole.state_dict()
 
 
-def test_branch_of_a_branch_goes_on_after_both() -> None:
+def test_branch_of_a_branch_continues_after_both() -> None:
     trunk = after(6)
     one = stream(changed(DECAY, num_samples=24))
     one.inherit(trunk)
@@ -363,7 +363,7 @@ def test_what_was_read_on_both_sides_of_a_border_can_be_skipped() -> None:
     resumed = sampler(json.loads(json.dumps(again.state_dict())))
     rest = draw_samples(resumed, 48)
     assert draw_samples(again, 48) == rest
-    # Every source goes on right behind what was read.
+    # Every source continues right after what was read.
     for name, count in read_to.items():
         numbers = [number for other, number in drawn + rest if other == name]
         assert numbers == list(range(count, count + len(numbers)))

@@ -78,7 +78,7 @@ def test_micro_batches_are_the_same_sets_of_samples_for_every_data_parallel_size
     assert [part.state_dict() for part in ranks] == [alone.state_dict()] * size
 
 
-def test_ranks_take_blocks_of_a_micro_batch_in_turn() -> None:
+def test_micro_batches_are_assigned_to_ranks_round_robin() -> None:
     def split(rank: int, size: int) -> list[list[int]]:
         ranges = split_global_batch(**SIZES, data_parallel_rank=rank, data_parallel_size=size)
         return [list(part) for part in ranges]
@@ -112,7 +112,7 @@ def test_rank_outside_its_group_is_refused() -> None:
         split_global_batch(**SIZES, data_parallel_rank=2, data_parallel_size=2)
 
 
-def test_each_epoch_of_each_source_is_whole_and_in_another_order() -> None:
+def test_each_epoch_of_each_source_is_complete_and_in_another_order() -> None:
     drawn = stream()
     ids = [
         id_
@@ -160,7 +160,7 @@ def test_batch_size_may_change_at_a_resume_and_no_sample_is_lost_or_repeated() -
     assert [i for part in found for i in part] == expected
 
 
-def test_state_says_what_was_consumed_and_of_what() -> None:
+def test_state_holds_what_was_consumed_of_each_source() -> None:
     drawn = stream()
     drawn.next_global_batch(**ALONE)
     assert drawn.state_dict() == {
