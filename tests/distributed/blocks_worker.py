@@ -124,6 +124,7 @@ def router(inputs: dict[str, Tensor], rank: int, world_size: int) -> dict[str, T
     probs = torch.zeros_like(routing.scores).scatter(1, routing.experts, routing.gates)  # [t, e]
     (probs * inputs["upstream_probs"].chunk(world_size)[rank]).sum().backward()
     report = metrics.reduce()
+    assert gate.weight.grad is not None and hidden.grad is not None
     return {
         "probs": probs.detach(),
         "grad_gate": gate.weight.grad,

@@ -16,7 +16,7 @@ from moe_ext.experts.grouped_gemm import (
     grouped_gemm_routed_projection,
 )
 from moe_ext.experts.loop import loop_experts, loop_projection
-from moe_ext.experts.slots import ExpertOrder, sort_by_expert
+from moe_ext.experts.slots import ExpertOrder, Mode, sort_by_expert
 from moe_ext.layers import products
 from moe_ext.layers.products import accumulating_linear
 
@@ -95,10 +95,11 @@ def test_routed_projections_equal_matrices_picked_row_by_row(name: str, backend:
 def test_the_grouped_gemms_projections_equal_matrices_picked_row_by_row(name: str) -> None:
     chosen, order = order_of(name)
     operands = {"token": len(chosen), "row": chosen.numel()}
-    for read, write in (("token", "row"), ("row", "token")):
+    modes: list[tuple[Mode, Mode]] = [("token", "row"), ("row", "token")]
+    for read, write in modes:
         inputs = leaves((operands[read], 16), (EXPERTS, 8, 16), dtype=torch.bfloat16)
         actual = all_of(
-            grouped_gemm_routed_projection(*inputs, order, read=read, write=write),  # type: ignore[arg-type]
+            grouped_gemm_routed_projection(inputs[0], inputs[1], order, read=read, write=write),
             inputs,
         )
         source, weight = exact = [each.detach().double().requires_grad_() for each in inputs]
