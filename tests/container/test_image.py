@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_app.cli import COMMANDS
 from tests.container.bases import NVIDIA_TORCH, SYSTEM_PACKAGES, VENV_PACKAGES
 from tests.container.buildah import Container, Finished, Store, command
 
@@ -113,7 +114,7 @@ def test_image_holds_the_packages_tools_and_examples_of_the_checkout(
     cpu: Container, checkout: Path
 ) -> None:
     packages = cpu.path(VENV_PACKAGES)
-    installed = ("megatron/trainer", "moe_ext")
+    installed = ("megatron/trainer", "moe_app", "moe_ext")
     assert contents(packages, *installed) == contents(checkout, *installed)
     copied = ("tools", "examples", "docker/entrypoint.sh")
     assert contents(cpu.path(PROJECT), *copied) == contents(checkout, *copied)
@@ -137,7 +138,14 @@ def test_build_context_has_only_what_is_copied(store: Store, checkout: Path) -> 
     store.build("context", checkout, "--file", recipe)
     root = store.start("context").files
     sent = {"LICENSE", "README.md", "pyproject.toml", "setup.py"}
-    assert names(root) == sent | {"docker", "examples", "megatron", "moe_ext", "tools"}
+    assert names(root) == sent | {
+        "docker",
+        "examples",
+        "megatron",
+        "moe_app",
+        "moe_ext",
+        "tools",
+    }
     assert [str(path) for path in root.rglob("*") if "private" in path.name] == []
     assert not (root / "tools/__pycache__").exists()
     assert not (root / "examples/.key").exists()
@@ -171,6 +179,31 @@ def test_packages_in_a_mounted_home_are_ignored(cpu: Container, store: Store) ->
     found = cpu.run(*words, options=[f"--volume={home}:/home/trainer"], check=False)
     assert found.returncode == 1
     assert "No module named 'stranger'" in found.stdout
+
+
+# Console command
+
+
+def test_console_command_needs_no_repository(cpu: Container) -> None:
+    script = """
+        cd /tmp
+        python -c "import moe_app; print(moe_app.__file__)"
+        megatron-moe --help | grep "^  [a-z]" | while read -r name _; do
+            megatron-moe "$name" --help > help.txt || exit 9
+            grep -q "^usage: megatron-moe $name" help.txt && echo "$name"
+        done
+        rm help.txt
+    """
+    where, *explained = cpu.run("bash", "-ec", script).stdout.split()
+    assert where == f"{VENV_PACKAGES}/moe_app/__init__.py"
+    assert explained == list(COMMANDS)
+
+
+def test_module_trains_from_any_directory(cpu: Container) -> None:
+    words = ("-m", "moe_app.pretrain", *TINY, "--train-iters", "2")
+    torchrun = ("torchrun", "--nproc-per-node", "1", *words)
+    done = cpu.run("bash", "-c", 'cd /tmp && exec "$@" 2>&1', "bash", *torchrun)
+    assert "run ended: finished, iteration 2 of 2" in done.stdout
 
 
 # Training
