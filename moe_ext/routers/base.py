@@ -86,8 +86,8 @@ class MoERouter(MegatronModule, ABC):
             logits: [t, e] of the gate.
 
         Returns:
-            experts [t, k], all different within a token and in any order; their gates [t, k]; and
-            scores [t, e], probabilities over all experts, for the load-balancing loss.
+            experts [t, k] int64, all different within a token and in any order; their gates
+            [t, k]; and scores [t, e], probabilities over all experts, for the load-balancing loss.
         """
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -133,7 +133,7 @@ class MoERouter(MegatronModule, ABC):
         return routing
 
     def _check_shapes(self, routing: Routing, logits: Tensor) -> None:
-        """Refuses what a `select` of one's own returns with other shapes than it must have."""
+        """Refuses what a `select` returns with other shapes or another type of indices."""
         wanted = (logits.shape[0], self.topk)
         found = {
             "experts": (routing.experts, wanted),
@@ -147,6 +147,11 @@ class MoERouter(MegatronModule, ABC):
                     f" must be {list(shape)}: experts and gates [t, k], scores [t, e], with topk"
                     f" {self.topk} of the configuration"
                 )
+        if routing.experts.dtype != torch.int64:
+            raise ValueError(
+                f"{type(self).__name__}.select returned experts of {routing.experts.dtype}, but"
+                " they are indices of torch.int64; convert them with experts.long()"
+            )
 
     def _attach_losses(self, routing: Routing, logits: Tensor) -> Tensor:
         """Returns the gates [t, k] as they are, with the gradient of both losses to come."""

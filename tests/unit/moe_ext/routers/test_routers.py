@@ -167,6 +167,18 @@ def test_a_selection_of_another_shape_is_refused(
         build(OwnRouter)(random_hidden())
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+def test_experts_of_another_dtype_are_refused(build: RouterMaker, dtype: torch.dtype) -> None:
+    class OwnRouter(SoftmaxTopKRouter):
+        def select(self, logits: Tensor) -> Routing:
+            routing = super().select(logits)
+            return routing._replace(experts=routing.experts.to(dtype))
+
+    message = f"OwnRouter.select returned experts of {dtype}, but they are indices of torch.int64"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(OwnRouter)(random_hidden())
+
+
 def test_nothing_but_the_weight_is_saved(build: RouterMaker) -> None:
     router = build(SoftmaxTopKRouter)
     router(random_hidden())
