@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
-    """Everything a run needs, at iteration 0."""
+    """Build everything that a run needs, at iteration 0; a collective call."""
     schedule = build_schedule(cfg)
     data = _open_data(cfg, ctx)
     documents = on_rank0(
@@ -63,7 +63,7 @@ def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
 
 
 def build_chunks(cfg: PretrainConfig, ctx: RunContext, *, seed: int | None) -> BuiltModel:
-    """This rank's part of the model, on its device, with initial weights if there is a seed."""
+    """Build this rank's model chunks on its device; a seed draws initial weights."""
     check_versions()
     layout, training = ctx.layout, cfg.training
     try:
@@ -100,12 +100,12 @@ def build_chunks(cfg: PretrainConfig, ctx: RunContext, *, seed: int | None) -> B
 
 
 def _recomputes_activation(training: TrainingConfig) -> bool:
-    """Says whether the experts' activation, which is the backend's own, must be recomputed."""
+    """Return whether the expert backend must recompute its activation in backward."""
     return training.recompute_granularity == "selective" and MOE_ACT in training.recompute_modules
 
 
 def _recompute_settings(training: TrainingConfig) -> dict[str, Any]:
-    """Translates recomputation for megatron-core, but for `moe_act`."""
+    """Translate the recomputation settings to megatron-core's, all but `moe_act`."""
     if training.recompute_granularity == "full":
         return {
             "recompute_granularity": "full",
@@ -148,7 +148,7 @@ def _open_data(cfg: PretrainConfig, ctx: RunContext) -> DataBundle:
 
 
 def document_rule(data: DataConfig, vocab_size: int) -> DocumentRule | None:
-    """What `--reset-position-ids` and `--reset-attention-mask` ask for; None if neither is set."""
+    """Return what `--reset-position-ids` and `--reset-attention-mask` ask for; None for neither."""
     eod = data.eod_token_id
     if not (data.reset_position_ids or data.reset_attention_mask):
         if eod is not None:
@@ -178,7 +178,7 @@ def document_rule(data: DataConfig, vocab_size: int) -> DocumentRule | None:
 
 
 def _check_validation(cfg: PretrainConfig, data: DataBundle) -> None:
-    """Find out now, not at the first evaluation, that a set has less than one global batch."""
+    """Refuse, before the first step, a validation set of less than one global batch."""
     if cfg.evaluation.eval_interval and not data.validation:
         logger.warning(
             "--eval-interval %d, but there is no validation set: give --split 99,1 or"

@@ -1,4 +1,4 @@
-"""The config of a run: the trainer's groups of settings and a model.
+"""Defines the config of a run: the trainer's groups of settings and a model.
 
 Every tool that trains or loads a model reads it here, so that all mean the same by one recipe.
 """
@@ -17,14 +17,14 @@ from moe_ext.presets import PRESETS
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
-    """A pretraining run."""
+    """Holds the settings of a pretraining run."""
 
     model: MoEModelConfig = field(default_factory=MoEModelConfig)
     """The architecture."""
 
 
 def parse_recipe(argv: Sequence[str] | None, *, prog: str, description: str) -> PretrainConfig:
-    """Read recipe and flags; on ranks other than 0 without a word."""
+    """Read recipe and flags; print on rank 0 only."""
     return load_config(
         PretrainConfig,
         sys.argv[1:] if argv is None else argv,

@@ -1,4 +1,4 @@
-"""Says what a run will do before it does it: model, layout, losses, data."""
+"""Describes a run before it starts: model, layout, losses, data."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from moe_ext.functional import layer_coefficients
 
 
 def describe_run(cfg: PretrainConfig, ctx: RunContext, backend: BackendChoice | None) -> list[str]:
-    """Lists the head of the log: what is trained, how it is laid out, what the losses mean.
+    """List the head of the log: what is trained, how it is laid out, what the losses mean.
 
     Args:
         cfg: the run.
@@ -54,7 +54,7 @@ def describe_run(cfg: PretrainConfig, ctx: RunContext, backend: BackendChoice | 
 
 
 def _describe_losses(model: MoEModelConfig, *, topk: int, routers: str = "") -> list[str]:
-    """What the coefficients mean for the routers that choose `topk` experts."""
+    """Describe the loss coefficients of the routers that choose `topk` experts."""
     balance, z = layer_coefficients(
         model.moe_loss_convention,
         model.moe_aux_loss_coeff,
@@ -73,14 +73,14 @@ def _describe_losses(model: MoEModelConfig, *, topk: int, routers: str = "") -> 
 
 
 def data_lines(cfg: RunConfig, data: DataBundle) -> tuple[list[str], list[str]]:
-    """The table of phases and sources, and a warning for each source that is repeated."""
+    """Return the table of phases and sources, and a warning for each source that is repeated."""
     steps = cfg.training.train_iters - (cfg.checkpoint.anneal_from or 0)
     rows = describe(data, train_samples=steps * cfg.training.global_batch_size)
     return data_table(rows, seq_length=cfg.training.seq_length), repeated_sources(rows)
 
 
 def data_table(rows: Sequence[dict[str, Any]], *, seq_length: int) -> list[str]:
-    """One line per phase and token source; what a source cannot know is left out."""
+    """Format one line per phase and token source, without numbers that the source does not know."""
     formats = {
         "weight": "weight {:.3g}",
         "documents": "{:,} documents",

@@ -1,4 +1,4 @@
-"""Hooks of a run: router metrics, expert load, and which observers a rank has."""
+"""Defines hooks of a pretraining run, and builds all those of a rank."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ _EXPERT_NAMES = {MOE: "expert", MOA: "attention expert"}
 
 
 class RouterHealth:
-    """Router measurements as the training loop wants them; keeps the last reports for the plots.
+    """Adapts router metrics to the training loop; keeps the last reports for the plots.
 
     Args:
         metrics: by kind of router, the same kinds on every rank.
@@ -38,7 +38,7 @@ class RouterHealth:
             metrics.reset()
 
     def reduce(self) -> Mapping[str, Any]:
-        """Summaries and per-layer lists over all ranks; a collective call."""
+        """Return summaries and per-layer lists over all ranks; a collective call."""
         self.last = {kind: metrics.reduce() for kind, metrics in self._metrics.items()}
         record: dict[str, Any] = {}
         for kind, report in self.last.items():
@@ -74,7 +74,7 @@ class ExpertLoad(Hook):
             append_record(self._file, {"iteration": self._iteration, **loads})
 
     def on_end(self) -> None:
-        """Draw."""
+        """Draw the heat maps."""
         for kind, report in self._health.last.items():
             plot_expert_load(
                 report.load.tolist(),
@@ -84,7 +84,7 @@ class ExpertLoad(Hook):
 
 
 def build_hooks(cfg: PretrainConfig, state: TrainState) -> list[Hook]:
-    """Build this rank's observers: a profiler where it is wanted, all others on rank 0."""
+    """Build this rank's hooks: a profiler on the profiled ranks, all others on rank 0."""
     rank, save = state.ctx.rank, cfg.checkpoint.save
     hooks: list[Hook] = []
     if cfg.profiling.profile and rank in cfg.profiling.profile_ranks and save is not None:

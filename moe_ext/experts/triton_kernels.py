@@ -226,7 +226,7 @@ def _gated_gradient(
     columns: tl.tensor,
     ffn: tl.tensor,
 ) -> tl.tensor:
-    """Writes what `gated_gradient_kernel` makes of these columns; return sums of grad product."""
+    """Writes `gated_gradient_kernel`'s output for these columns; returns sums of grad product."""
     is_real = (places < end)[:, None] & (columns < ffn)[None, :]
     dtype = grad_projected_ptr.dtype.element_ty
     lines = places.to(tl.int64)[:, None]
@@ -269,7 +269,7 @@ def weight_gradient_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ) -> None:
-    """Writes (or add) left^T right over an expert's rows to its [outputs, inputs] of output."""
+    """Writes or adds left^T right over an expert's rows to its [outputs, inputs] of output."""
     num_blocks = tl.cdiv(outputs, BLOCK_M)
     num_columns = tl.cdiv(inputs, BLOCK_N)
     expert = tl.program_id(0) // (num_blocks * num_columns)

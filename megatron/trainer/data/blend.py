@@ -1,4 +1,4 @@
-"""The order in which a blend draws from its sources."""
+"""Computes the order in which a blend draws from its sources."""
 
 import heapq
 from collections.abc import Sequence

@@ -34,7 +34,7 @@ def constant(_done: float) -> float:
 
 
 def exponential(done: float) -> float:
-    """Megatron-LM's tail of that name: 2 x 0.5^done - 1, which is not geometric."""
+    """Compute Megatron-LM's tail of that name: 2 x 0.5^done - 1, which is not geometric."""
     return 2.0 * 0.5**done - 1.0
 
 
