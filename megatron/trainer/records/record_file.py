@@ -1,6 +1,6 @@
 """Appends to, cuts and reads files of records, one JSON object a line, in constant memory.
 
-Iterations in such a file never fall: a run that goes back cuts its records first.
+Iterations never fall in a file that is cut: a run that goes back cuts its records first.
 """
 
 import json
@@ -95,7 +95,8 @@ def read_backwards(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
 def keep_records_until(path: Path, iteration: int) -> None:
     """Cut a file behind its last record of at most `iteration` steps; do nothing without a file.
 
-    It is cut in place, at once: a process that is killed leaves it as it was, or cut.
+    It is cut in place, at once: a process that is killed leaves it as it was, or cut. Its
+    iterations must not fall; in `events.jsonl`, which is never cut, they may.
 
     Raises:
         RecordError: it cannot be written.
