@@ -54,6 +54,7 @@ def cases(root: Path) -> dict[str, dict[str, Any]]:
         "resume_rank0_lists_the_older": case(resumed, 0, NEWEST),
         "resume_rank0_lists_nothing": case(resumed, 0, BOTH),
         "resume_rank1_reads_nothing": case(resumed, 1, BOTH, view="all"),
+        "resume_rank1_reads_the_older": case(resumed, 1, NEWEST, view="all"),
         "resume_rank1_lacks_what_rank0_reads": case(resumed, 1, read_by_rank0, **newest),
         "resume_rank1_lacks_what_it_must_read": case(resumed, 1, (".metadata",), **newest),
         "fresh_rank1_sees_nothing": case(fresh, 1, EVERYTHING, view="all"),
@@ -130,7 +131,8 @@ def test_both_ranks_begin_where_rank_0_sees_a_beginning(
     ("name", "message"),
     [
         ("fresh_rank1_sees_nothing", "CheckpointError: /run holds an earlier run; continue it"),
-        ("resume_rank1_reads_nothing", "CheckpointError: no valid checkpoint in /run (iter_000"),
+        ("resume_rank1_reads_nothing", "CheckpointError: on rank 1: host "),
+        ("resume_rank1_reads_the_older", "CheckpointError: on rank 1: host "),
         ("resume_rank1_lacks_what_it_must_read", "CheckpointError: on rank 1: host "),
         (
             "other_data",

@@ -13,6 +13,7 @@ from megatron.trainer.checkpoint.manifest import (
     Manifest,
     compare_files,
     read_manifest,
+    require_visible,
     verify_manifest,
 )
 from megatron.trainer.checkpoint.stages import on_all_ranks, on_rank0
@@ -67,7 +68,8 @@ def find_checkpoint(
         group: all ranks; None is the default group, or this process alone if there is none.
 
     Raises:
-        CheckpointError: there is no valid checkpoint, or not the one asked for.
+        CheckpointError: there is no valid checkpoint, or not the one asked for; or a rank does not
+            see the files that rank 0 sees.
     """
     plan = on_rank0("looking for checkpoints", partial(_survey, root, iteration, upto), group)
     skipped: list[tuple[Path, tuple[str, ...]]] = []
@@ -145,14 +147,24 @@ def _nothing_there(root: Path) -> str:
 def _examine(
     path: Path, iteration: int, group: dist.ProcessGroup | None, *, compare_contents: bool
 ) -> list[str]:
-    """List the problems of a candidate: rank 0 checks names and sizes, all ranks share contents."""
+    """List the problems of a candidate: rank 0 checks names and sizes, all ranks share contents.
+
+    Raises:
+        CheckpointError: a rank does not see what rank 0 sees. To skip the candidate would lose its
+            steps for a view that is only out of date.
+    """
     problems, manifest = on_rank0(
         f"examining {path}", partial(_examine_outside, path, iteration), group
     )
     if manifest is None or not compare_contents:
         return problems
     share = sorted(manifest.files)[rank_of(group) :: size_of(group)]
-    compare = partial(compare_files, path, manifest, share)
+
+    def compare() -> list[str]:
+        if rank_of(group) > 0:
+            require_visible(path, share)
+        return compare_files(path, manifest, share)
+
     own = on_all_ranks(f"reading {path}", compare, group)
     return [problem for each in gather(own, group) for problem in each]
 

@@ -1,7 +1,6 @@
 """Reads a checkpoint into a sharded state, whatever layout it was saved from."""
 
 import json
-import socket
 import warnings
 from collections.abc import Collection, Iterable
 from functools import partial
@@ -19,7 +18,7 @@ from megatron.core.dist_checkpointing.validation import (
     validate_sharding_integrity,
 )
 
-from megatron.trainer.checkpoint.manifest import verify_manifest
+from megatron.trainer.checkpoint.manifest import require_visible, verify_manifest
 from megatron.trainer.checkpoint.safe_load import install_guards
 from megatron.trainer.checkpoint.stages import on_all_ranks, on_rank0, torch_errors_explained
 from megatron.trainer.errors import CheckpointError
@@ -60,7 +59,9 @@ def load_checkpoint(
     """
     install_guards()
     on_rank0(f"examining {path}", partial(_check_valid, path), group)
-    on_all_ranks(f"examining {path}", partial(_check_visible, path), group)
+    # A rank that failed to read them before its first collective would leave the others waiting.
+    visible = partial(require_visible, path, _READ_BY_EVERY_RANK)
+    on_all_ranks(f"examining {path}", visible, group)
     sharded, _ = extract_sharded_base(load_preprocess(state)[0])
     _, wanted = determine_global_metadata(sharded)  # all ranks of the default group
     on_all_ranks("checking the state", partial(validate_sharding_integrity, wanted), group)
@@ -89,23 +90,6 @@ def read_text(path: Path, name: str) -> str:
         raise CheckpointError(f"cannot read {path / name}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"cannot read {path / name}: {error}") from error
-
-
-def _check_visible(path: Path) -> None:
-    """Check that this rank sees the files that megatron-core reads before its first collective.
-
-    A rank that failed to read them would leave the others waiting.
-
-    Raises:
-        CheckpointError: this rank does not see one.
-    """
-    for name in _READ_BY_EVERY_RANK:
-        if not (path / name).is_file():
-            raise CheckpointError(
-                f"host {socket.gethostname()} does not see {path / name}, which rank 0 sees;"
-                " checkpoints need one file system that all nodes share; look at the mount on that"
-                " host, or start again when it has caught up"
-            )
 
 
 def _check_valid(path: Path) -> None:

@@ -7,6 +7,7 @@ contents say that nothing has changed since. Hashing can be shared: each rank ha
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,21 @@ def compare_files(directory: Path, manifest: Manifest, names: Sequence[str]) -> 
         if digest != manifest.files[name].sha256:
             problems.append(f"{name} has changed: its SHA-256 is not the manifest's")
     return problems
+
+
+def require_visible(directory: Path, names: Sequence[str]) -> None:
+    """Check that this rank sees files that rank 0 sees.
+
+    Raises:
+        CheckpointError: it does not see one.
+    """
+    for name in names:
+        if not (directory / name).is_file():
+            raise CheckpointError(
+                f"host {socket.gethostname()} does not see {directory / name}, which rank 0 sees;"
+                " checkpoints need one file system that all nodes share; look at the mount on that"
+                " host, or start again when it has caught up"
+            )
 
 
 def _record(name: str, entry: Any) -> FileRecord:
