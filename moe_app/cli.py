@@ -14,7 +14,6 @@ from megatron.trainer.runtime.upstream_warnings import hide_upstream_warnings
 Argv = Sequence[str] | None
 
 
-@hide_upstream_warnings()
 def pretrain(argv: Argv = None) -> int:
     """Run `moe_app.pretrain`."""
     from moe_app.pretrain import start
