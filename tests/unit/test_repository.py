@@ -124,6 +124,18 @@ def test_console_command_lists_commands(capsys: pytest.CaptureFixture[str]) -> N
     assert "no command 'pretran'; did you mean 'pretrain'?" in capsys.readouterr().err
 
 
+def test_pretraining_starts_as_a_module_from_any_directory(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_app.pretrain", "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("usage: ")
+    assert done.stderr == ""  # no warning of megatron-core's imports
+
+
 def broken_links(document: Path) -> list[str]:
     """List relative links to missing files."""
     text = re.sub(r"```.*?```", "", document.read_text("utf-8"), flags=re.DOTALL)
@@ -138,7 +150,9 @@ def missing_paths(document: Path) -> list[str]:
     text = document.read_text("utf-8")
     named = re.findall(rf"(?<![\w/.]){areas}/[\w./-]*\w\.(?:py|md|yaml|sh)\b", text)
     named += re.findall(rf"`({areas}/[\w./-]*/)`", text)
-    return [name for name in named if not (REPO / name).exists()]
+    missing = [name for name in named if not (REPO / name).exists()]
+    tests = re.findall(r"`(test_\w+\.py)`", text)
+    return missing + [name for name in tests if not any((REPO / "tests").rglob(name))]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
@@ -149,9 +163,12 @@ def test_links_and_paths_exist(document: Path) -> None:
 
 def test_broken_link_and_path_are_found(tmp_path: Path) -> None:
     document = tmp_path / "a.md"
-    document.write_text("[a](gone.md#x) [b](https://a.b/c) [c](a.md) `tools/gone.py` moe_ext/no.py")
+    document.write_text(
+        "[a](gone.md#x) [b](https://a.b/c) [c](a.md) `tools/gone.py` moe_ext/no.py"
+        " `test_repository.py` `test_gone.py`"
+    )
     assert broken_links(document) == ["gone.md"]
-    assert missing_paths(document) == ["tools/gone.py", "moe_ext/no.py"]
+    assert missing_paths(document) == ["tools/gone.py", "moe_ext/no.py", "test_gone.py"]
 
 
 def written_records() -> list[Record]:
