@@ -34,8 +34,7 @@ class BackendChoice:
 def choose_backend(name: str, use: Use) -> BackendChoice:
     """Chooses the backend that a configuration means.
 
-    A run does so once, in `builder.build_model`. Whoever wants to know what a run would take, asks
-    here.
+    A run does so once, in `builder.build_model`; tools call it to learn what a run would take.
 
     Args:
         name: what it says, AUTO or the name of a backend.

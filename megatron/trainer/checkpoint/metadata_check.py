@@ -1,8 +1,7 @@
 """Checks that the metadata of a distributed checkpoint is consistent.
 
 A pickle says which class a record is of, not what its fields hold. Here they are held against each
-other, so that whoever reads the checkpoint may take a size for a size, and so that no value of a
-tensor is left as it was for want of a chunk.
+other. Then readers may rely on the sizes, and the chunks of a tensor cover all of its values.
 """
 
 import math

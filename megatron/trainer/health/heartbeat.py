@@ -265,7 +265,7 @@ def find_hang(observations: Mapping[int, Observation], *, timeout_s: float) -> H
 
 
 def _culprits(heartbeats: Mapping[int, Heartbeat]) -> list[int]:
-    """Pick those who wait for nobody; else those behind; else none."""
+    """Select the ranks that wait for no other; else those behind the others; else none."""
     free = [rank for rank, heartbeat in heartbeats.items() if not heartbeat.is_waiting]
     most = max(heartbeat.num_stages for heartbeat in heartbeats.values())
     return free or [rank for rank, heartbeat in heartbeats.items() if heartbeat.num_stages < most]

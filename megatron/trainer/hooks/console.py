@@ -1,4 +1,4 @@
-"""Shows a run's progress to whoever started it."""
+"""Prints a run's progress."""
 
 import logging
 import math

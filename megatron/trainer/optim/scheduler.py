@@ -27,7 +27,7 @@ class LRSchedule(Protocol):
 def check_schedule(
     wanted: Mapping[str, Any], saved: Mapping[str, Any], *, iteration: int, override: bool
 ) -> None:
-    """Refuse to continue under another learning-rate curve without a word.
+    """Refuse to continue under another learning-rate curve, unless `override` asks for it.
 
     Before the decay of a WSD schedule begins, its begin and its end may be moved: the steps done
     are the same.
