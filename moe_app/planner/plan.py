@@ -168,7 +168,7 @@ def _head(cfg: PlanConfig, num_gpus: int, published: Sequence[str]) -> Iterator[
         f" {training.micro_batch_size}, {precision}, {_recomputation(training)}"
     )
     if published:
-        yield f"{' and '.join(published)}: as published for the preset, for want of others"
+        yield f"{' and '.join(published)}: as published for the preset, not set for this run"
     yield (
         f"machine: {num_gpus:,} GPUs of {planning.memory:g} GB, {planning.headroom:.0%} of it kept"
         f" free; {planning.gpus_per_node} a node; imbalance {planning.imbalance:g}"
