@@ -11,6 +11,9 @@ import torch
 
 T = TypeVar("T")
 
+THREAD_NAME = "read-ahead"
+"""What the names of reading threads begin with."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
@@ -45,7 +48,7 @@ class ReadAhead(Generic[T]):
         self._executor: ThreadPoolExecutor | None = None
         if loading.num_ahead:
             self._executor = ThreadPoolExecutor(
-                1, "read-ahead", initializer=_choose_gpu, initargs=(loading.gpu,)
+                1, THREAD_NAME, initializer=_choose_gpu, initargs=(loading.gpu,)
             )
             for _ in range(loading.num_ahead):
                 self._submit(self._executor)

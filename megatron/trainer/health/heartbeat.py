@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.distributed import _functional_collectives, distributed_c10d
 
+from megatron.trainer.data.read_ahead import THREAD_NAME
 from megatron.trainer.health.stragglers import CLOCK_CODES
 
 BUSY_SHARE = 0.01
@@ -88,7 +89,7 @@ class Hang:
 
 
 class TrainingThread:
-    """Samples the thread that trains, from another thread.
+    """Samples the thread that trains, and those that read for it, from another thread.
 
     Args:
         thread: of this process; it is running.
@@ -128,7 +129,7 @@ class TrainingThread:
     def _activity(self) -> tuple[float, tuple[int, ...]]:
         """Return processor seconds, and counters that nothing but work changes."""
         computed = time.process_time() if self._clock is None else time.clock_gettime(self._clock)
-        done = _io_counters(self._counters)
+        done = (*_io_counters(self._counters), *_reading_counters())
         if self._device.type == "cuda":
             done = (*done, torch.cuda.memory_stats(self._device)["allocation.all.allocated"])
         return computed, done
@@ -145,6 +146,24 @@ def _io_counters(file: Path) -> tuple[int, ...]:
     except OSError:
         return ()
     return tuple(int(line.partition(":")[2]) for line in text.splitlines())
+
+
+def _reading_counters() -> tuple[int, ...]:
+    """Read bytes moved and nanoseconds computed by the threads that read batches ahead.
+
+    Where the thread that trains waits for a batch, only they do anything. They stop at a bounded
+    number of batches, so they cannot hide a hang elsewhere.
+    """
+    counters: list[int] = []
+    for thread in threading.enumerate():
+        if thread.name.startswith(THREAD_NAME):
+            task = Path(f"/proc/self/task/{thread.native_id}")
+            counters += _io_counters(task / "io")
+            try:
+                counters.append(int((task / "schedstat").read_text("ascii").split()[0]))
+            except (OSError, ValueError, IndexError):
+                continue
+    return tuple(counters)
 
 
 def _outwards(frame: FrameType | None) -> Iterator[FrameType]:

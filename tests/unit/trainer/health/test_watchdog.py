@@ -4,10 +4,8 @@ import re
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +17,6 @@ from megatron.trainer.health.heartbeat import (
     Hang,
     Heartbeat,
     Observation,
-    TrainingThread,
     describe_frames,
     find_hang,
     waits_in_collective,
@@ -204,65 +201,6 @@ def test_frames_are_listed_innermost_first_without_those_of_libraries() -> None:
     call = function_of("step", call, "/x/step.py")
     assert call()[:2] == ("project/data/read.py:2 in function", "//x/step.py:2 in function")
     assert call()[2].split(":")[0] == "trainer/health/test_watchdog.py"
-
-
-class Parked:
-    """A thread that runs `action` while the test looks at it."""
-
-    def __init__(self, action: Callable[[], Any]) -> None:
-        self.thread = threading.Thread(target=action, daemon=True)
-        self.thread.start()
-        time.sleep(0.05)
-
-
-def test_wait_for_work_that_was_begun_before_is_known_by_its_name() -> None:
-    lock = threading.Lock()
-    lock.acquire()
-    work = types.SimpleNamespace(wait=lock.acquire, other=lock.acquire)
-    parked = [Parked(lambda: work.wait()), Parked(lambda: work.other())]
-    looks = [TrainingThread(each.thread, CPU).stack()[0] for each in parked]
-    for each in parked:
-        lock.release()
-        each.thread.join()
-        lock.acquire(blocking=False)
-    assert looks == [True, False]
-
-
-def test_sleeping_thread_is_idle_and_computing_one_is_not() -> None:
-    done = threading.Event()
-
-    def compute() -> None:
-        while not done.is_set():
-            sum(range(1000))
-
-    parked = [Parked(lambda: done.wait()), Parked(compute)]
-    looks = [TrainingThread(each.thread, CPU) for each in parked]
-    for _ in range(4):
-        time.sleep(0.1)
-        (sleeping_s, _), (computing_s, _) = [each.sample() for each in looks]
-    done.set()
-    assert sleeping_s >= 0.39
-    assert computing_s == 0.0
-
-
-def test_reading_thread_is_not_idle_although_it_computes_next_to_nothing(tmp_path: Path) -> None:
-    file = tmp_path / "data"
-    file.write_bytes(b"0" * 100)
-    done = threading.Event()
-
-    def read() -> None:
-        while not done.wait(0.05):
-            file.read_bytes()
-
-    parked = Parked(read)
-    look = TrainingThread(parked.thread, CPU)
-    if not Path(f"/proc/self/task/{parked.thread.native_id}/io").exists():
-        pytest.skip("this system does not count what a thread reads")
-    for _ in range(3):
-        time.sleep(0.1)
-        idle_s, _ = look.sample()
-    done.set()
-    assert idle_s == 0.0
 
 
 @pytest.fixture
