@@ -188,7 +188,7 @@ def test_console_command_needs_no_repository(cpu: Container) -> None:
     script = """
         cd /tmp
         python -c "import moe_app; print(moe_app.__file__)"
-        megatron-moe --help | grep "^  [a-z]" | while read -r name _; do
+        megatron-moe --help | grep -E "^  [a-z-]+  +[a-z]" | while read -r name _; do
             megatron-moe "$name" --help > help.txt || exit 9
             grep -q "^usage: megatron-moe $name" help.txt && echo "$name"
         done
