@@ -1,4 +1,4 @@
-"""Pretraining: config of a run, its state, hooks and command.
+"""Pretrains: config of a run, its state, hooks and command.
 
 The loop, the step and checkpoints are in `megatron.trainer`.
 """

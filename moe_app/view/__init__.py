@@ -1,4 +1,4 @@
-"""Looking at runs: terminal view, HTML page, report.
+"""Shows runs: terminal view, HTML page, report.
 
 Reading of run directories is in `megatron.trainer.records`.
 """

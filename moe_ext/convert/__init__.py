@@ -1,4 +1,7 @@
-"""Map Hugging Face models to native ones: names, shapes, pure transforms and config, by family."""
+"""Map Hugging Face models to native ones: names, shapes, pure transforms and config, by family.
+
+No file is read or written here: see `megatron.trainer.hf_files` and `moe_app.convert`.
+"""
 
 from collections.abc import Mapping
 from typing import Any

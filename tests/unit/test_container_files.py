@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import venv
 from importlib.metadata import version
 from pathlib import Path
 
@@ -110,16 +111,23 @@ def test_hadolint_passes_and_finds_a_planted_mistake(tmp_path: Path) -> None:
 # Requirements
 
 
+def interpreter(packages: Path) -> Path:
+    """Make an environment that has the packages in a directory, and no others."""
+    root = packages.parent / f"{packages.name}-environment"
+    venv.create(root, symlinks=True)
+    (site,) = root.glob("lib/python*/site-packages")
+    (site / "packages.pth").write_text(f"{packages}\n")
+    return root / "bin" / "python"
+
+
 def requirements(
     *words: str, cwd: Path = REPO, path: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run the script, with only the packages of `path` if given."""
-    alone = ["-S"] if path else []
-    environment = {**os.environ, **({"PYTHONPATH": str(path)} if path else {})}
+    python = Path(sys.executable) if path is None else interpreter(path)
     return subprocess.run(
-        [sys.executable, *alone, REPO / "docker/requirements.py", *words],
+        [python, REPO / "docker/requirements.py", *words],
         cwd=cwd,
-        env=environment,
         capture_output=True,
         text=True,
     )
