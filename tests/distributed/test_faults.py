@@ -16,7 +16,15 @@ from typing import Any
 import pytest
 
 from megatron.trainer.records.record_file import read_records
-from tests.distributed.launcher import HERE, REPO, flags, rank_environment, run_session, torchrun
+from tests.distributed.launcher import (
+    HERE,
+    REPO,
+    flags,
+    program,
+    rank_environment,
+    run_session,
+    torchrun,
+)
 
 STEPS, SAVE_EVERY = 12, 3
 PLAN: dict[str, Any] = {
@@ -38,7 +46,7 @@ def attempts(plan: list[dict[str, Any]], where: Path) -> list[dict[str, Any]]:
     """Run attempts one after another; what faults_worker.py says of each."""
     file = where / "plan.json"
     file.write_text(json.dumps(plan))
-    worker = [sys.executable, str(HERE / "faults_worker.py"), str(file)]
+    worker = [sys.executable, *program(HERE / "faults_worker.py"), str(file)]
     done = run_session(worker, rank_environment(), timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -185,7 +193,7 @@ def test_torchrun_restarts_after_a_kill_and_passes_over_a_damaged_checkpoint(
     run = tmp_path / "run"
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"),
-        *("--nproc-per-node", "2", str(HERE / "faults_restart_worker.py"), str(tmp_path)),
+        *("--nproc-per-node", "2", *program(HERE / "faults_restart_worker.py"), str(tmp_path)),
         *run_flags(run),
     ]
     done = run_session(command, rank_environment(), timeout=200)

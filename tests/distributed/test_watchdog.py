@@ -117,8 +117,9 @@ def test_rank_that_serves_the_store_is_named_by_its_silence(tmp_path: Path) -> N
         names = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         ranks.append(
             subprocess.Popen(
-                [sys.executable, str(WORKER), "stop", "0", str(tmp_path)],
+                [sys.executable, *program(WORKER), "stop", "0", str(tmp_path)],
                 env={**environment(), **names, "MASTER_PORT": str(port)},
+                cwd=REPO,
                 text=True,
                 stderr=subprocess.PIPE,
             )
