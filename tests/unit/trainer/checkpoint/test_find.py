@@ -4,13 +4,11 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
 )
@@ -26,14 +24,6 @@ from megatron.trainer.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 SHARD = "__0_0.distcp"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("store") / "gloo"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def make_state(value: float) -> dict[str, Any]:

@@ -14,14 +14,13 @@ import resource
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.safe_globals import register_safe_globals
 from torch.distributed.checkpoint.metadata import (
@@ -44,14 +43,6 @@ from megatron.trainer.errors import CheckpointError
 
 MIB = 1 << 20
 NO_TYPE: Any = "f4"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("store") / "gloo"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def state(weight: float = 0.0, extra: Any = 1) -> dict[str, Any]:

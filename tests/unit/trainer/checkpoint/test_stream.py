@@ -6,13 +6,11 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
@@ -32,14 +30,6 @@ from megatron.trainer.io.hashing import Digest, DigestThread
 
 SHARD = "__0_0.distcp"
 SHAPES = {"layers.w": (3, 4, 5), "norm": (7,)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("store") / "gloo"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def tensors(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
