@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron.trainer.config.schema import ProfilingConfig
 from megatron.trainer.hooks.base import Hook
+from megatron.trainer.io.atomic_write import write_bytes, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class Profiler(Hook):
         )
         lines = describe_operations(events, num_steps=len(self._steps))
         text = "".join(f"{line}\n" for line in (head, *lines))
-        (self._directory / TABLE_NAME).write_text(text, encoding="utf-8")
+        write_text(self._directory / TABLE_NAME, text)
         # Ranks other than 0 log warnings only.
         level = logging.INFO if self._rank == 0 else logging.WARNING
         logger.log(level, "profiled %s: %s", head, self._directory)
@@ -133,7 +134,7 @@ def _write_trace(found: profile, path: Path) -> list[dict[str, Any]]:
         plain = Path(scratch) / "trace.json"
         found.export_chrome_trace(str(plain))
         text = plain.read_bytes()
-    path.write_bytes(gzip.compress(text, compresslevel=5))
+    write_bytes(path, gzip.compress(text, compresslevel=5))
     events: list[dict[str, Any]] = json.loads(text)["traceEvents"]
     return events
 
