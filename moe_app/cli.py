@@ -126,29 +126,29 @@ class Command:
 
     name: str
     """As in `megatron-moe NAME`."""
-    tool: str
-    """As in `tools/TOOL.py`."""
     summary: str
     run: Callable[[Argv], int]
+
+    @property
+    def tool(self) -> str:
+        """Return its name as in `tools/TOOL.py`: that of the function."""
+        return self.run.__name__
 
 
 GROUPS: dict[str, tuple[Command, ...]] = {
     "data": (
         Command(
             name="build-corpus",
-            tool="build_corpus",
             summary="make a corpus of this Python installation's text",
             run=build_corpus,
         ),
         Command(
             name="train-tokenizer",
-            tool="train_tokenizer",
             summary="train a SentencePiece or byte-level BPE tokenizer",
             run=train_tokenizer,
         ),
         Command(
             name="preprocess",
-            tool="preprocess_data",
             summary="tokenize JSON lines into Megatron's token files",
             run=preprocess_data,
         ),
@@ -156,19 +156,16 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "training": (
         Command(
             name="pretrain",
-            tool="pretrain",
             summary="pretrain or anneal a model",
             run=pretrain,
         ),
         Command(
             name="plan",
-            tool="plan",
             summary="list the layouts that fit a number of GPUs",
             run=plan,
         ),
         Command(
             name="doctor",
-            tool="doctor",
             summary="check what this machine can do for a run",
             run=doctor,
         ),
@@ -176,45 +173,37 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "cluster": (
         Command(
             name="submit",
-            tool="submit",
             summary="submit a recipe to SLURM and follow the job",
             run=submit,
         ),
         Command(
             name="requeue",
-            tool="requeue",
             summary="decide whether a job is requeued",
             run=requeue,
         ),
     ),
     "runs": (
-        Command(name="watch", tool="watch", summary="watch runs in a terminal", run=watch),
+        Command(name="watch", summary="watch runs in a terminal", run=watch),
         Command(
             name="report",
-            tool="report",
             summary="summarize a run; compare its losses with the unigram entropy",
             run=report,
         ),
         Command(
             name="report-run",
-            tool="report_run",
             summary="write one HTML page on one or several runs",
             run=report_run,
         ),
     ),
     "models": (
-        Command(
-            name="generate", tool="generate", summary="continue prompts with a model", run=generate
-        ),
+        Command(name="generate", summary="continue prompts with a model", run=generate),
         Command(
             name="score",
-            tool="score",
             summary="compute the log-probability of every token of a file",
             run=score,
         ),
         Command(
             name="convert",
-            tool="convert_checkpoint",
             summary="import from and export to Hugging Face",
             run=convert_checkpoint,
         ),
@@ -245,10 +234,9 @@ def main(argv: Argv = None) -> int:
         print(f"megatron-moe {version('megatron-moe')}")
         return 0
     if name not in COMMANDS:
-        import difflib
+        from megatron.trainer.config.recipe import did_you_mean
 
-        near = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, COMMANDS)
         print(
             f"error: megatron-moe has no command {name!r}{hint}; megatron-moe --help lists them",
             file=sys.stderr,
