@@ -32,7 +32,7 @@ class ExpertOrder:
 
     @functools.cached_property
     def tokens(self) -> Tensor:
-        """[t * k] int64: the token of the row at each place of the sorted order."""
+        """Returns the token of the row at each place of the sorted order, [t * k] int64."""
         return self.rows // self.topk
 
 

@@ -30,12 +30,12 @@ class SortedRows:
 
     @property
     def num_experts(self) -> int:
-        """Number of experts (el)."""
+        """Returns the number of experts (el)."""
         return self.counts.shape[0]
 
     @property
     def per_expert(self) -> int:
-        """Mean number of rows per expert, rounded down."""
+        """Returns the mean number of rows per expert, rounded down."""
         return self.number // self.num_experts
 
     def mode(self, wanted: Mode) -> Mode:

@@ -40,7 +40,7 @@ class Blend:
 
     @property
     def num_drawn(self) -> int:
-        """Samples drawn so far."""
+        """Return the samples drawn so far."""
         return int(self.counts.sum())
 
     def draw(self, n: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

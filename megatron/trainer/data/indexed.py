@@ -49,17 +49,17 @@ class TokenFile:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the file."""
+        """Return the tokens in the file."""
         return int(self.tokens.shape[0])
 
     @property
     def num_documents(self) -> int:
-        """Documents in the file."""
+        """Return the documents in the file."""
         return int(self.document_starts.shape[0])
 
     @property
     def dtype(self) -> np.dtype[np.integer]:
-        """How a token is stored."""
+        """Return how a token is stored."""
         return self.tokens.dtype
 
     def check_vocabulary(self, vocab_size: int) -> None:

@@ -26,7 +26,7 @@ class Loading:
 
     @property
     def pin_memory(self) -> bool:
-        """Whether batches are read into page-locked memory."""
+        """Return whether batches are read into page-locked memory."""
         return self.gpu is not None
 
 
@@ -55,7 +55,7 @@ class ReadAhead(Generic[T]):
 
     @property
     def is_usable(self) -> bool:
-        """Whether the thread exists in this process: a fork does not take it along."""
+        """Return whether the thread exists in this process: a fork does not take it along."""
         return self._executor is None or os.getpid() == self._process
 
     def __iter__(self) -> "ReadAhead[T]":

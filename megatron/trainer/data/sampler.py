@@ -86,12 +86,12 @@ class Sampler:
 
     @property
     def phase(self) -> Phase:
-        """The phase of the sample drawn last, or of the first."""
+        """Return the phase of the sample drawn last, or of the first."""
         return self.phases[self._current]
 
     @property
     def num_drawn(self) -> int:
-        """Samples drawn or skipped so far, inherited ones included."""
+        """Return the samples drawn or skipped so far, inherited ones included."""
         inherited = sum(sum(record["consumed"]) for record in self._inherited)
         skipped = sum(counts.total() for counts in self._skipped)
         return inherited + skipped + sum(blend.num_drawn for blend in self.blends)

@@ -22,27 +22,27 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """Name in tables and metrics."""
+        """Return the name in tables and metrics."""
 
     @property
     def seq_length(self) -> int:
-        """Positions in a sample (s)."""
+        """Return the positions in a sample (s)."""
 
     @property
     def seed(self) -> int:
-        """What the order, or the tokens, follow from."""
+        """Return the seed of the order, or of the tokens."""
 
     @property
     def num_windows(self) -> int | None:
-        """Samples in an epoch; None means there is no end."""
+        """Return the samples in an epoch; None means there is no end."""
 
     @property
     def num_tokens(self) -> int | None:
-        """Tokens in an epoch; None means there is no end."""
+        """Return the tokens in an epoch; None means there is no end."""
 
     @property
     def num_documents(self) -> int | None:
-        """Documents in an epoch; None when there are none."""
+        """Return the documents in an epoch; None when there are none."""
 
     def windows_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the window that each sample is; samples [m] are counted over all epochs."""
@@ -68,7 +68,7 @@ class WindowSource:
     stop_token: int
     """One past the last token of the range."""
     seq_length: int
-    """Positions in a sample (s)."""
+    """Return the positions in a sample (s)."""
     seed: int
     """With epoch and name, the key of the order."""
     num_documents: int | None = None
@@ -87,12 +87,12 @@ class WindowSource:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the range."""
+        """Return the tokens in the range."""
         return self.stop_token - self.start_token
 
     @property
     def num_windows(self) -> int:
-        """Samples in an epoch; the remainder of the range is dropped."""
+        """Return the samples in an epoch; the remainder of the range is dropped."""
         return (self.num_tokens - 1) // self.seq_length
 
     def windows_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -130,11 +130,11 @@ class MockSource:
     """Makes uniformly random tokens without end, a function of seed and n, for benchmarks."""
 
     name: str = "mock"
-    """Name in tables and metrics."""
+    """Return the name in tables and metrics."""
     vocab_size: int
     """Ids are 0 to vocab_size - 1."""
     seq_length: int
-    """Positions in a sample (s)."""
+    """Return the positions in a sample (s)."""
     seed: int
     """What the tokens follow from."""
     num_windows: None = None

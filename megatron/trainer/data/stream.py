@@ -98,12 +98,12 @@ class SampleStream:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """The run's own phases in order."""
+        """Return the run's own phases in order."""
         return self._sampler.phases
 
     @property
     def phase(self) -> str | None:
-        """Name of the phase of the sample drawn last; None in a run without named phases."""
+        """Return the name of the last drawn sample's phase; None in a run without named phases."""
         return self._sampler.phase.name
 
     def shares(self, phase: int) -> list[float]:
@@ -112,7 +112,7 @@ class SampleStream:
 
     @property
     def consumed_samples(self) -> int:
-        """Samples drawn so far over all ranks, those of a run that was branched from included."""
+        """Return the samples drawn so far over all ranks, those of a branch's trunk included."""
         return self._sampler.num_drawn
 
     def consumed_per_source(self) -> dict[str, int]:

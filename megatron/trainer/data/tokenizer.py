@@ -24,11 +24,11 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id."""
+        """Return one more than the largest id."""
 
     @property
     def eod(self) -> int:
-        """Id that ends a document."""
+        """Return the id that ends a document."""
 
     def encode(self, text: str) -> list[int]:
         """Return text's ids; text that spells a special piece is ordinary text."""

@@ -60,12 +60,12 @@ class TokenFileWriter:
 
     @property
     def num_documents(self) -> int:
-        """Documents written so far."""
+        """Return the documents written so far."""
         return len(self._lengths)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens written so far."""
+        """Return the tokens written so far."""
         return self._bin.tell() // self.dtype.itemsize
 
     def add_document(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> None:

@@ -44,7 +44,7 @@ class ThinnedCurve:
 
     @property
     def points(self) -> list[Point]:
-        """The points that were kept, in the order in which they were added."""
+        """Return the points that were kept, in the order in which they were added."""
         points = [point for stretch in self._stretches for point in stretch]
         if self._first is not None and self._first is not points[0]:
             points.insert(0, self._first)
