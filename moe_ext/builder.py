@@ -100,15 +100,14 @@ def _build_chunk(
         backend=backend,
     )
     return LanguageModel(
-        config=config,
-        transformer_layer_spec=spec,
+        config,
+        spec,
         vocab_size=model.padded_vocab_size,
         num_token_ids=model.vocab_size,
         max_sequence_length=seq_length,
         pre_process=rank == 0 and stage == 0,
         post_process=rank == size - 1 and stage == stages - 1,
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-        position_embedding_type="rope",
         rotary_base=model.rotary_base,
         pg_collection=pg_collection,
         vp_stage=virtual_stage,

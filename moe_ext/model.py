@@ -1,49 +1,123 @@
-"""Extends megatron-core's decoder-only model by exact positions and an exact vocabulary."""
+"""Builds a decoder-only model from megatron-core's parts, with exact positions and vocabulary."""
 
 import math
 from typing import Any
 
-from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from moe_ext.layers.head import VocabularyPart, linear_cross_entropy
-from moe_ext.layers.rotary import PositionRotaryEmbedding
+from moe_ext.layers.rotary import RotaryAngles
 
 
-class LanguageModel(GPTModel):
-    """Computes a GPTModel whose positions are `position_ids` and whose padding rows are masked.
+class LanguageModel(LanguageModule):
+    """Computes a pipeline stage's chunk of a decoder-only transformer: embedding, layers, head.
 
-    The embedding has rows beyond the vocabulary, so that tensor parallel ranks can share it. Their
-    logits are -inf: they take no probability from the tokens, so that the loss does not depend on
-    how much padding there is, and they are never generated.
+    Names of parameters and the contract with megatron-core's schedules are those of its GPTModel,
+    so that checkpoints of one are checkpoints of the other. Positions are the batch's
+    `position_ids`. The embedding has rows beyond the vocabulary, so that tensor parallel ranks can
+    share it. Their logits are -inf: they take no probability from the tokens, so that the loss does
+    not depend on how much padding there is, and they are never generated.
 
     Args:
+        config: shared by all chunks.
+        block: the layers of this chunk, from `specs.block_spec`.
+        vocab_size: rows of the embedding, over all tensor parallel ranks.
         num_token_ids: ids the vocabulary has; rows from there on are padding.
-        kwargs: GPTModel's, with position_embedding_type "rope".
+        max_sequence_length: longest sequence the model will see (s).
+        rotary_base: base of RoPE's wavelengths.
+        pre_process: the chunk has the embedding.
+        post_process: the chunk has the final norm and the head.
+        share_embeddings_and_output_weights: the head's weight is the embedding's.
+        pg_collection: this rank's process groups.
+        vp_stage: which of the rank's chunks, None without interleaving.
     """
 
-    def __init__(self, *, num_token_ids: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        config: TransformerConfig,
+        block: TransformerBlockSubmodules,
+        *,
+        vocab_size: int,
+        num_token_ids: int,
+        max_sequence_length: int,
+        rotary_base: float,
+        pre_process: bool,
+        post_process: bool,
+        share_embeddings_and_output_weights: bool,
+        pg_collection: ProcessGroupCollection,
+        vp_stage: int | None,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.model_type = ModelType.encoder_or_decoder  # read by the schedules
+        self.vocab_size = vocab_size
         self.num_token_ids = num_token_ids
-        if self.post_process and num_token_ids < self.vocab_size:
-            self.output_layer.register_forward_hook(self._mask_padding)
-        self.rotary_pos_emb = PositionRotaryEmbedding(
-            self.config.kv_channels,
-            rotary_percent=self.rotary_percent,
-            rotary_base=self.rotary_base,
-            cp_group=self.pg_collection.cp,
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
+        self.vp_stage = vp_stage
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=vocab_size,
+                max_sequence_length=max_sequence_length,
+                position_embedding_type="rope",
+                tp_group=pg_collection.tp,
+            )
+        self.rotary_angles = RotaryAngles(config.kv_channels, base=rotary_base)
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=block,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
         )
+        if post_process:
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=pre_process and share_embeddings_and_output_weights,
+                tp_group=pg_collection.tp,
+            )
+            if num_token_ids < vocab_size:
+                self.output_layer.register_forward_hook(self._mask_padding)
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """Takes the previous stage's hidden states [s, b, h], alone or in a list of one."""
+        if isinstance(input_tensor, list):
+            (input_tensor,) = input_tensor
+        self.decoder.set_input_tensor(input_tensor)
 
     def forward(
         self,
         input_ids: Tensor,
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
-        **kwargs: Any,
+        *,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
     ) -> Tensor:
         """Computes logits, losses, or this pipeline stage's hidden states.
 
@@ -53,50 +127,64 @@ class LanguageModel(GPTModel):
                 rows are alike.
             attention_mask: [b, 1, s, s of the whole sequence] bool, True where a query must not
                 look; None means causal.
-            kwargs: GPTModel's, such as `labels` [b, s], and with them `loss_mask` [b, s]: what the
-                losses will be multiplied with, up to one factor for all, which saves a product.
+            labels: [b, s] int64, the tokens to predict; None for logits.
+            loss_mask: [b, s], what the losses will be multiplied with, up to one factor for all,
+                which saves a product; None where it is not known.
+            runtime_gather_output: gather the logits of all tensor parallel ranks.
 
         Returns:
-            On the last stage losses [b, s] if there are labels, else logits [b, s, v of this
-            tensor parallel rank]; hidden states [s, b, h] on the others.
+            On the last stage losses [b, s] if there are labels, else logits [b, s, v], or
+            [b, s, v of this tensor parallel rank] where they are not gathered; hidden states
+            [s, b, h] on the others.
         """
-        self.rotary_pos_emb.positions = position_ids
-        try:
-            output: Tensor = super().forward(input_ids, position_ids, attention_mask, **kwargs)
-        finally:
-            self.rotary_pos_emb.positions = None
+        hidden_states = self.decoder(
+            hidden_states=self.embedding(input_ids, position_ids) if self.pre_process else None,
+            attention_mask=attention_mask,
+            rotary_pos_emb=self.rotary_angles(position_ids),
+        )  # [s, b, h], this rank's part of s under sequence parallelism
+        if not self.post_process:
+            return hidden_states
+        if labels is not None:
+            return self._losses(hidden_states, labels, loss_mask)
+        logits, _ = self.output_layer(
+            hidden_states,
+            weight=self._tied_weight(),
+            runtime_gather_output=runtime_gather_output,
+        )  # [s, b, v]
+        output: Tensor = logits.transpose(0, 1).contiguous()  # [b, s, v]
         return output
 
-    def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """Computes losses [b, s] if there are labels; else what GPTModel returns."""
-        labels: Tensor | None = kwargs["labels"]
-        if labels is None or not self.post_process:
-            output: Tensor = super()._postprocess(hidden_states=hidden_states, **kwargs)
-            return output
+    def _losses(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor | None) -> Tensor:
+        """Computes the cross-entropy [b, s] of labels [b, s]; see `forward`."""
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden_states, group=group)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden_states, group=group)
-        mask: Tensor | None = kwargs["loss_mask"]
         losses = linear_cross_entropy(
             hidden.flatten(0, 1),  # [t, h], token by token of the sequence
             self._output_weight(),
             labels.T.flatten(),
-            None if mask is None else mask.T.flatten(),
+            None if loss_mask is None else loss_mask.T.flatten(),
             part=self._vocabulary_part(),
         )
         return losses.view(labels.T.shape).T.contiguous()  # [b, s]
 
-    def _output_weight(self) -> Tensor:
-        """Returns the output layer's weight [v of this rank, h]."""
-        weight: Tensor
+    def _tied_weight(self) -> Tensor | None:
+        """Returns the embedding's weight [v of this rank, h] if the head shares it."""
+        weight: Tensor | None = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
+        return weight
+
+    def _output_weight(self) -> Tensor:
+        """Returns the head's weight [v of this rank, h]."""
+        tied = self._tied_weight()
+        if tied is not None:
             # The embedding adds a gradient too, so this one must come by autograd: a view has no
             # buffer to be added to.
-            return weight.view_as(weight)
-        weight = self.output_layer.weight
+            return tied.view_as(tied)
+        weight: Tensor = self.output_layer.weight
         return weight
 
     def _vocabulary_part(self) -> VocabularyPart:
@@ -122,3 +210,21 @@ class LanguageModel(GPTModel):
             real = self._vocabulary_part().number
         if real < rows:
             logits[..., real:].fill_(-math.inf)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """Describes this chunk's parameters under their global names.
+
+        Args:
+            prefix: of the names.
+            sharded_offsets: none; the layers bring theirs.
+            metadata: megatron-core's, on the form of the checkpoint.
+        """
+        state: ShardedStateDict = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        # Empty, and no checkpoint of a GPTModel has it.
+        state.pop(f"{prefix}output_layer._extra_state", None)
+        return state

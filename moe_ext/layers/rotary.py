@@ -1,39 +1,37 @@
-"""Computes rotary position embeddings from the position ids of the batch."""
-
-from typing import Any
+"""Computes the angles of rotary position embeddings from the position ids of the batch."""
 
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
 
-class PositionRotaryEmbedding(RotaryEmbedding):
-    """Computes the angles of RoPE for the positions that the model was last given.
+class RotaryAngles:
+    """Computes the angles of RoPE for any positions.
 
-    megatron-core's embedding counts from 0 along each sequence. Following the position ids lets a
-    row begin anywhere (a key-value cache), restart (several documents in a row) and be part of a
-    longer one (context parallelism), without special cases.
+    Following the position ids lets a row begin anywhere (a key-value cache), restart (several
+    documents in a row) and be part of a longer one (context parallelism), without special cases.
+    The frequencies stay fp32 whatever the model computes in.
 
     Source: Su et al., "RoFormer" (2021), section 3.2.2, in the half-rotation layout.
+
+    Args:
+        num_channels: rotated channels of a head (hn), an even number.
+        base: base of the wavelengths, `rope_theta` in transformers.
     """
 
-    inv_freq: Tensor
-    positions: Tensor | None = None
-    """[1 or b, s] of the batch at hand, or None outside a forward pass."""
+    def __init__(self, num_channels: int, *, base: float) -> None:
+        self._num_channels = num_channels
+        self._base = base
+        self._inv_freq: Tensor | None = None
 
-    def forward(self, max_seq_len: int, *_args: Any, **_kwargs: Any) -> Tensor:
-        """Computes angles [s, 1 or b, 1, hn] fp32; `max_seq_len` is megatron-core's s.
-
-        Raises:
-            ValueError: there are no positions, or they are too few.
-        """
-        if self.positions is None:
-            raise ValueError("there are no position ids; call the model, which sets them")
-        if self.inv_freq.device != self.positions.device:
-            self.inv_freq = self.inv_freq.to(self.positions.device)
-        angles = self.positions.t().to(torch.float32)[..., None] * self.inv_freq  # [s, b, hn / 2]
+    def __call__(self, position_ids: Tensor) -> Tensor:
+        """Computes angles [s, 1 or b, 1, hn] fp32 of position ids [1 or b, s]."""
+        positions = position_ids.t().to(torch.float32)  # [s, b]
+        angles = positions[..., None] * self._frequencies(position_ids.device)  # [s, b, hn / 2]
         return torch.cat((angles, angles), dim=-1)[:, :, None, :]  # [s, b, 1, hn]
 
-    def get_rotary_seq_len(self, *_args: Any, **_kwargs: Any) -> int:
-        """Returns the number of positions of the batch (s) on this context parallel rank."""
-        return 0 if self.positions is None else int(self.positions.shape[-1])
+    def _frequencies(self, device: torch.device) -> Tensor:
+        """Returns the angle [hn / 2] fp32 of one position, kept on the device of the last call."""
+        if self._inv_freq is None or self._inv_freq.device != device:
+            channels = torch.arange(0, self._num_channels, 2, dtype=torch.float32, device=device)
+            self._inv_freq = 1.0 / (self._base ** (channels / self._num_channels))
+        return self._inv_freq

@@ -20,7 +20,7 @@ class ParallelModel:
     shapes, but under expert parallelism all must make the same number of passes.
 
     Args:
-        model: a GPTModel chunk in evaluation mode, built without sequence parallelism.
+        model: this rank's chunk in evaluation mode, built without sequence parallelism.
         ctx: this rank's context.
         vocab_size: rows of the vocabulary that are not padding.
     """

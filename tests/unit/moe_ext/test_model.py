@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron.trainer.config.schema import TrainingConfig
 from megatron.trainer.errors import ConfigError
@@ -43,6 +45,53 @@ def test_an_unregistered_backend_is_named_without_a_traceback() -> None:
         with pytest.raises(ConfigError, match=r"did you mean 'grouped'\?$"):
             model = MoEModelConfig(expert_backend="groupd")
             build_chunks(PretrainConfig(model=model), ctx, seed=None)
+    finally:
+        shut_down()
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_names_logits_and_gradients_are_those_of_megatron_cores_gpt_model(is_tied: bool) -> None:
+    cfg = PretrainConfig(
+        model=MoEModelConfig(
+            num_layers=2,
+            num_experts=4,
+            moe_router_topk=2,
+            vocab_size=48,
+            make_vocab_size_divisible_by=48,
+            untie_embeddings_and_output_weights=not is_tied,
+        ),
+        training=TrainingConfig(global_batch_size=1, seq_length=16),
+    )
+    ctx = initialize(cfg)
+    try:
+        (ours,) = build_chunks(cfg, ctx, seed=3).chunks
+        theirs = GPTModel(
+            ours.config,
+            ours.decoder.submodules,
+            vocab_size=48,
+            max_sequence_length=16,
+            position_embedding_type="rope",
+            rotary_base=cfg.model.rotary_base,
+            share_embeddings_and_output_weights=is_tied,
+            pg_collection=ctx.groups,
+        )
+        theirs.load_state_dict(ours.state_dict())
+        tokens = torch.randint(48, (2, 9), generator=torch.Generator().manual_seed(1))
+        positions = torch.arange(9)[None].expand(2, 9)
+        logits = [model(tokens, positions, None) for model in (ours, theirs)]  # [b, s, v]
+        for value in logits:
+            F.cross_entropy(value.flatten(0, 1), tokens.flatten()).backward()
+        assert torch.equal(*logits)
+        truth = dict(theirs.named_parameters())
+        for name, weight in ours.named_parameters():
+            assert weight.grad is not None
+            assert torch.equal(weight.grad, truth[name].grad), name
+        saved = [model.sharded_state_dict() for model in (ours, theirs)]
+        assert list(saved[0]) == list(saved[1])
+        for name, entry in saved[0].items():
+            if isinstance(entry, ShardedTensor):
+                assert entry.global_shape == saved[1][name].global_shape
+                assert entry.key == saved[1][name].key
     finally:
         shut_down()
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron.trainer.data.batch import Batch, make_batch
@@ -18,6 +17,7 @@ from megatron.trainer.state import TrainState
 from megatron.trainer.step import evaluate, language_model_step, train_step
 from moe_app.pretrain.build import build_chunks
 from moe_app.pretrain.config import parse_recipe
+from moe_ext.model import LanguageModel
 from moe_ext.routers.base import MoERouter
 from tests.distributed.launcher import flags
 
@@ -49,13 +49,13 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def model_of(state: TrainState) -> GPTModel:
+def model_of(state: TrainState) -> LanguageModel:
     model = state.modules[0]
-    assert isinstance(model, GPTModel)
+    assert isinstance(model, LanguageModel)
     return model
 
 
-def fresh_model(state: TrainState, **overrides: Any) -> GPTModel:
+def fresh_model(state: TrainState, **overrides: Any) -> LanguageModel:
     """A bare model with the weights of iteration 0, of the state's flags or of other ones."""
     cfg = parse_recipe(flags(device="cpu", **overrides), prog="test", description="")
     return build_chunks(cfg, state.ctx, seed=cfg.training.seed).chunks[0]
@@ -65,7 +65,7 @@ def weights_of(state: TrainState) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model_of(state).named_parameters()}
 
 
-def plain_losses(model: GPTModel, batch: Batch) -> Tensor:
+def plain_losses(model: LanguageModel, batch: Batch) -> Tensor:
     """Cross-entropy [b, s] from logits."""
     logits = model(batch.tokens, batch.position_ids, None)  # [b, s, v]
     return F.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none")
@@ -74,7 +74,7 @@ def plain_losses(model: GPTModel, batch: Batch) -> Tensor:
 class ExplicitLosses:
     """Writes both auxiliary losses of every router out, from the hidden states that it sees."""
 
-    def __init__(self, model: GPTModel, *, balance: float, z: float) -> None:
+    def __init__(self, model: LanguageModel, *, balance: float, z: float) -> None:
         self.balance, self.z = balance, z
         self.total: Tensor = torch.zeros(())
         for module in model.modules():

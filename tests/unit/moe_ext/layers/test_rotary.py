@@ -1,6 +1,5 @@
 """Positions: the angles follow the ids, and the model follows the angles."""
 
-import re
 from collections.abc import Iterator
 
 import pytest
@@ -12,36 +11,24 @@ from megatron.trainer.runtime.launch import initialize, shut_down
 from moe_app.pretrain.build import build_chunks
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.config import MoEModelConfig
-from moe_ext.layers.rotary import PositionRotaryEmbedding
+from moe_ext.layers.rotary import RotaryAngles
 from moe_ext.model import LanguageModel
 
 
 def test_counting_positions_give_megatron_cores_angles_bit_for_bit() -> None:
-    ours = PositionRotaryEmbedding(8, rotary_percent=1.0, use_cpu_initialization=True)
-    ours.positions = torch.arange(300)[None]
+    ours = RotaryAngles(8, base=10000)(torch.arange(300)[None])  # [s, 1, 1, hn]
     plain = RotaryEmbedding(8, rotary_percent=1.0, use_cpu_initialization=True)
     angles = torch.arange(300, dtype=torch.float32)[:, None] * plain.inv_freq  # [s, hn / 2]
-    assert torch.equal(ours(300)[:, 0, 0], torch.cat((angles, angles), dim=-1))
-    assert ours.get_rotary_seq_len() == 300
+    assert torch.equal(ours[:, 0, 0], torch.cat((angles, angles), dim=-1))
 
 
 def test_each_row_has_its_own_positions() -> None:
-    rotary = PositionRotaryEmbedding(
-        4, rotary_percent=1.0, rotary_base=100, use_cpu_initialization=True
-    )
-    rotary.positions = torch.tensor([[0, 1, 2], [7, 0, 5]])
-    angles = rotary(3)  # [s, b, 1, hn]
+    angles = RotaryAngles(4, base=100)(torch.tensor([[0, 1, 2], [7, 0, 5]]))  # [s, b, 1, hn]
     assert angles.shape == (3, 2, 1, 4)
     # theta 100 and two pairs: frequencies 1 and 1/10
     expected = torch.tensor([7.0, 0.7, 7.0, 0.7])
     assert torch.allclose(angles[0, 1, 0], expected)
     assert torch.allclose(angles[2, 1, 0], expected * 5 / 7)
-
-
-def test_without_positions_the_embedding_says_so() -> None:
-    rotary = PositionRotaryEmbedding(4, rotary_percent=1.0, use_cpu_initialization=True)
-    with pytest.raises(ValueError, match=re.escape("there are no position ids; call the model")):
-        rotary(3)
 
 
 @pytest.fixture
