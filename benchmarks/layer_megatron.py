@@ -19,7 +19,7 @@ from moe_ext.attention import MoASelfAttention, MoASubmodules, SDPACoreAttention
 from moe_ext.experts import ExpertMLP, look_up_backend
 from moe_ext.experts.layer import ExpertsLayer
 from moe_ext.functional import Routing
-from moe_ext.layers.rotary import PositionRotaryEmbedding
+from moe_ext.layers.rotary import RotaryAngles
 from moe_ext.layers.transformer import transformer_config
 
 TE_GROUPED, SEQUENTIAL = "te-grouped", "megatron-core-sequential"
@@ -229,12 +229,8 @@ class MoALayer(LayerSubject):
             self._layer.experts.weight_q.copy_(weights["q"])
             self._layer.experts.weight_o.copy_(weights["o"])
             self._layer.linear_kv.weight.copy_(pairs.flatten(0, 2))
-        rotary = PositionRotaryEmbedding(
-            model.kv_channels or 0, rotary_percent=1.0, rotary_base=model.rotary_base,
-            cp_group=groups.cp,
-        )  # fmt: skip
-        rotary.positions = torch.arange(problem.shape.seq_length, device=problem.device)[None]
-        self._angles = rotary(problem.shape.seq_length)
+        positions = torch.arange(problem.shape.seq_length, device=problem.device)[None]  # [1, s]
+        self._angles = RotaryAngles(model.kv_channels or 0, base=model.rotary_base)(positions)
 
     def _by_head(self, rows: Tensor) -> Tensor:
         return rows.unflatten(0, (self.problem.shape.model.num_query_groups or 0, -1))
