@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.trainer.data.jsonl import parse_text, read_lines
-from megatron.trainer.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
+from megatron.trainer.data.tokenizer import TOKENIZER_CHOICES, Tokenizer, load_tokenizer
 from megatron.trainer.data.writer import TokenFileWriter, token_dtype
 from megatron.trainer.errors import DataError, UserError
 from moe_app.command_line import program
@@ -70,7 +70,7 @@ class Encoder:
         for number, line in enumerate(chunk.lines, start=chunk.first_line):
             text = parse_text(line, key=self.key, path=chunk.path, number=number)
             text_bytes += len(text.encode("utf-8"))
-            ids = self.tokenizer.encode(text)
+            ids = self.tokenizer.encode_document(text)
             if ids and self.append_eod:
                 ids.append(self.tokenizer.eod)
             documents.append(ids)
@@ -85,10 +85,9 @@ class _Worker:
     encoder: Encoder
 
     @classmethod
-    def start(cls, tokenizer_type: str, tokenizer_model: str, key: str, append_eod: bool) -> None:
+    def start(cls, args: argparse.Namespace, key: str) -> None:
         """Load the tokenizer."""
-        tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
-        cls.encoder = Encoder(tokenizer, key=key, append_eod=append_eod)
+        cls.encoder = Encoder(open_tokenizer(args), key=key, append_eod=args.append_eod)
 
     @classmethod
     def encode(cls, chunk: Chunk) -> Encoded:
@@ -128,6 +127,11 @@ def encode_chunks(chunks: Iterable[Chunk], pool: Executor, *, workers: int) -> I
         yield pending.popleft().result()
 
 
+def open_tokenizer(args: argparse.Namespace) -> Tokenizer:
+    """Load the tokenizer that the flags name."""
+    return load_tokenizer(args.tokenizer_type, args.tokenizer_model, eod_token=args.eod_token)
+
+
 def preprocess(args: argparse.Namespace, key: str) -> None:
     """Write the token file of one key and print a summary.
 
@@ -135,7 +139,7 @@ def preprocess(args: argparse.Namespace, key: str) -> None:
         DataError: The input or the tokenizer is missing or bad; nothing is left behind then.
     """
     prefix = f"{args.output_prefix}_{key}_document"
-    tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
+    tokenizer = open_tokenizer(args)
     chunks = read_chunks(args.input)
     started = time.monotonic()
     with TokenFileWriter(prefix, vocab_size=tokenizer.vocab_size) as writer:
@@ -147,7 +151,7 @@ def preprocess(args: argparse.Namespace, key: str) -> None:
                 args.workers,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_Worker.start,
-                initargs=(args.tokenizer_type, args.tokenizer_model, key, args.append_eod),
+                initargs=(args, key),
             ) as pool:
                 try:
                     results = encode_chunks(chunks, pool, workers=args.workers)
@@ -205,15 +209,23 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--tokenizer-type",
-        choices=list(TOKENIZERS),
+        choices=TOKENIZER_CHOICES,
         default="SentencePieceTokenizer",
         help="what wrote --tokenizer-model",
     )
     parser.add_argument(
-        "--tokenizer-model", required=True, metavar="FILE", help="the .model or .json file"
+        "--tokenizer-model",
+        required=True,
+        metavar="PATH",
+        help="the .model or .json file, or a directory that holds it",
     )
     parser.add_argument(
-        "--append-eod", action="store_true", help="end each document with <|endoftext|>"
+        "--append-eod", action="store_true", help="end each document with the token for it"
+    )
+    parser.add_argument(
+        "--eod-token",
+        metavar="TEXT",
+        help="the token that ends a document; without it, the one that the tokenizer's files name",
     )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes to use")
     args = parser.parse_args(argv)

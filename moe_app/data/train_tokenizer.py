@@ -18,7 +18,7 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron.trainer.data.jsonl import read_texts
-from megatron.trainer.data.tokenizer import END_OF_DOCUMENT, TOKENIZERS, load_tokenizer
+from megatron.trainer.data.tokenizer import END_OF_DOCUMENT, TOKENIZER_CHOICES, load_tokenizer
 from megatron.trainer.errors import DataError, UserError
 from megatron.trainer.io.atomic_write import write_bytes
 from moe_app.command_line import program
@@ -149,7 +149,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="token ids")
     parser.add_argument(
         "--tokenizer-type",
-        choices=list(TOKENIZERS),
+        choices=TOKENIZER_CHOICES,
         default="SentencePieceTokenizer",
         help="SentencePiece BPE with byte fallback, or byte-level BPE of `tokenizers`",
     )
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = train(texts, args.vocab_size)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, data)
-        tokenizer = load_tokenizer(args.tokenizer_type, str(path))
+        tokenizer = load_tokenizer(args.tokenizer_type, str(path), eod_token=END_OF_DOCUMENT)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -295,7 +295,7 @@ def read_input(
             read_tokens(
                 args.input,
                 text_key="prompt",
-                encode=tokenizer.encode,
+                encode=tokenizer.encode_document,
                 vocab_size=tokenizer.vocab_size,
                 max_tokens=seq_length - args.max_new_tokens,
                 rule=f"because with --max-new-tokens {args.max_new_tokens} they must fit into"
@@ -335,7 +335,7 @@ def encode_prompt(
             f"--prompt number {number} ({text!r}) is not UTF-8 at character {error.start};"
             " prompts must be valid UTF-8; re-encode it"
         ) from error
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode_document(text)
     if not ids:
         raise ConfigError(
             f"--prompt number {number} ({text!r}) has no tokens; the model continues at"

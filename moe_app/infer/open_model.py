@@ -14,7 +14,7 @@ import torch
 from megatron.trainer.checkpoint import FoundCheckpoint, find_checkpoint
 from megatron.trainer.config.cli import load_config
 from megatron.trainer.config.schema import DataConfig, ParallelConfig, TrainingConfig
-from megatron.trainer.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
+from megatron.trainer.data.tokenizer import TOKENIZER_CHOICES, Tokenizer, load_tokenizer
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.inference.parallel_model import ParallelModel
 from megatron.trainer.records.run_dir import CONFIG_NAME
@@ -98,10 +98,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--ckpt-step", type=int, metavar="N", help="iteration to load; without it the newest"
     )
     model.add_argument(
-        "--tokenizer-model", metavar="FILE", help="use this one, not the checkpoint's"
+        "--tokenizer-model", metavar="PATH", help="use this file or directory, not the checkpoint's"
     )
     model.add_argument(
-        "--tokenizer-type", choices=list(TOKENIZERS), help="what wrote --tokenizer-model"
+        "--tokenizer-type", choices=TOKENIZER_CHOICES, help="what wrote --tokenizer-model"
+    )
+    model.add_argument(
+        "--eod-token", metavar="TEXT", help="the token that ends a document, if nothing names it"
     )
     precision = model.add_mutually_exclusive_group()
     for flag, value, text in (("--bf16", True, "bfloat16"), ("--fp32", False, "fp32")):
@@ -210,14 +213,15 @@ def find_tokenizer(data: DataConfig, found: FoundCheckpoint, args: argparse.Name
     """
     kind = args.tokenizer_type or data.tokenizer_type
     if args.tokenizer_model is not None:
-        return load_tokenizer(kind, args.tokenizer_model)
+        return load_tokenizer(kind, args.tokenizer_model, eod_token=args.eod_token)
     if data.tokenizer_model is None or data.mock_data:
         why = "its data were --mock-data" if data.mock_data else "its run had no --tokenizer-model"
         raise ConfigError(
             f"{found.path} has no tokenizer, because {why}; text needs"
             " one; name the tokenizer that made the training data with --tokenizer-model"
         )
-    return load_tokenizer(kind, str(found.path / Path(data.tokenizer_model).name))
+    path = found.path / Path(data.tokenizer_model).name
+    return load_tokenizer(kind, str(path), eod_token=args.eod_token or data.eod_token)
 
 
 def load_model(args: argparse.Namespace, opened: OpenedCheckpoint) -> LoadedModel:

@@ -156,7 +156,7 @@ class InputReader:
         yield from read_tokens(
             self._path,
             text_key="text",
-            encode=lambda text: self._tokenizer().encode(text),
+            encode=lambda text: self._tokenizer().encode_document(text),
             vocab_size=self._vocab_size,
             max_tokens=self._seq_length + 1,
             rule=f"one more than {self._seq_length}, the --seq-length of training",

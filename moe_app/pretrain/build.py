@@ -164,7 +164,9 @@ def document_rule(data: DataConfig, vocab_size: int) -> DocumentRule | None:
                 " document, but there is neither a tokenizer nor an id; give --tokenizer-model or"
                 " --eod-token-id"
             )
-        eod = load_tokenizer(data.tokenizer_type, data.tokenizer_model).eod
+        eod = load_tokenizer(
+            data.tokenizer_type, data.tokenizer_model, eod_token=data.eod_token
+        ).eod
     if not 0 <= eod < vocab_size:
         raise ConfigError(
             f"the id that ends a document ({eod}) is no token of a vocabulary of {vocab_size}, so"

@@ -191,7 +191,9 @@ def test_missing_checkpoint_and_iteration_are_named(
 
 
 def arguments_of(**settings: str | None) -> argparse.Namespace:
-    return argparse.Namespace(**{"tokenizer_type": None, "tokenizer_model": None, **settings})
+    return argparse.Namespace(
+        **{"tokenizer_type": None, "tokenizer_model": None, "eod_token": None, **settings}
+    )
 
 
 def test_run_without_a_tokenizer_needs_the_flag(tmp_path: Path) -> None:

@@ -141,10 +141,17 @@ class DataConfig:
     num_workers: int = 1
     """Global batches that a thread of each rank reads before they are needed; 0 reads each in the
     step that takes it."""
-    tokenizer_type: Literal["SentencePieceTokenizer", "HFTokenizer"] = "SentencePieceTokenizer"
-    """Format of tokenizer_model: a SentencePiece .model, or a tokenizers .json."""
+    tokenizer_type: Literal["SentencePieceTokenizer", "HFTokenizer", "HuggingFaceTokenizer"] = (
+        "SentencePieceTokenizer"
+    )
+    """Format of tokenizer_model: a SentencePiece .model, or a tokenizers .json, for which
+    HuggingFaceTokenizer is another name."""
     tokenizer_model: str | None = None
-    """Tokenizer file; copied into the checkpoints."""
+    """Tokenizer file, or a directory that holds one; copied into the checkpoints, with the files
+    beside it that say what its tokens are for."""
+    eod_token: str | None = None
+    """Text of the token that ends a document; None takes the one that the files beside the
+    tokenizer name."""
     reset_position_ids: bool = False
     """Restart position ids at each document of a sequence."""
     reset_attention_mask: bool = False

@@ -1,22 +1,24 @@
 """Reads tokenizers behind one interface, from files that hold data, not code."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import logging
 from typing import Protocol
 
-from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer as TokenizersTokenizer
+from megatron.trainer.data.document_end import END_OF_DOCUMENT, DocumentEnd
+from megatron.trainer.data.hf_tokenizer import HFTokenizer
+from megatron.trainer.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from megatron.trainer.data.tokenizer_files import TYPE_ALIASES, locate_tokenizer
 
-from megatron.trainer.errors import ConfigError, DataError
-from megatron.trainer.io.bounded_read import read_small
+__all__ = [
+    "END_OF_DOCUMENT",
+    "TOKENIZERS",
+    "TOKENIZER_CHOICES",
+    "HFTokenizer",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "load_tokenizer",
+]
 
-END_OF_DOCUMENT = "<|endoftext|>"
-"""The piece that separates documents, in our own tokenizers and in OLMoE's."""
-
-_MOST_BYTES = 1 << 28
-_LARGEST_ID = (1 << 31) - 1
-"""Of a token in a token file."""
+logger = logging.getLogger(__name__)
 
 
 class Tokenizer(Protocol):
@@ -27,161 +29,62 @@ class Tokenizer(Protocol):
         """Return one more than the largest id."""
 
     @property
+    def end(self) -> DocumentEnd:
+        """Return the token that ends a document, and who says so."""
+
+    @property
     def eod(self) -> int:
         """Return the id that ends a document."""
 
-    def encode(self, text: str) -> list[int]:
-        """Return text's ids; text that spells a special piece is ordinary text."""
-
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of ids."""
-
-
-class SentencePieceTokenizer:
-    """Reads a SentencePiece .model; documents end with `<|endoftext|>`, or `</s>` without it.
-
-    Args:
-        path: The .model file.
-
-    Raises:
-        DataError: The file cannot be read, or has neither piece.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._processor = SentencePieceProcessor()
-        data = _read(path)
-        with _reading(path, "a SentencePiece model"):
-            self._processor.LoadFromSerializedProto(data)
-        piece_id = self._processor.PieceToId(END_OF_DOCUMENT)
-        eod = piece_id if self._processor.IsControl(piece_id) else self._processor.eos_id()
-        if eod < 0:
-            raise DataError(
-                f"{path} has neither a control piece {END_OF_DOCUMENT!r} nor an end of sentence;"
-                " documents must end with one; train the tokenizer with tools/train_tokenizer.py"
-            )
-        self.eod: int = eod
-        self.vocab_size: int = self._processor.GetPieceSize()
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """Return the ids that the tokenizer puts before each text: its BOS, or none."""
 
     def encode(self, text: str) -> list[int]:
-        """Return text's ids; text that spells a special piece is ordinary text."""
-        ids: list[int] = self._processor.EncodeAsIds(text)
-        return ids
+        """Return text's ids; text that spells a control token is ordinary text."""
+
+    def encode_document(self, text: str) -> list[int]:
+        """Return the ids of a text that begins a document: `prefix`, then the text's.
+
+        Empty for an empty text.
+        """
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of ids."""
-        text: str = self._processor.DecodeIds(ids)
-        return text
+        """Return the text of ids, without a `prefix` at their beginning."""
 
+    def token_id(self, text: str) -> int | None:
+        """Return the id of the token that is written `text`; None for none."""
 
-_JSON_KIND = "a tokenizers JSON file"
-
-
-class HFTokenizer:
-    """Reads a tokenizer.json of the `tokenizers` library; documents end with `<|endoftext|>`.
-
-    Args:
-        path: The .json file.
-
-    Raises:
-        DataError: The file cannot be read, or has no `<|endoftext|>`.
-    """
-
-    def __init__(self, path: str) -> None:
-        data = _read(path)
-        self._path = path
-        with _reading(path, _JSON_KIND):
-            self._tokenizer = TokenizersTokenizer.from_buffer(data)
-        eod = self._tokenizer.token_to_id(END_OF_DOCUMENT)
-        if eod is None:
-            raise DataError(
-                f"{path} has no token {END_OF_DOCUMENT!r}; documents must end with it; train the"
-                " tokenizer with tools/train_tokenizer.py or add the token"
-            )
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.eod: int = eod
-        largest = max(self._tokenizer.get_vocab().values())
-        if largest > _LARGEST_ID:
-            raise DataError(
-                f"{path} has the id {largest}; ids must be at most {_LARGEST_ID}, as token files"
-                " store them; restore the file"
-            )
-        self.vocab_size: int = largest + 1
-
-    def encode(self, text: str) -> list[int]:
-        """Return text's ids; text that spells a special piece is ordinary text."""
-        with _reading(self._path, _JSON_KIND):
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of ids."""
-        with _reading(self._path, _JSON_KIND):
-            text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
-        return text
+    def token_text(self, token_id: int) -> str | None:
+        """Return how a token is written; None for an id that is none."""
 
 
 TOKENIZERS: dict[str, type[SentencePieceTokenizer] | type[HFTokenizer]] = {
     "SentencePieceTokenizer": SentencePieceTokenizer,
     "HFTokenizer": HFTokenizer,
 }
+"""Types of tokenizers."""
+TOKENIZER_CHOICES = (*TOKENIZERS, *TYPE_ALIASES)
 """Values of --tokenizer-type."""
 
 
-def load_tokenizer(tokenizer_type: str, tokenizer_model: str | None) -> Tokenizer:
-    """Read a tokenizer.
+def load_tokenizer(
+    tokenizer_type: str, tokenizer_model: str | None, *, eod_token: str | None = None
+) -> Tokenizer:
+    """Read a tokenizer, and log which token ends a document.
 
     Args:
-        tokenizer_type: A name in TOKENIZERS.
-        tokenizer_model: Its file.
+        tokenizer_type: A name in TOKENIZER_CHOICES.
+        tokenizer_model: Its file, or a directory that holds it as tokenizer.json or
+            tokenizer.model.
+        eod_token: The token that ends a document; None takes the one that `choose_end` finds.
 
     Raises:
         ConfigError: The type is unknown, or no file is named.
-        DataError: The file is missing or of another kind.
+        DataError: The file is missing or of another kind, or nothing names the end of a document.
     """
-    if tokenizer_type not in TOKENIZERS:
-        raise ConfigError(
-            f"--tokenizer-type {tokenizer_type} is unknown; it must be one of"
-            f" {', '.join(TOKENIZERS)}"
-        )
-    if not tokenizer_model:
-        raise ConfigError(
-            f"--tokenizer-type {tokenizer_type} needs a file, but --tokenizer-model is not given;"
-            " name the .model or .json file"
-        )
-    return TOKENIZERS[tokenizer_type](tokenizer_model)
-
-
-def _read(path: str) -> bytes:
-    """Return a tokenizer file's content, or raise DataError when it is missing."""
-    if not Path(path).is_file():
-        raise DataError(
-            f"tokenizer {path} does not exist or is not a file; --tokenizer-model must name the"
-            " .model or .json file; check the path"
-        )
-    try:
-        return read_small(Path(path), most_bytes=_MOST_BYTES)
-    except OSError as error:
-        raise DataError(
-            f"tokenizer {path} cannot be read: {error.strerror}; --tokenizer-model must name the"
-            " .model or .json file; check the path"
-        ) from error
-
-
-@contextmanager
-def _reading(path: str, kind: str) -> Iterator[None]:
-    """Turn what the libraries say of a damaged file, or of one of another kind, into a DataError.
-
-    They raise Exception itself, and the one that is written in Rust, where it gives up, a
-    PanicException of its own that is no Exception.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise DataError(
-            f"tokenizer {path} is not {kind} ({error}); --tokenizer-type and --tokenizer-model must"
-            f" agree ({', '.join(TOKENIZERS)}); choose the other type or restore the file"
-        ) from error
+    file = locate_tokenizer(tokenizer_type, tokenizer_model)
+    tokenizer = TOKENIZERS[file.kind](str(file.path), eod_token=eod_token)
+    starts = [tokenizer.token_text(each) for each in tokenizer.prefix]
+    logger.info("%s%s", tokenizer.end, f"; texts begin with {starts}" if starts else "")
+    return tokenizer

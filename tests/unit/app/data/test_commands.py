@@ -173,8 +173,10 @@ def test_json_without_an_end_of_document_is_refused(
     path = tmp_path / "t.json"
     path.write_text(json.dumps(data))
     message = (
-        f"{path} has no token '<|endoftext|>'; documents must end with it; train the tokenizer with"
-        " tools/train_tokenizer.py or add the token"
+        f"nothing says which token of {path} ends a document: it has no '<|endoftext|>', and the"
+        " files beside it (no tokenizer_config.json or other such file) name no eos_token and no"
+        " eos_token_id that is a token of it; name the token with --eod-token; it has none that"
+        " no text becomes"
     )
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         load_tokenizer("HFTokenizer", str(path))

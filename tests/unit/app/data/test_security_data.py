@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron.trainer.data import jsonl, tokenizer
+from megatron.trainer.data import jsonl, tokenizer_files
 from megatron.trainer.data.indexed import open_tokens
 from megatron.trainer.data.tokenizer import HFTokenizer, SentencePieceTokenizer
 from megatron.trainer.data.writer import TokenFileWriter
@@ -291,7 +291,7 @@ def test_corrupt_tokenizer_does_not_crash(kind: str, tmp_path: Path) -> None:
 def test_tokenizer_of_any_size_takes_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizer, "_MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(tokenizer_files, "MOST_BYTES", 1 << 20)
     with (tmp_path / "m").open("wb") as file:
         file.truncate(1 << 40)  # sparse; takes no disk space
     before = peak_bytes()

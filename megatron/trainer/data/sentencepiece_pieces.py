@@ -1,0 +1,98 @@
+"""Reads the pieces of a SentencePiece model from its protocol buffer.
+
+The library's Python interface tells neither which pieces are user-defined nor how to change one.
+"""
+
+import struct
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""The kinds of pieces."""
+
+_PIECES, _TEXT, _SCORE, _KIND = 1, 1, 2, 3
+"""Field numbers: of the model's pieces, and of a piece's parts."""
+_VARINT, _EIGHT_BYTES, _SIZED, _FOUR_BYTES = 0, 1, 2, 5
+"""Wire types."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentencePiecePiece:
+    """Describes a piece; its id is its place in the model."""
+
+    text: str
+    """How it is written; a space is U+2581."""
+    score: float
+    """Its logarithmic probability, or its negative rank in a BPE model."""
+    kind: int
+    """One of the six kinds."""
+    kind_at: int | None
+    """Where the model has the first byte of its kind; None for a piece that leaves it out."""
+
+
+def read_pieces(model: bytes) -> list[SentencePiecePiece]:
+    """Return the pieces of a model, in the order of their ids.
+
+    Raises:
+        ValueError: These bytes are no such message.
+    """
+    return [
+        _read_piece(model, start, stop)
+        for number, wire_type, start, stop in _fields(model, 0, len(model))
+        if (number, wire_type) == (_PIECES, _SIZED)
+    ]
+
+
+def as_control(model: bytes, texts: Collection[str]) -> bytes:
+    """Return the model with some user-defined pieces made control pieces, which no text becomes.
+
+    Raises:
+        ValueError: These bytes are no such message.
+    """
+    changed = bytearray(model)
+    for piece in read_pieces(model):
+        if piece.kind == USER_DEFINED and piece.text in texts and piece.kind_at is not None:
+            changed[piece.kind_at] = CONTROL | changed[piece.kind_at] & 0x80
+    return bytes(changed)
+
+
+def _read_piece(model: bytes, start: int, stop: int) -> SentencePiecePiece:
+    text, score, kind, kind_at = "", 0.0, NORMAL, None
+    for number, wire_type, begin, end in _fields(model, start, stop):
+        if (number, wire_type) == (_TEXT, _SIZED):
+            text = model[begin:end].decode("utf-8", errors="replace")
+        elif (number, wire_type) == (_SCORE, _FOUR_BYTES):
+            (score,) = struct.unpack("<f", model[begin:end])
+        elif (number, wire_type) == (_KIND, _VARINT):
+            kind, kind_at = _varint(model, begin, end)[0], begin
+    return SentencePiecePiece(text=text, score=score, kind=kind, kind_at=kind_at)
+
+
+def _fields(model: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield number, wire type, and bounds of the content of each field of a message."""
+    at = start
+    while at < stop:
+        key, at = _varint(model, at, stop)
+        wire_type = key & 7
+        if wire_type == _SIZED:
+            length, at = _varint(model, at, stop)
+        elif wire_type == _VARINT:
+            length = _varint(model, at, stop)[1] - at
+        elif wire_type in (_FOUR_BYTES, _EIGHT_BYTES):
+            length = 4 if wire_type == _FOUR_BYTES else 8
+        else:
+            raise ValueError(f"wire type {wire_type} at byte {at}")
+        if at + length > stop:
+            raise ValueError(f"a field of {length} bytes at byte {at} of {stop}")
+        yield key >> 3, wire_type, at, at + length
+        at += length
+
+
+def _varint(model: bytes, at: int, stop: int) -> tuple[int, int]:
+    """Return an integer of variable length, and where it ends."""
+    value = 0
+    for count, byte in enumerate(model[at : min(stop, at + 10)]):
+        value |= (byte & 0x7F) << 7 * count
+        if byte < 0x80:
+            return value, at + count + 1
+    raise ValueError(f"an integer without an end at byte {at}")
