@@ -26,6 +26,14 @@ from megatron.trainer.runtime import signals
 from megatron.trainer.runtime.collective import require_same
 from megatron.trainer.runtime.malloc import keep_freed_memory
 from megatron.trainer.runtime.rendezvous import rendezvous
+from megatron.trainer.runtime.started import (
+    MissingTorchrunError,
+    check_rendezvous,
+    check_tasks,
+    has_terminal,
+    rank_and_world_size,
+    whole_number,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +63,22 @@ class RunContext:
 
 
 def environment_rank() -> int:
-    """Return this process's rank from torchrun's environment, 0 outside torchrun."""
-    return int(os.environ.get("RANK", "0"))
+    """Return this process's rank from torchrun's environment, 0 alone.
+
+    Raises:
+        ConfigError: torchrun is missing, or its variables contradict each other.
+    """
+    check_tasks(os.environ, pid=os.getpid(), has_terminal=has_terminal)
+    return rank_and_world_size(os.environ)[0]
 
 
 def environment_world_size() -> int:
-    """Return the number of processes that torchrun started, 1 outside torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return the number of processes that torchrun started, 1 outside torchrun.
+
+    Raises:
+        ConfigError: torchrun's variables contradict each other.
+    """
+    return rank_and_world_size(os.environ)[1]
 
 
 def slurm_environment() -> dict[str, str]:
@@ -78,8 +95,9 @@ def connect(parallel: ParallelConfig) -> tuple[torch.device, int]:
         This rank's device and its number of CPU threads.
 
     Raises:
-        ConfigError: the device is not there.
+        ConfigError: the device is not there, or torchrun's variables are incomplete.
     """
+    check_rendezvous(os.environ)
     device = _resolve_device(parallel)
     num_threads = _resolve_threads(parallel)
     torch.set_num_threads(num_threads)
@@ -105,6 +123,8 @@ def initialize(cfg: RunConfig, *, is_training: bool = True) -> RunContext:
         ConfigError: the layout is impossible, or the device is not there. Raised alike on every
             rank, before any rank waits for another.
     """
+    if is_training:
+        environment_rank()
     world_size = environment_world_size()
     validate(cfg, world_size, is_training=is_training)
     device, num_threads = connect(cfg.parallel)
@@ -152,22 +172,35 @@ def run_main(main: Callable[[], int | None]) -> int:
     """
     try:
         return main() or 0
+    except MissingTorchrunError as error:
+        if error.task == 0:  # nobody ends the other tasks, and all have the same to say
+            _print_error(error)
+        return 2
     except UserError as error:
         signals.stop_listening()  # torchrun ends the ranks that wait below with SIGTERM
-        rank = environment_rank()
+        rank = _rank_or_0()
         is_alone = error.is_local
         if rank != 0 and not is_alone:
             time.sleep(RANK0_MESSAGE_TIME_S)
             is_alone = True  # or torchrun would have ended this rank by now
-        where = f" on rank {rank}" if is_alone else ""
-        sys.stderr.write(printable(f"{type(error).__name__}{where}: {error}\n"))
-        sys.stderr.flush()
+        _print_error(error, where=f" on rank {rank}" if is_alone else "")
         return 2
     except SystemExit as end:
         signals.stop_listening()
-        if end.code not in (None, 0) and environment_rank() != 0:
+        if end.code not in (None, 0) and _rank_or_0() != 0:
             time.sleep(RANK0_MESSAGE_TIME_S)
         raise
+
+
+def _print_error(error: UserError, *, where: str = "") -> None:
+    sys.stderr.write(printable(f"{type(error).__name__}{where}: {error}\n"))
+    sys.stderr.flush()
+
+
+def _rank_or_0() -> int:
+    """Return this process's rank, 0 where the environment has none that is one."""
+    text = os.environ.get("RANK", "")
+    return int(text) if text.isascii() and text.isdecimal() else 0
 
 
 def _resolve_device(parallel: ParallelConfig) -> torch.device:
@@ -179,7 +212,7 @@ def _resolve_device(parallel: ParallelConfig) -> torch.device:
         )
     if parallel.device == "cpu" or not available:
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = whole_number(os.environ, "LOCAL_RANK") or 0
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise ConfigError(
@@ -194,8 +227,11 @@ def _resolve_threads(parallel: ParallelConfig) -> int:
         return parallel.threads_per_rank
     if "OMP_NUM_THREADS" in os.environ and not _is_omp_of_torchrun():
         return _omp_threads(os.environ["OMP_NUM_THREADS"])
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, _num_cores() // local_ranks)
+    return max(1, _num_cores() // _local_world_size())
+
+
+def _local_world_size() -> int:
+    return whole_number(os.environ, "LOCAL_WORLD_SIZE", at_least=1) or 1
 
 
 def _num_cores() -> int:
@@ -237,7 +273,7 @@ def _start_process_group(device: torch.device, timeout_minutes: int) -> None:
     _restrict_gloo_to_loopback()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "gloo" if device.type == "cpu" else "nccl"
-    if "RANK" in os.environ:
+    if os.environ.get("RANK"):
         store, rank, world_size = rendezvous(timeout)
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
@@ -251,7 +287,7 @@ def _restrict_gloo_to_loopback() -> None:
     GLOO_SOCKET_IFNAME names another interface.
     """
     names = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
-    if names and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == environment_world_size():
+    if names and _local_world_size() == environment_world_size():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", names.pop())
 
 

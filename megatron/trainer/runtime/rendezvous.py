@@ -20,7 +20,7 @@ _SHOWN_RANKS = 16
 
 
 class RendezvousError(UserError):
-    """Reports that a rank has not joined in time."""
+    """Reports that a rank has not joined in time, or that there is nowhere to join."""
 
     is_local = True
 
@@ -33,9 +33,15 @@ def rendezvous(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
         `init_process_group`.
 
     Raises:
-        RendezvousError: some have not joined in time.
+        RendezvousError: some have not joined in time, or MASTER_ADDR cannot be reached.
     """
-    store, rank, world_size = next(iter(torch_rendezvous("env://", timeout=timeout)))
+    try:
+        store, rank, world_size = next(iter(torch_rendezvous("env://", timeout=timeout)))
+    except dist.DistNetworkError as error:
+        raise RendezvousError(
+            f"the ranks cannot meet at MASTER_ADDR and MASTER_PORT: {error}; check that this names"
+            " the host of rank 0, that other nodes can reach it, and that the port is free there"
+        ) from error
     prefix = agree_on_prefix(store, rank=rank, world_size=world_size, timeout=timeout)
     return dist.PrefixStore(prefix, store), rank, world_size
 

@@ -177,6 +177,7 @@ def test_dangling_symlink_is_not_skipped(
 def test_several_processes_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     message = "torchrun started 2 processes; a conversion runs in one"
     assert_refused(run_import(tmp_path), message, tmp_path, capsys)

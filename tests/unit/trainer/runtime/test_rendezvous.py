@@ -1,13 +1,14 @@
 """Ranks agree on a key prefix of their own, whatever an earlier attempt has left in the store."""
 
 import datetime
+import socket
 import threading
 from collections.abc import Sequence
 
 import pytest
 import torch.distributed as dist
 
-from megatron.trainer.runtime.rendezvous import RendezvousError, agree_on_prefix
+from megatron.trainer.runtime.rendezvous import RendezvousError, agree_on_prefix, rendezvous
 
 SHORT = datetime.timedelta(seconds=0.3)
 
@@ -62,3 +63,18 @@ def test_ranks_that_ended_early_do_not_disturb_the_next_attempt() -> None:
 
 def test_one_rank_alone_waits_for_no_other() -> None:
     assert attempt(dist.HashStore(), [0], world_size=1)[0].startswith("attempt/")
+
+
+def test_unreachable_meeting_point_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for name, value in (
+            ("RANK", "0"),
+            ("WORLD_SIZE", "1"),
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_PORT", str(port)),
+        ):
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        with pytest.raises(RendezvousError, match=rf"^the ranks cannot meet at .*{port}.*; check"):
+            rendezvous(datetime.timedelta(seconds=5))
