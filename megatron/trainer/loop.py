@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.trainer.checkpoint import BackgroundSaver
 from megatron.trainer.errors import StepRefusedError
 from megatron.trainer.health.stop import Stop, StopRule
 from megatron.trainer.health.stragglers import BusyClock
@@ -22,7 +23,9 @@ class Upkeep:
     """Saves checkpoints, and goes back to them; every part may be left out."""
 
     save: Callable[[TrainState], None] | None = None
-    """Writes a checkpoint, a collective call; None writes none."""
+    """Writes a checkpoint, or lets `background` begin to; a collective call. None writes none."""
+    background: BackgroundSaver | None = None
+    """Writes what `save` begins; None where `save` returns when the checkpoint is complete."""
     rewind: Callable[[TrainState, int], bool] | None = None
     """Goes back to a checkpoint after a step too bad to skip, given the iteration of this run's
     newest, a collective call; False if it may not."""
@@ -56,7 +59,9 @@ def train(
         hook.on_start(state.iteration, state.cfg.training.train_iters)
     try:
         stop = run.to_the_end()
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, Exception):
+            run.finish_save_after(error)
         for hook in hooks:
             try:
                 hook.on_end()
@@ -107,10 +112,13 @@ class _Run:
                 self._evaluate_all()
             if self._is_due(cfg.checkpoint.save_interval):
                 self._save()
+            if self.upkeep.background is not None and self.upkeep.background.poll():
+                self._finish_save()
         if self.stop_rule.stop is None and self.evaluated < state.iteration:
             self._evaluate_all()
         if self.saved < state.iteration:
             self._save()
+        self._finish_save()
         return self.stop_rule.stop
 
     def _must_stop(self) -> bool:
@@ -176,15 +184,38 @@ class _Run:
         if self.upkeep.save is None:
             return
         self._begin("save")
+        self._finish_save()
         started = time.perf_counter()
         self.upkeep.save(self.state)
         self.saved = self.state.iteration
+        if self.upkeep.background is None:
+            self._report_save(self.saved, *[time.perf_counter() - started] * 2)
+
+    def _finish_save(self) -> None:
+        """Wait for the checkpoint that is being written in the background, if there is one."""
+        background = self.upkeep.background
+        if background is None or not background.is_saving:
+            return
+        done = background.wait()
+        logger.info("saved %s in %.1f s, in the background", done.path, done.seconds)
+        self._report_save(done.iteration, done.seconds, done.blocked_seconds)
+
+    def finish_save_after(self, error: Exception) -> None:
+        """Let a checkpoint that is being written become complete although the run ends."""
+        try:
+            self._finish_save()
+        except Exception as failed:  # must not hide what ended the run
+            if failed is not error:
+                logger.warning("the checkpoint being written is lost: %s", failed)
+
+    def _report_save(self, iteration: int, seconds: float, blocked_seconds: float) -> None:
         for hook in self.hooks:
-            hook.on_save(self.saved, time.perf_counter() - started)
+            hook.on_save(iteration, seconds=seconds, blocked_seconds=blocked_seconds)
 
     def _rewind(self, why: str) -> bool:
         """Go back to the newest checkpoint; False if the run may not."""
         before = self.state.iteration
+        self._finish_save()
         if self.upkeep.rewind is None or not self.upkeep.rewind(self.state, self.saved):
             return False
         iteration = self.state.iteration

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron.trainer.checkpoint import (
+    BackgroundSaver,
     FoundCheckpoint,
     find_checkpoint,
     load_checkpoint,
@@ -45,8 +46,15 @@ from megatron.trainer.state import (
 logger = logging.getLogger(__name__)
 
 
-def checkpoint_writer(state: TrainState) -> Callable[[TrainState], None] | None:
-    """Return the function that saves a checkpoint; None for a run without --save."""
+def checkpoint_writer(
+    state: TrainState, background: BackgroundSaver | None = None
+) -> Callable[[TrainState], None] | None:
+    """Return the function that saves a checkpoint, or begins to; None for a run without --save.
+
+    Args:
+        state: of the run.
+        background: writes in the background; None returns a function that does so itself.
+    """
     cfg = state.cfg.checkpoint
     if cfg.save is None:
         return None
@@ -59,7 +67,8 @@ def checkpoint_writer(state: TrainState) -> Callable[[TrainState], None] | None:
 
     def write(current: TrainState) -> None:
         run = json.dumps(run_state(current), indent=2)
-        path = save_checkpoint(
+        save = save_checkpoint if background is None else background.save
+        path = save(
             root,
             current.iteration,
             sharded_state(current),
@@ -67,7 +76,8 @@ def checkpoint_writer(state: TrainState) -> Callable[[TrainState], None] | None:
             keep_last=cfg.keep_last,
             keep_every=cfg.keep_every,
         )
-        logger.info("saved %s", path)
+        if path is not None:
+            logger.info("saved %s", path)
 
     return write
 

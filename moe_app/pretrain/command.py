@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.trainer.checkpoint import BackgroundSaver
 from megatron.trainer.health.preflight import preflight
 from megatron.trainer.health.stop import Stop
 from megatron.trainer.health.watchdog import Watchdog, start_watchdog, timeout_before
@@ -94,8 +95,10 @@ def _train(
         journal.saved = state.iteration
     hooks: list[Hook] = [journal, watchdog]
     hooks += on_all_ranks("opening the records", lambda: build_hooks(cfg, state))
+    background = BackgroundSaver(ctx.device) if cfg.checkpoint.async_save else None
     upkeep = Upkeep(
-        save=checkpoint_writer(state),
+        save=checkpoint_writer(state, background),
+        background=background,
         rewind=rewind,
         evaluate_first=beginning.is_continued and evaluation_is_pending(state),
     )

@@ -2,7 +2,8 @@
 
 Usage: python kill_training_worker.py ROOT KILLS FLAGS.json
 
-Every attempt continues ROOT/run, which saves after each step. Prints one JSON line per attempt:
+Every attempt continues ROOT/run, which saves after each step; two in four save in the background.
+Prints one JSON line per attempt:
 {"rank": killed, "during": iteration being saved} and, after the last kill, trains to the end.
 Ranks are forked from one process that has imported everything, so that an attempt costs seconds.
 """
@@ -35,7 +36,8 @@ def main() -> None:
     moments = random.Random(5)
     for attempt in range(kills):
         older = {path.name for path in run.glob("iter_*.tmp-*")}
-        children = fork_ranks(training)
+        more = ["--async-save"] if attempt % 4 >= 2 else []  # both ranks are killed under both
+        children = fork_ranks({**training, "flags": [*training["flags"], *more]})
         # The second save of the attempt, so that a step was trained in between.
         deadline = time.monotonic() + 60
         first = await_save(run, older, deadline)

@@ -6,15 +6,18 @@ step ends with an agreement of all ranks, so that a full disk on one stops the o
 
 The state goes through megatron-core's planning (same files, same `.metadata`, any reader of
 `torch_dist` loads it) but through torch's own synchronous writer: megatron-core's forks a process
-for every file and keeps a server process, which outlives a killed rank.
+for every file or keeps one beside each rank, which outlives a killed rank. `background` runs it in
+a thread, on a copy of the state.
 """
 
+import contextlib
 import io
 import logging
 import pickle
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -52,6 +57,18 @@ ShardedStateDict = dict[str, Any]
 _RESERVED_NAMES = {MANIFEST_NAME, ".metadata", "common.pt", "metadata.json"}
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagedCheckpoint:
+    """Holds what this rank has to write of a state, checked by all ranks together."""
+
+    shards: Mapping[str, Any]
+    """This rank's main replicas, in the form of torch's planner."""
+    common: bytes
+    """The unsharded state, serialized; rank 0's is written."""
+    files: Mapping[str, str | Path]
+    """Small files to keep beside the state."""
 
 
 def save_checkpoint(
@@ -89,6 +106,20 @@ def save_checkpoint(
         ConfigError: `keep_last` or `keep_every` is less than 1.
         CheckpointError: saving failed on some rank; raised on all.
     """
+    check_retention(keep_last, keep_every)
+    with saving(root, iteration):
+        staged = stage_checkpoint(state, files=files, group=group)
+        return write_checkpoint(
+            root, iteration, staged, keep_last=keep_last, keep_every=keep_every, group=group
+        )
+
+
+def check_retention(keep_last: int | None, keep_every: int | None) -> None:
+    """Refuse numbers that keep nothing.
+
+    Raises:
+        ConfigError: `keep_last` or `keep_every` is less than 1.
+    """
     if keep_last is not None and keep_last < 1:
         raise ConfigError(
             f"keep_last ({keep_last}) must be at least 1, the checkpoint just written; leave it "
@@ -98,18 +129,69 @@ def save_checkpoint(
         raise ConfigError(
             f"keep_every ({keep_every}) must be at least 1; leave it out to keep no others"
         )
-    attempt = broadcast(secrets.token_hex(4), group)
+
+
+@contextlib.contextmanager
+def saving(root: Path, iteration: int) -> Iterator[None]:
+    """Say of a CheckpointError in the context which save failed, and what it leaves."""
     try:
-        _write(layout.partial_path(root, iteration, attempt), iteration, state, files or {}, group)
-        publish = partial(layout.publish, root, iteration, attempt)
-        on_rank0("renaming the finished checkpoint", publish, group)
+        yield
     except CheckpointError as error:
-        if rank_of(group) == 0 and layout.partial_path(root, iteration, attempt).exists():
-            layout.remove(layout.partial_path(root, iteration, attempt))
         raise CheckpointError(
             f"could not save iteration {iteration} to {root}: {error}; the checkpoints that were "
             "there before are untouched"
         ) from error
+
+
+def stage_checkpoint(
+    state: ShardedStateDict,
+    *,
+    files: Mapping[str, str | Path] | None = None,
+    is_copied: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> StagedCheckpoint:
+    """Check a state on all ranks, and select what this rank writes of it.
+
+    Args:
+        state: as in `save_checkpoint`.
+        files: as in `save_checkpoint`.
+        is_copied: copy the tensors to host memory, so that training may go on meanwhile.
+        group: all ranks; None is the default group.
+
+    Raises:
+        CheckpointError: the state is invalid on some rank; raised on all.
+    """
+    # Its collectives come first and its checks, on rank 0, last: no rank is left behind.
+    sharded, common = on_all_ranks("checking the state", partial(save_preprocess, state), group)
+    to_torch = partial(_to_torch, sharded, is_copied=is_copied)
+    shards = on_all_ranks("preparing the shards", to_torch, group)
+    plain = on_all_ranks("preparing the unsharded state", partial(_serialize, common), group)
+    return StagedCheckpoint(shards=shards, common=plain, files=dict(files or {}))
+
+
+def write_checkpoint(
+    root: Path,
+    iteration: int,
+    staged: StagedCheckpoint,
+    *,
+    keep_last: int | None,
+    keep_every: int | None,
+    group: dist.ProcessGroup | None,
+) -> Path:
+    """Write a staged checkpoint, publish it and delete old ones; arguments as `save_checkpoint`'s.
+
+    Raises:
+        CheckpointError: it failed on some rank; raised on all.
+    """
+    attempt = broadcast(secrets.token_hex(4), group)
+    try:
+        _write(layout.partial_path(root, iteration, attempt), iteration, staged, group)
+        publish = partial(layout.publish, root, iteration, attempt)
+        on_rank0("renaming the finished checkpoint", publish, group)
+    except CheckpointError:
+        if rank_of(group) == 0 and layout.partial_path(root, iteration, attempt).exists():
+            layout.remove(layout.partial_path(root, iteration, attempt))
+        raise
     # From here on the checkpoint is complete; a failure below does not undo it.
     on_rank0(
         f"writing {layout.TRACKER_NAME}", partial(layout.write_tracker, root, iteration), group
@@ -120,21 +202,14 @@ def save_checkpoint(
 
 
 def _write(
-    directory: Path,
-    iteration: int,
-    state: ShardedStateDict,
-    files: Mapping[str, str | Path],
-    group: dist.ProcessGroup | None,
+    directory: Path, iteration: int, staged: StagedCheckpoint, group: dist.ProcessGroup | None
 ) -> None:
     """Write a complete checkpoint into the new `directory`, including its manifest."""
-    # Its collectives come first and its checks, on rank 0, last: no rank is left behind.
-    sharded, common = on_all_ranks("checking the state", partial(save_preprocess, state), group)
-    shards = on_all_ranks("preparing the shards", partial(_to_torch, sharded), group)
-
-    prepare = partial(_write_rank0_files, directory, common, files)
+    prepare = partial(_write_rank0_files, directory, staged)
     on_rank0("writing common.pt", prepare, group)
 
-    on_all_ranks("writing the shards", partial(_write_shards, directory, shards, group), group)
+    write_shards = partial(_write_shards, directory, staged.shards, group)
+    on_all_ranks("writing the shards", write_shards, group)
 
     finish = partial(save_config, CheckpointingConfig("torch_dist"), str(directory))
     on_rank0("writing metadata.json", finish, group)
@@ -145,13 +220,15 @@ def _write(
     on_rank0("writing the manifest", partial(write_manifest, directory, iteration, records), group)
 
 
-def _to_torch(sharded: ShardedStateDict) -> dict[str, Any]:
+def _to_torch(sharded: ShardedStateDict, *, is_copied: bool) -> dict[str, Any]:
     """Return this rank's main replicas in the form of torch's checkpoint planner.
 
     Raises:
         CheckpointError: an object's data could not be loaded back.
     """
     flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    if is_copied:
+        _copy_to_host(flat)
     shards: dict[str, Any] = mcore_to_pyt_state_dict(flat, False)
     for key, value in shards.items():
         if isinstance(value, io.BytesIO):
@@ -161,11 +238,26 @@ def _to_torch(sharded: ShardedStateDict) -> dict[str, Any]:
     return shards
 
 
-def _write_shards(directory: Path, shards: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+def _copy_to_host(flat: ShardedStateDict) -> None:
+    """Replace the tensors of a state by copies in host memory, pinned for those on a GPU."""
+    is_on_gpu = False
+    for entry in nested_values(flat):
+        if isinstance(entry, ShardedTensor) and entry.data is not None:
+            data = entry.data.detach()
+            copy = torch.empty_like(data, device="cpu", pin_memory=data.is_cuda)
+            entry.data = copy.copy_(data, non_blocking=True)
+            is_on_gpu |= data.is_cuda
+    if is_on_gpu:
+        torch.cuda.current_stream().synchronize()
+
+
+def _write_shards(
+    directory: Path, shards: Mapping[str, Any], group: dist.ProcessGroup | None
+) -> None:
     """Let torch write; it gathers the failures of all ranks before it raises on each."""
     with torch_errors_explained("writing the shards"):
         dcp.save(
-            shards,
+            dict(shards),
             # One file a rank, in this process, forced to disk.
             storage_writer=dcp.FileSystemWriter(directory, thread_count=1, sync_files=True),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
@@ -173,18 +265,27 @@ def _write_shards(directory: Path, shards: dict[str, Any], group: dist.ProcessGr
         )
 
 
-def _write_rank0_files(
-    directory: Path, common: dict[str, Any], files: Mapping[str, str | Path]
-) -> None:
+def _serialize(common: dict[str, Any]) -> bytes:
+    """Serialize the unsharded state as `common.pt`.
+
+    Raises:
+        CheckpointError: it could not be loaded back.
+    """
+    content = io.BytesIO()
+    torch.save(common, content)
+    content.seek(0)
+    _check_loadable(content, "the unsharded state (common.pt)")
+    return content.getvalue()
+
+
+def _write_rank0_files(directory: Path, staged: StagedCheckpoint) -> None:
     """Make `directory`; write the unsharded state and the small files."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     layout.clear_leftovers(directory.parent)
     directory.mkdir()
     sync_directory(directory.parent)
-    with (directory / "common.pt").open("wb") as file:
-        torch.save(common, file)
-    _check_loadable(directory / "common.pt", "the unsharded state (common.pt)")
-    for name, content in files.items():
+    (directory / "common.pt").write_bytes(staged.common)
+    for name, content in staged.files.items():
         if not is_plain_name(name) or name in _RESERVED_NAMES or name.endswith(".distcp"):
             raise CheckpointError(
                 f"a checkpoint cannot hold a file named {name!r}; give a plain name that is not "
@@ -196,7 +297,7 @@ def _write_rank0_files(
             write_durably(directory / name, content)
 
 
-def _check_loadable(source: Path | io.BytesIO, name: str) -> None:
+def _check_loadable(source: io.BytesIO, name: str) -> None:
     """Read back what was serialized, as loading will: better refused now than lost then."""
     try:
         load_trusted_types(source, name=name)

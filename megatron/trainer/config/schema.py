@@ -182,6 +182,8 @@ class CheckpointConfig:
     """Iteration to load instead of the newest."""
     save_interval: int = 0
     """Steps between checkpoints; 0 means at the end only."""
+    async_save: bool = False
+    """Write checkpoints in the background, from a copy of the state in host memory."""
     keep_last: int | None = None
     """Newest checkpoints to keep; None keeps all."""
     keep_every: int | None = None

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch.distributed import _functional_collectives, distributed_c10d
 
-from megatron.trainer.data.read_ahead import THREAD_NAME
+from megatron.trainer.checkpoint.background import THREAD_NAME as WRITING_THREAD_NAME
+from megatron.trainer.data.read_ahead import THREAD_NAME as READING_THREAD_NAME
 from megatron.trainer.health.stragglers import CLOCK_CODES
 
 BUSY_SHARE = 0.01
@@ -129,7 +130,7 @@ class TrainingThread:
     def _activity(self) -> tuple[float, tuple[int, ...]]:
         """Return processor seconds, and counters that nothing but work changes."""
         computed = time.process_time() if self._clock is None else time.clock_gettime(self._clock)
-        done = (*_io_counters(self._counters), *_reading_counters())
+        done = (*_io_counters(self._counters), *_helper_counters())
         if self._device.type == "cuda":
             done = (*done, torch.cuda.memory_stats(self._device)["allocation.all.allocated"])
         return computed, done
@@ -148,15 +149,15 @@ def _io_counters(file: Path) -> tuple[int, ...]:
     return tuple(int(line.partition(":")[2]) for line in text.splitlines())
 
 
-def _reading_counters() -> tuple[int, ...]:
-    """Read bytes moved and nanoseconds computed by the threads that read batches ahead.
+def _helper_counters() -> tuple[int, ...]:
+    """Read bytes moved and nanoseconds computed by the threads that read ahead or write.
 
-    Where the thread that trains waits for a batch, only they do anything. They stop at a bounded
-    number of batches, so they cannot hide a hang elsewhere.
+    Where the thread that trains waits for a batch or a checkpoint, only they do anything. They stop
+    at a bounded number of batches and at one checkpoint, so they cannot hide a hang elsewhere.
     """
     counters: list[int] = []
     for thread in threading.enumerate():
-        if thread.name.startswith(THREAD_NAME):
+        if thread.name.startswith((READING_THREAD_NAME, WRITING_THREAD_NAME)):
             task = Path(f"/proc/self/task/{thread.native_id}")
             counters += _io_counters(task / "io")
             try:

@@ -27,8 +27,14 @@ class Hook:
     def on_evaluation(self, record: Record) -> None:
         """Called with the record of an evaluation."""
 
-    def on_save(self, iteration: int, seconds: float) -> None:
-        """Called when a checkpoint of `iteration` steps is written; it took so many seconds."""
+    def on_save(self, iteration: int, *, seconds: float, blocked_seconds: float) -> None:
+        """Called when a checkpoint is complete.
+
+        Args:
+            iteration: steps that it holds.
+            seconds: from the begin of the save until then.
+            blocked_seconds: of these, how long training stood still.
+        """
 
     def on_rewind(self, iteration: int) -> None:
         """Called when the run has gone back to `iteration` steps; it will repeat the later ones."""

@@ -69,14 +69,23 @@ class Journal(Hook):
         """Count the step."""
         self.iteration = iteration
 
-    def on_save(self, iteration: int, seconds: float) -> None:
-        """Record the event `save`."""
+    def on_save(self, iteration: int, *, seconds: float, blocked_seconds: float) -> None:
+        """Record the event `save`; steps may have been done since it began."""
         self.saved = iteration
-        self.on_event(iteration, "save", f"{seconds:.1f} s")
+        self._append(
+            iteration,
+            "save",
+            f"{seconds:.1f} s, training stood still for {blocked_seconds:.1f} s",
+            seconds=round(seconds, 3),
+            blocked_seconds=round(blocked_seconds, 3),
+        )
 
     def on_event(self, iteration: int, name: str, detail: str = "", **more: Any) -> None:
         """Append to `events.jsonl`."""
         self.iteration = iteration
+        self._append(iteration, name, detail, **more)
+
+    def _append(self, iteration: int, name: str, detail: str, **more: Any) -> None:
         if self._directory is not None:
             record = {"iteration": iteration, "event": name, "time": _now(), "detail": detail}
             append_record(self._directory / EVENTS_NAME, {**record, **more})

@@ -1,10 +1,14 @@
 """Hooks see every moment of a run, in order."""
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from megatron.trainer.checkpoint import BackgroundSaver
+from megatron.trainer.checkpoint.background import FinishedSave
+from megatron.trainer.errors import CheckpointError, DataError
 from megatron.trainer.hooks.base import Hook
 from megatron.trainer.loop import Upkeep, train
 from megatron.trainer.state import TrainState
@@ -54,3 +58,81 @@ def test_hooks_see_every_moment_in_order(make_state: Callable[..., TrainState]) 
     ]
     assert hooks[1].seen == hooks[0].seen
     assert saved == [3]
+
+
+class SlowSaver:
+    """Stands for a BackgroundSaver whose saves take two steps each, or end with an error."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.iteration: int | None = None
+        self.polls = 0
+
+    @property
+    def is_saving(self) -> bool:
+        return self.iteration is not None
+
+    def begin(self, state: TrainState) -> None:
+        assert not self.is_saving
+        self.iteration, self.polls = state.iteration, 0
+
+    def poll(self) -> bool:
+        self.polls += 1
+        return self.is_saving and self.polls > 2
+
+    def wait(self) -> FinishedSave:
+        iteration, self.iteration = self.iteration, None
+        if self.error is not None:
+            raise self.error
+        assert iteration is not None
+        return FinishedSave(
+            iteration=iteration, path=Path("unused"), seconds=2.0, blocked_seconds=0.5
+        )
+
+
+def run_in_background(state: TrainState, saver: SlowSaver) -> Moments:
+    hook = Moments()
+    upkeep = Upkeep(save=saver.begin, background=cast("BackgroundSaver", saver))
+    train(state, language_model_step, hooks=[hook], upkeep=upkeep)
+    return hook
+
+
+def test_steps_go_on_while_a_checkpoint_is_written_and_the_last_one_is_waited_for(
+    make_state: Callable[..., TrainState],
+) -> None:
+    state = make_state(train_iters=5, log_interval=9, save_interval=2, save="unused")
+    hook = run_in_background(state, SlowSaver())
+    seen = [moment for moment in hook.seen if moment[0] in ("step", "save") or "save" in moment]
+    assert seen == [
+        *(("step", 1), ("step", 2), ("stage", "save", 3)),
+        *(("step", 3), ("step", 4), ("stage", "save", 5), ("save", 2)),  # one at a time
+        *(("step", 5), ("stage", "save", 6), ("save", 4)),
+        ("save", 5),
+    ]
+    assert hook.seen[-1] == ("end",)
+
+
+def test_a_failed_save_in_the_background_ends_the_run(
+    make_state: Callable[..., TrainState],
+) -> None:
+    state = make_state(train_iters=9, log_interval=9, save_interval=2, save="unused")
+    with pytest.raises(CheckpointError, match="disk full"):
+        run_in_background(state, SlowSaver(CheckpointError("disk full")))
+    assert state.iteration == 4
+
+
+def test_a_run_that_fails_finishes_the_checkpoint_that_is_being_written(
+    make_state: Callable[..., TrainState],
+) -> None:
+    state = make_state(train_iters=9, log_interval=9, save_interval=2, save="unused")
+    saver, hook = SlowSaver(), Moments()
+
+    def fail_in_the_fourth(*arguments: Any) -> Any:
+        if state.iteration == 3:
+            raise DataError("no more data")
+        return language_model_step(*arguments)
+
+    upkeep = Upkeep(save=saver.begin, background=cast("BackgroundSaver", saver))
+    with pytest.raises(DataError, match="no more data"):
+        train(state, fail_in_the_fourth, hooks=[hook], upkeep=upkeep)
+    assert hook.seen[-2:] == [("save", 2), ("end",)]

@@ -24,7 +24,9 @@ def ended(directory: Path) -> dict[str, object]:
 
 def test_end_is_written_with_what_was_saved(tmp_path: Path) -> None:
     made = open_journal(str(tmp_path / "run"), rank=0, train_iters=9)
-    made.on_save(4, 0.125)
+    made.on_step(4, 5.0)
+    made.on_save(3, seconds=0.125, blocked_seconds=0.0625)  # written while step 4 was taken
+    made.on_save(4, seconds=2.0, blocked_seconds=2.0)
     made.on_event(4, "rewind", "from iteration 5", rewound_from=5)
     with made.recording_errors():
         made.end(Stop(reason="signal", detail="SIGUSR1 received"))
@@ -36,18 +38,21 @@ def test_end_is_written_with_what_was_saved(tmp_path: Path) -> None:
         "requeue": True,
     }
     events = list(read_records(tmp_path / "run" / "events.jsonl"))
-    assert [event["event"] for event in events] == ["save", "rewind", "end"]
-    assert (events[0]["iteration"], events[0]["detail"]) == (4, "0.1 s")
-    assert events[1]["rewound_from"] == 5
+    assert [event["event"] for event in events] == ["save", "save", "rewind", "end"]
+    assert events[0]["detail"] == "0.1 s, training stood still for 0.1 s"
+    assert [events[0][key] for key in ("iteration", "seconds", "blocked_seconds")] == [
+        *(3, 0.125, 0.062),
+    ]
+    assert events[2]["rewound_from"] == 5
     # The next job takes the end away, keeps the events, and may finish.
     made = open_journal(str(tmp_path / "run"), rank=0, train_iters=9)
     assert not (tmp_path / "run" / "ended.json").exists()
     made.on_step(9, 4.0)
-    made.on_save(9, 0.0)
+    made.on_save(9, seconds=0.0, blocked_seconds=0.0)
     with made.recording_errors():
         made.end(None)
     assert ended(tmp_path / "run")["reason"] == "finished"
-    assert len(list(read_records(tmp_path / "run" / "events.jsonl"))) == 5
+    assert len(list(read_records(tmp_path / "run" / "events.jsonl"))) == 6
 
 
 @pytest.mark.parametrize(
