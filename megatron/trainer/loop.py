@@ -196,9 +196,11 @@ class _Run:
         background = self.upkeep.background
         if background is None or not background.is_saving:
             return
+        started = time.perf_counter()
         done = background.wait()
+        waited_s = time.perf_counter() - started
         logger.info("saved %s in %.1f s, in the background", done.path, done.seconds)
-        self._report_save(done.iteration, done.seconds, done.blocked_seconds)
+        self._report_save(done.iteration, done.seconds, done.blocked_seconds + waited_s)
 
     def finish_save_after(self, error: Exception) -> None:
         """Let a checkpoint that is being written become complete although the run ends."""

@@ -111,7 +111,7 @@ def test_stopped_run_resumes_with_the_same_losses(
     """
     directory = root / f"stopped_{bf16}_{is_sharded}"
     common = {"bf16": bf16, "use_distributed_optimizer": is_sharded, "save": directory}
-    run(train_iters=STEPS // 2, **common)
+    run(train_iters=STEPS // 2, async_save=is_sharded, **common)
     run(load=directory, **common)
     whole = single_bf16 if bf16 else single
     assert series(directory, "iteration") == list(range(1, STEPS + 1))
