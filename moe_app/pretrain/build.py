@@ -10,6 +10,8 @@ from megatron.trainer.config.validate import MOE_ACT
 from megatron.trainer.data.batch_views import DocumentRule
 from megatron.trainer.data.build import DataBundle, build_data
 from megatron.trainer.data.describe import describe
+from megatron.trainer.data.document_ends import check_ends
+from megatron.trainer.data.source import WindowSource
 from megatron.trainer.data.tokenizer import load_tokenizer
 from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.optim.adamw import describe_groups
@@ -32,10 +34,11 @@ logger = logging.getLogger(__name__)
 def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
     """Build everything that a run needs, at iteration 0; a collective call."""
     schedule = build_schedule(cfg)
-    data = _open_data(cfg, ctx)
     documents = on_rank0(
         "looking for the end of documents", lambda: document_rule(cfg.data, cfg.model.vocab_size)
     )
+    data = _open_data(cfg, ctx, documents)
+    notes = on_rank0("checking the data", lambda: _check_data(cfg, data, documents))
     built = build_chunks(cfg, ctx, seed=cfg.training.seed)
     chunks = wrap_model(cfg, list(built.chunks), built.config)
     state = TrainState(
@@ -53,7 +56,8 @@ def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
         flops_per_token=training_flops_per_token(cfg.model, cfg.training.seq_length),
     )
     table, warnings = data_lines(cfg, data)
-    for line in (*describe_run(cfg, ctx, built.backend), *describe_lengths(cfg), *table):
+    head = (*describe_run(cfg, ctx, built.backend), *describe_lengths(cfg))
+    for line in (*head, *table, *(f"data: {note}" for note in notes)):
         logger.info(line)
     for line in warnings:
         logger.warning(line)
@@ -118,7 +122,7 @@ def _recompute_settings(training: TrainingConfig) -> dict[str, Any]:
     return {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
 
 
-def _open_data(cfg: PretrainConfig, ctx: RunContext) -> DataBundle:
+def _open_data(cfg: PretrainConfig, ctx: RunContext, documents: DocumentRule | None) -> DataBundle:
     """Open the data on every rank; a collective call.
 
     Raises:
@@ -133,6 +137,7 @@ def _open_data(cfg: PretrainConfig, ctx: RunContext) -> DataBundle:
             seed=cfg.training.seed,
             samples_per_step=cfg.training.global_batch_size,
             gpu=ctx.device if ctx.device.type == "cuda" else None,
+            documents=documents,
         )
         _check_validation(cfg, data)
         return data
@@ -140,7 +145,10 @@ def _open_data(cfg: PretrainConfig, ctx: RunContext) -> DataBundle:
     data = on_all_ranks("opening the data", build)
     require_same(
         "data",
-        {f"{row['use']} {row['source']}": row for row in describe(data)},
+        {
+            **{f"{row['use']} {row['source']}": row for row in describe(data)},
+            **{f"content of {use}": each.fingerprint for use, each in data.sources().items()},
+        },
         error_class=DataError,
         remedy="let all nodes read the same token files",
     )
@@ -148,7 +156,10 @@ def _open_data(cfg: PretrainConfig, ctx: RunContext) -> DataBundle:
 
 
 def document_rule(data: DataConfig, vocab_size: int) -> DocumentRule | None:
-    """Return what `--reset-position-ids` and `--reset-attention-mask` ask for; None for neither."""
+    """Return what `--reset-position-ids` and `--reset-attention-mask` ask for; None for neither.
+
+    The index of a token file says where documents end. Random tokens have an id alone to say it.
+    """
     eod = data.eod_token_id
     if not (data.reset_position_ids or data.reset_attention_mask):
         if eod is not None:
@@ -157,17 +168,17 @@ def document_rule(data: DataConfig, vocab_size: int) -> DocumentRule | None:
                 " --reset-attention-mask; give one of them, or drop it"
             )
         return None
-    if eod is None:
-        if data.tokenizer_model is None:
-            raise ConfigError(
-                "--reset-position-ids and --reset-attention-mask need to know which token ends a"
-                " document, but there is neither a tokenizer nor an id; give --tokenizer-model or"
-                " --eod-token-id"
-            )
+    if eod is None and data.tokenizer_model is not None:
         eod = load_tokenizer(
             data.tokenizer_type, data.tokenizer_model, eod_token=data.eod_token
         ).eod
-    if not 0 <= eod < vocab_size:
+    if eod is None and data.mock_data:
+        raise ConfigError(
+            "--reset-position-ids and --reset-attention-mask need to know which token ends a"
+            " document, but random tokens have no index that says it, and there is neither a"
+            " tokenizer nor an id; give --tokenizer-model or --eod-token-id"
+        )
+    if eod is not None and not 0 <= eod < vocab_size:
         raise ConfigError(
             f"the id that ends a document ({eod}) is no token of a vocabulary of {vocab_size}, so"
             f" no document would end; give an --eod-token-id of 0 to {vocab_size - 1}"
@@ -177,6 +188,20 @@ def document_rule(data: DataConfig, vocab_size: int) -> DocumentRule | None:
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
     )
+
+
+def _check_data(cfg: PretrainConfig, data: DataBundle, documents: DocumentRule | None) -> list[str]:
+    """Check on rank 0 that the files are what the run takes them for; return lines for the log."""
+    notes = []
+    for use, source in data.sources().items():
+        if documents is not None and isinstance(source, WindowSource):
+            notes += check_ends(
+                source,
+                eod=documents.eod,
+                is_given=cfg.data.eod_token_id is not None,
+                is_training=use.startswith("train "),
+            )
+    return notes
 
 
 def _check_validation(cfg: PretrainConfig, data: DataBundle) -> None:

@@ -66,6 +66,9 @@ def cases(root: Path) -> dict[str, dict[str, Any]]:
         "other_data": case(
             flags(data_path=root / "a" / "web"), 1, (), other_data=str(root / "b" / "web")
         ),
+        "other_content": case(
+            flags(data_path=root / "a" / "web"), 1, (), other_data=str(root / "c" / "web")
+        ),
         "other_settings": case(resumed, 1, (), more_flags=other),
     }
 
@@ -79,9 +82,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         "branch": flags(**BRANCH, load=root / "run", save=root / "branch"),
     }
     run_cases(2, before, root / "before")
-    for directory, num_tokens in (("a", 400), ("b", 500)):
+    for directory, num_tokens, first in (("a", 400, 0), ("b", 500, 0), ("c", 400, 1)):
         with TokenFileWriter(str(root / directory / "web"), vocab_size=120) as writer:
-            writer.add_document(np.arange(num_tokens) % 120)
+            writer.add_document(np.arange(first, first + num_tokens) % 120)
             writer.finish()
     listing = [
         {"name": name, "directory": str(root / "run"), "view": "listing", **case}
@@ -137,6 +140,10 @@ def test_both_ranks_begin_where_rank_0_sees_a_beginning(
         (
             "other_data",
             "DataError: data differ between ranks: train web: rank 0 {'use': 'train', 'phase':",
+        ),
+        (
+            "other_content",
+            "DataError: data differ between ranks: content of train web: rank 0 ",
         ),
         (
             "other_settings",

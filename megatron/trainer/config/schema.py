@@ -153,11 +153,12 @@ class DataConfig:
     """Text of the token that ends a document; None takes the one that the files beside the
     tokenizer name."""
     reset_position_ids: bool = False
-    """Restart position ids at each document of a sequence."""
+    """Restart position ids at each document of a sequence; a file's index says where they end."""
     reset_attention_mask: bool = False
-    """Restrict attention to within each document of a sequence."""
+    """Restrict attention to within each document of a sequence, by the same index."""
     eod_token_id: int | None = None
-    """End-of-document token id for the two resets; None means the tokenizer's."""
+    """Id that must end every document under the two resets, and is where random tokens end one;
+    None means the tokenizer's, which token files need not hold."""
 
 
 @dataclass(frozen=True, kw_only=True)

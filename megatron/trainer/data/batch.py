@@ -24,6 +24,9 @@ class Batch:
     position_ids: Tensor
     """[b, s] int64, where each token stands in its document; [1, s] when all rows are alike."""
 
+    document_starts: Tensor | None = None
+    """[b, s] bool, True where a document begins, the first position of a row aside; None where that
+    is not known."""
     documents: Tensor | None = None
     """[b, s of the whole sequence] int64 numbers of the documents that attention keeps apart; None
     lets it cross them."""
@@ -53,11 +56,18 @@ class Batch:
         return (others | future)[:, None]
 
 
-def make_batch(windows: Sequence[npt.NDArray[np.integer]], *, pin_memory: bool = False) -> Batch:
+def make_batch(
+    windows: Sequence[npt.NDArray[np.integer]],
+    starts: Sequence[npt.NDArray[np.int64]] | None = None,
+    *,
+    pin_memory: bool = False,
+) -> Batch:
     """Stack windows of [s + 1] tokens each into a micro-batch of [b, s].
 
     Args:
         windows: Token ids of any integer type.
+        starts: The positions of each window, 1 to s - 1, at which a document begins; None where
+            that is not known.
         pin_memory: Put the batch in page-locked memory, from which a GPU copies without blocking.
     """
     shape = (len(windows), len(windows[0]) - 1)
@@ -72,7 +82,19 @@ def make_batch(windows: Sequence[npt.NDArray[np.integer]], *, pin_memory: bool =
         row_labels[:] = window[1:]
     loss_mask.numpy()[:] = 1.0
     position_ids.numpy()[:] = np.arange(shape[1])
-    return Batch(tokens=tokens, labels=labels, loss_mask=loss_mask, position_ids=position_ids)
+    document_starts = None
+    if starts is not None:
+        document_starts = torch.empty(shape, dtype=torch.bool, pin_memory=pin_memory)  # [b, s]
+        document_starts.numpy()[:] = False
+        for row_starts, positions in zip(document_starts.numpy(), starts, strict=True):
+            row_starts[positions] = True
+    return Batch(
+        tokens=tokens,
+        labels=labels,
+        loss_mask=loss_mask,
+        position_ids=position_ids,
+        document_starts=document_starts,
+    )
 
 
 def split_global_batch(

@@ -12,8 +12,10 @@ from megatron.trainer.data.batch import Batch
 class DocumentRule:
     """Says how the documents within one sequence are kept apart."""
 
-    eod: int
-    """Id of the token that ends a document, and belongs to it."""
+    eod: int | None
+    """Id of the token that ends a document, and belongs to it. Random tokens are documents by it
+    alone; token files, whose index says where documents end, are held to it. None where no id is
+    known."""
     reset_position_ids: bool
     """Count positions from 0 in each document."""
     reset_attention_mask: bool
@@ -24,19 +26,25 @@ def separate_documents(batch: Batch, rule: DocumentRule) -> Batch:
     """Number the documents of each row, and the positions within them, as `rule` asks.
 
     The label at a document's end is the next document's first token, and counts in the loss.
+
+    Raises:
+        ValueError: The batch does not say where documents begin.
     """
-    is_end = batch.tokens == rule.eod  # [b, s]
-    documents = is_end.cumsum(dim=1) - is_end.long()  # [b, s], the ends before each position
+    begins = batch.document_starts  # [b, s]
+    if begins is None:
+        raise ValueError(
+            "the batch has no document_starts; its source must be read with them to reset anything"
+        )
     position_ids = batch.position_ids
     if rule.reset_position_ids:
-        counting = torch.arange(documents.shape[1], device=documents.device)[None]  # [1, s]
-        starts = torch.where(is_end, counting + 1, 0).cummax(dim=1).values  # [b, s], of the next
-        starts = torch.cat((torch.zeros_like(starts[:, :1]), starts[:, :-1]), dim=1)
-        position_ids = counting - starts  # [b, s]
+        counting = torch.arange(begins.shape[1], device=begins.device)[None]  # [1, s]
+        first = torch.where(begins, counting, 0).cummax(dim=1).values  # [b, s], of the document
+        position_ids = counting - first  # [b, s]
     return replace(
         batch,
         position_ids=position_ids,
-        documents=documents if rule.reset_attention_mask else None,
+        document_starts=None,
+        documents=begins.cumsum(dim=1) if rule.reset_attention_mask else None,  # [b, s]
     )
 
 

@@ -1,11 +1,13 @@
 """Builds training samples and validation sets from a DataConfig, every file verified first."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from megatron.trainer.config.schema import DataConfig
+from megatron.trainer.data.batch_views import DocumentRule
 from megatron.trainer.data.data_path import (
     parse_split,
     parse_valid_data_path,
@@ -31,6 +33,11 @@ class DataBundle:
     validation: dict[str, ValidationSet]
     """What it evaluates on, by name; may be empty."""
 
+    def sources(self) -> dict[str, Source]:
+        """Return what windows are read from: by use, train or validation, and name."""
+        train = {f"train {source.name}": source for source in self.train.sources}
+        return train | {f"validation {name}": each.source for name, each in self.validation.items()}
+
 
 def build_data(
     cfg: DataConfig,
@@ -40,6 +47,7 @@ def build_data(
     seed: int,
     samples_per_step: int = 1,
     gpu: torch.device | None = None,
+    documents: DocumentRule | None = None,
 ) -> DataBundle:
     """Open and verify every file the run will read, and lay out the samples.
 
@@ -50,6 +58,7 @@ def build_data(
         seed: What the order follows from.
         samples_per_step: The global batch size; phases are rounded up to whole steps.
         gpu: Where batches will be copied to; None leaves them in plain memory.
+        documents: How documents are kept apart; None reads windows without their borders.
 
     Raises:
         ConfigError: Flags are missing, contradict each other or make no sense.
@@ -59,19 +68,26 @@ def build_data(
         raise ConfigError(f"--seed is {seed}; it must be >= 0; give another one")
     loading = Loading(num_ahead=cfg.num_workers, gpu=gpu)
     if cfg.mock_data:
-        return _mock_data(loading, vocab_size=vocab_size, seq_length=seq_length, seed=seed)
+        eod = None if documents is None else documents.eod
+        return _mock_data(loading, vocab_size=vocab_size, seq_length=seq_length, seed=seed, eod=eod)
     mixtures = read_mixtures(cfg, samples_per_step=samples_per_step, seq_length=seq_length)
     names = source_names(mixtures)
     train_share = parse_split(cfg.split)
-    common = {"seq_length": seq_length, "seed": seed, "vocab_size": vocab_size}
+    cut_out = partial(
+        _window_source,
+        seq_length=seq_length,
+        seed=seed,
+        vocab_size=vocab_size,
+        has_starts=documents is not None,
+    )
     train: list[Source] = []
     validation: dict[str, ValidationSet] = {}
     for prefix, name in {prefix_of(part): name for part, name in names.items()}.items():
         file = open_tokens(prefix, vocab_size=vocab_size)
         cut = _split_point(file, train_share)
-        train.append(_window_source(file, name, (0, cut), **common))
+        train.append(cut_out(file, name, (0, cut)))
         if cut < file.num_tokens:
-            held_back = _window_source(file, name, (cut, file.num_tokens), **common)
+            held_back = cut_out(file, name, (cut, file.num_tokens))
             validation[name] = ValidationSet(name, held_back, loading)
     for name, prefix in parse_valid_data_path(cfg.valid_data_path).items():
         if name in validation:
@@ -80,7 +96,7 @@ def build_data(
                 " under that name; names must differ; rename it"
             )
         file = open_tokens(prefix, vocab_size=vocab_size)
-        whole = _window_source(file, name, (0, file.num_tokens), **common)
+        whole = cut_out(file, name, (0, file.num_tokens))
         validation[name] = ValidationSet(name, whole, loading)
     phases = [
         Phase(
@@ -95,13 +111,15 @@ def build_data(
     return DataBundle(stream, validation)
 
 
-def _mock_data(loading: Loading, *, vocab_size: int, seq_length: int, seed: int) -> DataBundle:
+def _mock_data(
+    loading: Loading, *, vocab_size: int, seq_length: int, seed: int, eod: int | None
+) -> DataBundle:
     """Return random tokens to train on, and one validation set of others.
 
     The flag stands above a recipe's files, so that any recipe can be tried without its data.
     """
-    source = MockSource(vocab_size=vocab_size, seq_length=seq_length, seed=seed)
-    other = MockSource(vocab_size=vocab_size, seq_length=seq_length, seed=seed + 1)
+    source = MockSource(vocab_size=vocab_size, seq_length=seq_length, seed=seed, eod=eod)
+    other = MockSource(vocab_size=vocab_size, seq_length=seq_length, seed=seed + 1, eod=eod)
     phase = Phase(sources=(source.name,), weights=(1.0,))
     stream = SampleStream([source], [phase], seq_length=seq_length, seed=seed, loading=loading)
     return DataBundle(stream, {other.name: ValidationSet(other.name, other, loading)})
@@ -134,6 +152,7 @@ def _window_source(
     seq_length: int,
     seed: int,
     vocab_size: int,
+    has_starts: bool,
 ) -> WindowSource:
     """Return the source over a range of a file's tokens."""
     start, stop = tokens
@@ -147,4 +166,7 @@ def _window_source(
         seed=seed,
         num_documents=int(last - first),
         vocab_size=vocab_size,
+        prefix=file.prefix,
+        fingerprint=file.fingerprint,
+        document_starts=file.document_starts if has_starts else None,
     )

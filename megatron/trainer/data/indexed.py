@@ -9,12 +9,14 @@ reader trusts all of this, so a damaged file there ends in an assertion or in wr
 
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron.trainer.data.fingerprint import fingerprint
 from megatron.trainer.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -61,6 +63,11 @@ class TokenFile:
     def dtype(self) -> np.dtype[np.integer]:
         """Return how a token is stored."""
         return self.tokens.dtype
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return what tells the file's content from another one's; see `fingerprint`."""
+        return fingerprint(Path(f"{self.prefix}.idx"), self.tokens)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Check every token against the vocabulary.

@@ -62,6 +62,32 @@ def read_records(state: Mapping[str, Any]) -> list[dict[str, Any]]:
     return records
 
 
+def read_fingerprints(state: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fingerprints of sources in a checkpoint's data state; none in one of before.
+
+    Raises:
+        DataError: They are something else.
+    """
+    found = state.get("fingerprints", {})
+    if not isinstance(found, dict) or not all(isinstance(each, str) for each in found.values()):
+        raise DataError(
+            f"the checkpoint's data state has fingerprints {found!r:.200}; there must be a text for"
+            " each source; load another checkpoint"
+        )
+    return found
+
+
+def drawn_sources(records: Sequence[Mapping[str, Any]], *, seed: int) -> list[str]:
+    """Return the sources that phases of this seed have drawn from, or skipped samples of."""
+    return [
+        name
+        for record in records
+        if record["seed"] == seed
+        for name, count in zip(record["sources"], record["consumed"], strict=True)
+        if count
+    ]
+
+
 def _is_record(record: Any) -> bool:
     if not isinstance(record, dict):
         return False

@@ -6,12 +6,14 @@ crosses documents; each epoch is a fresh permutation of the windows. Each window
 token more than seq_length, so that its last position has a label too.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron.trainer.data.batch import Batch, make_batch
 from megatron.trainer.data.indexed import check_ids
 from megatron.trainer.data.permutation import KeyedPermutation
 from megatron.trainer.errors import DataError
@@ -47,8 +49,31 @@ class Source(Protocol):
     def windows_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the window that each sample is; samples [m] are counted over all epochs."""
 
+    @property
+    def fingerprint(self) -> str | None:
+        """Return what tells its tokens from others; None where name and seed do."""
+
     def read_window(self, n: int) -> npt.NDArray[np.integer]:
         """Return the n-th window in the order of the data: [s + 1] token ids."""
+
+    def read_starts(self, n: int) -> npt.NDArray[np.int64] | None:
+        """Return where in the n-th window documents begin: positions of 1 to s - 1.
+
+        None where documents are not kept apart.
+        """
+
+
+def read_batch(reads: Sequence[tuple[Source, int]], *, pin_memory: bool = False) -> Batch:
+    """Read a micro-batch.
+
+    Args:
+        reads: The source and the number of each window.
+        pin_memory: As in `make_batch`.
+    """
+    windows = [source.read_window(n) for source, n in reads]
+    starts = [found for source, n in reads if (found := source.read_starts(n)) is not None]
+    is_known = len(starts) == len(windows)
+    return make_batch(windows, starts if is_known else None, pin_memory=pin_memory)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,6 +100,13 @@ class WindowSource:
     """Documents in the range, for the table."""
     vocab_size: int | None = None
     """When given, every window's ids are checked against it."""
+    prefix: str | None = None
+    """Path of the token file, for messages."""
+    fingerprint: str | None = None
+    """Return what tells the file from others."""
+    document_starts: npt.NDArray[np.int64] | None = None
+    """Position of each document's first token in the file, rising; None where documents are not
+    kept apart."""
 
     def __post_init__(self) -> None:
         if self.num_windows < 1:
@@ -124,6 +156,14 @@ class WindowSource:
                 raise
         return ids
 
+    def read_starts(self, n: int) -> npt.NDArray[np.int64] | None:
+        """Return where in the n-th window documents begin: positions of 1 to s - 1."""
+        if self.document_starts is None:
+            return None
+        first = self.start_token + n * self.seq_length
+        begin, end = np.searchsorted(self.document_starts, [first + 1, first + self.seq_length])
+        return self.document_starts[begin:end] - first
+
 
 @dataclass(frozen=True, kw_only=True)
 class MockSource:
@@ -143,6 +183,10 @@ class MockSource:
     """There is no end."""
     num_documents: None = None
     """There are none."""
+    fingerprint: None = None
+    """Vocabulary and seed say it all."""
+    eod: int | None = None
+    """Id that ends a document; None where documents are not kept apart."""
 
     def windows_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the samples' own numbers, for there is no order to shuffle."""
@@ -152,3 +196,9 @@ class MockSource:
         """Return sample n: [s + 1] token ids."""
         generator = np.random.default_rng((self.seed, n))
         return generator.integers(0, self.vocab_size, self.seq_length + 1, dtype=np.int64)
+
+    def read_starts(self, n: int) -> npt.NDArray[np.int64] | None:
+        """Return the positions of sample n that follow an `eod`."""
+        if self.eod is None:
+            return None
+        return np.flatnonzero(self.read_window(n)[:-2] == self.eod) + 1

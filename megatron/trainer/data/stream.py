@@ -6,11 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron.trainer.data.batch import Batch, make_batch, split_global_batch
-from megatron.trainer.data.phase_records import read_records
+from megatron.trainer.data.batch import Batch, split_global_batch
+from megatron.trainer.data.phase_records import (
+    drawn_sources,
+    read_fingerprints,
+    read_records,
+)
 from megatron.trainer.data.read_ahead import Loading, ReadAhead
 from megatron.trainer.data.sampler import Phase, Sampler
-from megatron.trainer.data.source import Source
+from megatron.trainer.data.source import Source, read_batch
 from megatron.trainer.errors import DataError
 
 Samples = tuple[Sampler, list[Batch]]
@@ -47,10 +51,8 @@ def _read_global_batches(
         reads = zip(picked.tolist(), windows.tolist(), strict=True)
         batches = []
         for samples in micro_batches:
-            ids = [
-                sources[index].read_window(window) for index, window in islice(reads, len(samples))
-            ]
-            batches.append(make_batch(ids, pin_memory=pin_memory))
+            picks = [(sources[index], window) for index, window in islice(reads, len(samples))]
+            batches.append(read_batch(picks, pin_memory=pin_memory))
         yield sampler.copy(), batches
 
 
@@ -174,12 +176,14 @@ class SampleStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs, as plain JSON values, the same on every rank."""
-        return {
+        state = {
             "consumed_samples": self.consumed_samples,
             "consumed_per_source": self.consumed_per_source(),
             "seq_length": self.seq_length,
             "phases": self._sampler.state_dict(),
         }
+        known = {each.name: each.fingerprint for each in self.sources if each.fingerprint}
+        return {**state, "fingerprints": known} if known else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         """Continue where another stream over the same data stood.
@@ -200,8 +204,22 @@ class SampleStream:
         """
         records = read_records(state)
         self._check_length(state, "restore the data flags, or start the data anew with --finetune")
+        sampler = self._sampler.copy()
+        try:
+            notes = sampler.load_state_dict(records)
+        except DataError as error:
+            if renamed := self._renamed(state):
+                raise DataError(f"{error}; {'; '.join(renamed)}") from error
+            raise
+        if others := self._exchanged(state, records):
+            raise DataError(
+                f"the checkpoint was trained on other data: {'; '.join(others)}; a resumed run must"
+                " read the same samples; restore the token files, or start the data anew with"
+                " --finetune"
+            )
         self.stop_reading()
-        return self._sampler.load_state_dict(records)
+        self._sampler = sampler
+        return notes
 
     def inherit(self, state: Mapping[str, Any]) -> list[str]:
         """Begin, as a branch, after what another run has drawn.
@@ -218,8 +236,42 @@ class SampleStream:
         """
         records = read_records(state)
         self._check_length(state, "give the branch that --seq-length")
+        sampler = self._sampler.copy()
+        notes = sampler.inherit(records)
+        if others := self._exchanged(state, records):
+            raise DataError(
+                f"the run that is branched from had other data: {'; '.join(others)}; a source that"
+                " continues must be the same; restore its token files, or shuffle anew with another"
+                " --seed"
+            )
         self.stop_reading()
-        return self._sampler.inherit(records)
+        self._sampler = sampler
+        return notes
+
+    def _exchanged(
+        self, state: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+    ) -> list[str]:
+        """Return a line for each source that goes on, but holds other tokens than it did."""
+        before = read_fingerprints(state)
+        begun = set(drawn_sources(records, seed=self.seed))
+        return [
+            f"source {each.name!r} holds other tokens: checkpoint {before[each.name]:.16}, this run"
+            f" {each.fingerprint:.16}"
+            for each in self.sources
+            if each.name in begun and each.fingerprint and each.name in before
+            if each.fingerprint != before[each.name]
+        ]
+
+    def _renamed(self, state: Mapping[str, Any]) -> list[str]:
+        """Return a line for each source that the checkpoint knows by another name."""
+        names = {each.name for each in self.sources}
+        before = {text: name for name, text in read_fingerprints(state).items()}
+        return [
+            f"source {each.name!r} is the checkpoint's {before[each.fingerprint]!r} under another"
+            f" name: write {before[each.fingerprint]}=PREFIX"
+            for each in self.sources
+            if each.fingerprint in before and before[each.fingerprint] not in names
+        ]
 
     def _check_length(self, state: Mapping[str, Any], remedy: str) -> None:
         if state.get("seq_length") != self.seq_length:

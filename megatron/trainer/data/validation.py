@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from megatron.trainer.data.batch import Batch, make_batch, split_global_batch
+from megatron.trainer.data.batch import Batch, split_global_batch
 from megatron.trainer.data.read_ahead import Loading, ReadAhead
-from megatron.trainer.data.source import Source
+from megatron.trainer.data.source import Source, read_batch
 from megatron.trainer.errors import DataError
 
 
@@ -76,8 +76,8 @@ class ValidationSet:
         """Yield the micro-batches of the global batch that begins at each of `starts`."""
         for start in starts:
             yield [
-                make_batch(
-                    [self.source.read_window(start + n) for n in samples],
+                read_batch(
+                    [(self.source, start + n) for n in samples],
                     pin_memory=self.loading.pin_memory,
                 )
                 for samples in micro_batches

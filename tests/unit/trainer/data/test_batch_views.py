@@ -1,5 +1,6 @@
 """Documents within a sequence, and the balanced split of a sequence over ranks."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -19,11 +20,13 @@ ROWS = st.lists(
 
 def batch_of(rows: list[list[int]]) -> Batch:
     tokens = torch.tensor(rows)
+    starts = [[at > 0 and row[at - 1] == EOD for at in range(len(row))] for row in rows]
     return Batch(
         tokens=tokens,
         labels=tokens + 10,
         loss_mask=torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)),
         position_ids=torch.arange(tokens.shape[1])[None],
+        document_starts=torch.tensor(starts),
     )
 
 
@@ -85,6 +88,12 @@ def test_ranks_hold_every_position_once_with_its_own_mask_and_place(size: int) -
         assert torch.equal(mask, whole_mask[:, :, places])
         assert part.loss_tokens == whole.loss_mask.sum()
     assert sorted(seen) == list(range(12))
+
+
+def test_batch_that_does_not_say_where_documents_begin_is_refused() -> None:
+    batch = dataclasses.replace(batch_of([[1, EOD, 1, 1]]), document_starts=None)
+    with pytest.raises(ValueError, match="the batch has no document_starts"):
+        separate_documents(batch, rule())
 
 
 def test_single_rank_keeps_the_batch_unchanged() -> None:

@@ -40,10 +40,16 @@ def test_an_id_without_a_reset_is_refused() -> None:
         document_rule(DataConfig(eod_token_id=4), 50)
 
 
-def test_a_reset_needs_an_id_or_a_tokenizer() -> None:
+def test_a_reset_of_random_tokens_needs_an_id_or_a_tokenizer() -> None:
     message = (
         "--reset-position-ids and --reset-attention-mask need to know which token ends a document,"
-        " but there is neither a tokenizer nor an id; give --tokenizer-model or --eod-token-id"
+        " but random tokens have no index that says it, and there is neither a tokenizer nor an id;"
+        " give --tokenizer-model or --eod-token-id"
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        document_rule(DataConfig(reset_attention_mask=True), 50)
+        document_rule(DataConfig(reset_attention_mask=True, mock_data=True), 50)
+
+
+def test_a_reset_of_token_files_needs_no_id() -> None:
+    found = document_rule(DataConfig(reset_attention_mask=True, data_path=("a",)), 50)
+    assert found == DocumentRule(eod=None, reset_position_ids=False, reset_attention_mask=True)
