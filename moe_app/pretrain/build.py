@@ -10,7 +10,7 @@ from megatron.trainer.config.validate import MOE_ACT
 from megatron.trainer.data.batch_views import DocumentRule
 from megatron.trainer.data.build import DataBundle, build_data
 from megatron.trainer.data.describe import describe
-from megatron.trainer.data.document_ends import check_ends
+from megatron.trainer.data.document_borders import check_ends
 from megatron.trainer.data.source import WindowSource
 from megatron.trainer.data.tokenizer import load_tokenizer
 from megatron.trainer.errors import ConfigError, DataError

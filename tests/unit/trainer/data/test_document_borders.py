@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.trainer.config.schema import DataConfig
-from megatron.trainer.data import document_ends
+from megatron.trainer.data import document_borders
 from megatron.trainer.data.batch_views import DocumentRule
 from megatron.trainer.data.build import DataBundle, build_data
-from megatron.trainer.data.document_ends import check_ends, look_at_ends
+from megatron.trainer.data.document_borders import check_ends, look_at_ends
 from megatron.trainer.data.source import MockSource, WindowSource, read_batch
 from megatron.trainer.data.writer import TokenFileWriter
 from megatron.trainer.errors import DataError
@@ -237,8 +237,8 @@ def test_training_part_of_one_document_beside_a_held_back_one_is_said(tmp_path: 
 def test_ends_are_counted_in_a_sample_that_spans_the_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(document_ends, "_NUM_SAMPLED", 11)
-    monkeypatch.setattr(document_ends, "_TAIL_TOKENS", 3)
+    monkeypatch.setattr(document_borders, "_NUM_SAMPLED", 11)
+    monkeypatch.setattr(document_borders, "_TAIL_TOKENS", 3)
     documents = [[EOD, 5, 6, 7, EOD if n < 50 else 9] for n in range(101)]
     found = look_at_ends(source_of(write(tmp_path / "a", documents)), EOD)
     chosen = np.linspace(0, 100, 11).astype(int)
