@@ -1,6 +1,6 @@
 # The image, on NVIDIA's PyTorch for GPUs or on a slim Python for CPUs, by the same steps:
 #   docker build -t megatron-moe .
-#   docker build -t megatron-moe:cpu --build-arg BASE_IMAGE=python:3.11-slim-bookworm .
+#   docker build -t megatron-moe:cpu --build-arg BASE_IMAGE=python:3.12-slim-bookworm .
 # docs/containers.md says what each argument does, what is in the image and how it is tested.
 
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.07-py3
@@ -10,7 +10,8 @@ FROM ${BASE_IMAGE} AS build
 # Installed only if the base has no torch. TORCH_FLAGS are for pip: an --index-url of CPU builds.
 ARG TORCH=torch==2.13.0
 ARG TORCH_FLAGS=
-ARG MEGATRON_CORE=megatron-core==0.16.1
+# If empty, the tested one for the base's Python: 0.19.2, or 0.16.1 before Python 3.12.
+ARG MEGATRON_CORE=
 # Extras of pyproject.toml.
 ARG EXTRAS=hf,wandb
 
@@ -34,7 +35,10 @@ COPY pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     python docker/requirements.py wanted "${EXTRAS}" > requirements.txt \
-    && python -m pip install --constraint pins.txt --requirement requirements.txt "${MEGATRON_CORE}" \
+    && if [ -n "${MEGATRON_CORE}" ]; then echo "${MEGATRON_CORE}"; \
+        else python docker/requirements.py core; fi > core.txt \
+    && python -m pip install --constraint pins.txt --requirement requirements.txt \
+        --requirement core.txt \
     && python docker/requirements.py check pins.txt
 
 COPY setup.py README.md LICENSE ./

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.trainer.health.patch_collectives import patched_methods
+from moe_ext.compat import expert_norm_group
 
 
 class Call(NamedTuple):
@@ -122,8 +123,8 @@ def named_groups(collection: Any) -> dict[str, ProcessGroup | None]:
         "expt_dp": "expt_dp",
         "embd": "embd",
         "mp": "mp",
-        "tp_ep_pp": "tp_ep_pp",
         "dist_opt": "intra_dist_opt",
     }
     found = {name: getattr(collection, field) for name, field in fields.items()}
+    found["tp_ep_pp"] = expert_norm_group(collection)
     return {"world": torch.distributed.group.WORLD, **found}

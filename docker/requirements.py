@@ -1,6 +1,7 @@
 """Derives pip requirements of the image from pyproject.toml and the base image.
 
     python docker/requirements.py wanted EXTRAS      requirements of the project, without torch
+    python docker/requirements.py core               the tested megatron-core, for each Python
     python docker/requirements.py pins               versions that pip must not change
     python docker/requirements.py check FILE         fails if the versions in FILE are not the
                                                      installed ones, or torch is too old
@@ -45,6 +46,16 @@ def wanted(project: Path, extras: Sequence[str]) -> list[str]:
     return [line for name, line in zip(names, found, strict=True) if name != "torch"]
 
 
+def core(project: Path) -> list[str]:
+    """List the megatron-core that is tested with each Python: the lowest that `project` allows."""
+    found = tomllib.loads(project.read_text("utf-8"))["project"]["dependencies"]
+    return [
+        re.sub(r">=([\w.]+),<[\w.]+", r"==\1", line)
+        for line in found
+        if line.startswith("megatron-core>=")
+    ]
+
+
 def pins() -> list[str]:
     """List `NAME==VERSION` of each installed package in `PINNED`."""
     found = []
@@ -87,6 +98,8 @@ def main(argv: Sequence[str]) -> int:
             except ValueError as error:
                 sys.stderr.write(f"error: {error}\n")
                 return 2
+        case ["core"]:
+            lines = core(PROJECT)
         case ["pins"]:
             lines = pins()
         case ["check", file]:

@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -85,16 +86,21 @@ class _FinalRMSNorm(RMSNorm):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OwnSpec:
-    """Holds what `build_module` reads of a spec.
+class _FeedForwardSpec:
+    """Holds what megatron-core's `build_module` reads of a spec, and can be called instead.
 
     TransformerLayer hands process groups to the feed-forward classes that it knows and warns about
-    any other ModuleSpec; of what is none it asks nothing.
+    any other ModuleSpec (0.16) or about all of them (0.19); of what is none it asks nothing. 0.16
+    gives this to `build_module`; 0.19 calls it.
     """
 
-    module: type
+    module: type[MegatronModule]
     params: dict[str, Any]
-    submodules: MoESubmodules
+    submodules: MoESubmodules | MLPSubmodules
+
+    def __call__(self, *, config: TransformerConfig, **_others: object) -> MegatronModule:
+        """Build the layer; what else megatron-core knows of its place is not needed."""
+        return self.module(config=config, submodules=self.submodules, **self.params)
 
 
 def _final_norm_spec(model: MoEModelConfig) -> ModuleSpec | type[RMSNorm]:
@@ -145,17 +151,17 @@ def _feed_forward_spec(
     metrics: Mapping[str, RouterMetrics],
     pg_collection: ProcessGroupCollection,
     backend: ExpertBackend | None,
-) -> ModuleSpec | _OwnSpec:
+) -> _FeedForwardSpec:
     if model.num_experts is None:
-        return ModuleSpec(
+        return _FeedForwardSpec(
             module=MLP,
-            params={"ffn_hidden_size": model.ffn_hidden_size},
+            params={"ffn_hidden_size": model.ffn_hidden_size, "tp_group": pg_collection.tp},
             submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
         )
     router = _router(model, metrics[MOE], num_experts=model.num_experts, topk=model.moe_router_topk)
     experts = ModuleSpec(module=ExpertMLP, params={"backend": backend})
     submodules = MoESubmodules(experts=experts, router=router)
-    return _OwnSpec(
+    return _FeedForwardSpec(
         module=ExpertsLayer,
         params={"pg_collection": pg_collection, "has_output_bias": model.moe_output_bias},
         submodules=submodules,

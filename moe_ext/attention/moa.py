@@ -67,6 +67,7 @@ class MoASelfAttention(MegatronModule):
         num_experts: e.
         topk: k.
         backend: what multiplies by the experts' matrices; it must have a projection.
+        name: where in the model, as megatron-core 0.19 says; not needed.
 
     Raises:
         ValueError: the heads do not fit the experts or the tensor parallel ranks.
@@ -84,8 +85,10 @@ class MoASelfAttention(MegatronModule):
         num_experts: int,
         topk: int,
         backend: ExpertBackend,
+        name: str | None = None,
     ) -> None:
         super().__init__(config=config)
+        del name
         _check_heads(config, topk, pg_collection.tp.size())
         self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type

@@ -90,6 +90,7 @@ class QKNormSelfAttention(SelfAttention):
         attn_mask_type: AttnMaskType = AttnMaskType.causal,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        **others: Any,  # megatron-core 0.19: name
     ) -> None:
         super().__init__(
             config=config,
@@ -98,6 +99,7 @@ class QKNormSelfAttention(SelfAttention):
             attn_mask_type=attn_mask_type,
             cp_comm_type=cp_comm_type,
             pg_collection=pg_collection,
+            **others,
         )
         if config.num_query_groups % self.world_size:
             raise ValueError(

@@ -38,6 +38,7 @@ class ExpertMLP(MegatronModule):
         config: megatron-core's; moe_ffn_hidden_size is the width of a whole expert.
         pg_collection: this rank's groups; ep, expt_tp and expt_dp are used.
         backend: what computes them.
+        name: where in the model, as megatron-core 0.19 says; not needed.
 
     Raises:
         ValueError: the config describes other experts than these.
@@ -50,8 +51,10 @@ class ExpertMLP(MegatronModule):
         *,
         pg_collection: ProcessGroupCollection,
         backend: ExpertBackend,
+        name: str | None = None,
     ) -> None:
         super().__init__(config=config)
+        del name
         self.num_local_experts = num_local_experts
         self.ep_group = pg_collection.ep
         self.tp_group = pg_collection.expt_tp

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from moe_ext.compat import without_cuda_graphs
 from moe_ext.config import MoEModelConfig
 
 
@@ -53,7 +54,7 @@ def transformer_config(model: MoEModelConfig, *, bf16: bool, **runtime: Any) -> 
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        cuda_graph_scope=[],
+        **without_cuda_graphs(),
         # Weights are drawn in `init`, by name; megatron-core only sets the parameters' attributes.
         init_method=_leave_as_is,
         output_layer_init_method=_leave_as_is,

@@ -40,6 +40,7 @@ class MoERouter(MegatronModule, ABC):
         metrics: where each training micro-batch is recorded.
         num_experts: e; None means the config's, those of the feed-forward layer.
         topk: k; None means the config's.
+        is_mtp_layer: whether the layer predicts a token further ahead (megatron-core 0.19).
 
     Raises:
         ValueError: the config asks for what this router does not do.
@@ -56,7 +57,12 @@ class MoERouter(MegatronModule, ABC):
         metrics: RouterMetrics,
         num_experts: int | None = None,
         topk: int | None = None,
+        is_mtp_layer: bool = False,
     ) -> None:
+        if is_mtp_layer:
+            raise ValueError(
+                "is_mtp_layer is True, but the routers record the layers of the decoder alone"
+            )
         if config.calculate_per_token_loss:
             raise ValueError(
                 "calculate_per_token_loss is True, but the routers scale their losses per "

@@ -1,7 +1,8 @@
 """Builds substitutes for base images, because tests pull none.
 
 A Debian from debootstrap replaces the slim Python image. The same with torch as a system package
-and the conventions of NVIDIA's image replaces that one.
+and the conventions of NVIDIA's image replaces that one. Debian's Python is 3.11, so that the images
+built here have the older line of megatron-core.
 """
 
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from tests.container.buildah import Container, Store, command
 
-CPU_BASE = "docker.io/library/python:3.11-slim-bookworm"
+CPU_BASE = "docker.io/library/python:3.12-slim-bookworm"
 NVIDIA_TORCH = "2.13.0a0+0123456789.nv26.07"
 SYSTEM_PACKAGES = "/usr/local/lib/python3.11/dist-packages"
 VENV_PACKAGES = "/opt/venv/lib/python3.11/site-packages"

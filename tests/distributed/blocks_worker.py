@@ -29,6 +29,7 @@ from torch import Tensor
 
 from megatron.trainer.runtime.cpu_backend import redirect_cuda
 from moe_ext.attention import QKNormSelfAttention, SDPACoreAttention
+from moe_ext.compat import without_cuda_graphs
 from moe_ext.experts import ExpertMLP, look_up_backend
 from moe_ext.experts.layer import ExpertsLayer
 from moe_ext.metrics import RouterMetrics
@@ -56,7 +57,7 @@ def make_config(**changes: object) -> TransformerConfig:
         "hidden_dropout": 0.0,
         "use_cpu_initialization": True,
         "gradient_accumulation_fusion": False,
-        "cuda_graph_scope": [],
+        **without_cuda_graphs(),
     }
     return TransformerConfig(**{**fields, **changes})
 

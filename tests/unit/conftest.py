@@ -18,6 +18,7 @@ from megatron.trainer.runtime.launch import RunContext, initialize, shut_down
 from megatron.trainer.state import TrainState
 from moe_app.pretrain.build import build_state
 from moe_app.pretrain.config import parse_recipe
+from moe_ext.compat import without_cuda_graphs
 from tests.distributed.launcher import flags
 
 
@@ -43,7 +44,7 @@ def make_config() -> Callable[..., TransformerConfig]:
             "hidden_dropout": 0.0,
             "params_dtype": torch.float64,
             "use_cpu_initialization": True,
-            "cuda_graph_scope": [],
+            **without_cuda_graphs(),
         }
         return TransformerConfig(**{**fields, **changes})
 

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import packaging
 import pytest
+from packaging.requirements import Requirement
 
 from megatron.trainer.config.validate import validate
 from moe_app.pretrain.config import parse_recipe
+from moe_ext.compat import LINES
 from tests.container.pip_settings import local_paths, read_settings, render
 from tests.paths import REPO
 
@@ -44,17 +46,13 @@ def arguments() -> dict[str, str]:
 
 def test_versions_are_the_tested_ones() -> None:
     tested = re.search(r"^TORCH \?= (\S+)$", (REPO / "Makefile").read_text("utf-8"), re.MULTILINE)
-    compat = ast.parse((REPO / "moe_ext/compat.py").read_text("utf-8"))
-    (core,) = (
-        str(node.value.value)
-        for node in compat.body
-        if isinstance(node, ast.Assign)
-        and ast.unparse(node.targets[0]) == "TESTED"
-        and isinstance(node.value, ast.Constant)
-    )
     assert tested
     assert arguments()["TORCH"] == tested[1]
-    assert arguments()["MEGATRON_CORE"] == f"megatron-core=={core}"
+    assert arguments()["MEGATRON_CORE"] == ""
+    for written, line in zip(lines(requirements("core")), LINES, strict=True):
+        wanted = Requirement(written)
+        assert str(wanted.specifier) == f"=={line.tested}"
+        assert f"python_version {line.python}" == str(wanted.marker).replace('"', "")
     assert arguments()["VERSION"] == PYPROJECT["project"]["version"]
 
 

@@ -29,6 +29,15 @@ _MOST_TEXT_BYTES = 1 << 26
 _FORMAT_NAME = "metadata.json"
 _READ_BY_EVERY_RANK = (_FORMAT_NAME, "common.pt", ".metadata")
 _FORMAT = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+_UPSTREAM_WARNINGS: dict[str, type[Warning]] = {
+    # megatron-core wraps several parts of one tensor in a class that torch would like to retire.
+    "Please use DTensor instead": FutureWarning,
+    # megatron-core 0.16 calls torch's function by its former name.
+    "`load_state_dict` is deprecated": FutureWarning,
+    # megatron-core 0.19 gives the reader by position, and lets every rank read for itself.
+    "The argument order of load has been changed": UserWarning,
+    "torch.distributed is disabled, unavailable or uninitialized": UserWarning,
+}
 
 
 def load_checkpoint(
@@ -126,6 +135,12 @@ def _check_format(path: Path) -> None:
             f"{path / _FORMAT_NAME} says that the format is {str(found)[:200]}; only"
             f" {_FORMAT['sharded_backend']} checkpoints can be loaded; take another"
         )
+    missing = [name for name in _READ_BY_EVERY_RANK if not (path / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path} holds no {' and no '.join(missing)}; it is incomplete, or in a form of"
+            " megatron-core's own, which is not read; take another checkpoint"
+        )
 
 
 def _compare_with(
@@ -164,10 +179,8 @@ def _compare_with(
 def _read(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Let megatron-core read; torch gathers the failures of all ranks before it raises on each."""
     with torch_errors_explained(f"loading {path}"), warnings.catch_warnings():
-        # megatron-core 0.16 calls torch's function by its former name.
-        warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
-        # It wraps several parts of one tensor in a class that torch would like to retire.
-        warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)
+        for about, category in _UPSTREAM_WARNINGS.items():
+            warnings.filterwarnings("ignore", about, category)
         loaded: dict[str, Any] = dist_checkpointing.load(
             state, str(path), validate_access_integrity=False
         )

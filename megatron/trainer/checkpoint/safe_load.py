@@ -1,6 +1,6 @@
 """Reads checkpoints without executing them.
 
-A pickle is a program. torch 2.6 to 2.13 and megatron-core 0.16 and 0.17 still run three kinds of it
+A pickle is a program. torch 2.6 to 2.14 and megatron-core 0.16 to 0.19 still run three kinds of it
 when a distributed checkpoint is loaded: the `.metadata` file, every object stored inside a
 `.distcp` file, and, when TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set, `common.pt`. The tensors inside a
 `.distcp` file are read with `weights_only`, which megatron-core weakens: when imported it declares
@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem
 
 from megatron.trainer.checkpoint.metadata_check import metadata_problems
+from megatron.trainer.compat import guard_common_state
 from megatron.trainer.errors import CheckpointError
 
 _REMEDY = (
@@ -302,9 +303,8 @@ def install_guards() -> None:
     """Make torch's and megatron-core's checkpoint readers refuse to execute anything.
 
     Lasts for the process; calling it again changes nothing. Each replacement serves torch 2.6 to
-    2.13 and megatron-core 0.16; `test_safe_load.py` fails when a release moves them.
+    2.14 and megatron-core 0.16 and 0.19; `test_safe_load.py` fails when a release moves them.
     """
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
     from megatron.core.msc_utils import MultiStorageClientFeature
 
     # FileSystemReader.read_metadata, also under megatron-core's CachedMetadataFileSystemReader,
@@ -315,11 +315,11 @@ def install_guards() -> None:
     if not isinstance(filesystem.torch, _GuardedTorch):
         filesystem.torch = _GuardedTorch("torch")
     # DefaultLoadPlanner.load_bytes, inherited by MCoreLoadPlanner, reads every ShardedObject with
-    # weights_only=False.
+    # weights_only=False; so it does `common_state`, where megatron-core 0.19 itself would keep the
+    # unsharded state.
     DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[method-assign]
-    # Both methods call torch.load without weights_only, which an environment variable can turn off.
-    TorchCommonLoadStrategy.load_common = _load_common
-    TorchCommonLoadStrategy.load_sharded_objects = _load_sharded_objects
+    # Both call torch.load without weights_only, which an environment variable can turn off.
+    guard_common_state(_load_common, _refuse_sharded_objects)
     # The package multistorageclient, where installed, brings readers of its own for all three.
     MultiStorageClientFeature.disable()
 
@@ -334,8 +334,8 @@ def _load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO
         self.state_dict[key] = loaded
 
 
-def _load_common(_self: object, checkpoint_dir: str | Path) -> Any:
-    """Replaces `TorchCommonLoadStrategy.load_common`."""
+def _load_common(checkpoint_dir: str | Path) -> Any:
+    """Replaces megatron-core's reader of `common.pt`."""
     path = Path(checkpoint_dir) / "common.pt"
     try:
         return load_trusted_types(path, name=str(path))
@@ -345,7 +345,7 @@ def _load_common(_self: object, checkpoint_dir: str | Path) -> Any:
         ) from error
 
 
-def _load_sharded_objects(_self: object, _state: object, checkpoint_dir: str | Path) -> None:
+def _refuse_sharded_objects(checkpoint_dir: str | Path) -> None:
     """Replaces `TorchCommonLoadStrategy.load_sharded_objects`; torch_dist never calls it."""
     raise CheckpointError(
         f"{checkpoint_dir} keeps its objects in files of their own, as formats before torch_dist "

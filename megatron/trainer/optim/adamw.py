@@ -36,6 +36,7 @@ class AdamW(torch.optim.Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay.
         adam_w_mode: megatron-core passes it; only decoupled decay is offered.
+        capturable: megatron-core 0.19 passes it; the step cannot be captured in a CUDA graph.
     """
 
     def __init__(
@@ -46,9 +47,12 @@ class AdamW(torch.optim.Optimizer):
         eps: float,
         weight_decay: float,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
         if not adam_w_mode:
             raise ValueError("adam_w_mode is False; only decoupled weight decay is offered")
+        if capturable:
+            raise ValueError("capturable is True; the step cannot be captured in a CUDA graph")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
         super().__init__(params, defaults)
 
@@ -96,7 +100,7 @@ class AdamW(torch.optim.Optimizer):
 def use_adamw() -> None:
     """Make megatron-core build our AdamW where neither TE nor Apex is installed.
 
-    megatron-core 0.16 picks the class at import and treats torch's as one with per-parameter
+    megatron-core picks the class at import and treats torch's as one with per-parameter
     steps; with ours it takes the branches written for fused Adam.
     """
     if mcore_optimizer.USING_PYTORCH_OPTIMIZER:

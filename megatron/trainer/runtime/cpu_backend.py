@@ -1,6 +1,6 @@
 """Redirects megatron-core's CUDA calls to the CPU, on a machine without CUDA.
 
-megatron-core 0.16 names CUDA outright in its schedules, optimizers, dispatchers and checkpoints.
+megatron-core names CUDA outright in its schedules, optimizers, dispatchers and checkpoints.
 `redirect_cuda` makes those names mean the CPU, so that the same training code runs on gloo. It is
 called once, by `launch`, when the device is `cpu`; on a GPU this module is never entered. Each
 redirection below says what in megatron-core needs it; drop one and `tests/distributed` fails.
@@ -232,9 +232,10 @@ def _redirect_all_to_all() -> None:
         input_: torch.Tensor,
         output_split_sizes_: Any = None,
         input_split_sizes: Any = None,
+        **others: Any,  # megatron-core 0.19: use_nccl_stream, False where there is no NCCL
     ) -> torch.Tensor:
         result: torch.Tensor = original(
-            group, input_, _as_list(output_split_sizes_), _as_list(input_split_sizes)
+            group, input_, _as_list(output_split_sizes_), _as_list(input_split_sizes), **others
         )
         return result
 

@@ -152,6 +152,22 @@ def test_no_file_and_no_line_of_a_run_holds_a_secret(run: Run) -> None:
         assert not [path for path, content in contents.items() if value.encode() in content], name
 
 
+def test_what_is_unpickled_names_no_function_of_megatron_core(run: Run) -> None:
+    """megatron-core 0.19 replaces a function of torch by whose name tensors are pickled."""
+    pickled = {
+        path: path.read_bytes()
+        for path in files(run)
+        if path.suffix in {".distcp", ".pt"} or path.name == ".metadata"
+    }
+    assert len({path.name for path in pickled}) == 3
+    shards = [content for path, content in pickled.items() if path.suffix == ".distcp"]
+    assert all(b"_rebuild_tensor_v2" in content for content in shards)  # names are in clear
+    for path, content in pickled.items():
+        assert b"megatron" not in content, path
+    for path in files(run):
+        assert b"load_from_bytes" not in path.read_bytes(), path
+
+
 def test_wandb_gets_settings_only(run: Run) -> None:
     (_, started) = run.wandb[0]
     assert started["config"].keys() == flatten(PretrainConfig()).keys()

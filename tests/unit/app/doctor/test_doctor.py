@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
 from torch.nn.attention import SDPBackend
 
 from megatron.trainer.errors import ConfigError
@@ -52,7 +53,7 @@ def test_installed_versions_are_a_tested_combination() -> None:
     [
         ({"numpy": "3.1.0"}, "numpy", "warn", "3.1.0 is installed, the tests run with 2.*"),
         ({"torch": "2.14.0+cu130"}, "torch", "warn", "2.14.0+cu130 is installed"),
-        ({"megatron_core": "0.17.0"}, "megatron-core", "bad", "supported is >=0.16.1,<0.17"),
+        ({"megatron_core": "0.17.0"}, "megatron-core", "bad", "supported is >=0.16.1,<0.17 for"),
         ({"transformers": None}, "transformers", "note", "pip install 'megatron-moe[hf]'"),
         ({"numpy": None}, "numpy", "bad", "required: pip install numpy"),
     ],
@@ -73,8 +74,9 @@ def test_untested_version_is_reported(
 
 
 def test_tested_combinations_satisfy_the_requirements_of_the_package() -> None:
-    for combination in compat.TESTED_COMBINATIONS:
-        assert combination["megatron-core"] == compat.TESTED
+    for combination, line in zip(compat.TESTED_COMBINATIONS, compat.LINES, strict=True):
+        assert combination["megatron-core"] == line.tested
+        assert SpecifierSet(line.python.replace(" ", "")).contains(combination["python"])
         assert combination.keys() >= {"python", "torch", "megatron-core", "numpy"}
     assert "torch==2.13.0" in (REPO / "Makefile").read_text()
     assert compat.is_version("2.13.0+cpu", compat.TESTED_COMBINATIONS[0]["torch"])

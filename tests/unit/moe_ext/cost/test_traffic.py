@@ -7,13 +7,14 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron.trainer.config.parallel_layout import Layout, resolve_layout
 from megatron.trainer.config.schema import ParallelConfig
@@ -128,26 +129,28 @@ def test_shards_of_all_ranks_sum_to_the_model(name: str, sizes: dict[str, int]) 
 @pytest.mark.parametrize("is_sharded", [False, True])
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_buckets_match_megatron_core(
-    limit: int | None, is_sharded: bool, is_tied: bool, single_rank: ProcessGroupCollection
+    limit: int | None,
+    is_sharded: bool,
+    is_tied: bool,
+    single_rank: ProcessGroupCollection,
+    make_config: Callable[..., TransformerConfig],
 ) -> None:
     numbers = [300, 64, 129, 500, 7, 1000, 64, 33]
-    parameters = [torch.nn.Parameter(torch.zeros(number)) for number in numbers]
+    module = torch.nn.ParameterList(torch.zeros(number) for number in numbers)
+    parameters = list(module)
     if is_tied:
-        parameters[0].shared_embedding = True  # type: ignore[attr-defined]
-        parameters[-1].shared_embedding = True  # type: ignore[attr-defined]
-    buffer = _ParamAndGradBuffer(
-        DistributedDataParallelConfig(use_distributed_optimizer=is_sharded),
-        torch.float32,
-        torch.float32,
-        parameters,
-        single_rank.dp,
-        limit,
-        {each: str(index) for index, each in enumerate(parameters)},
-        1.0,
-        list(range(len(parameters))),
-        False,
-        single_rank,
+        parameters[0].shared_embedding = True
+        parameters[-1].shared_embedding = True
+    wrapped = DistributedDataParallel(
+        make_config(),
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=is_sharded,
+            overlap_grad_reduce=limit is not None,  # only then are there several buckets
+            bucket_size=limit,
+        ),
+        module,
     )
+    (buffer,) = wrapped.buffers
     shards = [
         Shard(name="", numel=number, is_tied=is_tied and index in (0, len(numbers) - 1))
         for index, number in enumerate(numbers)

@@ -4,7 +4,9 @@ import io
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from torch.distributed.checkpoint import filesystem
+from packaging.version import Version
+from torch.distributed.checkpoint import CheckpointException, filesystem
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
@@ -137,6 +140,55 @@ def test_hostile_common_pt_is_refused_and_not_run(
     assert canary.exists()
 
 
+@pytest.fixture
+def own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint whose unsharded state is an object of the shards, as megatron-core 0.19 writes.
+
+    The object touches `canary`; there is no `common.pt`.
+    """
+    state = payload_state(3.0, 1)
+    payload = [{"iteration": Payload(f"touch {tmp_path / 'canary'}")}]
+    state["common"] = ShardedObject("common_state", payload, (1,), (0,))
+    with monkeypatch.context() as patch:
+        patch.setattr(save, "_check_loadable", lambda _source, _name: None)
+        path = save_checkpoint(tmp_path / "run", 1, state)
+    (path / "common.pt").unlink()
+    write_manifest(path, 1)
+    return path
+
+
+@pytest.mark.parametrize("override", [False, True])
+def test_hostile_common_state_is_refused_and_not_run(
+    own_format: Path, monkeypatch: pytest.MonkeyPatch, override: bool
+) -> None:
+    canary = own_format.parents[1] / "canary"
+    if override:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    message = f"{own_format} holds no common.pt; it is incomplete, or in a form of megatron-core's"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        load_checkpoint(own_format, payload_state(0.0, None))
+
+    # megatron-core's own reader: 0.16 wants the file, 0.19 reads the object.
+    refused = f"refused to load object common_state/shard_0_1: it asks for `posix.system`{REMEDY}"
+    absent = f"{own_format / 'common.pt'} does not exist"
+    message = refused if Version(version("megatron-core")) >= Version("0.19") else absent
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
+        with pytest.raises((CheckpointError, CheckpointException), match=re.escape(message)):
+            dist_checkpointing.load_common_state_dict(str(own_format))
+
+    torch.save({}, own_format / "common.pt")
+    write_manifest(own_format, 1)
+    with pytest.raises(CheckpointError, match="not wanted by this run: common_state/shard_0_1"):
+        load_checkpoint(own_format, payload_state(0.0, None))
+    assert not canary.exists()
+
+    shard = next(own_format.glob("*.distcp")).read_bytes()
+    at = shard.rindex(b"PK\x03\x04", 0, shard.index(str(canary).encode()))
+    torch.load(io.BytesIO(shard[at : shard.index(b"PK\x05\x06", at) + 22]), weights_only=False)
+    assert canary.exists()
+
+
 def test_megatron_cores_own_entry_points_are_guarded_too(tmp_path: Path) -> None:
     install_guards()
     canary = tmp_path / "canary"
@@ -233,7 +285,10 @@ KNOWN_TORCH = {
     "_pg_transport.py",  # messages between ranks, no file
     "_experimental/checkpoint_reader.py",  # not reached from torch_dist
 }
-KNOWN_MEGATRON = {"strategies/common.py"}  # guarded: common.pt
+KNOWN_MEGATRON = {
+    "strategies/common.py",  # guarded: common.pt
+    "serialization.py",  # 0.19: common_state, which the guarded planner has read before
+}
 
 
 def unpickling_files(package: Path) -> set[str]:
