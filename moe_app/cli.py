@@ -234,7 +234,7 @@ def main(argv: Argv = None) -> int:
         print(f"megatron-moe {version('megatron-moe')}")
         return 0
     if name not in COMMANDS:
-        from megatron.trainer.config.recipe import did_you_mean
+        from megatron.trainer.config.near_names import did_you_mean
 
         hint = did_you_mean(name, COMMANDS)
         print(

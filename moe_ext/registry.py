@@ -5,6 +5,10 @@ from typing import TypeVar
 
 Block = TypeVar("Block")
 
+_NEAR = 0.75
+"""Likeness from which on a name is taken for a misspelt other: `sigmoid_topk` (0.67) is a rule of
+its own, not `softmax_topk`."""
+
 
 def look_up(table: dict[str, Block], name: str, *, kind: str) -> Block:
     """Looks up the block called `name`.
@@ -19,7 +23,7 @@ def look_up(table: dict[str, Block], name: str, *, kind: str) -> Block:
     """
     if name in table:
         return table[name]
-    nearest = difflib.get_close_matches(name, table, n=1)
+    nearest = difflib.get_close_matches(name, table, n=1, cutoff=_NEAR)
     hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
     raise ValueError(f"unknown {kind} '{name}'; known: {', '.join(sorted(table))}{hint}")
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import itertools
 import sys
@@ -13,9 +12,9 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from megatron.trainer.config.near_names import did_you_mean, near_names
 from megatron.trainer.config.recipe import (
     FieldPlace,
-    did_you_mean,
     dump_config,
     flatten,
     is_recipe_only,
@@ -116,8 +115,8 @@ def _nearest_flags(argv: Sequence[str], schema: Mapping[str, FieldPlace]) -> str
         if name in schema and is_recipe_only(schema[name].hint):
             lines.append(f"{flag} is not a flag: {name} can be set in a recipe only\n")
         elif not {name, name.removeprefix("no_")} & {*known, "help"}:
-            near = difflib.get_close_matches(name, known, n=1)
-            lines += [f"{flag}: did you mean --{near[0].replace('_', '-')}?\n"] if near else []
+            near = " or ".join(f"--{each.replace('_', '-')}" for each in near_names(name, known))
+            lines += [f"{flag}: did you mean {near}?\n"] if near else []
     return "".join(lines)
 
 

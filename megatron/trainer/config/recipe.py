@@ -11,16 +11,16 @@ rejected, because a short file of nested aliases can expand beyond any memory.
 """
 
 import dataclasses
-import difflib
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from megatron.trainer.config.near_names import did_you_mean
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.io.bounded_read import read_at_most
 
@@ -364,9 +364,3 @@ def _describe(node: yaml.Node) -> str:
             return f"the quoted string {node.value!r}"
         return "null" if node.value in _NULL else repr(node.value)
     return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Suggest the closest known name as the end of a message; empty if none is close."""
-    near = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

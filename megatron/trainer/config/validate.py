@@ -1,11 +1,11 @@
 """Checks that the settings of a run fit together and suit the number of ranks; never edits them."""
 
 import dataclasses
-import difflib
 import math
 from typing import Protocol, runtime_checkable
 
 from megatron.trainer.config.durations import branch_problems, length_problems, schedule_problems
+from megatron.trainer.config.near_names import did_you_mean
 from megatron.trainer.config.parallel_layout import (
     data_parallel_size,
     nearest_multiples,
@@ -283,10 +283,9 @@ def _recompute_module_problems(training: TrainingConfig) -> list[str]:
     found = []
     for name in training.recompute_modules:
         if name not in RECOMPUTE_MODULES:
-            near = difflib.get_close_matches(name, RECOMPUTE_MODULES, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(name, RECOMPUTE_MODULES)
             found.append(
-                f"recompute_modules has an unknown name ({name!r}); {hint}use any of {known}"
+                f"recompute_modules has an unknown name ({name!r}){hint or ';'} use any of {known}"
             )
     return found
 

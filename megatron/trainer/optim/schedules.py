@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron.trainer.config.recipe import did_you_mean
+from megatron.trainer.config.near_names import did_you_mean
 from megatron.trainer.config.schema import RunConfig
 from megatron.trainer.errors import ConfigError
 
