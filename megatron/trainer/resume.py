@@ -1,5 +1,6 @@
 """Saves the state of a run, and resumes from a checkpoint: by `state`, through `checkpoint`."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from megatron.trainer.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from megatron.trainer.checkpoint.layout import final_iterations, stranded
+from megatron.trainer.checkpoint.origin import decide_origin, has_checkpoints
 from megatron.trainer.checkpoint.saved_run import (
     RUN_NAME,
     WEIGHTS_ONLY,
@@ -24,12 +25,12 @@ from megatron.trainer.checkpoint.saved_run import (
     read_run,
 )
 from megatron.trainer.config.cli import dump_config
-from megatron.trainer.config.schema import CheckpointConfig
+from megatron.trainer.config.schema import RunConfig
 from megatron.trainer.errors import CheckpointError, DataError
 from megatron.trainer.optim.scheduler import LRSchedule, branch_rate, rate_of_branch
 from megatron.trainer.optim.sharded_state import OPTIMIZER_PREFIX
-from megatron.trainer.records.record_file import has_evaluation, read_records
-from megatron.trainer.records.run_dir import CONFIG_NAME, EVENTS_NAME, METRICS_NAME
+from megatron.trainer.records.record_file import has_evaluation
+from megatron.trainer.records.run_dir import CONFIG_NAME, METRICS_NAME
 from megatron.trainer.runtime.collective import on_rank0
 from megatron.trainer.state import (
     RNG_PREFIX,
@@ -108,9 +109,10 @@ def resume(state: TrainState, model_config: Architecture) -> Beginning:
     """Continue from `--load`; do nothing for a fresh run.
 
     A run directory given to --load and --save alike may be empty: the first job of a chain. Any
-    other --save must not hold a run already, but for the one of a branch: the command that began
-    the branch continues it. A checkpoint of weights alone, as a conversion writes it, has nothing
-    else to continue from: it starts the run as --finetune would.
+    other --save must not hold a run already, unless it is a branch, or this very command has begun
+    the run, as where torchrun restarts the ranks: then that run is continued. A checkpoint of
+    weights alone, as a conversion writes it, has nothing else to continue from: it starts the run
+    as --finetune would.
 
     Args:
         state: freshly built; changed in place.
@@ -120,8 +122,11 @@ def resume(state: TrainState, model_config: Architecture) -> Beginning:
         What was found.
     """
     cfg = state.cfg.checkpoint
-    origin = _decide_origin(cfg)
+    origin = decide_origin(state.cfg)
     load, is_continued = origin.load, origin.is_continued
+    if origin.is_repeated:
+        cfg = dataclasses.replace(cfg, finetune=False, ckpt_step=None)
+        logger.info("this command began the run in %s and saved there: going on with it", load)
     is_branching = cfg.anneal_from is not None and not is_continued
     if load is None:
         return Beginning(event="start", detail="from initial weights")
@@ -190,7 +195,7 @@ def rewind(state: TrainState, newest: int) -> bool:
     if not cfg.reliability.rewind_on_spike or cfg.checkpoint.save is None:
         return False
     root = Path(cfg.checkpoint.save)
-    if not on_rank0(f"looking into {root}", lambda: _has_checkpoints(root, upto=newest)):
+    if not on_rank0(f"looking into {root}", lambda: has_checkpoints(root, upto=newest)):
         return False
     found = find_checkpoint(root, upto=newest)
     run = on_rank0(f"reading {found.path / RUN_NAME}", lambda: read_run(found))
@@ -227,51 +232,13 @@ def evaluation_is_pending(state: TrainState) -> bool:
     )
 
 
-def check_directories(cfg: CheckpointConfig) -> None:
+def check_directories(cfg: RunConfig) -> None:
     """Refuse, before anything is written to it, a `--save` that holds another run.
 
     Raises:
         CheckpointError: on every rank, as `resume` would.
     """
-    _decide_origin(cfg)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Origin:
-    """Says where a run starts from."""
-
-    load: Path | None
-    """The directory to load from; None begins with initial weights."""
-    is_continued: bool
-    """It is the one that is saved to."""
-    has_checkpoints: bool
-    """Whether a continued run finds any there."""
-
-
-def _decide_origin(cfg: CheckpointConfig) -> _Origin:
-    """Read on rank 0 what --save and --load hold; a collective call.
-
-    Raises:
-        CheckpointError: --save holds another run, or a branch cannot begin; on every rank.
-    """
-    return on_rank0("looking into --save and --load", lambda: _origin(cfg))
-
-
-def _origin(cfg: CheckpointConfig) -> _Origin:
-    save = Path(cfg.save) if cfg.save is not None else None
-    load = Path(cfg.load) if cfg.load is not None else None
-    is_continued = save is not None and load is not None and save.resolve() == load.resolve()
-    if cfg.anneal_from is not None:
-        if save is not None and _has_checkpoints(save):
-            return _Origin(load=save, is_continued=True, has_checkpoints=True)
-        _check_branch_start(cfg, is_continued)
-    if save is not None and (cfg.finetune or not is_continued):
-        _refuse_to_overwrite(save, is_from_elsewhere=load is not None)
-    return _Origin(
-        load=load,
-        is_continued=is_continued,
-        has_checkpoints=is_continued and load is not None and _has_checkpoints(load),
-    )
+    decide_origin(cfg)
 
 
 def _take_weights(state: TrainState, found: FoundCheckpoint) -> None:
@@ -285,21 +252,6 @@ def _take_weights(state: TrainState, found: FoundCheckpoint) -> None:
     load_weights(state.modules, found)
     state.optimizer.reload_model_params()
     logger.info("loaded the weights of %s; iteration, optimizer and data start afresh", found.path)
-
-
-def _check_branch_start(cfg: CheckpointConfig, is_own_directory: bool) -> None:
-    """Refuse to begin a branch from nothing, or from two checkpoints."""
-    if is_own_directory:
-        raise CheckpointError(
-            f"{cfg.load} is given to --load and --save alike and holds no checkpoint, so there is"
-            f" no branch to continue; begin it with --load set to the run that has iteration"
-            f" {cfg.anneal_from}"
-        )
-    if cfg.ckpt_step is not None:
-        raise CheckpointError(
-            f"--ckpt-step {cfg.ckpt_step} chooses a checkpoint of the branch, but {cfg.save} holds"
-            f" none; a branch begins at --anneal-from {cfg.anneal_from}; leave --ckpt-step out"
-        )
 
 
 def _branch_schedule(
@@ -339,25 +291,4 @@ def _require_tokenizer(tokenizer: Path) -> None:
         raise DataError(
             f"--tokenizer-model {tokenizer} does not exist; checkpoints carry the tokenizer with"
             " them; check the path, or leave the flag away"
-        )
-
-
-def _has_checkpoints(root: Path, *, upto: int | None = None) -> bool:
-    there = [*final_iterations(root), *stranded(root)] if root.is_dir() else []
-    return any(upto is None or iteration <= upto for iteration in there)
-
-
-def _refuse_to_overwrite(save: Path, *, is_from_elsewhere: bool) -> None:
-    """Refuse a directory that holds another run.
-
-    A job that started from another run's checkpoint and ended before its first save leaves records
-    but no checkpoint. It starts again, by the same command.
-    """
-    events = read_records(save / EVENTS_NAME) if is_from_elsewhere else ()
-    names = {event.get("event") for event in events}
-    has_saved_nothing = bool(names) and "save" not in names
-    if _has_checkpoints(save) or ((save / METRICS_NAME).exists() and not has_saved_nothing):
-        raise CheckpointError(
-            f"{save} holds an earlier run; continue it with --load {save} (without --finetune), or"
-            " give --save another directory"
         )

@@ -67,7 +67,7 @@ def _pretrain(cfg: PretrainConfig) -> int:
             logger.info(line)
     watchdog = start_watchdog(ctx, timeout_before(cfg.parallel.distributed_timeout_minutes))
     try:
-        check_directories(cfg.checkpoint)
+        check_directories(cfg)
         journal = on_all_ranks(
             "opening the run directory",
             lambda: open_journal(

@@ -196,6 +196,30 @@ def test_a_job_that_died_before_it_saved_begins_again_from_the_other_run(
     assert last_three(found, "lm_loss") == last_three(outcomes["whole"], "lm_loss")
 
 
+def test_repeated_command_goes_on_with_the_run_that_it_began(
+    root: Path, outcomes: dict[str, Outcome]
+) -> None:
+    """As torchrun repeats it: from the new run's checkpoint, not once more from the other's."""
+    single, new, tuned = root / "single", root / "new", root / "tuned"
+    command = flags(**PLAN, save=new, load=single, ckpt_step=3, exit_interval=5)
+    finetune = flags(**PLAN, save=tuned, load=single, finetune=True, exit_interval=5)
+    found = run_cases(
+        1,
+        {
+            "first": command,
+            "again": command,
+            "tuned_first": finetune,
+            "tuned_again": finetune,
+        },
+        root / "repeated",
+    )
+    whole = outcomes["whole"].series("lm_loss")
+    assert found["first"].series("lm_loss") == whole[3:5]
+    assert found["again"].series("lm_loss") == whole[5:]
+    assert found["tuned_first"].series("iteration") == [1, 2, 3, 4, 5]
+    assert found["tuned_again"].series("iteration")[0] == 6
+
+
 @pytest.mark.parametrize("modules", ["core_attn", "moe", "core_attn moe"])
 def test_each_recompute_module_trains_alike(
     modules: str, root: Path, outcomes: dict[str, Outcome]

@@ -42,7 +42,7 @@ def begin(case: dict[str, Any]) -> dict[str, Any]:
             if "other_data" in case:
                 data = dataclasses.replace(cfg.data, data_path=(case["other_data"],))
                 cfg = dataclasses.replace(cfg, data=data)
-        check_directories(cfg.checkpoint)
+        check_directories(cfg)
         state = build_state(cfg, ctx)
         beginning = resume(state, cfg.model)
         checkpoint_writer(state)
