@@ -73,12 +73,6 @@ def check_tensors(
         )
         if names
     ]
-    if extra == ["lm_head.weight"] and len(problems) == 1:
-        raise CheckpointError(
-            f"{source.path} holds lm_head.weight, but its config.json says tie_word_embeddings"
-            " true, which makes the output layer the embedding; remove the tensor if it is a copy,"
-            " or set tie_word_embeddings to false if it is not"
-        )
     if problems:
         raise CheckpointError(
             f"{source.path} does not hold the weights that its config.json describes:"

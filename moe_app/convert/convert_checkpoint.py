@@ -58,6 +58,7 @@ from moe_app.convert.checks import (
     total_bytes,
 )
 from moe_app.convert.files import hf_files, native_files, read_auxiliary_files
+from moe_app.convert.surplus import leave_out_surplus
 from moe_app.convert.weights import Progress, TensorDigests, export_weights, import_weights
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.config import MoEModelConfig
@@ -208,6 +209,7 @@ def run_import(args: argparse.Namespace) -> Conversion:
     check_new_run(save)
     with HFDirectory(Path(args.hf)) as source:
         family, model = _read_architecture(source, args.make_vocab_size_divisible_by)
+        left_out = leave_out_surplus(source, family, model)
         total = sum(entry.num_bytes for entry in source.tensors.values())
         check_size(model, total, config=source.path / "config.json")
         form = family.detect_layout(source.tensors)
@@ -236,7 +238,7 @@ def run_import(args: argparse.Namespace) -> Conversion:
             import_weights(source, pieces, stream, dtype=dtype, digests=digests, progress=progress)
             sha256 = digests.finish()
     report = _report("import", family, form, dtype, num_tensors=len(shapes), num_bytes=total)
-    report |= {"sha256": sha256} if sha256 else {}
+    report |= left_out | ({"sha256": sha256} if sha256 else {})
     found = FoundCheckpoint(path=layout.final_path(save, 0), iteration=0)
     return Conversion(
         report=report,

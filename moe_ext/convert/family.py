@@ -1,8 +1,11 @@
 """Define what a model family implements to convert to and from Hugging Face."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import torch
 
 from moe_ext.config import MoEModelConfig
 from moe_ext.convert.pieces import ExpertLayout, Piece
@@ -101,6 +104,8 @@ class Family:
     """Architecture -> config.json."""
     make_pieces: MakePieces
     """Architecture -> pieces, in one of the family's layouts."""
+    attention: str = "self_attn"
+    """Name of a layer's attention in names of tensors."""
 
     def pieces(self, model: MoEModelConfig, layout: ExpertLayout) -> Iterator[Piece]:
         """Yield every block of every native tensor once, in the order of the HF tensors.
@@ -148,3 +153,21 @@ class Family:
             if self.expert_names[layout] in names:
                 return layout
         return self.layouts[0]
+
+    def is_rotary_buffer(self, name: str, model: MoEModelConfig) -> bool:
+        """Return whether some checkpoints keep RoPE's frequencies, which are no weights, here."""
+        found = re.fullmatch(
+            rf"model\.(?:layers\.(\d+)\.{self.attention}\.)?rotary_emb\.inv_freq", name
+        )
+        return found is not None and int(found[1] or 0) < model.num_layers
+
+
+def inverse_frequencies(model: MoEModelConfig) -> torch.Tensor:
+    """Return RoPE's frequencies [head size / 2] that a model's rotary_base gives, in fp32."""
+    exponents = torch.arange(0, head_size(model), 2, dtype=torch.float32) / head_size(model)
+    return model.rotary_base**-exponents
+
+
+def head_size(model: MoEModelConfig) -> int:
+    """Return the width of an attention head."""
+    return model.kv_channels or model.hidden_size // model.num_attention_heads

@@ -10,12 +10,12 @@ _IGNORED_FIELDS = frozenset(
         "_commit_hash",
         "_name_or_path",
         "architectures",
-        "auto_map",
         "model_type",
         "name_or_path",
         "tokenizer_class",
         "transformers_version",
         # Storage and implementation; these do not change what is computed.
+        "_attn_implementation_autoset",
         "attn_implementation",
         "chunk_size_feed_forward",
         "dtype",
@@ -39,15 +39,34 @@ _IGNORED_FIELDS = frozenset(
         "pad_token_id",
         "sep_token_id",
         # Sampling of text.
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "diversity_penalty",
         "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "length_penalty",
         "max_length",
         "max_new_tokens",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
         "num_beams",
+        "num_return_sequences",
+        "output_scores",
+        "remove_invalid_values",
         "repetition_penalty",
+        "return_dict_in_generate",
+        "suppress_tokens",
         "temperature",
         "top_k",
         "top_p",
+        "typical_p",
         # Other tasks than language modelling.
+        "classifier_dropout",
         "finetuning_task",
         "id2label",
         "is_decoder",
@@ -59,6 +78,62 @@ _IGNORED_FIELDS = frozenset(
     }
 )
 """Fields of any config.json that do not change the logits of these models."""
+
+_ANY = "anything"
+_FULL_ATTENTION = "full_attention"
+_HARMLESS_VALUES: dict[str, tuple[Any, ...] | str] = {
+    # Of tools that wrote or will read the file.
+    "auto_map": _ANY,
+    "max_seq_length": _ANY,
+    "max_sequence_length": _ANY,
+    "model_max_length": _ANY,
+    "tokenizer_model_max_length": _ANY,
+    "tokenizer_padding_side": _ANY,
+    "transformers.js_config": _ANY,
+    "unsloth_fixed": _ANY,
+    "unsloth_version": _ANY,
+    # Attention over a part of the sequence; sliding_window itself is refused unless null.
+    "layer_types": f"a list of {_FULL_ATTENTION!r}, one a layer",
+    "max_window_layers": _ANY,
+    "use_sliding_window": (False,),
+    # The order of sums of tensor parallel training, in LLaMA's.
+    "pretraining_tp": (1,),
+    # Biases that these models do not have.
+    "mlp_bias": (False,),
+    "qkv_bias": (False,),
+    # Dropout.
+    "attention_probs_dropout_prob": (0,),
+    "attn_pdrop": (0,),
+    "embd_pdrop": (0,),
+    "hidden_dropout": (0,),
+    "hidden_dropout_prob": (0,),
+    "resid_pdrop": (0,),
+    # Layers without experts, experts that all tokens use, noise on routing.
+    "decoder_sparse_step": (1,),
+    "first_k_dense_replace": (0,),
+    "mlp_only_layers": ([],),
+    "n_shared_experts": (0,),
+    "num_shared_experts": (0,),
+    "router_jitter_noise": (0,),
+    # Encoders and decoders.
+    "add_cross_attention": (False,),
+    "pruned_heads": ({},),
+    "tf_legacy_loss": (False,),
+    "tie_encoder_decoder": (False,),
+}
+"""Fields that other models have, or that tools add -> values with which nothing depends on them."""
+
+
+def harmless_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of an accepted config.json that are left out, as nothing depends on them.
+
+    Null stands for a field that is not there.
+    """
+    return {
+        name: value
+        for name, value in config.items()
+        if name in _HARMLESS_VALUES and value is not None
+    }
 
 
 class Fields:
@@ -195,6 +270,27 @@ class Fields:
                     " converted"
                 )
 
+    def _check_harmless(self, name: str) -> None:
+        """Refuse a field of another model unless it has the value that changes nothing."""
+        value, allowed = self._config[name], _HARMLESS_VALUES[name]
+        if name == "layer_types":
+            num_layers = self._config.get("num_hidden_layers")
+            is_harmless = (
+                isinstance(value, list)
+                and all(each == _FULL_ATTENTION for each in value)
+                and num_layers in (None, len(value))
+            )
+        elif isinstance(allowed, tuple):
+            is_harmless = any(_is_same(value, each) for each in allowed)
+        else:
+            is_harmless = True
+        if not is_harmless:
+            needed = repr(allowed[0]) if isinstance(allowed, tuple) else allowed
+            raise ValueError(
+                f"{name} is {value!r}; it must be {needed}, or not there: {self._family} models"
+                " have nothing of the kind; such a model cannot be converted"
+            )
+
     def finish(self) -> None:
         """Refuse fields that were not read.
 
@@ -209,10 +305,18 @@ class Fields:
                 raise ValueError(
                     f"{name} is {given!r}; it must be null, a number or a list of them"
                 )
-        left = sorted(self._config.keys() - self._read - _IGNORED_FIELDS)
+        unread = self._config.keys() - self._read
+        for name in sorted(unread & _HARMLESS_VALUES.keys()):
+            self._check_harmless(name)
+        left = sorted(unread - _IGNORED_FIELDS - _HARMLESS_VALUES.keys())
         if left:
             raise ValueError(
                 f"config.json has fields that {self._family} models are not known to have:"
                 f" {', '.join(left)}; each may change what the model computes; remove those that"
                 " do not"
             )
+
+
+def _is_same(value: Any, expected: Any) -> bool:
+    """Compare as JSON does: false is not 0, but 0.0 is."""
+    return value == expected and isinstance(value, bool) is isinstance(expected, bool)

@@ -113,4 +113,5 @@ JETMOE = Family(
     model_config=read_config,
     hf_config=write_config,
     make_pieces=make_pieces,
+    attention="self_attention",
 )

@@ -101,8 +101,10 @@ def _compare_hub_names(fields: Fields, sizes: Mapping[str, int]) -> None:
 def _refuse_unsupported(fields: Fields) -> None:
     """Refuse fields that change the model in a way it does not support."""
     fields.must_be("activation_function", "silu", "swish", why="experts are SwiGLU")
+    fields.must_be("attention_bias", False, why="keys, values and queries have no bias")
     fields.must_be("attention_dropout", 0, 0.0, why="dropout is not supported")
     fields.must_be("bias", True, why="transformers always adds the output biases")
+    fields.must_be("hidden_act", "silu", "swish", why="experts are SwiGLU")
     fields.must_be("glu", True, why="experts are SwiGLU")
     fields.must_be("rotary_percent", 1.0, why="partial RoPE is not supported")
     fields.must_be("sliding_window", why="sliding-window attention is not supported")

@@ -93,6 +93,10 @@ class HFDirectory:
         """Return all tensors by name."""
         return {name: entry for name, (_, entry) in self._places.items()}
 
+    def leave_out(self, name: str) -> None:
+        """Forget a tensor, which is then none of the checkpoint's."""
+        del self._places[name]
+
     def region(self, name: str) -> Region:
         """Return the byte range of a tensor."""
         file, entry = self._places[name]
