@@ -18,10 +18,9 @@ class MegaBlocksLayer(LayerSubject):
 
     Args:
         problem: inputs and weights.
-        implementation: of its experts, "grouped" or "sparse".
     """
 
-    def __init__(self, problem: LayerProblem, implementation: str) -> None:
+    def __init__(self, problem: LayerProblem) -> None:
         from megablocks.layers.arguments import Arguments  # type: ignore[import-not-found]
         from megablocks.layers.dmoe import ParallelDroplessMLP  # type: ignore[import-not-found]
 
@@ -35,7 +34,7 @@ class MegaBlocksLayer(LayerSubject):
                 moe_top_k=model.moe_router_topk,
                 moe_loss_weight=0.0,
                 mlp_type="glu",
-                mlp_impl=implementation,
+                mlp_impl="grouped",
                 activation_fn=F.silu,
                 bias=False,
                 return_bias=False,
@@ -221,10 +220,10 @@ def _rotate(heads: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def build_megablocks(
-    device: torch.device, shape: Shape, routing: str, dtype: torch.dtype, implementation: str
+    device: torch.device, shape: Shape, routing: str, dtype: torch.dtype
 ) -> LayerSubject:
     """Build the layer in a worker."""
-    return MegaBlocksLayer(LayerProblem(shape, routing, device, dtype), implementation)
+    return MegaBlocksLayer(LayerProblem(shape, routing, device, dtype))
 
 
 def build_scattermoe(

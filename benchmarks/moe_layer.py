@@ -88,9 +88,7 @@ def expert_entries(
         (layer_megatron.TE_GROUPED, "transformer_engine"),
     ):
         found[kind] = Entry(layer_megatron.build_experts, (*common, kind), package)
-    for name in ("grouped", "sparse"):
-        build = layer_kernels.build_megablocks
-        found[f"megablocks-{name}"] = Entry(build, (*common, name), "megablocks")
+    found["megablocks-grouped"] = Entry(layer_kernels.build_megablocks, common, "megablocks")
     found["scattermoe"] = Entry(layer_kernels.build_scattermoe, common, "scattermoe")
     return found
 

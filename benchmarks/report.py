@@ -77,6 +77,8 @@ def _implementation(
 ) -> dict[str, Any]:
     if measured.missing is not None:
         return {"status": f"not installed: {measured.missing}"}
+    if measured.failed is not None:
+        return {"status": f"failed: {measured.failed}"}
     seconds = measured.series("seconds")
     rates = [work.flops / each for each in seconds]
     found = {
@@ -106,7 +108,7 @@ def _against_best_peer(found: Mapping[str, Measured]) -> dict[str, Any] | None:
     peers = {
         name: measured
         for name, measured in found.items()
-        if measured.missing is None and not name.startswith(NATIVE)
+        if measured.is_present and not name.startswith(NATIVE)
     }
     if not peers or NATIVE not in found:
         return None

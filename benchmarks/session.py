@@ -49,7 +49,9 @@ class Measured:
     """Holds the measurements of one implementation."""
 
     missing: str | None = None
-    """Package that is not installed; None if it was measured."""
+    """Package that is not installed; None if it is."""
+    failed: str | None = None
+    """Last line of the error that a peer ended with; None if it was measured."""
     loss: float | None = None
     """Scalar of the compared forward pass."""
     gradient_difference: float | None = None
@@ -58,6 +60,11 @@ class Measured:
     """One sample per round, in order."""
     peak_bytes: int | None = None
     """Peak memory while it was timed."""
+
+    @property
+    def is_present(self) -> bool:
+        """Return whether it is installed and has not failed."""
+        return self.missing is None and self.failed is None
 
     def series(self, key: str) -> list[float]:
         """Return one figure of every round."""
@@ -88,7 +95,8 @@ class Session:
 
         Raises:
             DifferentMathsError: an implementation computes a different result.
-            RuntimeError: a worker failed.
+            RuntimeError: a worker of the project's own implementations failed; a peer's is left
+                out.
         """
         try:
             if not self._plan.is_fresh:
@@ -109,7 +117,7 @@ class Session:
                 worker.close()
 
     def _present(self) -> list[str]:
-        return [name for name, measured in self.found.items() if measured.missing is None]
+        return [name for name, measured in self.found.items() if measured.is_present]
 
     def _compare(self) -> None:
         """Compare all losses and gradients with those of the first peer.
@@ -118,7 +126,7 @@ class Session:
         """
         digests: dict[str, Digests] = {}
         for name in self._present():
-            with self._worker(name) as worker:
+            with self._without_failing_peer(name), self._worker(name) as worker:
                 self.found[name].loss, digests[name] = worker.call("check")
         peers = [name for name in self._present() if not name.startswith(NATIVE)]
         for name in self._present() if peers else ():
@@ -145,7 +153,7 @@ class Session:
     def _warm_up(self, name: str) -> None:
         if self._plan.is_fresh:
             return  # each visit warms up
-        with self._worker(name) as worker:
+        with self._without_failing_peer(name), self._worker(name) as worker:
             self._prepare(worker)
 
     def _prepare(self, worker: Worker) -> None:
@@ -154,7 +162,9 @@ class Session:
         worker.call("restart_peak")
 
     def _visit(self, name: str) -> None:
-        with self._worker(name) as worker:
+        if name != CEILINGS and not self.found[name].is_present:
+            return
+        with self._without_failing_peer(name), self._worker(name) as worker:
             if name == CEILINGS:
                 self.ceilings.append(worker.call("sample"))
                 return
@@ -164,6 +174,18 @@ class Session:
             measured.samples.append(worker.call("sample"))
             if self._plan.is_fresh:
                 measured.peak_bytes = max(measured.peak_bytes or 0, worker.call("peak_bytes"))
+
+    @contextmanager
+    def _without_failing_peer(self, name: str) -> Iterator[None]:
+        """Leave a peer out whose worker fails in the context, and free its memory."""
+        try:
+            yield
+        except RuntimeError as error:
+            if name == CEILINGS or name.startswith(NATIVE):
+                raise
+            self.found[name].failed = str(error).strip().splitlines()[-1]
+            if name in self._persistent:
+                self._persistent.pop(name).close()
 
     @contextmanager
     def _worker(self, name: str) -> Iterator[Worker]:

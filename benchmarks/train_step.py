@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         losses={
             name: measured.series("loss")
             for name, measured in session.found.items()
-            if measured.missing is None
+            if measured.is_present
         },
     )
     print(table(found))

@@ -105,7 +105,7 @@ def _serve(
                 if num_threads is not None:
                     torch.set_num_threads(num_threads)
                 if device.type == "cuda":
-                    torch.cuda.set_device(device)
+                    torch.cuda.set_device(device.index or 0)
                 if entry.load is not None:
                     entry.load()
                 memory = PeakMemory(device)

@@ -22,8 +22,8 @@ from moe_ext.experts import AUTO, EXPERT_BACKENDS, choose_backend, use_of_model
 _OPTIONAL = {
     "triton": "the expert backend triton: pip install 'megatron-moe[triton]'",
     "transformers": "Hugging Face checkpoints: pip install 'megatron-moe[hf]'",
-    "transformer-engine": "the expert backend te: pip install 'megatron-moe[gpu]'",
-    "megablocks": "the expert backend megablocks: pip install 'megatron-moe[gpu]'",
+    "transformer-engine": "the expert backend te: pip install 'megatron-moe[te]'",
+    "megablocks": "the expert backend megablocks, which docs/performance.md says how to install",
     "wandb": "--wandb-project: pip install 'megatron-moe[wandb]'",
 }
 _REQUIRED = (

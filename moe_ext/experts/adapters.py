@@ -14,7 +14,9 @@ from torch import Tensor
 from moe_ext.experts.gate import GatedActivation
 from moe_ext.experts.interface import ExpertFunction, ProjectionFunction, Use
 
-_EXTRA = "pip install 'megatron-moe[gpu]'"
+_INSTALL_TE = "pip install 'megatron-moe[te]'"
+# No extra can name them: MegaBlocks' release pins a torch that is older than ours.
+_INSTALL_MEGABLOCKS = "pip install --no-deps --no-build-isolation megablocks grouped_gemm"
 
 
 def megablocks_problem(use: Use) -> str | None:
@@ -25,7 +27,7 @@ def megablocks_problem(use: Use) -> str | None:
         )
     missing = [name for name in ("megablocks", "grouped_gemm") if not _is_installed(name)]
     if missing:
-        return f"needs {' and '.join(missing)}: {_EXTRA}, or use 'grouped'"
+        return f"needs {' and '.join(missing)}: {_INSTALL_MEGABLOCKS}, or use 'grouped'"
     return None
 
 
@@ -34,7 +36,7 @@ def te_problem(use: Use) -> str | None:
     if use.device_type != "cuda":
         return f"computes on a GPU, not on {use.device_type}; use 'grouped'"
     if not _is_installed("transformer_engine"):
-        return f"needs transformer_engine: {_EXTRA}, or use 'grouped'"
+        return f"needs transformer_engine: {_INSTALL_TE}, or use 'grouped'"
     return None
 
 

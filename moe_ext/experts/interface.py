@@ -45,6 +45,8 @@ class Use:
     """Whether moa attention uses the backend, too."""
     recompute_activation: bool = False
     """Whether the gated activation must be computed again in backward, not kept."""
+    capability: tuple[int, int] | None = None
+    """Compute capability of the GPU; None on a CPU, or where the GPU is not at hand."""
 
 
 def supports_all(_use: Use) -> None:

@@ -224,6 +224,23 @@ def test_worker_sends_its_failure_to_the_parent_and_continues() -> None:
         worker.close()
 
 
+def build_broken(device: torch.device) -> Any:
+    raise RuntimeError(f"no kernel for {device}")
+
+
+def test_failing_peer_is_left_out_by_name_and_a_failing_native_is_not() -> None:
+    good, bad = Entry(build_ceilings, (torch.float32, 16)), Entry(build_broken, ())
+    common = {"device": CPU, "dtype": torch.float32, "rounds": 1, "warmup": 0, "gemm_size": 16}
+    session = Session(Plan(entries={"native": good, "peer": bad}, is_fresh=True, **common))
+    session._warm_up = session._prepare = lambda *_: None  # type: ignore[method-assign]
+    session._compare = lambda: None  # type: ignore[method-assign]
+    session._visit("peer")
+    assert session.found["peer"].failed == "RuntimeError: no kernel for cpu"
+    assert session._present() == ["native"]
+    with pytest.raises(RuntimeError, match="no kernel for cpu"):
+        Session(Plan(entries={"native": bad}, is_fresh=True, **common))._visit("native")
+
+
 def test_fresh_session_keeps_no_worker() -> None:
     entries = {"native": Entry(build_ceilings, (torch.float32, 16))}
     plan = Plan(

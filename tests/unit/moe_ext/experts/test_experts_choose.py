@@ -18,6 +18,27 @@ def test_auto_takes_the_grouped_backend_on_both_devices_and_says_why() -> None:
         assert choice.name == "grouped" and choice.reason.startswith(reason)
 
 
+def test_auto_takes_triton_where_it_was_measured_to_be_fastest() -> None:
+    can_run = dataclasses.replace(EXPERT_BACKENDS["triton"], problem=lambda _use: None)
+    hopper = dataclasses.replace(ON_GPU, capability=(9, 0))
+    others = [
+        dataclasses.replace(ON_GPU, capability=(8, 0)),
+        dataclasses.replace(ON_GPU, capability=(10, 0)),
+        dataclasses.replace(hopper, dtype=torch.float32),
+        ON_GPU,
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EXPERT_BACKENDS, "triton", can_run)
+        choice = choose_backend("auto", hopper)
+        assert choice.name == "triton" and choice.reason.startswith("measured on an H200")
+        assert [choose_backend("auto", use).name for use in others] == ["grouped"] * 4
+    missing = dataclasses.replace(can_run, problem=lambda _use: "is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EXPERT_BACKENDS, "triton", missing)
+        choice = choose_backend("auto", hopper)
+        assert (choice.name, choice.reason) == ("grouped", "'triton' is not installed")
+
+
 def test_auto_skips_what_cannot_take_the_sizes_and_says_so() -> None:
     odd = dataclasses.replace(ON_GPU, widths=(32, 20))
     choice = choose_backend("auto", odd)
@@ -49,9 +70,9 @@ def test_auto_is_no_name_for_a_backend_and_is_among_the_known_ones() -> None:
         (
             "megablocks",
             ON_GPU,
-            r"needs megablocks and grouped_gemm: pip install 'megatron-moe\[gpu",
+            r"needs megablocks and grouped_gemm: pip install --no-deps --no-build-isolation",
         ),
-        ("te", ON_GPU, r"needs transformer_engine: pip install 'megatron-moe\[gpu"),
+        ("te", ON_GPU, r"needs transformer_engine: pip install 'megatron-moe\[te"),
     ],
 )
 def test_what_is_not_there_names_what_to_install(
