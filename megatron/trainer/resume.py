@@ -23,10 +23,12 @@ from megatron.trainer.checkpoint.saved_run import (
     WEIGHTS_ONLY,
     check_architecture,
     read_run,
+    saved_config,
 )
 from megatron.trainer.config.cli import dump_config
 from megatron.trainer.config.schema import RunConfig
-from megatron.trainer.errors import CheckpointError, DataError
+from megatron.trainer.data.carried_files import collect_files
+from megatron.trainer.errors import CheckpointError
 from megatron.trainer.optim.scheduler import LRSchedule, branch_rate, rate_of_branch
 from megatron.trainer.optim.sharded_state import OPTIMIZER_PREFIX
 from megatron.trainer.records.record_file import has_evaluation
@@ -48,23 +50,32 @@ logger = logging.getLogger(__name__)
 
 
 def checkpoint_writer(
-    state: TrainState, background: BackgroundSaver | None = None
+    state: TrainState,
+    background: BackgroundSaver | None = None,
+    *,
+    loaded: FoundCheckpoint | None = None,
 ) -> Callable[[TrainState], None] | None:
     """Return the function that saves a checkpoint, or begins to; None for a run without --save.
 
     Args:
         state: of the run.
         background: writes in the background; None returns a function that does so itself.
+        loaded: the checkpoint that it began from, whose tokenizer and origin are kept on.
     """
     cfg = state.cfg.checkpoint
     if cfg.save is None:
         return None
     root = Path(cfg.save)
-    files: dict[str, str | Path] = {CONFIG_NAME: dump_config(state.cfg)}
-    if state.cfg.data.tokenizer_model is not None and not state.cfg.data.mock_data:
-        tokenizer = Path(state.cfg.data.tokenizer_model)
-        on_rank0(f"looking for {tokenizer}", lambda: _require_tokenizer(tokenizer))
-        files[tokenizer.name] = tokenizer
+    files: dict[str, str | bytes] = {}
+
+    def collect() -> None:
+        path, saved = (None, {}) if loaded is None else (loaded.path, saved_config(loaded))
+        carried = collect_files(state.cfg.data, path, saved)
+        cfg_to_save = dataclasses.replace(state.cfg, data=carried.data)
+        files.update({**carried.files, CONFIG_NAME: dump_config(cfg_to_save)})
+
+    # Rank 0 alone writes them.
+    on_rank0("reading the tokenizer", collect)
 
     def write(current: TrainState) -> None:
         run = json.dumps(run_state(current), indent=2)
@@ -103,6 +114,8 @@ class Beginning:
     """Newer checkpoints that are not valid, each with its first problem."""
     is_continued: bool = False
     """The run continues in its own directory, from a checkpoint."""
+    loaded: FoundCheckpoint | None = None
+    """The checkpoint that it began from, if any."""
 
 
 def resume(state: TrainState, model_config: Architecture) -> Beginning:
@@ -141,7 +154,12 @@ def resume(state: TrainState, model_config: Architecture) -> Beginning:
     skipped = tuple(f"{path.name}: {problems[0]}" for path, problems in found.skipped)
     if run is None or run.get(WEIGHTS_ONLY) is True:
         _take_weights(state, found)
-        return Beginning(event="start", detail=f"from the weights of {found.path}", skipped=skipped)
+        return Beginning(
+            event="start",
+            detail=f"from the weights of {found.path}",
+            skipped=skipped,
+            loaded=found,
+        )
     if state.anneal is not None:
         state.schedule = _branch_schedule(state, run, found, is_branching)
     _take_state(state, found, run, is_branching=is_branching)
@@ -163,6 +181,7 @@ def resume(state: TrainState, model_config: Architecture) -> Beginning:
         detail=f"from {found.path}",
         skipped=skipped,
         is_continued=is_continued,
+        loaded=found,
     )
 
 
@@ -284,11 +303,3 @@ def _read_run(
     """Check that a checkpoint fits, and return its run.json; None where only weights are wanted."""
     check_architecture(found, architecture)
     return None if finetune else read_run(found)
-
-
-def _require_tokenizer(tokenizer: Path) -> None:
-    if not tokenizer.is_file():
-        raise DataError(
-            f"--tokenizer-model {tokenizer} does not exist; checkpoints carry the tokenizer with"
-            " them; check the path, or leave the flag away"
-        )

@@ -21,7 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.trainer.data.jsonl import parse_text, read_lines
-from megatron.trainer.data.tokenizer import TOKENIZER_CHOICES, Tokenizer, load_tokenizer
+from megatron.trainer.data.tokenizer import (
+    TOKENIZER_CHOICES,
+    Tokenizer,
+    describe_ends,
+    load_tokenizer,
+)
 from megatron.trainer.data.writer import TokenFileWriter, token_dtype
 from megatron.trainer.errors import DataError, UserError
 from moe_app.command_line import program
@@ -140,6 +145,7 @@ def preprocess(args: argparse.Namespace, key: str) -> None:
     """
     prefix = f"{args.output_prefix}_{key}_document"
     tokenizer = open_tokenizer(args)
+    print(describe_ends(tokenizer))
     chunks = read_chunks(args.input)
     started = time.monotonic()
     with TokenFileWriter(prefix, vocab_size=tokenizer.vocab_size) as writer:

@@ -15,6 +15,7 @@ from megatron.trainer.checkpoint import FoundCheckpoint, find_checkpoint
 from megatron.trainer.config.cli import load_config
 from megatron.trainer.config.schema import DataConfig, ParallelConfig, TrainingConfig
 from megatron.trainer.data.tokenizer import TOKENIZER_CHOICES, Tokenizer, load_tokenizer
+from megatron.trainer.data.tokenizer_files import TOKENIZER_FILES
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.inference.parallel_model import ParallelModel
 from megatron.trainer.records.run_dir import CONFIG_NAME
@@ -214,14 +215,20 @@ def find_tokenizer(data: DataConfig, found: FoundCheckpoint, args: argparse.Name
     kind = args.tokenizer_type or data.tokenizer_type
     if args.tokenizer_model is not None:
         return load_tokenizer(kind, args.tokenizer_model, eod_token=args.eod_token)
-    if data.tokenizer_model is None or data.mock_data:
+    eod_token = args.eod_token or data.eod_token
+    has_own = data.tokenizer_model is not None and not data.mock_data
+    if not has_own and any((found.path / name).is_file() for name in TOKENIZER_FILES.values()):
+        # Carried from an import that the run continued; the first type is an import's choice.
+        first = args.tokenizer_type or next(iter(TOKENIZER_FILES))
+        return load_tokenizer(first, str(found.path), eod_token=eod_token)
+    if not has_own:
         why = "its data were --mock-data" if data.mock_data else "its run had no --tokenizer-model"
         raise ConfigError(
             f"{found.path} has no tokenizer, because {why}; text needs"
             " one; name the tokenizer that made the training data with --tokenizer-model"
         )
-    path = found.path / Path(data.tokenizer_model).name
-    return load_tokenizer(kind, str(path), eod_token=args.eod_token or data.eod_token)
+    path = found.path / Path(data.tokenizer_model or "").name
+    return load_tokenizer(kind, str(path), eod_token=eod_token)
 
 
 def load_model(args: argparse.Namespace, opened: OpenedCheckpoint) -> LoadedModel:

@@ -97,7 +97,7 @@ def _train(
     hooks += on_all_ranks("opening the records", lambda: build_hooks(cfg, state))
     background = BackgroundSaver(ctx.device) if cfg.checkpoint.async_save else None
     upkeep = Upkeep(
-        save=checkpoint_writer(state, background),
+        save=checkpoint_writer(state, background, loaded=beginning.loaded),
         background=background,
         rewind=rewind,
         evaluate_first=beginning.is_continued and evaluation_is_pending(state),

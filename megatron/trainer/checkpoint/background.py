@@ -72,7 +72,7 @@ class BackgroundSaver:
         iteration: int,
         state: ShardedStateDict,
         *,
-        files: Mapping[str, str | Path] | None = None,
+        files: Mapping[str, str | bytes | Path] | None = None,
         keep_last: int | None = None,
         keep_every: int | None = None,
     ) -> None:

@@ -67,7 +67,7 @@ class StagedCheckpoint:
     """This rank's main replicas, in the form of torch's planner."""
     common: bytes
     """The unsharded state, serialized; rank 0's is written."""
-    files: Mapping[str, str | Path]
+    files: Mapping[str, str | bytes | Path]
     """Small files to keep beside the state."""
 
 
@@ -76,7 +76,7 @@ def save_checkpoint(
     iteration: int,
     state: ShardedStateDict,
     *,
-    files: Mapping[str, str | Path] | None = None,
+    files: Mapping[str, str | bytes | Path] | None = None,
     keep_last: int | None = None,
     keep_every: int | None = None,
     group: dist.ProcessGroup | None = None,
@@ -92,8 +92,8 @@ def save_checkpoint(
         state: this rank's sharded state dict; its factories are expanded in place. Plain leaves are
             taken from rank 0. They and the data of ShardedObjects must be tensors, numbers,
             strings or containers of these, or they could not be loaded back.
-        files: small files to keep beside the state, by name: text, or the path of a file to copy.
-            Only rank 0's are used.
+        files: small files to keep beside the state, by name: content, or the path of a file to
+            copy. Only rank 0's are used.
         keep_last: checkpoints to keep, this one included; older ones are deleted, later ones
             (of a run that was rolled back) never. None keeps all.
         keep_every: iterations whose multiples are kept beside those; None keeps no others.
@@ -146,7 +146,7 @@ def saving(root: Path, iteration: int) -> Iterator[None]:
 def stage_checkpoint(
     state: ShardedStateDict,
     *,
-    files: Mapping[str, str | Path] | None = None,
+    files: Mapping[str, str | bytes | Path] | None = None,
     is_copied: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> StagedCheckpoint:

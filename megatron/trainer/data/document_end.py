@@ -1,5 +1,6 @@
 """Decides which token ends a document, from what is said of a tokenizer."""
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Protocol
@@ -40,6 +41,8 @@ class DocumentEnd:
     """How it is written."""
     source: str
     """Who says so, for the log."""
+    named_by: str | None = None
+    """The file beside the tokenizer that names it."""
 
     def __str__(self) -> str:
         """Return a line for the log."""
@@ -86,7 +89,7 @@ def choose_end(
         if other is None or other == chosen.token_id:
             return chosen
         hint = f"{chosen.source}; it has {END_OF_DOCUMENT!r}, too: --eod-token chooses"
-        return DocumentEnd(token_id=chosen.token_id, text=chosen.text, source=hint)
+        return dataclasses.replace(chosen, source=hint)
     if own is not None:
         text = tokens.token_text(own[0])
         return DocumentEnd(token_id=own[0], text=text or "", source=own[1])
@@ -132,12 +135,12 @@ def _stated(tokens: TokenTable, settings: TokenizerSettings, *, path: str) -> li
                 f" --eod-token, or restore the files; {_choices(tokens)}"
             )
         source = f"the eos_token of {settings.directory / name}"
-        ends.append(DocumentEnd(token_id=token_id, text=text, source=source))
+        ends.append(DocumentEnd(token_id=token_id, text=text, source=source, named_by=name))
     for name, token_id in settings.named_ids("eos"):
         found = tokens.token_text(token_id)
         if found is not None and not tokens.can_be_text(token_id):
             source = f"the eos_token_id of {settings.directory / name}"
-            ends.append(DocumentEnd(token_id=token_id, text=found, source=source))
+            ends.append(DocumentEnd(token_id=token_id, text=found, source=source, named_by=name))
     return ends
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "HFTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
+    "describe_ends",
     "load_tokenizer",
 ]
 
@@ -85,6 +86,11 @@ def load_tokenizer(
     """
     file = locate_tokenizer(tokenizer_type, tokenizer_model)
     tokenizer = TOKENIZERS[file.kind](str(file.path), eod_token=eod_token)
-    starts = [tokenizer.token_text(each) for each in tokenizer.prefix]
-    logger.info("%s%s", tokenizer.end, f"; texts begin with {starts}" if starts else "")
+    logger.info(describe_ends(tokenizer))
     return tokenizer
+
+
+def describe_ends(tokenizer: Tokenizer) -> str:
+    """Return a line about the tokens that the program places: the end of a document, and a BOS."""
+    starts = " ".join(repr(tokenizer.token_text(each)) for each in tokenizer.prefix)
+    return f"{tokenizer.end}{f'; texts begin with {starts}' if starts else ''}"

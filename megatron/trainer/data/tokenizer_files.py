@@ -33,7 +33,8 @@ CARRIED_FILES = (*TOKENIZER_FILES.values(), *IDENTITY_FILES, IMPORTED_CONFIG_NAM
 
 MOST_BYTES = 1 << 28
 """Of one such file."""
-_MODEL_CONFIGS = (IMPORTED_CONFIG_NAME, "config.json")
+MODEL_CONFIGS = (IMPORTED_CONFIG_NAME, "config.json")
+"""The model's config beside a tokenizer: in a native checkpoint, in a Hugging Face directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +178,7 @@ class TokenizerSettings:
         A config may give one id or a list.
         """
         found = []
-        for name in ("generation_config.json", *_MODEL_CONFIGS):
+        for name in ("generation_config.json", *MODEL_CONFIGS):
             value = self.files.get(name, {}).get(f"{role}_token_id")
             values = value if isinstance(value, list) else [value]
             found += [(name, each) for each in values if type(each) is int and each >= 0]
@@ -216,14 +217,19 @@ def read_settings(directory: Path) -> TokenizerSettings:
         DataError: A file cannot be read, or is no JSON object.
     """
     files: dict[str, Mapping[str, Any]] = {}
-    for name in (*JSON_FILES, *_MODEL_CONFIGS):
+    for name in (*JSON_FILES, *MODEL_CONFIGS):
         content = read_beside(directory, name)
         if content is not None:
-            files[name] = _parse_object(directory / name, content)
+            files[name] = parse_object(directory / name, content)
     return TokenizerSettings(directory=directory, files=files)
 
 
-def _parse_object(path: Path, content: bytes) -> Mapping[str, Any]:
+def parse_object(path: Path, content: bytes) -> Mapping[str, Any]:
+    """Return the JSON object in a file beside a tokenizer.
+
+    Raises:
+        DataError: It is something else.
+    """
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as TokenizersTokenizer
 
 from megatron.trainer.data.indexed import open_tokens
 from megatron.trainer.data.tokenizer import Tokenizer, load_tokenizer
 from megatron.trainer.errors import ConfigError, DataError
 from moe_app.data import build_corpus, preprocess_data, train_tokenizer
+from tests.unit.trainer.data.make_tokenizers import make_hf_tokenizer
 
 TYPES = ["SentencePieceTokenizer", "HFTokenizer"]
 FILES = {"SentencePieceTokenizer": "tokenizer.model", "HFTokenizer": "tokenizer.json"}
@@ -215,6 +217,32 @@ def test_token_file_holds_each_document_and_its_end(
     report = capsys.readouterr().out
     assert f"{prefix}: 6 documents (1 empty ones skipped), {file.num_tokens:,} tokens" in report
     assert report.rstrip().endswith("tokens/s")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("named", [True, False], ids=["named by its config", "named by the flag"])
+def test_document_begins_and_ends_as_the_files_of_a_directory_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], named: bool, workers: str
+) -> None:
+    folder = tmp_path / "hf"
+    config = {"config": {"eos_token_id": 2}} if named else {}
+    path = make_hf_tokenizer(folder, ["<unk>", "<s>", "</s>"], plain=["<sep>"], bos="<s>", **config)
+    truth = TokenizersTokenizer.from_file(path)
+    texts = ["the quick fox", "", "a </s> and a <s>, spelled"]
+    args = ["--input", write_jsonl(tmp_path / "in.jsonl", texts), "--workers", workers]
+    args += ["--output-prefix", str(tmp_path / "out"), "--append-eod"]
+    args += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder)]
+    args += [] if named else ["--eod-token", "</s>"]
+    assert preprocess_data.main(args) == 0
+    source = f"the eos_token_id of {folder / 'config.json'}" if named else "--eod-token"
+    told = f"documents end with '</s>' (id 2): {source}; texts begin with '<s>'\n"
+    assert told in capsys.readouterr().out
+    truth.encode_special_tokens = True
+    expected = [[*truth.encode(text).ids, 2] for text in texts if text]
+    assert expected[0][0] == 1
+    found = open_tokens(str(tmp_path / "out_text_document"))
+    assert found.tokens.tolist() == list(chain.from_iterable(expected))
+    assert found.num_documents == 2
 
 
 def test_without_append_eod_only_the_text_is_written(
