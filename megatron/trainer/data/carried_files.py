@@ -26,7 +26,7 @@ from megatron.trainer.data.tokenizer_files import (
     read_beside,
     read_tokenizer_file,
 )
-from megatron.trainer.errors import DataError
+from megatron.trainer.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -59,19 +59,25 @@ def collect_files(
         saved: the flat config of the run that wrote it.
 
     Raises:
-        DataError: a file is missing or cannot be read, or `--eod-token` is no token.
+        ConfigError: `--eod-token` is given, and there is no tokenizer.
+        DataError: a file is missing or cannot be read, or `--eod-token` is no token of it.
     """
     carried = {} if loaded is None else _read_loaded(loaded, saved)
     if data.tokenizer_model is None or data.mock_data:
         _log_carried(carried, loaded)
+        if data.eod_token is not None and not data.mock_data and not _has_tokenizer(carried):
+            raise ConfigError(
+                f"--eod-token {data.eod_token!r} is a token of no tokenizer, because the run has"
+                " none; give --tokenizer-model, or drop it"
+            )
         end = data.eod_token or saved.get("eod_token")
         settings = dataclasses.replace(data, eod_token=end if isinstance(end, str) else None)
         return CarriedFiles(files=carried, data=settings)
     file = locate_tokenizer(data.tokenizer_type, data.tokenizer_model)
     content = read_tokenizer_file(file.path)
     own = {file.path.name: content, **_read_all(file.path.parent, IDENTITY_FILES)}
-    theirs = [carried[name] for name in TOKENIZER_FILES.values() if name in carried]
-    if loaded is not None and theirs and carried.get(TOKENIZER_FILES[file.kind]) != content:
+    is_other = carried.get(TOKENIZER_FILES[file.kind]) != content
+    if loaded is not None and _has_tokenizer(carried) and is_other:
         carried = _without_tokenizer(carried, file, loaded)
     _log_carried({name: each for name, each in carried.items() if name not in own}, loaded)
     changed = [name for name in own if name in carried and carried[name] != own[name]]
@@ -106,6 +112,10 @@ def _read_loaded(loaded: Path, saved: Mapping[str, Any]) -> dict[str, bytes]:
         if content is not None:
             contents[TOKENIZER_FILES[kind]] = content
     return contents
+
+
+def _has_tokenizer(files: Mapping[str, bytes]) -> bool:
+    return any(name in files for name in TOKENIZER_FILES.values())
 
 
 def _without_tokenizer(

@@ -10,7 +10,7 @@ from megatron.trainer.config.schema import DataConfig
 from megatron.trainer.data.carried_files import collect_files
 from megatron.trainer.data.tokenizer import load_tokenizer
 from megatron.trainer.data.tokenizer_files import CARRIED_FILES
-from megatron.trainer.errors import DataError
+from megatron.trainer.errors import ConfigError, DataError
 from tests.unit.trainer.data.make_tokenizers import (
     make_hf_tokenizer,
     make_sentencepiece,
@@ -117,6 +117,13 @@ def test_end_that_is_no_token_is_refused_before_training(tmp_path: Path) -> None
     data = DataConfig(tokenizer_type="HFTokenizer", tokenizer_model=path, eod_token="</S>")
     with pytest.raises(DataError, match=r"^--eod-token '</S>' is no token of"):
         collect_files(data)
+
+
+def test_end_without_a_tokenizer_is_refused(imported: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--eod-token '</s>' is a token of no tokenizer: the"):
+        collect_files(DataConfig(eod_token="</s>"))
+    kept = collect_files(DataConfig(), imported, {"eod_token": "<|padding|>"})
+    assert kept.data.eod_token == "<|padding|>"
 
 
 def test_link_out_of_the_loaded_checkpoint_is_refused(imported: Path, tmp_path: Path) -> None:
