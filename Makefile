@@ -1,4 +1,4 @@
-# make env | train | test | test-gpu | container-test | check | format | clean.
+# make env | train | test | test-upstream | test-gpu | container-test | check | format | clean.
 # Needs python3 >= 3.10 and make.
 
 PYTHON ?= python3
@@ -9,12 +9,20 @@ TORCH_FLAGS ?=
 # Concurrent test processes.
 JOBS ?= 2
 
+# Python 3.12 and newer have another line of megatron-core than 3.11, and environments of their own.
+VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+UPSTREAM = .venv-upstream-$(VERSION)
+# What depends on megatron-core most: its numbers, checkpoints and collectives.
+UPSTREAM_TESTS := tests/unit tests/recipes/test_earlier_run.py $(addprefix tests/distributed/test_, \
+	parity.py resume.py traffic.py hostile_checkpoint.py convert_resume.py)
+
 BIN := .venv/bin
 STAMP := .venv/.made
 # -qq shows errors only; warnings about index settings of the machine would hide them.
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: env train test test-gpu container-test check format clean
+.PHONY: env train test test-upstream test-gpu container-test check format clean
 
 env: $(STAMP)
 
@@ -34,6 +42,24 @@ test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -m "not gpu and not container" \
 		-n $(JOBS) --dist loadfile
 
+# make test-upstream PYTHON=python3.12. The first time installs torch, for these Pythons maybe a CUDA
+# build of gigabytes.
+test-upstream:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { echo "make test-upstream \
+	tests the megatron-core of Python 3.12 and newer; this is $(VERSION): PYTHON=python3.12" >&2; exit 2; }
+	@$(MAKE) --no-print-directory $(UPSTREAM)/.made
+	OMP_NUM_THREADS=1 $(UPSTREAM)/bin/python -m pytest -q -rs -m "not gpu and not container" \
+		-n $(JOBS) --dist loadfile $(UPSTREAM_TESTS)
+	bash tests/recipes/quickstart.sh "$(CURDIR)/$(UPSTREAM)/bin/python" \
+		--train-iters 100 --lr-warmup-iters 10
+
+.venv-upstream-%/.made: pyproject.toml setup.py
+	@echo "installing torch and the test tools into $(@D); the first time takes minutes"
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python $(PIP_INSTALL) $(TORCH) $(TORCH_FLAGS)
+	@$(@D)/bin/python $(PIP_INSTALL) -e '.[test]'
+	@touch $@
+
 test-gpu: env
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
 
@@ -46,12 +72,13 @@ check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/shellcheck -x examples/*/*.sh examples/slurm/*.sbatch tests/slurm/*.sh docker/*.sh .ci/run
+	$(BIN)/shellcheck -x examples/*/*.sh examples/slurm/*.sbatch tests/slurm/*.sh docker/*.sh tests/recipes/*.sh \
+		.ci/run .ci/newer_python
 
 format: env
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-upstream-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
