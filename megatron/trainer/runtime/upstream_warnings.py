@@ -14,6 +14,8 @@ MESSAGES = (
     "(Transformer Engine and )?Apex (is|are) not installed",
     # At import of megatron-core 0.19, of a class that nothing here uses.
     "MimoModelConfig is experimental",
+    # megatron-core 0.19, of a process that is a rank of nothing, such as a conversion.
+    "Could not determine rank from torch.distributed",
     # torch 2.13 renamed collectives that megatron-core calls by their old names.
     ".*(all_gather_into_tensor|reduce_scatter_tensor). is deprecated",
     # torch's checkpoint planner uses a class that it deprecates itself.

@@ -249,7 +249,8 @@ def test_loopback_is_for_runs_on_one_machine(
     environment: dict[str, str], is_kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unset(monkeypatch, *VARIABLES)
-    for name, value in environment.items():
+    of_a_rank = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {**of_a_rank, **environment}.items() if environment else ():
         monkeypatch.setenv(name, value)
     launch._restrict_gloo_to_loopback()
     assert os.environ.get("GLOO_SOCKET_IFNAME") == ("lo" if is_kept else None)
