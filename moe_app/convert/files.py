@@ -11,7 +11,13 @@ from typing import Any
 from megatron.trainer.checkpoint.saved_run import RUN_NAME, WEIGHTS_ONLY
 from megatron.trainer.config.cli import dump_config
 from megatron.trainer.config.schema import DataConfig, TrainingConfig
-from megatron.trainer.data.tokenizer import END_OF_DOCUMENT, TOKENIZERS, load_tokenizer
+from megatron.trainer.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
+from megatron.trainer.data.tokenizer_files import (
+    IDENTITY_FILES,
+    IMPORTED_CONFIG_NAME,
+    JSON_FILES,
+    TOKENIZER_FILES,
+)
 from megatron.trainer.errors import CheckpointError, DataError
 from megatron.trainer.hf_files.directory import CONFIG_NAME, read_entry, read_json
 from megatron.trainer.records.run_dir import CONFIG_NAME as RUN_CONFIG_NAME
@@ -21,19 +27,6 @@ from moe_ext.convert import Family
 
 logger = logging.getLogger("convert")
 
-IMPORTED_CONFIG_NAME = "hf_config.json"
-"""File in a native checkpoint that keeps the config.json it was imported with."""
-
-_JSON_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-)
-_SENTENCEPIECE = "tokenizer.model"
-_TEMPLATE = "chat_template.jinja"
-_TOKENIZER_FILES = {"HFTokenizer": "tokenizer.json", "SentencePieceTokenizer": _SENTENCEPIECE}
 _MAX_SEQ_LENGTH = 4096
 
 
@@ -48,26 +41,30 @@ class AuxiliaryFiles:
     none."""
 
 
-def read_auxiliary_files(directory: Path) -> AuxiliaryFiles:
+def read_auxiliary_files(directory: Path, *, eod_token: str | None = None) -> AuxiliaryFiles:
     """Read tokenizer and generation files of a Hugging Face or native checkpoint.
+
+    Args:
+        directory: has them.
+        eod_token: the end of a document that the config of a native one states.
 
     Raises:
         CheckpointError: one is corrupt, or a symlink out of the directory.
     """
     files = {}
-    for name in (*_JSON_FILES, _SENTENCEPIECE, _TEMPLATE):
+    for name in (*TOKENIZER_FILES.values(), *IDENTITY_FILES):
         path = directory / name
         if not os.path.lexists(path):
             continue
         _check_link(path)
         files[name] = read_entry(directory, name)
-    for name in _JSON_FILES:
+    for name in (TOKENIZER_FILES["HFTokenizer"], *JSON_FILES):
         if name in files:
             read_json(directory, name)
     kind = None
-    for candidate, name in _TOKENIZER_FILES.items():
+    for candidate, name in TOKENIZER_FILES.items():
         if name in files and kind is None:
-            kind = candidate if _can_load(candidate, directory / name) else None
+            kind = candidate if _can_load(candidate, directory / name, eod_token) else None
     if kind is None:
         logger.warning(
             "%s has no tokenizer that the trainer can use; name one with --tokenizer-model when"
@@ -107,7 +104,7 @@ def native_files(
         if kind is None
         else DataConfig(
             tokenizer_type=kind,  # type: ignore[arg-type]  # a name in TOKENIZERS
-            tokenizer_model=str(checkpoint / _TOKENIZER_FILES[kind]),
+            tokenizer_model=str(checkpoint / TOKENIZER_FILES[kind]),
         ),
     )
     run = {WEIGHTS_ONLY: True, "iteration": 0, "imported_from": source}
@@ -145,14 +142,14 @@ def hf_files(
         was_imported = (checkpoint / IMPORTED_CONFIG_NAME).exists()
         known = read_json(checkpoint, IMPORTED_CONFIG_NAME) if was_imported else {}
         auxiliary = (
-            read_auxiliary_files(checkpoint)
+            read_auxiliary_files(checkpoint, eod_token=cfg.data.eod_token)
             if was_imported
             else _run_tokenizer_files(cfg, checkpoint)
         )
     ids = {f"{name}_token_id": known.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    if not known and auxiliary.tokenizer_type is not None:
-        name = Path(cfg.data.tokenizer_model or "").name
-        ids["eos_token_id"] = load_tokenizer(cfg.data.tokenizer_type, str(checkpoint / name)).eod
+    kind = auxiliary.tokenizer_type
+    if like is None and kind is not None and "eos_token_id" not in known:
+        ids["eos_token_id"] = _own_tokenizer(cfg, checkpoint, kind).eod
     longest = max(_max_positions(known) or 0, cfg.training.seq_length)
     try:
         config = family.hf_config(
@@ -175,15 +172,28 @@ def _run_tokenizer_files(cfg: PretrainConfig, checkpoint: Path) -> AuxiliaryFile
     kind = cfg.data.tokenizer_type
     saved_name = Path(cfg.data.tokenizer_model).name
     _check_link(checkpoint / saved_name)
-    files = {_TOKENIZER_FILES[kind]: read_entry(checkpoint, saved_name)}
-    if kind == "HFTokenizer":
+    files = {TOKENIZER_FILES[kind]: read_entry(checkpoint, saved_name)}
+    for name in IDENTITY_FILES:
+        if os.path.lexists(checkpoint / name):
+            _check_link(checkpoint / name)
+            files[name] = read_entry(checkpoint, name)
+    if kind == "HFTokenizer" and "tokenizer_config.json" not in files:
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": END_OF_DOCUMENT,
+            "eos_token": _own_tokenizer(cfg, checkpoint, kind).end.text,
             "model_max_length": cfg.training.seq_length,
         }
         files["tokenizer_config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
     return AuxiliaryFiles(files=files, tokenizer_type=kind)
+
+
+def _own_tokenizer(cfg: PretrainConfig, checkpoint: Path, kind: str) -> Tokenizer:
+    """Open the tokenizer in a run's checkpoint."""
+    own = Path(cfg.data.tokenizer_model or "").name
+    path = checkpoint / (own or TOKENIZER_FILES[kind])
+    if not path.is_file():
+        path = checkpoint / TOKENIZER_FILES[kind]
+    return load_tokenizer(kind, str(path), eod_token=cfg.data.eod_token)
 
 
 def _check_link(path: Path) -> None:
@@ -198,10 +208,10 @@ def _check_link(path: Path) -> None:
         )
 
 
-def _can_load(kind: str, path: Path) -> bool:
+def _can_load(kind: str, path: Path, eod_token: str | None) -> bool:
     """Return whether the trainer can use this tokenizer; log the reason if not."""
     try:
-        TOKENIZERS[kind](str(path))
+        TOKENIZERS[kind](str(path), eod_token=eod_token)
     except DataError as error:
         logger.warning("%s is copied, but the trainer cannot use it: %s", path.name, error)
         return False

@@ -89,8 +89,11 @@ def collect_files(
         tokenizer_model=str(file.path),
         eod_token=_end_to_state(data, file),
     )
-    if file.path.name != TOKENIZER_FILES[file.kind] and IMPORTED_CONFIG_NAME not in carried:
-        carried.pop(TOKENIZER_FILES[file.kind], None)  # the same under another name
+    usual = TOKENIZER_FILES[file.kind]
+    if IMPORTED_CONFIG_NAME in carried:
+        own[usual] = content  # an export takes all that was imported under its usual names
+    elif file.path.name != usual:
+        carried.pop(usual, None)
     return CarriedFiles(files={**carried, **own}, data=settings)
 
 

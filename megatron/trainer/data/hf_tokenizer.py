@@ -54,7 +54,7 @@ class HFTokenizer:
         self.end: DocumentEnd = choose_end(self, settings, path=path, eod_token=eod_token)
         self.eod: int = self.end.token_id
         self._add_control({self.eod})
-        self._refused = frozenset(self._control - self._unknown_ids(settings))
+        self._refused = frozenset(self._control - self._fallback_ids(settings))
         self.prefix: tuple[int, ...] = self._find_prefix(settings)
 
     def encode(self, text: str) -> list[int]:
@@ -158,10 +158,11 @@ class HFTokenizer:
         )
         self._control |= ids
 
-    def _unknown_ids(self, settings: TokenizerSettings) -> set[int]:
-        """Return the ids that stand for text that the tokenizer does not know."""
+    def _fallback_ids(self, settings: TokenizerSettings) -> set[int]:
+        """Return the ids that stand for text of which the tokenizer has no words."""
         model = self._tokenizer.model
         texts = ["<unk>", getattr(model, "unk_token", None) or ""]
+        texts += [f"<0x{byte:02X}>" for byte in range(256)]
         named = settings.named_text("unk")
         texts += [named[1]] if named is not None else []
         ids = {each for text in texts if (each := self.token_id(text)) is not None}

@@ -19,6 +19,7 @@ from moe_app.convert.files import hf_files
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.convert import FAMILIES, ExpertLayout
 from tests.distributed.convert_models import hf_weights, make_hf
+from tests.unit.trainer.data.make_tokenizers import make_hf_tokenizer, write_json
 
 CASES: list[tuple[str, ExpertLayout, dict[str, Any]]] = [
     ("olmoe", "per-expert", {}),
@@ -185,6 +186,35 @@ def test_like_adds_tokenizer_and_ids_to_a_checkpoint_without_them(tmp_path: Path
     assert convert(*exporting, "--like", source) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 77
     assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("named", [{}, {"tokenizer_config": {"eos_token": "</s>", "x": 1}}])
+def test_export_names_the_end_of_the_runs_own_tokenizer(
+    named: dict[str, Any], tmp_path: Path
+) -> None:
+    source, _ = make_hf(tmp_path / "hf", "olmoe", "per-expert")
+    cfg = PretrainConfig(
+        model=FAMILIES["olmoe"].model_config(json.loads((source / "config.json").read_text())),
+        data=DataConfig(
+            tokenizer_type="HFTokenizer",
+            tokenizer_model="data/tokenizer.json",
+            eod_token=None if named else "</s>",
+        ),
+    )
+    make_hf_tokenizer(tmp_path / "run", ["<unk>", "<s>", "</s>"], **named)
+    # What another tokenizer leaves of an import: the model's config without ids.
+    for imported in ({}, {"hf_config": {"max_position_embeddings": 64}}):
+        write_json(tmp_path / "run", **imported)
+        files = hf_files(FAMILIES["olmoe"], cfg, tmp_path / "run", like=None, dtype="float32")
+        assert json.loads(files["config.json"])["eos_token_id"] == 2
+    write_json(tmp_path / "run", hf_config={"eos_token_id": None})
+    kept = hf_files(FAMILIES["olmoe"], cfg, tmp_path / "run", like=None, dtype="float32")
+    assert json.loads(kept["config.json"])["eos_token_id"] is None
+    (tmp_path / "run" / "hf_config.json").unlink()
+    files = hf_files(FAMILIES["olmoe"], cfg, tmp_path / "run", like=None, dtype="float32")
+    settings = json.loads(files["tokenizer_config.json"])
+    assert settings["eos_token"] == "</s>"
+    assert not named or settings == named["tokenizer_config"]
 
 
 def test_run_on_mock_data_is_exported_without_its_configured_tokenizer(

@@ -120,7 +120,9 @@ def test_end_that_is_no_token_is_refused_before_training(tmp_path: Path) -> None
 
 
 def test_end_without_a_tokenizer_is_refused(imported: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^--eod-token '</s>' is a token of no tokenizer, because"):
+    with pytest.raises(
+        ConfigError, match=r"^--eod-token '</s>' is a token of no tokenizer, because"
+    ):
         collect_files(DataConfig(eod_token="</s>"))
     kept = collect_files(DataConfig(), imported, {"eod_token": "<|padding|>"})
     assert kept.data.eod_token == "<|padding|>"

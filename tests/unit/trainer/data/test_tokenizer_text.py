@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as TokenizersTokenizer
-from tokenizers.models import Unigram, WordLevel
+from tokenizers.models import BPE, Unigram, WordLevel
 
 from megatron.trainer.data.sentencepiece_pieces import read_pieces
 from megatron.trainer.data.tokenizer import Tokenizer, load_tokenizer
@@ -109,6 +109,14 @@ def test_text_that_the_model_itself_reads_as_a_control_token_is_refused(
     assert tokenizer.encode("?") == [0]  # an unknown word is the model's own affair
     with pytest.raises(DataError, match=r"^a text spells '</s>', which .* as the token 1; only"):
         tokenizer.encode("</s>")
+
+
+def test_special_tokens_of_byte_fallback_stay_in_use(tmp_path: Path) -> None:
+    vocab = {"<unk>": 0, "</s>": 1, "<0x61>": 2, "b": 3}
+    made = TokenizersTokenizer(BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    made.add_special_tokens([AddedToken(text) for text in ("</s>", "<0x61>")])
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer("HFTokenizer", str(tmp_path), eod_token="</s>").encode("ab") == [2, 3]
 
 
 BOS: list[tuple[str | None, dict[str, Any]]] = [
