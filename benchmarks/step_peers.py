@@ -180,8 +180,8 @@ class NativeStep(StepSubject):
             transformer_config=config,
             optimizer=prepare_training(cfg, chunks, config),
             schedule=Schedule(
-                style="constant", peak=LEARNING_RATE, final=LEARNING_RATE, warmup_iters=0,
-                warmup_init=LEARNING_RATE, decay_iters=1,
+                style="constant", peak=LEARNING_RATE, final=LEARNING_RATE, warmup=0,
+                warmup_init=LEARNING_RATE, decay_end=1,
             ),
             train_data=OneBatch(),  # type: ignore[arg-type]
         )  # fmt: skip
@@ -219,6 +219,8 @@ class OneBatch:
 
     batch: Batch
     consumed_samples = 0
+    trained_samples = (0, 0)
+    seq_length = 1
 
     def next_global_batch(self, **_sizes: int) -> Sequence[Batch]:
         """Return the batch as the only micro-batch."""

@@ -40,7 +40,7 @@ def train(
     hooks: Sequence[Hook],
     upkeep: Upkeep | None = None,
 ) -> Stop | None:
-    """Train until `train_iters` steps are done, or until the run has to stop early.
+    """Train until the run's plan says that it is done, or until it has to stop early.
 
     Args:
         state: where the run stands; changed in place.
@@ -56,7 +56,7 @@ def train(
     """
     run = _Run(state, forward_step, hooks, upkeep or Upkeep())
     for hook in hooks:
-        hook.on_start(state.iteration, state.cfg.training.train_iters)
+        hook.on_start(state.iteration, state.last_iteration)
     try:
         stop = run.to_the_end()
     except BaseException as error:
@@ -85,10 +85,15 @@ class _Run:
         self.forward_step = forward_step
         self.hooks = hooks
         self.upkeep = upkeep
-        self.stop_rule = StopRule(state.cfg, device=state.ctx.device, iteration=state.iteration)
+        self.stop_rule = StopRule(
+            state.cfg,
+            device=state.ctx.device,
+            iteration=state.iteration,
+            last=state.last_iteration,
+        )
         self.evaluated = -1 if upkeep.evaluate_first else state.iteration
         self.saved = state.iteration
-        self._seconds, self._steps, self._skipped = 0.0, 0, 0
+        self._seconds, self._samples, self._skipped = 0.0, 0, 0
         is_timed = state.cfg.logging.log_straggler
         self._clock = BusyClock(state.ctx.device) if is_timed else None
 
@@ -97,7 +102,7 @@ class _Run:
         cfg, state = self.state.cfg, self.state
         if self.evaluated < 0:
             self._evaluate_all()
-        while state.iteration < cfg.training.train_iters and not self._must_stop():
+        while not state.is_done and not self._must_stop():
             phase = state.train_data.phase
             try:
                 result = self._step()
@@ -139,7 +144,7 @@ class _Run:
         with self._clock or nullcontext():
             result = train_step(self.state, self.forward_step)
         self._seconds += time.perf_counter() - started
-        self._steps += 1
+        self._samples += result.global_batch_size
         return result
 
     def _report(self, result: StepResult, *, phase_before: str | None) -> None:
@@ -154,13 +159,16 @@ class _Run:
 
     def _log(self, result: StepResult) -> None:
         record = step_record(
-            self.state, result, seconds_per_step=self._seconds / self._steps, skipped=self._skipped
+            self.state,
+            result,
+            samples_per_second=self._samples / self._seconds,
+            skipped=self._skipped,
         )
         if self._clock is not None:
             record |= self._clock.reduce()
         for hook in self.hooks:
             hook.on_log(record)
-        self._seconds, self._steps, self._skipped = 0.0, 0, 0
+        self._seconds, self._samples, self._skipped = 0.0, 0, 0
 
     def _evaluate_all(self) -> None:
         """Evaluate every validation set; make no record if the run has to stop meanwhile."""
@@ -222,10 +230,15 @@ class _Run:
             return False
         iteration = self.state.iteration
         self.evaluated = self.saved = iteration
-        self._seconds, self._steps, self._skipped = 0.0, 0, 0
+        self._seconds, self._samples, self._skipped = 0.0, 0, 0
         for hook in self.hooks:
             hook.on_rewind(iteration)
-        self._event("rewind", f"from iteration {before}: {why}", rewound_from=before)
+        self._event(
+            "rewind",
+            f"from iteration {before}: {why}",
+            rewound_from=before,
+            **planned_end(self.state),
+        )
         return True
 
     def _event(self, name: str, detail: str, **more: Any) -> None:
@@ -233,18 +246,27 @@ class _Run:
             hook.on_event(self.state.iteration, name, detail, **more)
 
 
+def planned_end(state: TrainState) -> dict[str, int]:
+    """Return the steps done and the tokens consumed in the end, for an event that changes them."""
+    samples = state.train_data.consumed_samples + state.plan.samples_left(state.progress)
+    return {
+        "train_iters": state.last_iteration,
+        "train_tokens": samples * state.train_data.seq_length,
+    }
+
+
 def step_record(
-    state: TrainState, result: StepResult, *, seconds_per_step: float, skipped: int
+    state: TrainState, result: StepResult, *, samples_per_second: float, skipped: int
 ) -> dict[str, Any]:
     """Make a step's record of `metrics.jsonl`; docs/run_directory.md defines every number."""
-    cfg = state.cfg.training
-    tokens_per_second = cfg.global_batch_size * cfg.seq_length / seconds_per_step
+    tokens_per_second = samples_per_second * state.cfg.training.seq_length
     return {
         **_position(state),
         "lm_loss": result.lm_loss,
         **(state.metrics.reduce() if state.metrics is not None else {}),
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
+        "global_batch_size": result.global_batch_size,
         "tokens_per_second": tokens_per_second,
         "model_tflops": tokens_per_second * state.flops_per_token / state.ctx.world_size / 1e12,
         "skipped": skipped,

@@ -38,6 +38,7 @@ from megatron.trainer.state import (
     RNG_PREFIX,
     TrainState,
     apply_state,
+    batch_change,
     load_model,
     model_state,
     request_state,
@@ -169,12 +170,18 @@ def resume(state: TrainState, model_config: Architecture) -> Beginning:
         found.path,
         state.iteration,
         state.train_data.consumed_samples,
-        state.schedule(state.iteration),
+        state.learning_rate,
     )
-    if state.iteration >= state.cfg.training.train_iters:
+    changed = None if is_branching else batch_change(state, run).describe(state.plan)
+    if changed is not None:
+        # Other ranks log warnings only.
+        logger.log(logging.WARNING if state.ctx.rank == 0 else logging.INFO, changed)
+    if state.is_done:
         logger.warning(
-            "the run has done its --train-iters %d already; nothing is left to train",
-            state.cfg.training.train_iters,
+            "the run has done its length already, %d steps of %d tokens in all; nothing is left to"
+            " train",
+            state.iteration,
+            state.progress.tokens,
         )
     return Beginning(
         event="branch" if is_branching else "resume",
@@ -243,7 +250,7 @@ def evaluation_is_pending(state: TrainState) -> bool:
     if cfg.checkpoint.save is None or not state.validation:
         return False
     interval, iteration = cfg.evaluation.eval_interval, state.iteration
-    is_due = (interval > 0 and iteration % interval == 0) or (iteration == cfg.training.train_iters)
+    is_due = (interval > 0 and iteration % interval == 0) or state.is_done
     metrics = Path(cfg.checkpoint.save) / METRICS_NAME
     return is_due and on_rank0(
         f"reading {metrics}",

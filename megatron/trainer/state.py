@@ -12,8 +12,11 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron.trainer.config.batch_plan import BatchChange, Progress, RunPlan
+from megatron.trainer.config.durations import run_plan
 from megatron.trainer.config.schema import RunConfig
 from megatron.trainer.data.batch_views import DocumentRule
+from megatron.trainer.data.phase_records import num_drawn, read_records
 from megatron.trainer.data.stream import SampleStream
 from megatron.trainer.data.validation import ValidationSet
 from megatron.trainer.errors import CheckpointError
@@ -72,10 +75,39 @@ class TrainState:
     """Optimizer steps done, skipped ones included."""
     guard: StepGuard = field(init=False)
     """Which steps are taken."""
+    plan: RunPlan = field(init=False)
+    """The batch of each step, and which step is the last."""
 
     def __post_init__(self) -> None:
         """Start with an empty history."""
         self.guard = StepGuard(self.cfg.reliability)
+        self.plan = run_plan(self.cfg)
+
+    @property
+    def progress(self) -> Progress:
+        """Return how far the run is."""
+        samples, own = self.train_data.trained_samples
+        return Progress(
+            iteration=self.iteration,
+            samples=samples,
+            own_samples=own,
+            seq_length=self.train_data.seq_length,
+        )
+
+    @property
+    def is_done(self) -> bool:
+        """Return whether the run's last step is done."""
+        return self.plan.is_done(self.progress)
+
+    @property
+    def last_iteration(self) -> int:
+        """Return the number of the run's last step."""
+        return self.plan.last_iteration(self.progress)
+
+    @property
+    def learning_rate(self) -> float:
+        """Return the learning rate of the next step."""
+        return self.schedule(self.schedule.position(self.progress))
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -124,7 +156,8 @@ def run_state(state: TrainState) -> dict[str, Any]:
         "layout": _layout(state.ctx),
         "data": state.train_data.state_dict(),
         "schedule": dict(state.schedule.state_dict()),
-        "learning_rate": float(state.schedule(state.iteration)),
+        "learning_rate": float(state.learning_rate),
+        "global_batch_size": state.plan.batches.size_at(state.progress.samples),
         "guard": state.guard.state_dict(),
     }
 
@@ -146,6 +179,7 @@ def request_state(
             run["schedule"],
             iteration=int(run["iteration"]),
             override=state.cfg.checkpoint.override_schedule,
+            batch=batch_change(state, run),
         )
     request = sharded_state(state, is_loading=True)
     if is_branching:
@@ -159,6 +193,32 @@ def request_state(
             _layout(state.ctx),
         )
     return request
+
+
+def batch_change(state: TrainState, run: Mapping[str, Any]) -> BatchChange:
+    """Return what a step was in the run of a `run_state`, and is in the one that goes on.
+
+    Raises:
+        DataError: its data state contradicts itself.
+    """
+    records = read_records(run["data"])
+    progress = Progress(
+        iteration=int(run["iteration"]),
+        samples=sum(map(num_drawn, records)),
+        own_samples=sum(num_drawn(record) for record in records if not record["inherited"]),
+        seq_length=state.train_data.seq_length,
+    )
+    first = state.cfg.checkpoint.anneal_from or 0
+    saved = run.get("global_batch_size")
+    steps = progress.iteration - first
+    if saved is None and steps > 0 and progress.own_samples % steps == 0:
+        saved = progress.own_samples // steps  # of a version that did not note it
+    return BatchChange(
+        progress=progress,
+        first=first,
+        saved=saved if type(saved) is int and saved > 0 else None,
+        now=state.plan.batches.size_at(progress.samples),
+    )
 
 
 def take_data(state: TrainState, run: Mapping[str, Any], *, is_branching: bool = False) -> None:

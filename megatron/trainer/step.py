@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron.trainer.config.parallel_layout import num_microbatches
 from megatron.trainer.data.batch import Batch
 from megatron.trainer.data.batch_views import separate_documents, shard_positions
 from megatron.trainer.errors import StepRefusedError
@@ -27,6 +26,8 @@ class StepResult:
     """Global gradient norm before clipping; NaN where it was not measured."""
     learning_rate: float
     """Learning rate of this update."""
+    global_batch_size: int
+    """Sequences of the global batch."""
     skipped: str | None = None
     """Why there was no update; None if there was one."""
 
@@ -75,11 +76,12 @@ def train_step(state: TrainState, forward_step: ForwardStep) -> StepResult:
         StepRefusedError: it is one more than may be skipped; raised on every rank alike, with
             weights and iteration as before.
     """
-    cfg = state.cfg.training
     first_sample = state.train_data.consumed_samples
+    learning_rate = state.learning_rate
+    size = state.plan.batches.size_at(state.progress.samples)
     batches = state.train_data.next_global_batch(
-        global_batch_size=cfg.global_batch_size,
-        micro_batch_size=cfg.micro_batch_size,
+        global_batch_size=size,
+        micro_batch_size=state.cfg.training.micro_batch_size,
         data_parallel_rank=state.ctx.data_parallel_rank,
         data_parallel_size=state.ctx.layout.data,
     )
@@ -88,7 +90,6 @@ def train_step(state: TrainState, forward_step: ForwardStep) -> StepResult:
     state.optimizer.zero_grad()
     parts = _forward_backward(state, forward_step, batches, forward_only=False)
     lm_loss = _mean_loss(state, parts)
-    learning_rate = state.schedule(state.iteration)
     grad_norm = math.nan
     problem = _agreed(state, state.guard.loss_problem(lm_loss))
     if problem is not None:
@@ -110,6 +111,7 @@ def train_step(state: TrainState, forward_step: ForwardStep) -> StepResult:
         lm_loss=lm_loss,
         grad_norm=grad_norm,
         learning_rate=learning_rate,
+        global_batch_size=size,
         skipped=None if problem is None else f"{where} {bad}",
     )
 
@@ -213,7 +215,7 @@ def _forward_backward(
         forward_step_func=forward_step,
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=state.chunks,
-        num_microbatches=num_microbatches(cfg, state.ctx.layout),
+        num_microbatches=len(batches),
         seq_length=cfg.seq_length,
         micro_batch_size=cfg.micro_batch_size,
         forward_only=forward_only,

@@ -4,7 +4,7 @@ import logging
 from functools import partial
 from typing import Any
 
-from megatron.trainer.config.durations import describe_lengths
+from megatron.trainer.config.schedule_lengths import describe_lengths
 from megatron.trainer.config.schema import DataConfig, TrainingConfig
 from megatron.trainer.config.validate import MOE_ACT
 from megatron.trainer.data.batch_views import DocumentRule

@@ -10,7 +10,7 @@ from megatron.trainer.health.stop import Stop
 from megatron.trainer.health.watchdog import Watchdog, start_watchdog, timeout_before
 from megatron.trainer.hooks.base import Hook
 from megatron.trainer.hooks.journal import Journal, open_journal
-from megatron.trainer.loop import Upkeep, train
+from megatron.trainer.loop import Upkeep, planned_end, train
 from megatron.trainer.resume import (
     check_directories,
     checkpoint_writer,
@@ -90,7 +90,7 @@ def _train(
     beginning = resume(state, cfg.model)
     for skipped in beginning.skipped:
         journal.on_event(state.iteration, "fallback", skipped)
-    journal.on_event(state.iteration, beginning.event, beginning.detail)
+    journal.on_event(state.iteration, beginning.event, beginning.detail, **planned_end(state))
     if beginning.is_continued:
         journal.saved = state.iteration
     hooks: list[Hook] = [journal, watchdog]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from megatron.trainer.config.durations import run_samples
 from megatron.trainer.config.schema import RunConfig
 from megatron.trainer.data.build import DataBundle
 from megatron.trainer.data.describe import describe, repeated_sources
@@ -74,8 +75,7 @@ def _describe_losses(model: MoEModelConfig, *, topk: int, routers: str = "") -> 
 
 def data_lines(cfg: RunConfig, data: DataBundle) -> tuple[list[str], list[str]]:
     """Return the table of phases and sources, and a warning for each source that is repeated."""
-    steps = cfg.training.train_iters - (cfg.checkpoint.anneal_from or 0)
-    rows = describe(data, train_samples=steps * cfg.training.global_batch_size)
+    rows = describe(data, train_samples=run_samples(cfg))
     return data_table(rows, seq_length=cfg.training.seq_length), repeated_sources(rows)
 
 

@@ -15,11 +15,13 @@ from pathlib import Path
 
 from megatron.trainer.config.cli import dump_config
 from megatron.trainer.config.parallel_layout import num_microbatches, resolve_layout
+from megatron.trainer.config.schedule_lengths import describe_lengths
 from megatron.trainer.config.validate import validate
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.io.atomic_write import write_text
+from megatron.trainer.records.history import PlannedEnd, planned_end
 from megatron.trainer.records.record_file import Record
-from megatron.trainer.records.run_dir import METRICS_NAME, RecordTail, read_ended
+from megatron.trainer.records.run_dir import EVENTS_NAME, METRICS_NAME, RecordTail, read_ended
 from megatron.trainer.runtime.launch import run_main
 from moe_app.command_line import program, seconds_up_to
 from moe_app.pretrain.config import PretrainConfig, parse_recipe
@@ -183,8 +185,7 @@ def describe(request: JobRequest, cfg: PretrainConfig) -> list[str]:
         f" {layout.expert}, ETP {layout.expert_tensor}, DP {layout.data}",
         f"step: {num_microbatches(training, layout)} micro-batches of {training.micro_batch_size}"
         " sequences a data parallel rank",
-        f"length: {training.train_iters:,} steps of"
-        f" {training.global_batch_size * training.seq_length:,} tokens",
+        *describe_lengths(cfg),
         *_core_notes(request),
     ]
 
@@ -250,15 +251,16 @@ def follow(job_id: str, request: JobRequest, cfg: PretrainConfig, *, poll_s: flo
     Raises:
         SlurmError: SLURM has purged the job, or does not respond.
     """
-    tail = RecordTail(request.run / METRICS_NAME)
-    shown = ""
+    tail, events = (RecordTail(request.run / name) for name in (METRICS_NAME, EVENTS_NAME))
+    shown, end = "", None
     for job in poll_job(job_id, poll_s=poll_s):
         if str(job) != shown:
             shown = str(job)
             print(f"job {job_id}: {shown}", flush=True)
+        end = planned_end(events.read_new()[1]) or end
         steps = [record for record in tail.read_new()[1] if "lm_loss" in record]
         if steps:
-            print(f"  {progress(steps[-1], cfg)}", flush=True)
+            print(f"  {progress(steps[-1], cfg, end)}", flush=True)
     log = request.run / "logs" / f"{request.name}-{job_id}.out"
     ended = read_ended(request.run)
     if ended is not None:
@@ -271,15 +273,17 @@ def follow(job_id: str, request: JobRequest, cfg: PretrainConfig, *, poll_s: flo
     return job.exit_status
 
 
-def progress(record: Record, cfg: PretrainConfig) -> str:
-    """Format the record of a step as one line."""
+def progress(record: Record, cfg: PretrainConfig, end: PlannedEnd | None = None) -> str:
+    """Format the record of a step as one line; `end` is what the run itself says of its length."""
     step, last = record["iteration"], cfg.training.train_iters
+    tokens = (last - step) * cfg.training.global_batch_size * cfg.training.seq_length
+    if end is not None and "consumed_tokens" in record:
+        last, tokens = end.train_iters, end.train_tokens - record["consumed_tokens"]
     line = f"step {step:,} of {last:,} ({step / last:.0%})"
     if record["lm_loss"] is not None:
         line += f", lm_loss {record['lm_loss']:.4f}"
     speed = record.get("tokens_per_second")
     if speed:
-        tokens = (last - step) * cfg.training.global_batch_size * cfg.training.seq_length
         line += f", {speed:,.0f} tokens/s, {_clock(tokens / speed)} left"
     return line
 

@@ -21,9 +21,14 @@ from megatron.trainer.data.build import build_data
 from megatron.trainer.data.entropy import token_counts, unigram_entropy
 from megatron.trainer.data.source import MockSource, Source, WindowSource
 from megatron.trainer.errors import ConfigError, DataError
-from megatron.trainer.records.history import Validation, validation_results
+from megatron.trainer.records.history import (
+    PlannedEnd,
+    Validation,
+    planned_end,
+    validation_results,
+)
 from megatron.trainer.records.record_file import Record, read_records
-from megatron.trainer.records.run_dir import CONFIG_NAME, METRICS_NAME, check_run
+from megatron.trainer.records.run_dir import CONFIG_NAME, EVENTS_NAME, METRICS_NAME, check_run
 from megatron.trainer.runtime.launch import run_main
 from moe_app.command_line import program
 from moe_app.pretrain.config import PretrainConfig
@@ -67,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     entropies, problem = validation_entropies(cfg) if metrics.evaluations else ({}, None)
     validation = validation_results(metrics.evaluations, entropies)
     for line in (
-        *describe_training(cfg, metrics),
+        *describe_training(cfg, metrics, planned_end(read_records(directory / EVENTS_NAME))),
         "",
         *describe_validation(validation, problem),
         "",
@@ -159,15 +164,16 @@ def judge(validation: Sequence[Validation]) -> tuple[str, bool]:
     return f"FAILED: validation loss is not below the unigram entropy ({told})", False
 
 
-def describe_training(cfg: PretrainConfig, metrics: Metrics) -> list[str]:
-    """Describe progress, training loss, speed and expert health."""
-    last = metrics.last
+def describe_training(
+    cfg: PretrainConfig, metrics: Metrics, end: PlannedEnd | None = None
+) -> list[str]:
+    """Describe progress, training loss, speed and expert health; `end` is as events have it."""
+    last, planned = metrics.last, cfg.training.train_iters if end is None else end.train_iters
     if last is None:
         return [
-            f"no training record yet (one every {cfg.logging.log_interval} iterations of"
-            f" {cfg.training.train_iters})"
+            f"no training record yet (one every {cfg.logging.log_interval} iterations of {planned})"
         ]
-    done, planned = last["iteration"], cfg.training.train_iters
+    done = last["iteration"]
     speed = statistics.median(metrics.speeds)
     rows = [
         ["iterations", f"{done:,} of {planned:,}, {last['consumed_tokens']:,} tokens"],

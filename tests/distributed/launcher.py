@@ -41,6 +41,10 @@ TINY = {
 """Odd shapes, losses strong enough to matter."""
 
 
+LISTS = ("data-path", "rampup-batch-size")
+"""Flags that take several values."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One case's records and its final weights, assembled from every rank's shards."""
@@ -61,7 +65,7 @@ def flags(**overrides: Any) -> list[str]:
         if value is True:
             found.append(f"--{key}")
         elif value is not False:
-            found += [f"--{key}", *(str(value).split() if key == "data-path" else [str(value)])]
+            found += [f"--{key}", *(str(value).split() if key in LISTS else [str(value)])]
     return found
 
 

@@ -302,14 +302,14 @@ def test_another_schedule_is_followed_where_it_is_asked_for(outcomes: dict[str, 
         ),
         (
             "longer_too_late",
-            "--lr-decay-iters: checkpoint 8, this run 10 (the decay would begin at step 6, the"
-            " checkpoint's at 4, and 5 steps are done: it can be moved only before it begins, to a"
-            " step still to come)",
+            "--lr-decay-tokens: checkpoint 1024, this run 1280 (the decay would begin at token 768,"
+            " the checkpoint's at 512, and 640 tokens are done: it can be moved only before it"
+            " begins, to a token still to come)",
         ),
         (
             "begun_before",
-            "--lr-wsd-decay-iters: checkpoint 4, this run 5 (the decay would begin at step 3, the"
-            " checkpoint's at 4, and 4 steps are done",
+            "--lr-wsd-decay-tokens: checkpoint 512, this run 640 (the decay would begin at token"
+            " 384, the checkpoint's at 512, and 512 tokens are done",
         ),
     ],
 )

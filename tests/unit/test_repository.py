@@ -196,10 +196,10 @@ def written_records() -> list[Record]:
         flops_per_token=1.0,
         iteration=1,
     )
-    result = StepResult(lm_loss=2.0, grad_norm=1.0, learning_rate=0.1)
+    result = StepResult(lm_loss=2.0, grad_norm=1.0, learning_rate=0.1, global_batch_size=8)
     straggler = {"straggler_rank": 0, "straggler_ratio": 1.0}
     return [
-        loop.step_record(state, result, seconds_per_step=1.0, skipped=0) | straggler,
+        loop.step_record(state, result, samples_per_second=8.0, skipped=0) | straggler,
         loop.evaluation_record(state, {"code": 2.0}),
     ]
 

@@ -1,15 +1,17 @@
-"""Computes the length of a run and of its schedule, phases and branches, in steps and tokens.
+"""Computes the length of a run, of its phases and branches, in steps and tokens.
 
-The training loop counts steps. Lengths in tokens are an alternative spelling, rounded up to whole
-steps of global_batch_size x seq_length tokens. `resolve_lengths` converts them once, after a config
-is read; `length_problems` checks that both agree, wherever a config comes from.
+A length in tokens ends at that many consumed tokens, whatever the batches on the way (`run_plan`);
+a length in steps is that many steps. A config holds both: `resolve_lengths` sets the number of
+steps of each length in tokens with the batches that the config describes, and `length_problems`
+checks that both agree, wherever a config comes from.
 """
 
 import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
-from megatron.trainer.config.schema import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
+from megatron.trainer.config.batch_plan import BatchPlan, RunPlan, batch_plan, is_sound
+from megatron.trainer.config.schema import DataConfig, RunConfig, TrainingConfig
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -21,20 +23,72 @@ SPELLINGS = {
 }
 """Maps a length in steps to its group and to the name of the same length in tokens."""
 
+_BATCH = ("global_batch_size", "seq_length", "rampup_batch_size")
+"""What the tokens of a step follow from."""
+
+_END = (
+    *_BATCH,
+    *("train_iters", "train_tokens", "phases", "data_path", "mock_data", "anneal_from"),
+    *("lr_decay_iters", "lr_decay_tokens"),
+)
+"""What the end of the learning rate's decay follows from."""
+
 
 def tokens_per_step(training: TrainingConfig) -> int:
-    """Return the number of tokens in a global batch."""
+    """Return the number of tokens in a global batch, once a ramp-up is over."""
     return training.global_batch_size * training.seq_length
 
 
 def steps_of(tokens: int, training: TrainingConfig) -> int:
-    """Return the number of steps that cover `tokens`, rounded up."""
-    return -(-tokens // tokens_per_step(training))
+    """Return the number of a run's first steps that cover `tokens`, rounded up."""
+    return batch_plan(training).steps_until(-(-tokens // training.seq_length))
+
+
+def tokens_of(steps: int, training: TrainingConfig) -> int:
+    """Return the tokens of a run's first steps."""
+    return batch_plan(training).samples_after(steps) * training.seq_length
+
+
+def _steps_of(name: str, tokens: int, training: TrainingConfig) -> int:
+    """Return the steps of the length called `name`; a tail lies behind the ramp-up."""
+    if name == "lr_wsd_decay_iters":
+        return -(-tokens // tokens_per_step(training))
+    return steps_of(tokens, training)
 
 
 def phase_steps(cfg: RunConfig) -> list[int]:
-    """Return the number of steps of each phase."""
-    return [steps_of(phase.train_tokens, cfg.training) for phase in cfg.data.phases]
+    """Return the number of steps of each phase, as if each began with a step of its own."""
+    return [-(-phase.train_tokens // tokens_per_step(cfg.training)) for phase in cfg.data.phases]
+
+
+def phase_samples(cfg: RunConfig) -> list[int]:
+    """Return the number of samples of each phase."""
+    return [-(-phase.train_tokens // cfg.training.seq_length) for phase in cfg.data.phases]
+
+
+def length_in_tokens(cfg: RunConfig) -> int | None:
+    """Return the tokens of the run, or of a branch without its trunk; None: it counts steps."""
+    if cfg.data.phases and not cfg.data.mock_data:
+        return sum(phase_samples(cfg)) * cfg.training.seq_length
+    if cfg.checkpoint.anneal_from is not None:
+        return cfg.optimizer.lr_wsd_decay_tokens
+    return cfg.training.train_tokens
+
+
+def run_plan(cfg: RunConfig) -> RunPlan:
+    """Return what says which step is the last one."""
+    tokens = length_in_tokens(cfg)
+    return RunPlan(
+        batches=batch_plan(cfg.training),
+        train_iters=cfg.training.train_iters,
+        samples=None if tokens is None else -(-tokens // cfg.training.seq_length),
+    )
+
+
+def run_samples(cfg: RunConfig) -> int:
+    """Return the samples that the steps of the run take, or of a branch without its trunk."""
+    steps = cfg.training.train_iters - (cfg.checkpoint.anneal_from or 0)
+    return _own_plan(cfg).samples_after(steps)
 
 
 def resolve_lengths(cfg: C, layers: Sequence[Collection[str]]) -> C:
@@ -46,8 +100,9 @@ def resolve_lengths(cfg: C, layers: Sequence[Collection[str]]) -> C:
 
     Returns:
         The config with train_iters and the lengths of the schedule in steps. Lengths in tokens are
-        kept where they won, else None. Of data_path and phases the one in the later layer is kept.
-        Two spellings in one layer are left to `length_problems`.
+        kept where they won, else None, and so is lr_warmup_fraction. Of data_path and phases the
+        one in the later layer is kept. Two spellings in one layer are left to `length_problems`,
+        unless a later layer changes the batch: steps that were counted with another one give way.
     """
     data = cfg.data
     if _rank("phases", layers) < _rank("data_path", layers):
@@ -55,7 +110,7 @@ def resolve_lengths(cfg: C, layers: Sequence[Collection[str]]) -> C:
     elif _rank("phases", layers) > _rank("data_path", layers):
         data = dataclasses.replace(data, data_path=())
     cfg = dataclasses.replace(cfg, data=data)
-    if tokens_per_step(cfg.training) < 1 or any(phase.train_tokens < 1 for phase in data.phases):
+    if not is_sound(cfg.training) or any(phase.train_tokens < 1 for phase in data.phases):
         return cfg  # `validate` reports it
     for steps, (group, tokens) in SPELLINGS.items():
         changes = _one_spelling(cfg, layers, steps, group, tokens)
@@ -66,7 +121,8 @@ def resolve_lengths(cfg: C, layers: Sequence[Collection[str]]) -> C:
     if length is not None:
         training = dataclasses.replace(cfg.training, train_iters=length, train_tokens=None)
         cfg = dataclasses.replace(cfg, training=training)
-    return cfg
+    warmup = _warmup_of_fraction(cfg, layers)
+    return dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, **warmup))
 
 
 def _one_spelling(
@@ -75,25 +131,56 @@ def _one_spelling(
     value = getattr(getattr(cfg, group), tokens)
     if value is None or value < 1:
         return {}
-    if _rank(steps, layers) > _rank(tokens, layers):
+    given = _rank(tokens, layers)
+    if _rank(steps, layers) > given:
         return {tokens: None}
-    if _rank(steps, layers) < _rank(tokens, layers):
-        return {steps: steps_of(value, cfg.training)}
+    if _rank(steps, layers) < given or _last_rank(_BATCH, layers) > given:
+        return {steps: _steps_of(steps, value, cfg.training)}
     return {}
+
+
+def _warmup_of_fraction(cfg: RunConfig, layers: Sequence[Collection[str]]) -> dict[str, Any]:
+    fraction = cfg.optimizer.lr_warmup_fraction
+    if fraction is None or not 0 <= fraction < 1:
+        return {}
+    given = _rank("lr_warmup_fraction", layers)
+    other = _last_rank(("lr_warmup_iters", "lr_warmup_tokens"), layers)
+    if other > given:
+        return {"lr_warmup_fraction": None}
+    if other < given or _last_rank(_END, layers) > given:
+        return {"lr_warmup_iters": _fraction_steps(cfg, fraction), "lr_warmup_tokens": None}
+    return {}
+
+
+def _fraction_steps(cfg: RunConfig, fraction: float) -> int:
+    return round(fraction * (cfg.optimizer.lr_decay_iters or cfg.training.train_iters))
 
 
 def _implied_length(cfg: RunConfig, layers: Sequence[Collection[str]]) -> int | None:
     """Return the length that a branch or phases imply, unless set in the same or a later layer."""
     tail = cfg.optimizer.lr_wsd_decay_iters
-    explicit = max(_rank("train_iters", layers), _rank("train_tokens", layers))
+    explicit = _last_rank(("train_iters", "train_tokens"), layers)
+    # Steps counted with another batch than the run's are no length of their own.
+    least = explicit if _last_rank(_BATCH, layers) > explicit else explicit + 1
     if cfg.checkpoint.anneal_from is not None:
-        is_last = _rank("anneal_from", layers) > explicit
+        is_last = _rank("anneal_from", layers) >= least
         return cfg.checkpoint.anneal_from + tail if tail is not None and is_last else None
-    if cfg.data.phases and not cfg.data.mock_data and _rank("phases", layers) > explicit:
-        return sum(phase_steps(cfg))
-    if cfg.data.phases and explicit < 0:
-        return sum(phase_steps(cfg))
+    is_last = not cfg.data.mock_data and _rank("phases", layers) >= least
+    if cfg.data.phases and (is_last or explicit < 0):
+        return _own_plan(cfg).steps_until(sum(phase_samples(cfg)))
     return None
+
+
+def _own_plan(cfg: RunConfig) -> BatchPlan:
+    """Return the batches from the begin of the run, or of a branch, which lies behind a ramp-up."""
+    full = cfg.training.global_batch_size
+    is_branch = cfg.checkpoint.anneal_from is not None
+    return BatchPlan(full=full, start=full) if is_branch else batch_plan(cfg.training)
+
+
+def _last_rank(names: Collection[str], layers: Sequence[Collection[str]]) -> int:
+    """Return the number of the last layer that sets any of the names, -1 if none does."""
+    return max(_rank(name, layers) for name in names)
 
 
 def _rank(name: str, layers: Sequence[Collection[str]]) -> int:
@@ -112,13 +199,38 @@ def length_problems(cfg: RunConfig) -> list[str]:
             continue
         if given < 1:
             found.append(f"{tokens} ({given:,}) must be at least 1; use 1 or more")
-        elif steps_of(given, cfg.training) != counted:
+        elif _steps_of(steps, given, cfg.training) != counted:
             found.append(
-                f"{tokens} ({given:,}) is {steps_of(given, cfg.training):,} steps of"
+                f"{tokens} ({given:,}) is {_steps_of(steps, given, cfg.training):,} steps of"
                 f" global_batch_size x seq_length = {size:,} tokens, but {steps} is {counted}; they"
                 " are two spellings of one length; set one of them"
             )
-    return found + _branch_length_problems(cfg) + phase_problems(cfg.data, cfg)
+    found += _fraction_problems(cfg) + _branch_length_problems(cfg)
+    return found + phase_problems(cfg.data, cfg)
+
+
+def _fraction_problems(cfg: RunConfig) -> list[str]:
+    optimizer = cfg.optimizer
+    fraction, steps = optimizer.lr_warmup_fraction, optimizer.lr_warmup_iters
+    if fraction is None or cfg.checkpoint.anneal_from is not None:
+        return []
+    if not 0 <= fraction < 1:
+        return [
+            f"lr_warmup_fraction ({fraction}) must be at least 0 and below 1, a fraction of the"
+            " steps until the decay ends; use 0.01, for example"
+        ]
+    if optimizer.lr_warmup_tokens is not None:
+        other = f"lr_warmup_tokens is {optimizer.lr_warmup_tokens:,}"
+    elif steps != _fraction_steps(cfg, fraction):
+        other = f"lr_warmup_iters is {steps}"
+    else:
+        return []
+    end = "train_iters" if optimizer.lr_decay_iters is None else "lr_decay_iters"
+    return [
+        f"lr_warmup_fraction ({fraction}) is {_fraction_steps(cfg, fraction):,} steps of {end}"
+        f" ({optimizer.lr_decay_iters or cfg.training.train_iters:,}), but {other}; they are two"
+        " spellings of one length; set one of them"
+    ]
 
 
 def _branch_length_problems(cfg: RunConfig) -> list[str]:
@@ -172,7 +284,9 @@ def _cover_problems(cfg: RunConfig) -> list[str]:
     """Check that the phases' steps add up to those of the run, or of the branch."""
     start = cfg.checkpoint.anneal_from or 0
     steps, length = phase_steps(cfg), cfg.training.train_iters - start
-    if sum(steps) == length:
+    # A step may have samples of two phases; so a run has fewer steps than its phases by themselves.
+    fewest = _own_plan(cfg).steps_until(sum(phase_samples(cfg)))
+    if min(fewest, sum(steps)) <= length <= max(fewest, sum(steps)):
         return []
     parts = " + ".join(
         f"{phase.name} {count:,}" for phase, count in zip(cfg.data.phases, steps, strict=True)
@@ -187,54 +301,6 @@ def _cover_problems(cfg: RunConfig) -> list[str]:
         f" {tokens_per_step(cfg.training):,} tokens each), but {what}; they must cover it exactly;"
         f" {remedy}"
     ]
-
-
-def schedule_problems(optimizer: OptimizerConfig, cfg: RunConfig) -> list[str]:
-    """List the problems in the numbers of the learning-rate schedule."""
-    is_branch = cfg.checkpoint.anneal_from is not None
-    found = []
-    bounds = [("lr_warmup_init", optimizer.lr_warmup_init)]
-    if optimizer.lr_decay_style != "constant" or is_branch:
-        bounds.append(("min_lr", optimizer.min_lr))
-    for name, value in bounds:
-        if not 0 <= value <= optimizer.lr:
-            found.append(
-                f"{name} ({value}) must be at least 0 and at most lr ({optimizer.lr}); lower"
-                f" {name}, or raise lr"
-            )
-    tail = optimizer.lr_wsd_decay_iters
-    if is_branch:
-        return found + _tail_problems(optimizer)
-    if tail is not None and tail < 1:
-        found.append(f"lr_wsd_decay_iters ({tail}) must be at least 1; use 1 or more")
-    warmup, decay = optimizer.lr_warmup_iters, optimizer.lr_decay_iters
-    if warmup < 0:
-        found.append(f"lr_warmup_iters ({warmup}) must be at least 0; use 0 or more")
-    end_name, end = "lr_decay_iters", decay
-    if end is None:
-        end_name, end = "train_iters", cfg.training.train_iters
-    if warmup >= end:
-        found.append(
-            f"lr_warmup_iters ({warmup}) must be below {end_name} ({end}), the step at which the"
-            f" decay ends; use fewer warm-up steps, or raise {end_name}"
-        )
-    return found
-
-
-def _tail_problems(optimizer: OptimizerConfig) -> list[str]:
-    tail = optimizer.lr_wsd_decay_iters
-    found = []
-    if optimizer.lr_wsd_decay_style is None:
-        found.append(
-            "anneal_from needs lr_wsd_decay_style (None), the shape of the branch's tail; use"
-            " linear or geometric, for example"
-        )
-    if tail is None or tail < 1:
-        found.append(
-            f"anneal_from needs lr_wsd_decay_iters ({tail}) of at least 1, the length of the"
-            " branch; give it in steps, or in tokens as lr_wsd_decay_tokens"
-        )
-    return found
 
 
 def branch_problems(cfg: RunConfig) -> list[str]:
@@ -257,24 +323,3 @@ def branch_problems(cfg: RunConfig) -> list[str]:
             " (True) takes the weights alone; drop one of them"
         )
     return found
-
-
-def describe_lengths(cfg: RunConfig) -> list[str]:
-    """Format the lengths for the head of the log, those given in tokens also in steps."""
-    size = tokens_per_step(cfg.training)
-    start = cfg.checkpoint.anneal_from or 0
-    steps = cfg.training.train_iters - start
-    lines = [f"length: {steps:,} steps of {size:,} tokens = {steps * size:,} tokens"]
-    if start:
-        lines[0] += f", after the {start:,} steps of the run it branches from"
-    for name, (group, tokens) in SPELLINGS.items():
-        given = getattr(getattr(cfg, group), tokens)
-        if given is not None:
-            count = getattr(getattr(cfg, group), name)
-            lines.append(f"{tokens} {given:,}: {count:,} steps = {count * size:,} tokens")
-    for phase, count in zip(cfg.data.phases, phase_steps(cfg), strict=True):
-        lines.append(
-            f"phase {phase.name}: {phase.train_tokens:,} tokens: {count:,} steps ="
-            f" {count * size:,} tokens"
-        )
-    return lines

@@ -49,12 +49,16 @@ class TrainingConfig:
     """Sequences in one forward pass of one data parallel rank (b)."""
     global_batch_size: int = 8
     """Sequences in one optimizer step, summed over all ranks."""
+    rampup_batch_size: tuple[int, ...] = ()
+    """START INCREMENT SAMPLES: the global batch begins with START sequences and grows by INCREMENT,
+    each time after an equal share of SAMPLES, up to global_batch_size; empty means no ramp-up."""
     seq_length: int = 128
     """Tokens per sequence (s)."""
     train_iters: int = 100
     """Optimizer steps at which the run ends; phases and branches imply their own."""
     train_tokens: int | None = None
-    """The same in tokens, rounded up to whole steps; None leaves it to train_iters."""
+    """The same in tokens: the run ends with the first step at or past them, whatever its batches
+    were; None leaves it to train_iters."""
     seed: int = 1234
     """Seeds initial weights, data order and dropout."""
     bf16: bool = False
@@ -82,19 +86,24 @@ class OptimizerConfig:
     """Shape of the decay after warm-up: cosine, linear, constant, exponential, minus_sqrt,
     geometric or a registered name; WSD stays at the peak until its own tail."""
     lr_decay_iters: int | None = None
-    """Step at which min_lr is reached; None means train_iters."""
+    """Step at which min_lr is reached; None means the end of the run. A schedule with any length in
+    tokens is a function of the tokens consumed: there, N steps count as the tokens of N steps with
+    this run's batch."""
     lr_decay_tokens: int | None = None
-    """The same in tokens, rounded up to whole steps; None leaves it to lr_decay_iters."""
+    """The same in tokens; None leaves it to lr_decay_iters."""
     lr_wsd_decay_style: str | None = None
     """Shape of the tail of WSD and of a branch: any of the above but WSD. JetMoE's is geometric."""
     lr_wsd_decay_iters: int | None = None
     """Steps of that tail."""
     lr_wsd_decay_tokens: int | None = None
-    """The same in tokens, rounded up to whole steps; None leaves it to lr_wsd_decay_iters."""
+    """The same in tokens; None leaves it to lr_wsd_decay_iters."""
     lr_warmup_iters: int = 0
     """Steps of linear warm-up."""
     lr_warmup_tokens: int | None = None
-    """The same in tokens, rounded up to whole steps; None leaves it to lr_warmup_iters."""
+    """The same in tokens; None leaves it to lr_warmup_iters."""
+    lr_warmup_fraction: float | None = None
+    """The same as a fraction of lr_decay_iters or of what stands for it, rounded to whole steps or
+    tokens; None leaves it to lr_warmup_iters."""
     lr_warmup_init: float = 0.0
     """Learning rate of the first step of the warm-up (OLMoE: a tenth of the peak, not 0)."""
     weight_decay: float = 0.1
@@ -118,7 +127,7 @@ class PhaseConfig:
     name: str
     """Name in tables and metrics."""
     train_tokens: int
-    """Length in tokens, rounded up to whole steps."""
+    """Length in tokens, rounded up to whole sequences; a phase may begin within a global batch."""
     data_path: tuple[str, ...]
     """Data mixture, in the format of DataConfig.data_path."""
 

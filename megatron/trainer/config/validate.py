@@ -4,7 +4,8 @@ import dataclasses
 import math
 from typing import Protocol, runtime_checkable
 
-from megatron.trainer.config.durations import branch_problems, length_problems, schedule_problems
+from megatron.trainer.config.batch_plan import rampup_problems
+from megatron.trainer.config.durations import branch_problems, length_problems
 from megatron.trainer.config.near_names import did_you_mean
 from megatron.trainer.config.parallel_layout import (
     data_parallel_size,
@@ -13,6 +14,7 @@ from megatron.trainer.config.parallel_layout import (
     resolved_sequence_parallel,
     world_size_problems,
 )
+from megatron.trainer.config.schedule_lengths import schedule_problems
 from megatron.trainer.config.schema import (
     OptimizerConfig,
     ParallelConfig,
@@ -170,7 +172,7 @@ def size_problems(cfg: RunConfig) -> list[str]:
         for name, value in values.items()
         if value is not None and value < least
     ]
-    return found
+    return found + (rampup_problems(training, 1) if training.global_batch_size >= 1 else [])
 
 
 def _sequence_problems(parallel: ParallelConfig) -> list[str]:
@@ -231,7 +233,7 @@ def _batch_problems(
             f" ({parallel.num_virtual_stages_per_pipeline_rank}) requires in multiples of"
             f" pipeline_model_parallel_size ({pipeline}); {remedy}"
         ]
-    return []
+    return rampup_problems(training, legal_step)
 
 
 def _model_layout_problems(model: ModelGroup, cfg: RunConfig, *, is_training: bool) -> list[str]:

@@ -56,7 +56,7 @@ def build_data(
         vocab_size: Token ids the model has an embedding for; every token is checked against it.
         seq_length: Positions in a sample (s).
         seed: What the order follows from.
-        samples_per_step: The global batch size; phases are rounded up to whole steps.
+        samples_per_step: The global batch size, by which earlier versions rounded phases up.
         gpu: Where batches will be copied to; None leaves them in plain memory.
         documents: How documents are kept apart; None reads windows without their borders.
 
@@ -104,6 +104,7 @@ def build_data(
             sources=tuple(names[part] for part in mixture.parts),
             weights=mixture.weights,
             num_samples=mixture.num_samples,
+            whole_steps=mixture.whole_steps,
         )
         for mixture in mixtures
     ]

@@ -25,6 +25,8 @@ class Mixture:
     """PREFIX or NAME=PREFIX each."""
     num_samples: int | None
     """Samples of the phase; None means that it has no end."""
+    whole_steps: int | None = None
+    """The same rounded up to whole steps, as earlier versions counted them."""
 
 
 def read_mixtures(cfg: DataConfig, *, samples_per_step: int, seq_length: int) -> list[Mixture]:
@@ -40,9 +42,10 @@ def read_mixtures(cfg: DataConfig, *, samples_per_step: int, seq_length: int) ->
     mixtures = []
     for phase in cfg.phases:
         weights, parts = _parse_data_path(phase.data_path, f"data_path of phase {phase.name!r}")
-        steps = -(-phase.train_tokens // (samples_per_step * seq_length))
-        samples = steps * samples_per_step
-        mixtures.append(Mixture(phase.name, tuple(weights), tuple(parts), samples))
+        samples = -(-phase.train_tokens // seq_length)
+        whole_steps = -(-samples // samples_per_step) * samples_per_step
+        mixture = Mixture(phase.name, tuple(weights), tuple(parts), samples, whole_steps)
+        mixtures.append(mixture)
     return mixtures
 
 

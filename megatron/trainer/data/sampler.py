@@ -34,6 +34,8 @@ class Phase:
     """Each source's share of the samples; only ratios matter."""
     num_samples: int | None = None
     """Samples of the phase; None means that it has no end."""
+    whole_steps: int | None = None
+    """The same rounded up to whole steps, where an earlier version may have ended it."""
 
 
 class Sampler:
@@ -96,6 +98,12 @@ class Sampler:
         skipped = sum(counts.total() for counts in self._skipped)
         return inherited + skipped + sum(blend.num_drawn for blend in self.blends)
 
+    @property
+    def num_trained(self) -> tuple[int, int]:
+        """Return the samples drawn so far, skipped ones not counted: all, and without inherited."""
+        own = sum(blend.num_drawn for blend in self.blends)
+        return own + sum(num_drawn(record) for record in self._inherited), own
+
     def drawn_per_source(self) -> dict[str, int]:
         """Return samples drawn or skipped so far by source, in order of appearance."""
         counts: dict[str, int] = {}
@@ -105,20 +113,22 @@ class Sampler:
         return counts
 
     def draw(self, n: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Draw the next n samples.
+        """Draw the next n samples; the last phase gives more than it has rather than too few.
 
         Returns:
             Each sample's source [n], numbered as `names` are, and its number there [n], counted
             over all phases of this seed.
 
         Raises:
-            DataError: The phases have fewer samples left; nothing is drawn then.
+            DataError: All phases are over; nothing is drawn then.
         """
-        self._require(n)
+        self._require_some(n)
         sources, numbers = [], []
         while n:
             left = self._left(self._current)
-            if left == 0:
+            if self._current + 1 == len(self.phases):
+                left = None
+            elif left == 0:
                 self._enter(self._current + 1)
                 continue
             count = n if left is None else min(n, left)
@@ -220,17 +230,15 @@ class Sampler:
     def _left(self, index: int) -> int | None:
         """Return how many samples a phase has left; None for one without end."""
         total = self.phases[index].num_samples
-        return None if total is None else total - self.blends[index].num_drawn
+        return None if total is None else max(0, total - self.blends[index].num_drawn)
 
-    def _require(self, n: int) -> None:
-        """Raise DataError unless the phases have n samples left."""
+    def _require_some(self, n: int) -> None:
+        """Raise DataError if all phases are over, but n samples are to be drawn."""
         left = [self._left(index) for index in range(self._current, len(self.phases))]
-        rest = [count for count in left if count is not None]
-        if len(rest) == len(left) and sum(rest) < n:
+        if n and all(count == 0 for count in left):
             raise DataError(
-                f"all {len(self.phases)} phases are used up after {self.num_drawn + sum(rest)}"
-                " samples; the run must end with its last phase; add a phase, or lower"
-                " --train-iters"
+                f"all {len(self.phases)} phases are used up after {self.num_drawn} samples; the run"
+                " must end with its last phase; add a phase, or lower --train-iters"
             )
 
     def _enter(self, index: int) -> None:
@@ -273,11 +281,24 @@ class Sampler:
             if record[key] != mine[key]
         ]
         limit = mine["num_samples"]
-        if not is_last and limit != drawn:
-            found.append(f"{where}num_samples: checkpoint {drawn}, this run {limit}")
-        elif limit is not None and limit < drawn:
+        if self._may_have_drawn(index, record, is_over=not is_last):
+            return found
+        if is_last:
             found.append(f"{where}num_samples: the checkpoint has drawn {drawn}, this run {limit}")
+        else:
+            found.append(f"{where}num_samples: checkpoint {drawn}, this run {limit}")
         return found
+
+    def _may_have_drawn(self, index: int, record: Mapping[str, Any], *, is_over: bool) -> bool:
+        """Return whether a phase of this run may have as many samples drawn as a record says.
+
+        What was the last phase may have drawn more than planned, to fill its last step.
+        """
+        phase, drawn = self.phases[index], num_drawn(record)
+        if phase.num_samples is None or drawn < phase.num_samples:
+            return not is_over
+        is_as_planned = record["num_samples"] == phase.num_samples
+        return is_as_planned or drawn in (phase.num_samples, phase.whole_steps)
 
     def _changes_to_come(self, own: Sequence[Mapping[str, Any]], num_begun: int) -> list[str]:
         """Return what the checkpoint's run had planned otherwise for phases that are not over."""

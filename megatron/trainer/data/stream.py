@@ -117,6 +117,14 @@ class SampleStream:
         """Return the samples drawn so far over all ranks, those of a branch's trunk included."""
         return self._sampler.num_drawn
 
+    @property
+    def trained_samples(self) -> tuple[int, int]:
+        """Return the samples of all global batches so far, and those without a branch's trunk.
+
+        Samples that a rewind left out are consumed, but in no global batch that counts.
+        """
+        return self._sampler.num_trained
+
     def consumed_per_source(self) -> dict[str, int]:
         """Return the samples drawn so far over all ranks, by source name."""
         return self._sampler.drawn_per_source()
@@ -133,7 +141,7 @@ class SampleStream:
 
         Raises:
             ConfigError: As `split_global_batch`; the stream has not advanced then.
-            DataError: The last phase is used up, or a token is outside the vocabulary; the stream
+            DataError: All phases are over, or a token is outside the vocabulary; the stream
                 has not advanced then.
         """
         mine = split_global_batch(

@@ -33,11 +33,12 @@ class StopRule:
         cfg: the flags.
         device: of this rank, for the all-reduce.
         iteration: steps done when this process began.
+        last: steps done when the run is.
     """
 
-    def __init__(self, cfg: RunConfig, *, device: torch.device, iteration: int) -> None:
+    def __init__(self, cfg: RunConfig, *, device: torch.device, iteration: int, last: int) -> None:
         self._cfg = cfg.reliability
-        self._last = cfg.training.train_iters
+        self._last = last
         self._device = device
         self._first = iteration
         self.stop: Stop | None = None

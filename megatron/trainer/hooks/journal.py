@@ -51,7 +51,8 @@ class Journal(Hook):
 
     Args:
         directory: the run directory, which must exist; None writes nothing.
-        train_iters: steps to have done when the run ends.
+        train_iters: steps to have done when the run ends, as the config has them; `on_start` says
+            what they are after other batches.
     """
 
     def __init__(self, directory: Path | None, *, train_iters: int) -> None:
@@ -64,6 +65,10 @@ class Journal(Hook):
         """Steps that the newest checkpoint holds, of those that this process knows."""
         if directory is not None:
             (directory / ENDED_NAME).unlink(missing_ok=True)
+
+    def on_start(self, iteration: int, train_iters: int) -> None:
+        """Note the steps to have done when the run ends."""
+        self._train_iters = train_iters
 
     def on_step(self, iteration: int, lm_loss: float) -> None:
         """Count the step."""

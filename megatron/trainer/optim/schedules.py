@@ -1,4 +1,4 @@
-"""Computes learning-rate schedules as functions step -> value.
+"""Computes learning-rate schedules as functions of the steps done, or of the tokens consumed.
 
 A decay is a function from the share of the decay that is done, 0 to 1, to the share of the way from
 the peak to the final learning rate that is left, 1 to 0. A WSD schedule (warm-up, stable, decay)
@@ -11,7 +11,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron.trainer.config.batch_plan import Progress
 from megatron.trainer.config.near_names import did_you_mean
+from megatron.trainer.config.schedule_lengths import Unit, schedule_lengths
 from megatron.trainer.config.schema import RunConfig
 from megatron.trainer.errors import ConfigError
 
@@ -104,26 +106,28 @@ def _check_decay(style: str, *, peak: float, final: float, kind: str) -> None:
 class Schedule:
     """Computes a linear warm-up, then a decay, then the final learning rate.
 
-    Calling it with the number of steps done gives the learning rate of the next step.
+    Calling it with the steps done, or the tokens consumed, gives the next step's learning rate.
     """
 
+    unit: Unit = "iters"
+    """What all lengths are in: steps or tokens."""
     style: str
     """WSD, or the name of the decay that begins after the warm-up: geometric, a key of DECAYS."""
     peak: float
     """Learning rate at the end of the warm-up."""
     final: float
-    """Learning rate from decay_iters on; a constant schedule never leaves the peak."""
-    warmup_iters: int
-    """Steps of warm-up."""
+    """Learning rate from decay_end on; a constant schedule never leaves the peak."""
+    warmup: int
+    """Length of the warm-up."""
     warmup_init: float
     """Learning rate of the first step of the warm-up."""
-    decay_iters: int
-    """Step at which the decay ends, counted from the start of training."""
+    decay_end: int
+    """Where the decay ends, counted from the start of training."""
 
     tail: str | None = None
     """WSD: name of the decay that ends the run; geometric or a key of DECAYS."""
-    tail_iters: int = 0
-    """WSD: steps of that decay; the last of them ends at decay_iters."""
+    tail_length: int = 0
+    """WSD: length of that decay, which ends at decay_end."""
 
     def __post_init__(self) -> None:
         """Refuse a decay that nobody registered, and a tail that does not fit.
@@ -141,43 +145,54 @@ class Schedule:
                 f" one of {', '.join(sorted({*DECAYS, GEOMETRIC}))}"
             )
         _check_decay(self.tail, peak=self.peak, final=self.final, kind="lr_wsd_decay_style")
-        if not 1 <= self.tail_iters <= self.decay_iters - self.warmup_iters:
+        if not 1 <= self.tail_length <= self.decay_end - self.warmup:
+            steps = "steps" if self.unit == "iters" else self.unit
             raise ValueError(
-                f"lr_wsd_decay_iters ({self.tail_iters}) must be 1 to"
-                f" {self.decay_iters - self.warmup_iters}, the steps between the warm-up"
-                f" (lr_warmup_iters {self.warmup_iters}) and the end of the decay (lr_decay_iters"
-                f" or train_iters, {self.decay_iters}); change one of the three"
+                f"lr_wsd_decay_{self.unit} ({self.tail_length}) must be 1 to"
+                f" {self.decay_end - self.warmup}, the {steps} between the warm-up"
+                f" (lr_warmup_{self.unit} {self.warmup}) and the end of the decay"
+                f" (lr_decay_{self.unit} or train_{self.unit}, {self.decay_end}); change one of the"
+                " three"
             )
 
-    def __call__(self, step: int) -> float:
-        """Return the learning rate of step number `step`, counted from 0."""
-        if step < self.warmup_iters:
-            share = step / self.warmup_iters
+    def position(self, progress: Progress) -> int:
+        """Return where on the curve a run is."""
+        return progress.iteration if self.unit == "iters" else progress.tokens
+
+    def __call__(self, done: int) -> float:
+        """Return the learning rate of the step that begins when `done` steps or tokens are done."""
+        if done < self.warmup:
+            share = done / self.warmup
             return self.warmup_init + (self.peak - self.warmup_init) * share
-        style, start = self.style, self.warmup_iters
+        style, start = self.style, self.warmup
         if style == WSD:
-            style, start = self.tail or "", self.decay_iters - self.tail_iters
-            if step <= start:
+            style, start = self.tail or "", self.decay_end - self.tail_length
+            if done <= start:
                 return self.peak
-        length = self.decay_iters - start
-        done = min(1.0, (step - start) / length) if length > 0 else 1.0
-        return decayed(style, done, peak=self.peak, final=self.final)
+        length = self.decay_end - start
+        share = min(1.0, (done - start) / length) if length > 0 else 1.0
+        return decayed(style, share, peak=self.peak, final=self.final)
 
     def state_dict(self) -> dict[str, str | float | int | None]:
         """Return the curve by the names of its flags, to compare with that of a resumed run.
 
-        A constant schedule has no end to keep, one without a tail no tail.
+        A constant schedule has no end to keep, one without a tail no tail. No warm-up is the same
+        in any unit.
         """
+        unit = self.unit if self.warmup else "iters"
         curve: dict[str, str | float | int | None] = {
             "lr_decay_style": self.style,
             "lr": self.peak,
-            "lr_warmup_iters": self.warmup_iters,
+            f"lr_warmup_{unit}": self.warmup,
             "lr_warmup_init": self.warmup_init,
         }
         if self.style != "constant":
-            curve |= {"min_lr": self.final, "lr_decay_iters": self.decay_iters}
+            curve |= {"min_lr": self.final, f"lr_decay_{self.unit}": self.decay_end}
         if self.style == WSD:
-            curve |= {"lr_wsd_decay_style": self.tail, "lr_wsd_decay_iters": self.tail_iters}
+            curve |= {
+                "lr_wsd_decay_style": self.tail,
+                f"lr_wsd_decay_{self.unit}": self.tail_length,
+            }
         return curve
 
 
@@ -185,10 +200,12 @@ class Schedule:
 class Anneal:
     """Computes the schedule of an annealing branch: a tail that begins at a step of another run.
 
-    Calling it with the number of steps done, the other run's included, gives the learning rate of
-    the next step.
+    Calling it with the steps done, the other run's included, or with the tokens that the branch has
+    consumed gives the learning rate of the next step.
     """
 
+    unit: Unit = "iters"
+    """What the length of the tail is in: steps or tokens."""
     start: int
     """Steps that the other run had done."""
     peak: float
@@ -197,8 +214,8 @@ class Anneal:
     """Learning rate from the end of the tail on."""
     tail: str
     """Name of the decay: geometric or a key of DECAYS."""
-    tail_iters: int
-    """Steps of the decay, at least 1."""
+    tail_length: int
+    """Length of the decay, at least 1."""
 
     def __post_init__(self) -> None:
         """Refuse a decay that is unknown or would rise.
@@ -214,10 +231,15 @@ class Anneal:
                 " must not rise; lower --min-lr"
             )
 
-    def __call__(self, step: int) -> float:
-        """Return the learning rate of step number `step`, counted from 0 over both runs."""
-        done = min(1.0, max(0.0, (step - self.start) / self.tail_iters))
-        return decayed(self.tail, done, peak=self.peak, final=self.final)
+    def position(self, progress: Progress) -> int:
+        """Return where on the curve a branch is."""
+        return progress.iteration if self.unit == "iters" else progress.own_tokens
+
+    def __call__(self, done: int) -> float:
+        """Return the learning rate of the step that begins when `done` steps or tokens are done."""
+        start = self.start if self.unit == "iters" else 0
+        share = min(1.0, max(0.0, (done - start) / self.tail_length))
+        return decayed(self.tail, share, peak=self.peak, final=self.final)
 
     def state_dict(self) -> dict[str, str | float | int]:
         """Return the curve by the names of its flags; `anneal_lr` is the rate it begins with."""
@@ -226,7 +248,7 @@ class Anneal:
             "anneal_lr": self.peak,
             "min_lr": self.final,
             "lr_wsd_decay_style": self.tail,
-            "lr_wsd_decay_iters": self.tail_iters,
+            f"lr_wsd_decay_{self.unit}": self.tail_length,
         }
 
 
@@ -239,16 +261,18 @@ def build_schedule(cfg: RunConfig) -> Schedule | Anneal:
     optimizer = cfg.optimizer
     if cfg.checkpoint.anneal_from is not None:
         return anneal_schedule(cfg, optimizer.lr)
+    lengths = schedule_lengths(cfg)
     try:
         return Schedule(
+            unit=lengths.unit,
             style=optimizer.lr_decay_style,
             peak=optimizer.lr,
             final=optimizer.min_lr,
-            warmup_iters=optimizer.lr_warmup_iters,
+            warmup=lengths.warmup,
             warmup_init=optimizer.lr_warmup_init,
-            decay_iters=optimizer.lr_decay_iters or cfg.training.train_iters,
+            decay_end=lengths.decay_end,
             tail=optimizer.lr_wsd_decay_style,
-            tail_iters=optimizer.lr_wsd_decay_iters or 0,
+            tail_length=lengths.tail,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -261,9 +285,16 @@ def anneal_schedule(cfg: RunConfig, rate: float) -> Anneal:
         ConfigError: its tail cannot begin there.
     """
     start, optimizer = cfg.checkpoint.anneal_from, cfg.optimizer
-    style, steps = optimizer.lr_wsd_decay_style, optimizer.lr_wsd_decay_iters
-    assert start is not None and style is not None and steps is not None  # `validate` saw to it
+    style, lengths = optimizer.lr_wsd_decay_style, schedule_lengths(cfg)
+    assert start is not None and style is not None and lengths.tail  # `validate` saw to it
     try:
-        return Anneal(start=start, peak=rate, final=optimizer.min_lr, tail=style, tail_iters=steps)
+        return Anneal(
+            unit=lengths.unit,
+            start=start,
+            peak=rate,
+            final=optimizer.min_lr,
+            tail=style,
+            tail_length=lengths.tail,
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error

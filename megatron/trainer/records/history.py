@@ -4,7 +4,7 @@ import math
 import statistics
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -103,6 +103,16 @@ class Columns:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlannedEnd:
+    """Holds where a run will end: its settings only know what is so if all steps have one batch."""
+
+    train_iters: int
+    """Steps that will be done."""
+    train_tokens: int
+    """Tokens that will be consumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Event:
     """Holds a line of `events.jsonl`."""
 
@@ -114,6 +124,8 @@ class Event:
     """When, in UTC; may be empty."""
     detail: str
     """The same in words; may be empty."""
+    end: PlannedEnd | None = None
+    """Where the run will end, if the event says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +207,11 @@ class RunHistory:
 
     @property
     def train_iters(self) -> int | None:
-        """Return the optimizer steps to do; None if the settings do not say."""
-        return self._whole_number("train_iters")
+        """Return the optimizer steps to do; None if neither events nor settings say.
+
+        Settings hold what it would be if all steps had their batch.
+        """
+        return self.end.train_iters if self.end else self._whole_number("train_iters")
 
     @property
     def log_interval(self) -> int:
@@ -214,16 +229,23 @@ class RunHistory:
         seconds, planned = self.seconds_per_step(), self.train_iters
         if seconds is None or planned is None:
             return None
+        consumed, tokens = self.steps.last("consumed_tokens"), self._tokens_per_step()
+        if self.end is not None and consumed is not None and tokens:
+            # Steps to come may have other batches than the last one.
+            return max(0.0, self.end.train_tokens - consumed) * seconds / tokens
         return max(0, planned - self.iteration) * seconds
 
     def training_seconds(self) -> float | None:
         """Return the time of recorded steps, without evaluation and saving; None if not known."""
-        tokens, total, before = self._tokens_per_step(), 0.0, None
-        if tokens is None or not self.steps.length:
+        total, before = 0.0, None
+        if self._tokens_per_step() is None or not self.steps.length:
             return None
         speeds = self.steps["tokens_per_second"]
-        for iteration, speed in zip(self.steps["iteration"], speeds, strict=False):
+        for number, (iteration, speed) in enumerate(
+            zip(self.steps["iteration"], speeds, strict=False)
+        ):
             steps = self.log_interval if before is None else iteration - before
+            tokens = self._tokens_per_step(number) or 0
             total += steps * tokens / speed if speed > 0 else 0.0
             before = iteration
         return total
@@ -266,8 +288,18 @@ class RunHistory:
         text = self.settings.get(setting, "").replace("_", "")
         return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None
 
-    def _tokens_per_step(self) -> int | None:
-        batch, length = (self._whole_number(key) for key in ("global_batch_size", "seq_length"))
+    @property
+    def end(self) -> PlannedEnd | None:
+        """Return where the run will end, as its last event about that says."""
+        return next((each.end for each in reversed(self.events) if each.end is not None), None)
+
+    def _tokens_per_step(self, number: int = -1) -> float | None:
+        """Return the tokens of a record's step; the settings' where it does not say its batch."""
+        recorded = self.steps["global_batch_size"]
+        batch: float | None = self._whole_number("global_batch_size")
+        if recorded and math.isfinite(recorded[number]):
+            batch = recorded[number]
+        length = self._whole_number("seq_length")
         return batch * length if batch and length else None
 
     def _add(self, record: Record) -> None:
@@ -298,7 +330,21 @@ def _event(record: Record) -> Event:
         name=str(record.get("event") or "?"),
         time=str(record.get("time") or ""),
         detail=str(record.get("detail") or ""),
+        end=_planned_end(record),
     )
+
+
+def _planned_end(event: Record) -> PlannedEnd | None:
+    steps, tokens = event.get("train_iters"), event.get("train_tokens")
+    if type(steps) is not int or type(tokens) is not int or min(steps, tokens) < 1:
+        return None
+    return PlannedEnd(train_iters=steps, train_tokens=tokens)
+
+
+def planned_end(events: Iterable[Record]) -> PlannedEnd | None:
+    """Return where a run will end, as the last of its events about that says."""
+    found = [end for end in map(_planned_end, events) if end is not None]
+    return found[-1] if found else None
 
 
 def thin(values: Sequence[float], limit: int) -> list[int]:

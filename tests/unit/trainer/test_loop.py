@@ -1,5 +1,6 @@
 """Hooks see every moment of a run, in order."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +11,9 @@ from megatron.trainer.checkpoint import BackgroundSaver
 from megatron.trainer.checkpoint.background import FinishedSave
 from megatron.trainer.errors import CheckpointError, DataError
 from megatron.trainer.hooks.base import Hook
+from megatron.trainer.hooks.journal import open_journal
 from megatron.trainer.loop import Upkeep, train
+from megatron.trainer.resume import checkpoint_writer, resume
 from megatron.trainer.state import TrainState
 from megatron.trainer.step import language_model_step
 
@@ -136,3 +139,26 @@ def test_a_run_that_fails_finishes_the_checkpoint_that_is_being_written(
     with pytest.raises(DataError, match="no more data"):
         train(state, fail_in_the_fourth, hooks=[hook], upkeep=upkeep)
     assert hook.seen[-2:] == [("save", 2), ("end",)]
+
+
+def test_run_with_other_batches_is_done_with_its_tokens_and_says_so(
+    make_state: Callable[..., TrainState], tmp_path: Path
+) -> None:
+    """Two steps of 4 of the 40 sequences; four of 8 are left, and 6 is the last number."""
+    flags = {"train_iters": False, "train_tokens": 640, "micro_batch_size": 1, "save": tmp_path}
+    first = make_state(**flags, global_batch_size=4, exit_interval=2)
+    stop = train(first, language_model_step, hooks=[], upkeep=Upkeep(save=checkpoint_writer(first)))
+    assert stop is not None and stop.reason == "interval"
+    second = make_state(**flags, global_batch_size=8, exit_interval=6, load=tmp_path)
+    resume(second, second.cfg.model)  # type: ignore[attr-defined]
+    journal = open_journal(str(tmp_path), rank=0, train_iters=second.cfg.training.train_iters)
+    moments = Moments()
+    # The last step is no early stop, though its number is a multiple of the interval.
+    assert train(second, language_model_step, hooks=[journal, moments]) is None
+    journal.end(None)
+    journal.close()
+    assert (second.iteration, second.train_data.consumed_samples) == (6, 40)
+    assert second.cfg.training.train_iters == 5
+    assert ("start", 2, 6) in moments.seen
+    ended = json.loads((tmp_path / "ended.json").read_text())
+    assert (ended["reason"], ended["iteration"], ended["train_iters"]) == ("finished", 6, 6)

@@ -311,3 +311,29 @@ def as_experts(name: str, weight: Tensor) -> tuple[str, Tensor]:
     if name.endswith("mlp.linear_fc2.weight"):
         return name.replace("linear_fc2.weight", "experts.weight2"), weight[None]
     return name, weight
+
+
+def test_steps_of_a_ramp_up_are_means_over_their_own_batches(make_state: StateMaker) -> None:
+    """Batches of 2, 2, 4, 6 and 8 sequences, one after the other, against plain autograd."""
+    still = {"lr": 1e-30, "min_lr": 0.0, "moe_aux_loss_coeff": 0, "moe_z_loss_coeff": 0}
+    sizes, first = [2, 2, 4, 6, 8], 0
+    samples = make_state(**still).train_data.next_global_batch(
+        global_batch_size=sum(sizes),
+        micro_batch_size=1,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+    )
+    state = make_state(rampup_batch_size="2 2 12", micro_batch_size=1, **still)
+    for size in sizes:
+        result = train_step(state, language_model_step)
+        truth = fresh_model(state, **still)
+        batches = samples[first : first + size]
+        loss = torch.stack([plain_losses(truth, batch).mean() for batch in batches]).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(truth.parameters(), 1.0)
+        assert result.global_batch_size == size
+        # As in the test of a whole step above.
+        assert result.lm_loss == pytest.approx(loss.item(), rel=1e-6)
+        assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+        first += size
+        assert state.progress.samples == first

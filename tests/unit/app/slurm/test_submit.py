@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron.trainer.records.history import PlannedEnd
 from moe_app.pretrain.config import PretrainConfig, parse_recipe
 from moe_app.slurm import jobs, submit
 from moe_app.slurm.jobs import Job, JobRequest, SlurmError, parse_job, poll_job
@@ -72,7 +73,7 @@ def test_dry_run_shows_everything_and_writes_nothing(
     shown = capsys.readouterr().out
     assert "layout: 2 nodes x 4 ranks = 8; TP 1, PP 1 x 1, CP 1, EP 2, ETP 1, DP 8\n" in shown
     assert "step: 1 micro-batches of 2 sequences a data parallel rank\n" in shown
-    assert "length: 50 steps of 1,024 tokens\n" in shown
+    assert "length: 50 steps of 1,024 tokens = 51,200 tokens\n" in shown
     run = here / "runs" / "x"
     for line in (
         "#SBATCH --job-name=x",
@@ -329,3 +330,13 @@ def test_environment_is_not_written_anywhere(
     assert submit.main(["a.yaml", "--nodes", "2", "--save", "x"]) == 0
     for path in (here / "x").rglob("*"):
         assert path.is_dir() or "hidden-token" not in path.read_text()
+
+
+def test_progress_follows_what_the_run_says_of_its_length(here: Path) -> None:
+    """25 steps instead of 50, after a job with half of the batch."""
+    cfg = parse_recipe(["--config", "a.yaml"], prog="test", description="")
+    record = {"iteration": 20, "lm_loss": 2.5, "tokens_per_second": 512.0, "consumed_tokens": 8}
+    end = PlannedEnd(train_iters=25, train_tokens=8 + 512 * 90)
+    assert submit.progress(record, cfg, end) == (
+        "step 20 of 25 (80%), lm_loss 2.5000, 512 tokens/s, 0:01:30 left"
+    )

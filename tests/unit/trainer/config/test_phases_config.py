@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron.trainer.config.cli import dump_config
-from megatron.trainer.config.durations import describe_lengths
+from megatron.trainer.config.schedule_lengths import describe_lengths
 from megatron.trainer.config.schema import PhaseConfig
 from megatron.trainer.config.validate import validate
 from megatron.trainer.data.build import build_data
@@ -62,7 +62,7 @@ def test_length_set_last_wins_and_is_in_whole_steps(
     validate(cfg, 1)
 
 
-def test_schedule_lengths_in_tokens_are_rounded_up_to_whole_steps(tmp_path: Path) -> None:
+def test_schedule_lengths_in_tokens_are_exact_and_counted_in_whole_steps(tmp_path: Path) -> None:
     text = (
         "train_tokens: 128_000\nlr_warmup_tokens: 1_300\nlr_decay_tokens: 127_999\n"
         "lr_wsd_decay_tokens: 12_800\nlr_decay_style: WSD\nlr_wsd_decay_style: linear\n"
@@ -75,13 +75,13 @@ def test_schedule_lengths_in_tokens_are_rounded_up_to_whole_steps(tmp_path: Path
     assert optimizer.lr_wsd_decay_iters == 100
     assert describe_lengths(cfg) == [
         "length: 1,000 steps of 128 tokens = 128,000 tokens",
-        "train_tokens 128,000: 1,000 steps = 128,000 tokens",
-        "lr_warmup_tokens 1,300: 11 steps = 1,408 tokens",
-        "lr_decay_tokens 127,999: 1,000 steps = 128,000 tokens",
-        "lr_wsd_decay_tokens 12,800: 100 steps = 12,800 tokens",
+        "end: with the first step at or past 128,000 tokens, whatever the batch until then",
+        "learning rate: a function of the tokens consumed: lr_warmup_tokens 1,300, lr_decay_tokens"
+        " 127,999, lr_wsd_decay_tokens 12,800",
     ]
     schedule = build_schedule(cfg)
-    assert schedule(900) == optimizer.lr > schedule(901)
+    assert schedule(1_299) < schedule(1_300) == schedule(115_199) == optimizer.lr
+    assert schedule(115_200) < optimizer.lr
     # A flag in the other spelling wins over the recipe's.
     assert parse(tmp_path, text, "--lr-wsd-decay-iters", "7").optimizer.lr_wsd_decay_iters == 7
 
@@ -109,8 +109,10 @@ def test_phases_are_read_printed_and_read_again(tmp_path: Path) -> None:
     assert again == cfg
     assert describe_lengths(cfg) == [
         "length: 10 steps of 128 tokens = 1,280 tokens",
-        "phase stable: 1,000 tokens: 8 steps = 1,024 tokens",
-        "phase decay: 250 tokens: 2 steps = 256 tokens",
+        "end: with the first step at or past 1,264 tokens, whatever the batch until then",
+        "learning rate: a function of the tokens consumed: lr_decay_tokens 1,264",
+        "phase stable: 1,000 tokens: 63 sequences = 7.875 steps",
+        "phase decay: 250 tokens: 16 sequences = 2 steps",
     ]
 
 
@@ -324,20 +326,20 @@ def bundle(tmp_path: Path, text: str) -> tuple[PretrainConfig, Any]:
 def test_table_names_every_phase_and_a_short_source(files: Path) -> None:
     cfg, data = bundle(files, PHASES)
     assert [(phase.name, phase.sources, phase.num_samples) for phase in data.train.phases] == [
-        ("stable", ("web", "code"), 64),
+        ("stable", ("web", "code"), 63),
         ("decay", ("web",), 16),
     ]
     table, warnings = data_lines(cfg, data)
     assert table == [
-        "train data stable, web: weight 0.7, 1 documents, 481 tokens, 30 sequences, 717 tokens to"
-        " be drawn, 1.49 epochs",
-        "train data stable, code: weight 0.3, 1 documents, 321 tokens, 20 sequences, 307 tokens to"
-        " be drawn, 0.96 epochs",
+        "train data stable, web: weight 0.7, 1 documents, 481 tokens, 30 sequences, 706 tokens to"
+        " be drawn, 1.47 epochs",
+        "train data stable, code: weight 0.3, 1 documents, 321 tokens, 20 sequences, 302 tokens to"
+        " be drawn, 0.945 epochs",
         "train data decay, web: weight 1, 1 documents, 481 tokens, 30 sequences, 256 tokens to be"
         " drawn, 0.533 epochs",
     ]
     assert warnings == [
-        "source web is shorter than its budget: the run draws it 2.03 times over (stable 1.49,"
+        "source web is shorter than its budget: the run draws it 2 times over (stable 1.47,"
         " decay 0.533)"
     ]
 

@@ -4,7 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron.trainer.config.durations import phase_steps, tokens_per_step
+from megatron.trainer.config.durations import (
+    phase_samples,
+    phase_steps,
+    tokens_per_step,
+)
 from megatron.trainer.config.validate import validate
 from megatron.trainer.optim.schedules import build_schedule
 from moe_app.pretrain.config import PretrainConfig, parse_recipe
@@ -40,9 +44,12 @@ def test_jetmoe_recipe_has_the_papers_numbers() -> None:
     )
     assert (cfg.model.moe_aux_loss_coeff, cfg.model.moe_z_loss_coeff) == (0.01, 0.001)
     schedule = build_schedule(cfg)
-    assert schedule(0) == schedule(298_024) == 5e-5
-    # The decay starts with the second phase.
-    assert schedule(2_384) < schedule(2_385) == schedule(238_419) == 5e-4 > schedule(238_420)
+    assert schedule(0) == schedule(298_024 * 4_194_304) == 5e-5
+    assert schedule(2_384 * 4_194_304) < schedule(2_385 * 4_194_304) == 5e-4
+    # The decay starts with the second phase, after a thousand billion tokens.
+    first, _ = phase_samples(cfg)
+    assert first * 4_096 == 1e12
+    assert schedule(first * 4_096) == 5e-4 > schedule((first + 1) * 4_096)
 
 
 def test_jetmoe_mixtures_match_the_paper() -> None:

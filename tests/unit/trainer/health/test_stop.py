@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.trainer.config.schema import ReliabilityConfig, RunConfig, TrainingConfig
+from megatron.trainer.config.schema import ReliabilityConfig, RunConfig
 from megatron.trainer.health import stop
 from megatron.trainer.health.stop import Stop, StopRule
 from megatron.trainer.runtime import signals
@@ -29,11 +29,8 @@ def world() -> Iterator[None]:
 
 
 def rule(*, train_iters: int = 100, iteration: int = 0, **flags: float) -> StopRule:
-    cfg = RunConfig(
-        training=TrainingConfig(train_iters=train_iters),
-        reliability=ReliabilityConfig(**flags),  # type: ignore[arg-type]
-    )
-    return StopRule(cfg, device=torch.device("cpu"), iteration=iteration)
+    cfg = RunConfig(reliability=ReliabilityConfig(**flags))  # type: ignore[arg-type]
+    return StopRule(cfg, device=torch.device("cpu"), iteration=iteration, last=train_iters)
 
 
 def test_signal_stops_the_run_for_good(world: None) -> None:

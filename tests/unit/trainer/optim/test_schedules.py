@@ -32,9 +32,9 @@ def olmoe(**changes: Any) -> Schedule:
         "style": "cosine",
         "peak": PEAK,
         "final": FINAL,
-        "warmup_iters": WARM_UP,
+        "warmup": WARM_UP,
         "warmup_init": FINAL,
-        "decay_iters": END,
+        "decay_end": END,
     }
     return Schedule(**{**values, **changes})
 
@@ -67,7 +67,7 @@ def test_olmoe_schedule_has_the_papers_values(step: float, rate: float) -> None:
 
 
 def test_olmoe_schedule_is_the_closed_form_at_every_step() -> None:
-    schedule = olmoe(warmup_iters=5, decay_iters=40)
+    schedule = olmoe(warmup=5, decay_end=40)
     for step in range(60):
         if step < 5:
             expected = FINAL + (PEAK - FINAL) * step / 5
@@ -79,19 +79,19 @@ def test_olmoe_schedule_is_the_closed_form_at_every_step() -> None:
 
 
 def test_linear_decay_is_a_straight_line() -> None:
-    schedule = olmoe(style="linear", peak=1.0, final=0.2, warmup_iters=0, decay_iters=8)
+    schedule = olmoe(style="linear", peak=1.0, final=0.2, warmup=0, decay_end=8)
     found = [schedule(step) for step in range(10)]
     assert found == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2], rel=REL)
 
 
 def test_constant_stays_at_the_peak_after_warm_up() -> None:
-    schedule = olmoe(style="constant", warmup_init=0.0, warmup_iters=4, decay_iters=8)
+    schedule = olmoe(style="constant", warmup_init=0.0, warmup=4, decay_end=8)
     found = [schedule(step) for step in (0, 1, 3, 4, 8, 100)]
     assert found == pytest.approx([0.0, PEAK / 4, PEAK * 3 / 4, PEAK, PEAK, PEAK], rel=REL)
 
 
 def test_warm_up_up_to_the_end_of_the_decay_ends_at_the_final_rate() -> None:
-    schedule = olmoe(warmup_iters=4, decay_iters=4)
+    schedule = olmoe(warmup=4, decay_end=4)
     assert schedule(3) == pytest.approx(FINAL + (PEAK - FINAL) * 3 / 4, rel=REL)
     assert schedule(4) == FINAL
 
@@ -115,7 +115,7 @@ def test_unknown_style_is_refused_with_the_nearest_name() -> None:
 @pytest.mark.usefixtures("restored_decays")
 def test_registered_decay_shapes_the_schedule() -> None:
     register_decay("square_root", lambda done: 1.0 - math.sqrt(done))
-    schedule = olmoe(style="square_root", peak=1.0, final=0.0, warmup_iters=0, decay_iters=100)
+    schedule = olmoe(style="square_root", peak=1.0, final=0.0, warmup=0, decay_end=100)
     assert schedule(25) == pytest.approx(0.5, rel=REL)
 
 
@@ -142,11 +142,11 @@ def jetmoe(tail: str | None = "geometric", **changes: Any) -> Schedule:
         "style": "WSD",
         "peak": JETMOE_PEAK,
         "final": JETMOE_END,
-        "warmup_iters": 2_385,
+        "warmup": 2_385,
         "warmup_init": JETMOE_END,
-        "decay_iters": 298_024,
+        "decay_end": 298_024,
         "tail": tail,
-        "tail_iters": 59_605,
+        "tail_length": 59_605,
     }
     return Schedule(**{**values, **changes})
 
@@ -171,7 +171,7 @@ TAIL_REL = 1e-12
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_wsd_is_warm_up_peak_and_tail_at_every_step(tail: str) -> None:
-    schedule = jetmoe(tail, warmup_iters=4, decay_iters=22, tail_iters=12)
+    schedule = jetmoe(tail, warmup=4, decay_end=22, tail_length=12)
     for step in range(30):
         if step < 4:
             expected = JETMOE_END + (JETMOE_PEAK - JETMOE_END) * step / 4
@@ -185,7 +185,7 @@ def test_wsd_is_warm_up_peak_and_tail_at_every_step(tail: str) -> None:
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_branch_has_the_tail_from_the_rate_it_began_with(tail: str) -> None:
-    branch = Anneal(start=1_000, peak=3e-4, final=1e-5, tail=tail, tail_iters=12)
+    branch = Anneal(start=1_000, peak=3e-4, final=1e-5, tail=tail, tail_length=12)
     for step in range(12):
         expected = closed_form(tail, step / 12, 3e-4, 1e-5)
         assert branch(1_000 + step) == pytest.approx(expected, rel=TAIL_REL), step
@@ -196,8 +196,8 @@ def test_branch_has_the_tail_from_the_rate_it_began_with(tail: str) -> None:
 
 def test_branch_at_the_end_of_the_stable_phase_is_bitwise_the_wsd_schedule() -> None:
     for tail in TAILS:
-        whole = jetmoe(tail, warmup_iters=4, decay_iters=22, tail_iters=12)
-        branch = Anneal(start=10, peak=whole(10), final=JETMOE_END, tail=tail, tail_iters=12)
+        whole = jetmoe(tail, warmup=4, decay_end=22, tail_length=12)
+        branch = Anneal(start=10, peak=whole(10), final=JETMOE_END, tail=tail, tail_length=12)
         assert [branch(step) for step in range(10, 30)] == [whole(step) for step in range(10, 30)]
 
 
@@ -214,7 +214,7 @@ def test_branch_at_the_end_of_the_stable_phase_is_bitwise_the_wsd_schedule() -> 
 def test_tails_towards_a_tenth_have_the_published_values(
     tail: str, quarters: tuple[float, ...]
 ) -> None:
-    branch = Anneal(start=0, peak=1.0, final=0.1, tail=tail, tail_iters=4)
+    branch = Anneal(start=0, peak=1.0, final=0.1, tail=tail, tail_length=4)
     # Given to three decimals.
     assert [branch(step) for step in (1, 2, 3)] == pytest.approx(quarters, abs=5e-4)
 
@@ -230,7 +230,7 @@ def test_jetmoe_schedule_has_the_papers_values() -> None:
 
 def test_olmoe_anneal_is_a_line_from_where_the_cosine_stands_to_0() -> None:
     branch = Anneal(
-        start=1_200_000, peak=olmoe()(1_200_000), final=0.0, tail="linear", tail_iters=23_842
+        start=1_200_000, peak=olmoe()(1_200_000), final=0.0, tail="linear", tail_length=23_842
     )
     assert branch(1_200_000) == pytest.approx(4.0e-5, rel=REL)
     assert branch(1_200_000 + 11_921) == pytest.approx(2.0e-5, rel=REL)
@@ -240,7 +240,7 @@ def test_olmoe_anneal_is_a_line_from_where_the_cosine_stands_to_0() -> None:
 @pytest.mark.usefixtures("restored_decays")
 def test_registered_decay_serves_as_a_tail() -> None:
     register_decay("square", lambda done: (1.0 - done) ** 2)
-    assert jetmoe("square", peak=1.0, final=0.0, tail_iters=2)(298_023) == 0.25
+    assert jetmoe("square", peak=1.0, final=0.0, tail_length=2)(298_023) == 0.25
 
 
 @pytest.mark.parametrize(("peak", "final"), [(5e-4, 0.0), (5e-4, -1e-5)])
@@ -253,7 +253,7 @@ def test_geometric_tail_to_nothing_is_refused(peak: float, final: float) -> None
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         jetmoe(final=final)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        Anneal(start=3, peak=peak, final=final, tail="geometric", tail_iters=2)
+        Anneal(start=3, peak=peak, final=final, tail="geometric", tail_length=2)
     with pytest.raises(ValueError, match=r"^lr_decay_style 'geometric' goes from"):
         olmoe(style="geometric", final=final)
 
@@ -266,7 +266,7 @@ def test_unknown_tail_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         jetmoe("minus-sqrt")
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        Anneal(start=0, peak=1.0, final=0.1, tail="minus-sqrt", tail_iters=1)
+        Anneal(start=0, peak=1.0, final=0.1, tail="minus-sqrt", tail_length=1)
 
 
 def test_wsd_without_a_tail_is_refused() -> None:
@@ -278,15 +278,15 @@ def test_wsd_without_a_tail_is_refused() -> None:
         jetmoe(None)
 
 
-@pytest.mark.parametrize("tail_iters", [0, 295_640])
-def test_tail_that_does_not_fit_is_refused(tail_iters: int) -> None:
+@pytest.mark.parametrize("tail_length", [0, 295_640])
+def test_tail_that_does_not_fit_is_refused(tail_length: int) -> None:
     message = (
-        f"lr_wsd_decay_iters ({tail_iters}) must be 1 to 295639, the steps between the warm-up"
+        f"lr_wsd_decay_iters ({tail_length}) must be 1 to 295639, the steps between the warm-up"
         " (lr_warmup_iters 2385) and the end of the decay (lr_decay_iters or train_iters, 298024);"
         " change one of the three"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        jetmoe(tail_iters=tail_iters)
+        jetmoe(tail_length=tail_length)
 
 
 def test_branch_that_would_rise_is_refused() -> None:
@@ -295,16 +295,16 @@ def test_branch_that_would_rise_is_refused() -> None:
         " 7 of the run it branches from); a decay must not rise; lower --min-lr"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        Anneal(start=7, peak=1e-5, final=4e-5, tail="linear", tail_iters=2)
+        Anneal(start=7, peak=1e-5, final=4e-5, tail="linear", tail_length=2)
 
 
 FLAGS = {
     "style": "lr_decay_style",
     "peak": "lr",
     "final": "min_lr",
-    "warmup_iters": "lr_warmup_iters",
+    "warmup": "lr_warmup_iters",
     "warmup_init": "lr_warmup_init",
-    "decay_iters": "lr_decay_iters",
+    "decay_end": "lr_decay_iters",
 }
 
 
@@ -314,21 +314,21 @@ def test_state_tells_two_schedules_apart_by_every_field_under_its_flag() -> None
         "style": "linear",
         "peak": 5e-4,
         "final": 0.0,
-        "warmup_iters": 2_000,
+        "warmup": 2_000,
         "warmup_init": 0.0,
-        "decay_iters": 5_000,
+        "decay_end": 5_000,
     }
-    tail = {"tail", "tail_iters"}
+    tail = {"tail", "tail_length"}
     assert {*others, *tail} == {*FLAGS, *tail}
-    assert {*FLAGS, *tail} == {field.name for field in dataclasses.fields(Schedule)}
+    assert {*FLAGS, *tail, "unit"} == {field.name for field in dataclasses.fields(Schedule)}
     assert state.keys() == set(FLAGS.values())
     for name, value in others.items():
         assert olmoe(**{name: value}).state_dict() == {**state, FLAGS[name]: value}
 
 
 def test_a_constant_schedule_can_be_made_longer() -> None:
-    short = olmoe(style="constant", decay_iters=3_000).state_dict()
-    assert short == olmoe(style="constant", decay_iters=5_000, final=1e-6).state_dict()
+    short = olmoe(style="constant", decay_end=3_000).state_dict()
+    assert short == olmoe(style="constant", decay_end=5_000, final=1e-6).state_dict()
     assert short != olmoe(style="constant", peak=5e-4).state_dict()
 
 
@@ -337,8 +337,8 @@ def test_state_of_wsd_tells_tails_apart_and_other_styles_ignore_theirs() -> None
     assert state["lr_wsd_decay_style"] == "geometric"
     assert state["lr_wsd_decay_iters"] == 59_605
     assert jetmoe("linear").state_dict() == {**state, "lr_wsd_decay_style": "linear"}
-    assert jetmoe(tail_iters=7).state_dict() == {**state, "lr_wsd_decay_iters": 7}
-    assert olmoe(tail="linear", tail_iters=5).state_dict() == olmoe().state_dict()
+    assert jetmoe(tail_length=7).state_dict() == {**state, "lr_wsd_decay_iters": 7}
+    assert olmoe(tail="linear", tail_length=5).state_dict() == olmoe().state_dict()
 
 
 def test_state_tells_two_branches_apart_by_every_field() -> None:
@@ -347,17 +347,17 @@ def test_state_tells_two_branches_apart_by_every_field() -> None:
         "peak": 1e-4,
         "final": 1e-5,
         "tail": "linear",
-        "tail_iters": 3,
+        "tail_length": 3,
     }
     names = {
         "start": ("anneal_from", 6),
         "peak": ("anneal_lr", 2e-4),
         "final": ("min_lr", 0.0),
         "tail": ("lr_wsd_decay_style", "geometric"),
-        "tail_iters": ("lr_wsd_decay_iters", 4),
+        "tail_length": ("lr_wsd_decay_iters", 4),
     }
     state = Anneal(**values).state_dict()
-    assert names.keys() == {field.name for field in dataclasses.fields(Anneal)}
+    assert {*names, "unit"} == {field.name for field in dataclasses.fields(Anneal)}
     for name, (flag, value) in names.items():
         changed: dict[str, Any] = {**values, name: value}
         assert Anneal(**changed).state_dict() == {**state, flag: value}

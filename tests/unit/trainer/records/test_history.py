@@ -367,3 +367,25 @@ def test_loads_are_matrices_or_nothing() -> None:
 )
 def test_durations_have_the_units_that_matter(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_end_of_a_run_is_what_its_last_job_says_and_steps_have_their_own_batches(
+    tmp_path: Path,
+) -> None:
+    """Settings say 100 steps of 4 x 16 tokens; batches of 8 make 60 of them, 30 to come."""
+    records = [
+        step(10, global_batch_size=4, consumed_tokens=640, tokens_per_second=32.0),
+        step(20, global_batch_size=4, consumed_tokens=1_280, tokens_per_second=32.0),
+        step(30, global_batch_size=8, consumed_tokens=2_560, tokens_per_second=32.0),
+    ]
+    run = make_run(tmp_path / "run", records)
+    history = RunHistory(run)
+    assert history.train_iters == 100
+    for planned in ({}, {"train_iters": 60, "train_tokens": 6_400}, {"train_iters": "1"}):
+        event = {"iteration": 20, "event": "resume", "time": "", "detail": "", **planned}
+        append_record(run / "events.jsonl", event)
+    history.refresh()
+    assert history.train_iters == 60
+    assert history.seconds_per_step() == 128 / 32
+    assert history.seconds_left() == (6_400 - 2_560) / 32
+    assert history.training_seconds() == (640 + 640 + 1_280) / 32
