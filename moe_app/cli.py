@@ -42,6 +42,13 @@ def preprocess_data(argv: Argv = None) -> int:
     return main(argv)
 
 
+def filter_data(argv: Argv = None) -> int:
+    """Run `moe_app.filter.filter_data`."""
+    from moe_app.filter.filter_data import main
+
+    return main(argv)
+
+
 @hide_upstream_warnings()
 def generate(argv: Argv = None) -> int:
     """Run `moe_app.infer.generate`."""
@@ -141,6 +148,11 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             name="build-corpus",
             summary="make a corpus of this Python installation's text",
             run=build_corpus,
+        ),
+        Command(
+            name="filter",
+            summary="filter and deduplicate documents",
+            run=filter_data,
         ),
         Command(
             name="train-tokenizer",

@@ -24,6 +24,7 @@ _OPTIONAL = {
     "transformers": "Hugging Face checkpoints: pip install 'megatron-moe[hf]'",
     "transformer-engine": "the expert backend te: pip install 'megatron-moe[te]'",
     "megablocks": "the expert backend megablocks, which docs/performance.md says how to install",
+    "datatrove": "filtering documents: pip install 'megatron-moe[data]'",
     "wandb": "--wandb-project: pip install 'megatron-moe[wandb]'",
 }
 _REQUIRED = (

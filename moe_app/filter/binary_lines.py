@@ -1,0 +1,75 @@
+"""Reads lines of plain, gzip and zstd files, bounded in memory and in what they unpack to."""
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron.trainer.errors import DataError
+from megatron.trainer.io.bounded_read import open_regular
+
+MOST_LINE_BYTES = 1 << 28
+MOST_RATIO = 500
+"""How many times its size a file may unpack to, beyond `FREE_BYTES`; text stays below 100."""
+FREE_BYTES = 1 << 28
+
+_BLOCK_BYTES = 1 << 20
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+
+
+def read_bounded_lines(path: str) -> Iterator[tuple[int, bytes | None]]:
+    """Yield each line with its number, counted from 1; None for one that is too long to hold.
+
+    How a file is packed is seen from its first bytes, not from its name.
+
+    Raises:
+        DataError: The file is damaged, or unpacks to far more than text does.
+        OSError: It cannot be read.
+    """
+    with open(open_regular(Path(path)), "rb") as packed:
+        size = packed.seek(0, io.SEEK_END)
+        packed.seek(0)
+        number = unpacked = 0
+        try:
+            file = _unpack(packed)
+            while line := file.readline(MOST_LINE_BYTES + 1):
+                number += 1
+                is_too_long = len(line) > MOST_LINE_BYTES
+                unpacked += len(line)
+                while is_too_long and not line.endswith(b"\n"):
+                    if not (line := file.readline(_BLOCK_BYTES)):
+                        break
+                    unpacked += len(line)
+                    _check_ratio(path, unpacked, size)
+                _check_ratio(path, unpacked, size)
+                yield number, None if is_too_long else line
+        except (OSError, EOFError, zlib.error) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise DataError(
+                f"{path}, after line {number}: cannot be unpacked ({error}); a packed file must be"
+                " whole; fetch it again"
+            ) from error
+
+
+def _unpack(packed: BinaryIO) -> BinaryIO:
+    """Return the file that a packed one holds, or the file itself."""
+    start = packed.read(4)
+    packed.seek(0)
+    if start.startswith(_GZIP):
+        return io.BufferedReader(gzip.GzipFile(fileobj=packed), _BLOCK_BYTES)
+    if start == _ZSTD:
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(packed, "zstd"), _BLOCK_BYTES)
+    return packed
+
+
+def _check_ratio(path: str, unpacked: int, packed: int) -> None:
+    if unpacked > FREE_BYTES and unpacked > MOST_RATIO * packed:
+        raise DataError(
+            f"{path} has {packed:,} bytes and unpacks to more than {unpacked:,}; that is more than"
+            f" {MOST_RATIO} times, which no text does; unpack it yourself if it is right"
+        )

@@ -1,0 +1,163 @@
+"""Reads documents with their metadata from JSON Lines, Parquet and Arrow files."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date, time
+from typing import Any
+
+from megatron.trainer.data.jsonl import parse_object, valid_text
+from megatron.trainer.errors import DataError
+from moe_app.filter.binary_lines import MOST_LINE_BYTES, read_bounded_lines
+from moe_app.filter.sources import SourceFile
+
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Holds one document as it was read."""
+
+    line: int
+    """Its line in a JSON Lines file, or row in a table, counted from 1."""
+    value: dict[str, Any]
+    text: str
+    raw: bytes | None
+    """The line it was read from; None for a row."""
+
+
+@dataclass(frozen=True)
+class BadEntry:
+    """Locates a line or row that holds no document."""
+
+    line: int
+    problem: str
+
+
+def read_entries(source: SourceFile, *, text_key: str) -> Iterator[Entry | BadEntry]:
+    """Yield a file's documents in order, and what is none of them.
+
+    Blank lines are passed over.
+
+    Args:
+        source: The file.
+        text_key: Where in a document its text is.
+
+    Raises:
+        DataError: The file as a whole cannot be read.
+    """
+    rows = _json_lines(source) if source.kind == "jsonl" else _table_rows(source)
+    for line, raw, value in rows:
+        if isinstance(value, str):
+            yield BadEntry(line, value)
+            continue
+        try:
+            text = _text(value, text_key, where=f"{source.path}, line {line}")
+        except DataError as error:
+            yield BadEntry(line, str(error))
+        else:
+            yield Entry(line, value, text, raw)
+
+
+NumberedRow = tuple[int, bytes | None, dict[str, Any] | str]
+"""Number, the bytes read if any, and the object, or what is wrong."""
+
+
+def _text(value: dict[str, Any], key: str, *, where: str) -> str:
+    if key not in value:
+        raise DataError(
+            f"{where}: no key {key!r} among {sorted(value)[:20]}; each document must have it; name"
+            " the right key with --text-key"
+        )
+    return valid_text(value, key, where=where)
+
+
+def _json_lines(source: SourceFile) -> Iterator[NumberedRow]:
+    for number, line in read_bounded_lines(source.path):
+        if line is None:
+            yield (
+                number,
+                None,
+                f"{source.path}, line {number}: has more than {MOST_LINE_BYTES:,} bytes; each line"
+                " must be one JSON object of at most that size; split the document",
+            )
+        elif line.strip():
+            try:
+                value = parse_object(line, path=source.path, number=number)
+            except DataError as error:
+                yield number, line, str(error)
+            else:
+                yield number, line, value
+
+
+def _table_rows(source: SourceFile) -> Iterator[NumberedRow]:
+    """Yield the rows of a Parquet or Arrow file.
+
+    Raises:
+        DataError: It is none.
+    """
+    import pyarrow
+
+    number = 0
+    try:
+        for batch in _batches(source):
+            for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+                for row in _rows(batch.slice(start, _ROWS_AT_ONCE)):
+                    number += 1
+                    where = f"{source.path}, row {number}"
+                    yield number, None, row if isinstance(row, dict) else f"{where}: {row}"
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DataError(
+            f"{source.path}, after row {number}: cannot be read as {source.kind} ({error}); restore"
+            " the file"
+        ) from error
+
+
+def _batches(source: SourceFile) -> Iterator[Any]:
+    if source.kind == "parquet":
+        from pyarrow import parquet
+
+        with parquet.ParquetFile(source.path) as file:
+            yield from file.iter_batches(batch_size=_ROWS_AT_ONCE)
+        return
+    import pyarrow
+
+    with pyarrow.memory_map(source.path) as mapped:
+        yield from pyarrow.ipc.open_stream(mapped)
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """Yield a batch's rows; where one cannot be read, what is wrong with it."""
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            yield f"not UTF-8 ({error}); repair or remove the row"
+            return
+        for index in range(batch.num_rows):
+            yield from _rows(batch.slice(index, 1))
+        return
+    yield from rows
+
+
+def json_line(value: dict[str, Any]) -> bytes:
+    """Return a document as a JSON line.
+
+    Raises:
+        DataError: It holds what JSON has no form for.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=_plain)
+        return text.encode("utf-8") + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate, in metadata
+        return json.dumps(value, default=_plain).encode("ascii") + b"\n"
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, date | time):
+        return value.isoformat()
+    raise DataError(
+        f"a document holds a {type(value).__name__}, which JSON has no form for; drop that column"
+    )

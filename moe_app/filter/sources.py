@@ -1,0 +1,178 @@
+"""Finds the files to read: named ones, those of a folder or pattern, and datasets on disk."""
+
+import glob
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron.trainer.errors import DataError
+from megatron.trainer.io.bounded_read import is_plain_name, read_small
+
+Kind = Literal["jsonl", "parquet", "arrow"]
+
+_KINDS: dict[str, Kind] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+}
+_PACKED = (".gz", ".zst")
+_MOST_STATE_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """Names one file to read and the name of what is made of it."""
+
+    path: str
+    kind: Kind
+    name: str
+    """Unique; outputs are NAME.jsonl."""
+    size: int
+    modified_ns: int
+    """Like the size, to notice a file that changed between two starts."""
+
+
+def find_sources(inputs: Sequence[str]) -> list[SourceFile]:
+    """Return the files that inputs name, in the order of the inputs and then of their names.
+
+    Args:
+        inputs: Files; folders, all of whose files with a known suffix are taken, in subfolders
+            too; patterns such as `data/*.jsonl.zst`; directories of `Dataset.save_to_disk`.
+
+    Raises:
+        DataError: An input is not a local path, leads nowhere or out of its folder, or is there
+            twice.
+    """
+    found: list[tuple[Path, Kind]] = []
+    for each in inputs:
+        if "://" in each or "::" in each:
+            raise DataError(
+                f"--input {each} is no local path; files must be on this machine or on a file"
+                " system that it mounts; fetch them first"
+            )
+        files = _expand(each)
+        if not files:
+            raise DataError(
+                f"--input {each}: no file to read; it must name JSON Lines"
+                f" ({', '.join(_KINDS)}, {' or '.join(_PACKED)} after it), Parquet, a folder of"
+                " them, or a dataset on disk; check the path"
+            )
+        found += files
+    seen: dict[str, Path] = {}
+    for path, _ in found:
+        if (real := os.path.realpath(path)) in seen:
+            raise DataError(
+                f"--input names {path} twice, also as {seen[real]}; each file must be there once;"
+                " remove one"
+            )
+        seen[real] = path
+    names = [_stem(path) for path, _ in found]
+    if len(set(names)) < len(names):
+        names = [f"{index:05d}-{name}" for index, name in enumerate(names)]
+    return [_describe(path, kind, name) for (path, kind), name in zip(found, names, strict=True)]
+
+
+def _describe(path: Path, kind: Kind, name: str) -> SourceFile:
+    status = path.stat()
+    return SourceFile(os.path.abspath(path), kind, name, status.st_size, status.st_mtime_ns)
+
+
+def _expand(text: str) -> list[tuple[Path, Kind]]:
+    path = Path(text)
+    if path.is_file():
+        return [(path, _kind(path) or "jsonl")]
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return [(file, "arrow") for file in _dataset_files(path)]
+        files = sorted(file for file in path.rglob("*") if _kind(file) and not file.is_dir())
+        return [(_inside(file, path), _kind(file) or "jsonl") for file in files]
+    if glob.has_magic(text):
+        files = sorted(Path(each) for each in glob.glob(text, recursive=True))
+        root = Path(*_before_magic(path))
+        return [(_inside(file, root), _kind(file) or "jsonl") for file in files if file.is_file()]
+    raise DataError(
+        f"--input {text} does not exist or is no regular file; it must be a file, a folder or a"
+        " pattern; check the path"
+    )
+
+
+def _before_magic(path: Path) -> list[str]:
+    parts = []
+    for part in path.parts:
+        if glob.has_magic(part):
+            break
+        parts.append(part)
+    return parts
+
+
+def _kind(path: Path) -> Kind | None:
+    name = path.name
+    for suffix in _PACKED:
+        name = name.removesuffix(suffix)
+    return _KINDS.get(Path(name).suffix)
+
+
+def _stem(path: Path) -> str:
+    name = path.name
+    for suffix in (*_PACKED, *_KINDS, ".arrow"):
+        name = name.removesuffix(suffix)
+    return name or "input"
+
+
+def _inside(path: Path, folder: Path) -> Path:
+    """Return a file found in a folder, unless a link leads out of it."""
+    real, root = os.path.realpath(path), os.path.realpath(folder)
+    if os.path.commonpath([real, root]) != root:
+        raise DataError(
+            f"{path} is a link to {real}, out of {folder}; what is found in a folder must lie in"
+            " it; name the file itself with --input if it is meant"
+        )
+    return path
+
+
+def _dataset_files(folder: Path) -> list[Path]:
+    """Return the Arrow files of a dataset or of all splits of one.
+
+    Raises:
+        DataError: Its description is not as `save_to_disk` writes it.
+    """
+    splits = folder / "dataset_dict.json"
+    if splits.is_file():
+        names = _read_state(splits).get("splits")
+        if not isinstance(names, list) or not all(map(_is_name, names)):
+            raise _not_a_dataset(splits)
+        return [file for name in names for file in _dataset_files(folder / name)]
+    state = folder / "state.json"
+    values = _read_state(state)
+    files = values.get("_data_files")
+    if values.get("_indices_data_files") or not isinstance(files, list):
+        raise _not_a_dataset(state)
+    names = [each.get("filename") if isinstance(each, dict) else None for each in files]
+    if not all(map(_is_name, names)):
+        raise _not_a_dataset(state)
+    return [_inside(folder / str(name), folder) for name in names]
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and is_plain_name(value)
+
+
+def _read_state(path: Path) -> dict[str, object]:
+    try:
+        value = json.loads(read_small(path, most_bytes=_MOST_STATE_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise _not_a_dataset(path) from error
+    if not isinstance(value, dict):
+        raise _not_a_dataset(path)
+    return value
+
+
+def _not_a_dataset(path: Path) -> DataError:
+    return DataError(
+        f"{path} does not describe a dataset as Dataset.save_to_disk writes it, without indices;"
+        " save it again, after flatten_indices()"
+    )
