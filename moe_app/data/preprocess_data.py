@@ -3,6 +3,7 @@
     python tools/preprocess_data.py --input code.jsonl docs.jsonl --output-prefix data/corpus \
         --tokenizer-model data/tokenizer.model --append-eod --workers 2
 
+An input may be a file, a pipe or `-` for standard input, plain or compressed with gzip or zstd.
 The output depends on the input and the tokenizer alone, not on the number of workers.
 """
 
@@ -20,7 +21,8 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from megatron.trainer.data.jsonl import parse_text, read_lines
+from megatron.trainer.data.jsonl import TextLines, parse_text
+from megatron.trainer.data.text_input import check_inputs
 from megatron.trainer.data.tokenizer import (
     TOKENIZER_CHOICES,
     Tokenizer,
@@ -37,11 +39,11 @@ _CHUNKS_AHEAD = 4
 
 @dataclass(frozen=True)
 class Chunk:
-    """Holds consecutive lines of one file, the unit of work."""
+    """Holds lines of one input, the unit of work."""
 
     path: str
-    first_line: int
-    lines: list[bytes]
+    lines: list[tuple[int, bytes]]
+    """Each with its number in the input."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Encoder:
         """
         documents: list[list[int]] = []
         text_bytes = 0
-        for number, line in enumerate(chunk.lines, start=chunk.first_line):
+        for number, line in chunk.lines:
             text = parse_text(line, key=self.key, path=chunk.path, number=number)
             text_bytes += len(text.encode("utf-8"))
             ids = self.tokenizer.encode_document(text)
@@ -100,19 +102,19 @@ class _Worker:
         return cls.encoder.encode(chunk)
 
 
-def read_chunks(paths: Iterable[str]) -> Iterator[Chunk]:
-    """Cut files into chunks of about a megabyte at line ends, in order."""
-    for path in paths:
-        lines: list[bytes] = []
-        size, first_line = 0, 1
-        for number, line in read_lines(path):
-            lines.append(line)
+def read_chunks(inputs: Iterable[TextLines]) -> Iterator[Chunk]:
+    """Cut inputs into chunks of about a megabyte at line ends, in order."""
+    for source in inputs:
+        lines: list[tuple[int, bytes]] = []
+        size = 0
+        for number, line in source:
+            lines.append((number, line))
             size += len(line)
             if size >= _CHUNK_BYTES:
-                yield Chunk(path, first_line, lines)
-                lines, size, first_line = [], 0, number + 1
+                yield Chunk(source.name, lines)
+                lines, size = [], 0
         if lines:
-            yield Chunk(path, first_line, lines)
+            yield Chunk(source.name, lines)
 
 
 def encode_chunks(chunks: Iterable[Chunk], pool: Executor, *, workers: int) -> Iterator[Encoded]:
@@ -137,8 +139,13 @@ def open_tokenizer(args: argparse.Namespace) -> Tokenizer:
     return load_tokenizer(args.tokenizer_type, args.tokenizer_model, eod_token=args.eod_token)
 
 
-def preprocess(args: argparse.Namespace, key: str) -> None:
+def preprocess(args: argparse.Namespace, key: str, inputs: Sequence[TextLines]) -> None:
     """Write the token file of one key and print a summary.
+
+    Args:
+        args: The command line.
+        key: Where in an object the text is.
+        inputs: What `--input` names.
 
     Raises:
         DataError: The input or the tokenizer is missing or bad; nothing is left behind then.
@@ -146,7 +153,7 @@ def preprocess(args: argparse.Namespace, key: str) -> None:
     prefix = f"{args.output_prefix}_{key}_document"
     tokenizer = open_tokenizer(args)
     print(describe_ends(tokenizer))
-    chunks = read_chunks(args.input)
+    chunks = read_chunks(inputs)
     started = time.monotonic()
     with TokenFileWriter(prefix, vocab_size=tokenizer.vocab_size) as writer:
         if args.workers == 1:
@@ -172,11 +179,18 @@ def preprocess(args: argparse.Namespace, key: str) -> None:
         file = writer.finish()
     seconds = time.monotonic() - started
     print(
-        f"{prefix}: {file.num_documents:,} documents ({skipped:,} empty ones skipped),"
+        f"{prefix}: {file.num_documents:,} documents ({_passed_over(skipped, inputs)}),"
         f" {file.num_tokens:,} tokens of {file.dtype} from {text_bytes:,} bytes"
         f" ({text_bytes / file.num_tokens:.2f} bytes/token), {seconds:.1f} s,"
         f" {file.num_tokens / seconds:,.0f} tokens/s"
     )
+
+
+def _passed_over(num_empty: int, inputs: Sequence[TextLines]) -> str:
+    """Return the part of the summary on what holds no text."""
+    num_blank = sum(each.num_blank for each in inputs)
+    blank = f" and {num_blank:,} blank lines" if num_blank else ""
+    return f"{num_empty:,} empty ones{blank} skipped"
 
 
 def _write(writer: TokenFileWriter, results: Iterable[Encoded]) -> tuple[int, int]:
@@ -202,7 +216,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE", help="JSON Lines files, read in order"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSON Lines, read in order; plain, gzip or zstd; - is standard input",
     )
     parser.add_argument(
         "--json-keys", nargs="+", default=["text"], metavar="KEY", help="one token file for each"
@@ -244,8 +262,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return 0, or 2 after printing what is wrong."""
     args = parse_args(argv)
     try:
+        check_inputs(args.input)
+        is_reread = len(args.json_keys) > 1
+        inputs = [TextLines(path, is_reread=is_reread) for path in args.input]
         for key in args.json_keys:
-            preprocess(args, key)
+            preprocess(args, key, inputs)
     except BrokenProcessPool as error:
         print(f"error: a worker process died ({error}); use fewer --workers", file=sys.stderr)
         return 2

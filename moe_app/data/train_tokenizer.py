@@ -17,7 +17,8 @@ from pathlib import Path
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron.trainer.data.jsonl import read_texts
+from megatron.trainer.data.jsonl import TextLines, read_texts
+from megatron.trainer.data.text_input import check_inputs
 from megatron.trainer.data.tokenizer import END_OF_DOCUMENT, TOKENIZER_CHOICES, load_tokenizer
 from megatron.trainer.errors import DataError, UserError
 from megatron.trainer.io.atomic_write import write_bytes
@@ -28,22 +29,22 @@ _SENTENCEPIECE_RESERVED = "\u2581\u2585\0"
 """Characters its trainer reserves; lines that contain them are left out of the sample."""
 
 
-def sample_texts(paths: Sequence[str], *, key: str, limit_bytes: int) -> Iterator[str]:
-    """Yield texts from the start of each file in turn, until the limit or their end.
+def sample_texts(inputs: Sequence[TextLines], *, key: str, limit_bytes: int) -> Iterator[str]:
+    """Yield texts from the start of each input in turn, until the limit or their end.
 
     Raises:
-        DataError: A file is missing or a line holds no text under the key.
+        DataError: An input cannot be read or a line holds no text under the key.
     """
-    sources = {path: read_texts(path, key=key) for path in paths}
+    sources = dict(enumerate(read_texts(lines, key=key) for lines in inputs))
     size = 0
-    for path in cycle(paths):
+    for number in cycle(range(len(inputs))):
         if not sources or size >= limit_bytes:
             return
-        if path not in sources:
+        if number not in sources:
             continue
-        text = next(sources[path], None)
+        text = next(sources[number], None)
         if text is None:
-            del sources[path]
+            del sources[number]
             continue
         size += len(text.encode("utf-8"))
         yield text
@@ -137,7 +138,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="JSON Lines files; the sample takes a text of each in turn",
+        help="JSON Lines; plain, gzip or zstd; - is standard input; the sample takes a text of each"
+        " in turn",
     )
     parser.add_argument("--json-key", default="text", metavar="KEY", help="where the text is")
     parser.add_argument(
@@ -167,7 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = Path(args.output_dir) / ("tokenizer.model" if is_sentencepiece else "tokenizer.json")
     try:
         limit_bytes = int(args.sample_megabytes * 1e6)
-        texts = sample_texts(args.input, key=args.json_key, limit_bytes=limit_bytes)
+        check_inputs(args.input)
+        inputs = [TextLines(path) for path in args.input]
+        texts = sample_texts(inputs, key=args.json_key, limit_bytes=limit_bytes)
         data = train(texts, args.vocab_size)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, data)
@@ -175,5 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{path}: {tokenizer.vocab_size} pieces, {END_OF_DOCUMENT} is {tokenizer.eod}")
+    num_blank = sum(each.num_blank for each in inputs)
+    skipped = f"; {num_blank:,} blank lines skipped" if num_blank else ""
+    print(f"{path}: {tokenizer.vocab_size} pieces, {END_OF_DOCUMENT} is {tokenizer.eod}{skipped}")
     return 0

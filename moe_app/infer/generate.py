@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron.trainer.data.jsonl import TextLines
 from megatron.trainer.data.tokenizer import Tokenizer
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.inference.decode import Prompt, cache_capacity, generate
@@ -88,7 +89,8 @@ def make_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--input",
         metavar="FILE",
-        help='JSON Lines, each {"prompt": TEXT} or {"tokens": [ID, ...]}',
+        help='JSON Lines, each {"prompt": TEXT} or {"tokens": [ID, ...]}; gzip and zstd, too; - is'
+        " standard input",
     )
     text.add_argument(
         "--output",
@@ -291,9 +293,10 @@ def read_input(
             for number, text in enumerate(args.prompt, start=1)
         ]
     else:
+        source = TextLines(args.input)
         lines = list(
             read_tokens(
-                args.input,
+                source,
                 text_key="prompt",
                 encode=tokenizer.encode_document,
                 vocab_size=tokenizer.vocab_size,
@@ -303,9 +306,11 @@ def read_input(
                 written_keys=OUTPUT_KEYS,
             )
         )
+        if source.num_blank:
+            logger.info("%s: %d blank lines skipped", source.name, source.num_blank)
         if not lines:
             raise ConfigError(
-                f"{args.input} has no lines; there is nothing to continue; name another --input"
+                f"{source.name} has no lines; there is nothing to continue; name another --input"
             )
         tasks = [GenerationTask(ids=line.ids, record=line.record) for line in lines]
     return GenerationInput(tasks=tasks, stop_id=tokenizer.eod, vocab_size=tokenizer.vocab_size)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron.trainer.data.jsonl import TextLines
 from megatron.trainer.errors import CheckpointError, ConfigError
 from megatron.trainer.inference.lines import Line, OutputFile, read_tokens
 from megatron.trainer.inference.scoring import compute_logits, score
@@ -69,7 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--input",
         required=True,
         metavar="FILE",
-        help='JSON Lines, each {"text": TEXT} or {"tokens": [ID, ...]}',
+        help='JSON Lines, each {"text": TEXT} or {"tokens": [ID, ...]}; gzip and zstd, too; - is'
+        " standard input",
     )
     data.add_argument(
         "--output", required=True, metavar="FILE", help="the same lines with the scores added"
@@ -133,7 +135,7 @@ def _sharding(args: argparse.Namespace, loaded: open_model.LoadedModel) -> dict[
 
 
 class InputReader:
-    """Reads the input as often as requested; opens the tokenizer when a text needs it.
+    """Reads the input, a pipe too, as often as requested; opens the tokenizer when a text needs it.
 
     Args:
         args: the command line.
@@ -141,7 +143,7 @@ class InputReader:
     """
 
     def __init__(self, args: argparse.Namespace, opened: open_model.OpenedCheckpoint) -> None:
-        self._path = args.input
+        self._lines = TextLines(args.input, is_reread=True)
         self._seq_length = opened.saved.training.seq_length
         self._vocab_size = opened.saved.model.vocab_size
         self._tokenizer = functools.cache(lambda: open_model.open_tokenizer(args, opened))
@@ -154,7 +156,7 @@ class InputReader:
             DataError: a line is invalid.
         """
         yield from read_tokens(
-            self._path,
+            self._lines,
             text_key="text",
             encode=lambda text: self._tokenizer().encode_document(text),
             vocab_size=self._vocab_size,
@@ -170,9 +172,11 @@ class InputReader:
             UserError: a line is invalid, or there are none.
         """
         lengths = [len(line.ids) for line in self]
+        if self._lines.num_blank:
+            logger.info("%s: %d blank lines skipped", self._lines.name, self._lines.num_blank)
         if not lengths:
             raise ConfigError(
-                f"{self._path} has no lines; there is nothing to score; name another --input"
+                f"{self._lines.name} has no lines; there is nothing to score; name another --input"
             )
         return InputStats(num_lines=len(lengths), longest=max(lengths))
 

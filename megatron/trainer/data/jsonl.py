@@ -1,38 +1,88 @@
 """Reads texts from JSON Lines files, one object a line."""
 
+import codecs
 import json
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from megatron.trainer.data.text_input import UNREADABLE, TextInput
 from megatron.trainer.errors import DataError
 
 _MOST_LINE_BYTES = 1 << 28
 
 
-def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Yield each line of a file with its number, counted from 1.
+class TextLines:
+    """Iterates over the lines of an input that are not blank, with their numbers in the file.
 
-    Raises:
-        DataError: The file is missing or not a file, or a line is longer than memory should have to
-            hold.
+    Args:
+        path: A file, a pipe, or `-` for standard input; gzip and zstd are decompressed.
+        is_reread: Whether it will be iterated over several times.
     """
-    if not Path(path).is_file():
-        raise DataError(
-            f"{path} does not exist or is not a file; an input must be a JSON Lines file; check"
-            " the path"
-        )
-    with open(path, "rb") as file:
+
+    def __init__(self, path: str, *, is_reread: bool = False) -> None:
+        self._input = TextInput(path, is_reread=is_reread)
+        self.name: str = self._input.name
+        """The input, for messages."""
+        self.num_blank = 0
+        """Lines without text that the latest iteration has passed."""
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        """Yield each line with its number, counted from 1.
+
+        Raises:
+            DataError: The input cannot be read to its end, is in another encoding, or a line is
+                longer than memory should have to hold.
+        """
+        self.num_blank = 0
         number = 1
-        while line := file.readline(_MOST_LINE_BYTES + 1):
-            if len(line) > _MOST_LINE_BYTES:
-                raise DataError(
-                    f"{path}, line {number}: has more than {_MOST_LINE_BYTES:,} bytes; each line"
-                    " must be one JSON object of at most that size; split the document, or write"
-                    " one object a line"
-                )
-            yield number, line
-            number += 1
+        with self._input.open() as file:
+            while line := self._read(file, number):
+                if number == 1:
+                    line = self._without_mark(line)
+                if number == self.num_blank + 1:
+                    self._refuse_array(line, number)
+                self._refuse_long(line, number)
+                if line.strip():
+                    yield number, line
+                else:
+                    self.num_blank += 1
+                number += 1
+
+    def _read(self, file: BinaryIO, number: int) -> bytes:
+        where = f"{self.name}, line {number}"
+        try:
+            line = file.readline(_MOST_LINE_BYTES + 1)
+        except UNREADABLE as error:
+            raise DataError(
+                f"{where}: cannot be read ({error or type(error).__name__}); the data are damaged"
+                " or cut off; restore the input"
+            ) from error
+        return line
+
+    def _refuse_long(self, line: bytes, number: int) -> None:
+        if len(line) > _MOST_LINE_BYTES:
+            raise DataError(
+                f"{self.name}, line {number}: has more than {_MOST_LINE_BYTES:,} bytes; each line"
+                " must be one JSON object of at most that size; split the document, or write"
+                " one object a line"
+            )
+
+    def _refuse_array(self, line: bytes, number: int) -> None:
+        """Refuse a file that is one JSON array, as its first line shows."""
+        if line.lstrip().startswith(b"["):
+            raise DataError(
+                f"{self.name}, line {number}: begins a JSON array; each line must be one JSON"
+                " object; convert the file with jq -c '.[]'"
+            )
+
+    def _without_mark(self, line: bytes) -> bytes:
+        """Return the first line without the byte order mark of UTF-8."""
+        if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line[:4]:
+            raise DataError(
+                f"{self.name} is in UTF-16 or UTF-32, as its first bytes {line[:4].hex(' ')} show;"
+                " an input must be JSON Lines in UTF-8; convert it with iconv -t UTF-8"
+            )
+        return line.removeprefix(codecs.BOM_UTF8)
 
 
 def parse_text(line: bytes, *, key: str, path: str, number: int) -> str:
@@ -73,8 +123,8 @@ def parse_object(line: bytes, *, path: str, number: int) -> dict[str, Any]:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where}: not JSON ({error}); each line must be one JSON object in UTF-8; repair or"
-            " remove the line"
+            f"{where}: not JSON ({error}); each line must be one JSON object in UTF-8;"
+            f" {_remedy(line)}"
         ) from error
     if not isinstance(value, dict):
         raise DataError(
@@ -111,11 +161,17 @@ def valid_text(value: dict[str, Any], key: str, *, where: str) -> str:
     return text
 
 
-def read_texts(path: str, *, key: str) -> Iterator[str]:
+def read_texts(lines: TextLines, *, key: str) -> Iterator[str]:
     """Yield the text of each line.
 
     Raises:
-        DataError: As `read_lines` and `parse_text`.
+        DataError: As iterating over `lines`, and `parse_text`.
     """
-    for number, line in read_lines(path):
-        yield parse_text(line, key=key, path=path, number=number)
+    for number, line in lines:
+        yield parse_text(line, key=key, path=lines.name, number=number)
+
+
+def _remedy(line: bytes) -> str:
+    if line.strip() == b"{":
+        return "this object spans several lines; convert the file with jq -c ."
+    return "repair or remove the line"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.trainer.data.jsonl import parse_object, read_lines, valid_text
+from megatron.trainer.data.jsonl import TextLines, parse_object, valid_text
 from megatron.trainer.errors import DataError
 from megatron.trainer.io.atomic_write import AtomicFile
 
@@ -29,7 +29,7 @@ class Line:
 
 
 def read_tokens(
-    path: str,
+    lines: TextLines,
     *,
     text_key: str,
     encode: Callable[[str], list[int]],
@@ -38,10 +38,10 @@ def read_tokens(
     rule: str,
     written_keys: Collection[str],
 ) -> Iterator[Line]:
-    """Yield each line of a file as tokens.
+    """Yield each line of an input as tokens; blank ones are passed over.
 
     Args:
-        path: JSON Lines; each object has either a text or, under "tokens", a list of ids. Its
+        lines: JSON Lines; each object has either a text or, under "tokens", a list of ids. Its
             other keys may be anything.
         text_key: key of the text.
         encode: turns a text into ids.
@@ -51,11 +51,11 @@ def read_tokens(
         written_keys: keys that will be added to the object, which it must not have.
 
     Raises:
-        DataError: the file is missing or a line is invalid; names the line.
+        DataError: the input cannot be read or a line is invalid; names the line.
     """
-    for number, line in read_lines(path):
-        where = f"{path}, line {number}"
-        record = parse_object(line, path=path, number=number)
+    for number, line in lines:
+        where = f"{lines.name}, line {number}"
+        record = parse_object(line, path=lines.name, number=number)
         taken = sorted(record.keys() & set(written_keys))
         if taken:
             raise DataError(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as TokenizersTokenizer
 
 from megatron.trainer.data.indexed import open_tokens
+from megatron.trainer.data.jsonl import TextLines
 from megatron.trainer.data.tokenizer import Tokenizer, load_tokenizer
 from megatron.trainer.errors import ConfigError, DataError
 from moe_app.data import build_corpus, preprocess_data, train_tokenizer
@@ -107,7 +108,8 @@ def test_sample_alternates_between_files_up_to_the_limit(tmp_path: Path) -> None
     ]
 
     def sample(limit_bytes: int) -> list[str]:
-        return list(train_tokenizer.sample_texts(paths, key="text", limit_bytes=limit_bytes))
+        inputs = [TextLines(path) for path in paths]
+        return list(train_tokenizer.sample_texts(inputs, key="text", limit_bytes=limit_bytes))
 
     assert sample(1000) == ["a1", "b1", "a2", "a3"]
     assert sample(4) == ["a1", "b1"]
@@ -260,7 +262,10 @@ def test_output_does_not_depend_on_the_number_of_workers(
     monkeypatch.setattr(preprocess_data, "_CHUNK_BYTES", 500)
     texts = [f"{n} " * (n % 60) for n in range(200)]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
-    assert len(list(preprocess_data.read_chunks([source]))) > 2 * preprocess_data._CHUNKS_AHEAD
+    assert (
+        len(list(preprocess_data.read_chunks([TextLines(source)])))
+        > 2 * preprocess_data._CHUNKS_AHEAD
+    )
     outputs = []
     for workers in ("1", "2"):
         args = ("--input", source, "--append-eod", "--workers", workers)

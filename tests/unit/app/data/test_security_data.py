@@ -333,4 +333,4 @@ def test_line_of_any_length_takes_bounded_memory(
 def test_hostile_line_is_named(line: bytes, tmp_path: Path) -> None:
     (tmp_path / "l").write_bytes(b'{"text": "ab"}\n' + line + b"\n")
     with pytest.raises(DataError, match="line 2"):
-        list(jsonl.read_texts(str(tmp_path / "l"), key="text"))
+        list(jsonl.read_texts(jsonl.TextLines(str(tmp_path / "l")), key="text"))

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron.trainer.data.jsonl import TextLines
 from megatron.trainer.errors import DataError
 from megatron.trainer.inference.lines import OutputFile, read_tokens
 from megatron.trainer.inference.scoring import compute_logits, pad, plan_batches, score
@@ -137,7 +138,10 @@ def read(path: Path, **changes: Any) -> list[tuple[dict[str, Any], list[int]]]:
         "rule": "the rule",
         "written_keys": ("sum",),
     }
-    return [(line.record, line.ids) for line in read_tokens(str(path), **{**settings, **changes})]
+    return [
+        (line.record, line.ids)
+        for line in read_tokens(TextLines(str(path)), **{**settings, **changes})
+    ]
 
 
 def test_lines_hold_text_or_tokens(tmp_path: Path) -> None:
