@@ -2,7 +2,8 @@
 
 Two lines of megatron-core are supported. A difference between them is a function here, or in
 `megatron.trainer.compat`, and nowhere else; each says which versions need which branch. Everything
-marked 0.16 can go on the day Python 3.11 is given up, because 0.16.1 is the last release for it.
+marked 0.16 can go on the day Python 3.11 is given up (its support ends in October 2027), because
+0.16.1 is the last release for it.
 
 Bugs that a block of ours works around are listed where the block is: expert weights missing from
 the gradient norm (`experts.mlp`), float token counts and the aux loss's routing map

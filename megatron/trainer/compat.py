@@ -2,7 +2,7 @@
 
 `moe_ext.compat` does the same for models, and has the versions that are supported. Each function
 says which versions need which branch. Everything marked 0.16 can go on the day Python 3.11 is given
-up, because 0.16.1 is the last release for it.
+up (its support ends in October 2027), because 0.16.1 is the last release for it.
 """
 
 from collections.abc import Callable

@@ -18,6 +18,8 @@ MESSAGES = (
     "Could not determine rank from torch.distributed",
     # torch 2.13 renamed collectives that megatron-core calls by their old names.
     ".*(all_gather_into_tensor|reduce_scatter_tensor). is deprecated",
+    # torch 2.10's checkpoint writer uses a class that it deprecates itself.
+    "TypedStorage is deprecated",
     # torch's checkpoint planner uses a class that it deprecates itself.
     "Please use DTensor instead",
     # Advice for GPUs before Blackwell, given on CPUs too.
