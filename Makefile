@@ -50,8 +50,7 @@ test-upstream:
 	@$(MAKE) --no-print-directory $(UPSTREAM)/.made
 	OMP_NUM_THREADS=1 $(UPSTREAM)/bin/python -m pytest -q -rs -m "not gpu and not container" \
 		-n $(JOBS) --dist loadfile $(UPSTREAM_TESTS)
-	bash tests/recipes/quickstart.sh "$(CURDIR)/$(UPSTREAM)/bin/python" \
-		--train-iters 100 --lr-warmup-iters 10
+	bash tests/recipes/quickstart.sh "$(CURDIR)/$(UPSTREAM)/bin/python"
 
 .venv-upstream-%/.made: pyproject.toml setup.py
 	@echo "installing torch and the test tools into $(@D); the first time takes minutes"
