@@ -10,18 +10,22 @@ depends on the input and the filters alone. Started again, the command does what
 """
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron.trainer.data.tokenizer import TOKENIZER_CHOICES
 from megatron.trainer.errors import ConfigError, UserError, printable
 from moe_app.command_line import program
 from moe_app.filter.filter_plan import make_plan, settle_plan
+from moe_app.filter.filter_recipe import read_filter_recipe
 from moe_app.filter.filter_specs import FILTERS, parse_filter
 from moe_app.filter.filter_summary import summary_table
 from moe_app.filter.work_folder import WorkFolder
+
+EXECUTORS = ("local", "slurm", "ray")
 
 
 def run_filters(args: argparse.Namespace) -> None:
@@ -31,59 +35,80 @@ def run_filters(args: argparse.Namespace) -> None:
         UserError: The command line, the input or what is in the output folder is wrong.
         OSError: A file cannot be read or written.
     """
-    for each in args.input:
-        if Path(each).is_dir() and Path(args.output).resolve().is_relative_to(Path(each).resolve()):
-            raise ConfigError(
-                f"--output {args.output} is in --input {each}, whose files are read; the output"
-                " must be outside; choose another folder"
-            )
+    folder = WorkFolder(Path(args.output).absolute())
+    if args.run_stage:
+        with _needs_datatrove():
+            from moe_app.filter.pipeline.dispatch import run_array_task
+        run_array_task(folder, args.run_stage, jobs=args.tasks)
+        return
+    _check_output(args.output, args.input)
     plan = make_plan(
         inputs=args.input,
         text_key=args.text_key,
-        filters=[parse_filter(each) for each in args.filter],
+        filters=[parse_filter(each) for each in args.filter] or args.filters,
         tokenizer_type=args.tokenizer_type,
         tokenizer_model=args.tokenizer_model,
         max_bad_lines=args.max_bad_lines,
     )
-    folder = WorkFolder(Path(args.output).absolute())
-    for path in (folder.output, folder.kept, folder.dropped):
-        if path.is_symlink() and path != folder.output:
+    folder.output.mkdir(parents=True, exist_ok=True)
+    settle_plan(plan, folder.output)
+    with _needs_datatrove():
+        from moe_app.filter.pipeline.dispatch import run_plan
+    if run_plan(plan, folder, args):
+        print(summary_table(json.loads(folder.summary.read_bytes())))
+
+
+def _check_output(output: str, inputs: Sequence[str]) -> None:
+    """Check that no output goes where input is read, or through a link.
+
+    Raises:
+        ConfigError: It would.
+    """
+    for each in inputs:
+        if Path(each).is_dir() and Path(output).resolve().is_relative_to(Path(each).resolve()):
+            raise ConfigError(
+                f"--output {output} is in --input {each}, whose files are read; the output must be"
+                " outside; choose another folder"
+            )
+    folder = WorkFolder(Path(output))
+    for path in (folder.kept, folder.dropped, folder.work):
+        if path.is_symlink():
             raise ConfigError(
                 f"{path} is a link; what is written must stay in --output; remove the link"
             )
-    folder.output.mkdir(parents=True, exist_ok=True)
-    settle_plan(plan, folder.output)
+
+
+@contextlib.contextmanager
+def _needs_datatrove() -> Iterator[None]:
+    """Name the extra to install where datatrove is missing."""
     try:
-        from moe_app.filter.pipeline.document_filters import check_tokenizer
-        from moe_app.filter.pipeline.executors import run_locally
-        from moe_app.filter.pipeline.stages import build_stages
+        yield
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{error.name} is not installed; filters run on datatrove; install it with pip install"
             " 'megatron-moe[data]'"
         ) from error
-    if plan.tokenizer is not None:
-        check_tokenizer(plan.tokenizer)
-    run_locally(build_stages(plan, folder), folder, workers=args.workers)
-    print(summary_table(json.loads(folder.summary.read_bytes())))
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=program("filter_data", command="filter"),
         description="Filter and deduplicate documents of JSON Lines, Parquet and Arrow files.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
+        "--recipe", metavar="FILE", help="a YAML file of these settings; flags go before it"
+    )
+    parser.add_argument(
         "--input",
         nargs="+",
-        required=True,
+        default=[],
         metavar="FILE",
         help="JSON Lines (plain, .gz or .zst) or Parquet files, folders or patterns of them, or"
         " directories of Dataset.save_to_disk; local paths",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="a new or begun folder")
+    parser.add_argument("--output", metavar="DIR", help="a new or begun folder")
     parser.add_argument(
         "--filter",
         action="append",
@@ -108,20 +133,62 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="skip and count so many lines that hold no document; one more stops with its place",
     )
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes to use")
+    parser.add_argument(
+        "--executor",
+        choices=EXECUTORS,
+        default="local",
+        help="processes of this machine, SLURM arrays, or a Ray cluster",
+    )
+    parser.add_argument(
+        "--tasks", type=int, metavar="N", help="jobs of a stage at most; a file each without it"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="how many run at the same time: 1 on this machine, any number on a cluster",
+    )
+    parser.add_argument(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of sbatch, such as partition=cpu",
+    )
+    parser.add_argument("--run-stage", help=argparse.SUPPRESS)
+    parser.set_defaults(filters=[])
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line, and the recipe that it names.
+
+    Raises:
+        ConfigError: The recipe is wrong.
+        OSError: It cannot be read.
+    """
+    parser = make_parser()
     args = parser.parse_args(argv)
-    for name, least in (("workers", 1), ("max_bad_lines", 0)):
-        if getattr(args, name) < least:
+    if args.recipe:
+        parser.set_defaults(**read_filter_recipe(args.recipe))
+        args = parser.parse_args(argv)
+    for name in ("output", *(() if args.run_stage else ("input",))):
+        if not getattr(args, name):
+            parser.error(f"--{name} is missing; give it, here or in a recipe")
+    if args.executor not in EXECUTORS:
+        parser.error(f"executor is {args.executor!r}; it must be one of {', '.join(EXECUTORS)}")
+    for name, least in (("tasks", 1), ("workers", 1), ("max_bad_lines", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
             flag = f"--{name.replace('_', '-')}"
-            parser.error(f"{flag} is {getattr(args, name)}; it must be at least {least}")
+            parser.error(f"{flag} is {value}; it must be at least {least}")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return 0, or 2 after printing what is wrong."""
-    args = parse_args(argv)
     try:
-        run_filters(args)
+        run_filters(parse_args(argv))
     except (UserError, OSError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return 2

@@ -146,7 +146,8 @@ def settle_plan(plan: FilterPlan, folder: Path) -> None:
     """
     begun = read_plan(folder)
     if begun is None:
-        if any(folder.iterdir()):
+        # Left where a start was killed while it wrote the plan.
+        if any(not each.name.startswith(f"{PLAN_FILE}.tmp-") for each in folder.iterdir()):
             raise ConfigError(
                 f"--output {folder} holds files but no {PLAN_FILE}; it must be empty, or hold a"
                 " corpus begun by this command; choose another folder"

@@ -28,7 +28,7 @@ FORBIDDEN_IMPORTS = {
 }
 OPTIONAL_PACKAGES = (
     *("transformer_engine", "megablocks", "wandb", "transformers"),
-    *("datatrove", "multiprocess", "pyarrow"),
+    *("datatrove", "multiprocess", "pyarrow", "ray"),
 )
 NEEDS_AN_EXTRA = "moe_app/filter/pipeline"
 """A room of subclasses of an optional package, itself imported at use."""

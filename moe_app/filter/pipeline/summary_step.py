@@ -9,6 +9,7 @@ from pathlib import Path
 from datatrove.pipeline.base import PipelineStep
 
 from megatron.trainer.io.atomic_write import write_text
+from moe_app.filter.filter_page import filter_page
 from moe_app.filter.filter_plan import FilterPlan
 from moe_app.filter.filter_specs import DecontaminateRule
 from moe_app.filter.filter_summary import summarize, summary_json
@@ -30,11 +31,18 @@ class SummaryStep(PipelineStep):
         self.folder = folder
 
     def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> None:
-        """Write summary.json.
+        """Write summary.json, unless a start that was killed while it cleaned up has done so.
 
         Raises:
             DataError: All files together have more bad lines than may be.
         """
+        if not self.folder.summary.exists():
+            self._write()
+        for leftover in self._leftovers():
+            leftover.unlink(missing_ok=True)
+        shutil.rmtree(self.folder.data, ignore_errors=True)
+
+    def _write(self) -> None:
         files = [
             json.loads(self.folder.counts(file).read_bytes())
             for file in range(len(self.plan.sources))
@@ -48,12 +56,12 @@ class SummaryStep(PipelineStep):
             if isinstance(spec.options, DecontaminateRule):
                 counts = count_evaluation_texts(self.folder.of_filter(position, "index"))
                 notes.update({f"{spec.name}: {name}": count for name, count in counts.items()})
-        write_text(self.folder.summary, summary_json(summary | {"notes": dict(notes)}))
-        for leftover in self._leftovers():
-            leftover.unlink(missing_ok=True)
-        shutil.rmtree(self.folder.data, ignore_errors=True)
+        summary |= {"notes": dict(notes)}
+        write_text(self.folder.page, filter_page(summary))
+        write_text(self.folder.summary, summary_json(summary))
 
     def _leftovers(self) -> Iterator[Path]:
         """Yield the unfinished files of tasks that were killed."""
-        for folder in (self.folder.kept, self.folder.dropped):
-            yield from folder.glob("*.jsonl.tmp-*")
+        folder = self.folder
+        for each in (folder.output, folder.kept, folder.dropped, folder.counts(0).parent):
+            yield from each.glob("*.tmp-*")

@@ -90,7 +90,7 @@ def test_filters_are_read_as_written() -> None:
     [
         ("repeated", "no filter is named 'repeated'; did you mean 'repeated-ngram'?"),
         ("length", "length: length has neither min nor max"),
-        ("length:mim=3", "length has no setting 'mim'; did you mean 'min'?"),
+        ("length:units=3", "length has no setting 'units'; did you mean 'unit'?"),
         ("length:min=three", "length: min is 'three'; it must be a whole number"),
         ("length:min=nan", "length: min is 'nan'; it must be a whole number"),
         ("length:min=5,max=4", "min (5) must be at most max (4)"),

@@ -1,0 +1,90 @@
+"""Kills runs of the filter command at one write after another, and compares what restarts make.
+
+Started as a process of its own, which forks: the kills end real processes.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datatrove.executor.base import PipelineExecutor
+from datatrove.io import DataFolder
+
+from moe_app.filter.filter_data import main
+from moe_app.filter.pipeline import exact_duplicates, near_duplicates
+
+SKIPPED = 9
+"""Writes between two kills."""
+
+
+def tree(output: Path) -> dict[str, str]:
+    """Return digests of all that a finished run leaves, apart from logs."""
+    names = [path for path in output.rglob("*") if path.is_file() and "stages" not in path.parts]
+    return {
+        str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in names
+    }
+
+
+def kill_at(write: int) -> None:
+    """Make this process end without notice at one of its writes, before or after it."""
+    count = 0
+
+    def killing(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **settings: Any) -> Any:
+            nonlocal count
+            count += 1
+            is_last = count == write
+            if is_last and write % 2:
+                os._exit(9)
+            done = call(*arguments, **settings)
+            if is_last:
+                os._exit(9)
+            return done
+
+        return wrapped
+
+    os.replace = killing(os.replace)
+    for owner, name in (
+        (PipelineExecutor, "mark_rank_as_completed"),
+        (DataFolder, "open"),
+        (exact_duplicates, "save_array"),
+        (near_duplicates, "save_array"),
+    ):
+        setattr(owner, name, killing(getattr(owner, name)))
+
+
+def run(command: list[str], kill: int | None = None) -> int:
+    """Run the command in a child; return its exit status."""
+    child = os.fork()
+    if child == 0:
+        sys.stdout = open(os.devnull, "w")
+        if kill is not None:
+            kill_at(kill)
+        os._exit(main(command))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_kills(output: Path, command: list[str]) -> None:
+    """Print how many kills there were; fail where a restart makes other bytes."""
+    assert run(command) == 0
+    wanted = tree(output)
+    kills = 0
+    for write in range(1, 10_000, SKIPPED):
+        shutil.rmtree(output)
+        if run(command, write) == 0:
+            break
+        kills += 1
+        assert not (output / "summary.json").exists() or tree(output).keys() >= wanted.keys()
+        assert run(command) == 0
+        assert tree(output) == wanted, write
+    print(kills, "kills")
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    test_kills(place, ["--output", str(place), *sys.argv[2:]])

@@ -1,0 +1,142 @@
+"""Check kills, recipes, and what is submitted to a cluster."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron.trainer.errors import ConfigError
+from moe_app.filter.filter_data import main
+from moe_app.filter.filter_page import filter_page
+from moe_app.filter.filter_recipe import read_filter_recipe
+from moe_app.filter.filter_specs import parse_filter
+from moe_app.filter.pipeline import cluster_executors
+from moe_app.filter.pipeline.cluster_executors import parse_slurm
+from tests.distributed.launcher import program
+from tests.paths import REPO
+from tests.unit.app.filter import kill_worker
+
+TEXT = "one two three four five six seven eight nine ten eleven twelve"
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a", "b"):
+        texts = [TEXT, f"{TEXT} {name}", f"other {name}", "more\n\nmore", name]
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_kill_at_any_write_and_a_restart_make_the_same_bytes(tmp_path: Path, corpus: Path) -> None:
+    filters = ["exact", "minhash:buckets=2", "length:min=2"]
+    command = [sys.executable, *program(kill_worker.__file__), str(tmp_path / "out")]
+    command += ["--input", str(corpus), *(f"--filter={each}" for each in filters)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kills = re.fullmatch(r"(\d+) kills\n", done.stdout)
+    assert kills and int(kills[1]) > 10
+    reasons = (tmp_path / "out/dropped/b.jsonl").read_text()
+    for reason in ("exact: duplicate", "minhash: near-duplicate", "length: too-short"):
+        assert reason in reasons
+
+
+def test_recipe_is_the_command_line_it_stands_for(tmp_path: Path, corpus: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"input: [{corpus}]\noutput: {tmp_path}/by_recipe\nmax_bad_lines: 3\n"
+        "filters:\n  - exact: {by: paragraph}\n  - length: {min: 2, unit: characters}\n"
+    )
+    flags = ["--filter", "exact:by=paragraph", "--filter", "length:min=2,unit=characters"]
+    assert main(["--recipe", str(recipe)]) == 0
+    assert main(["--recipe", str(recipe), "--output", f"{tmp_path}/again", "--workers", "1"]) == 0
+    assert main(["--input", str(corpus), "--output", f"{tmp_path}/by_flags", *flags]) == 0
+    summaries = [
+        (tmp_path / name / "summary.json").read_bytes()
+        for name in ("by_recipe", "again", "by_flags")
+    ]
+    assert summaries[0] == summaries[1] == summaries[2]
+    read = read_filter_recipe(str(recipe))
+    assert read["filters"] == [parse_filter(flags[1]), parse_filter(flags[3])]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("inputs: [a]", "no setting is named 'inputs'; did you mean 'input'?"),
+        ("input: a", "input is 'a'; it must be a list"),
+        ("workers: true", "workers is True; it must be a whole number"),
+        ("filters: [{exact: {}, length: {}}]", "is no filter; write its name"),
+        ("filters: [{exact: {by: 3}}]", "exact: by is 3; it must be a text"),
+        ("filters: !!python/name:os.system", "is not a YAML recipe"),
+        ("a: &a [*a]", "is not a YAML recipe"),
+        ("- exact", "holds no mapping"),
+    ],
+)
+def test_wrong_recipe_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_filter_recipe(str(recipe))
+
+
+def test_arrays_wait_for_each_other_and_hold_no_pickle(
+    tmp_path: Path,
+    corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    scripts: dict[str, str] = {}
+
+    def submit(script: Path) -> str:
+        scripts[script.parent.name] = script.read_text()
+        return str(100 + len(scripts))
+
+    monkeypatch.setattr(cluster_executors, "submit", submit)
+    out = tmp_path / "out"
+    command = ["--input", str(corpus), "--output", str(out), "--filter", "exact"]
+    command += ["--executor", "slurm", "--workers", "3", "--slurm", "partition=cpu"]
+    assert main(command) == 0
+    assert list(scripts) == ["reading-0", "duplicates-0", "reading-1", "summary"]
+    assert "#SBATCH --array=0-1%3\n" in scripts["reading-0"]
+    assert "#SBATCH --dependency" not in scripts["reading-0"]
+    assert "#SBATCH --dependency=afterok:103\n" in scripts["summary"]
+    assert all("#SBATCH --partition=cpu\n" in script for script in scripts.values())
+    assert f"moe_app filter --output {out} --run-stage reading-1\n" in scripts["reading-1"]
+    assert not list(out.rglob("*.pik"))
+    shown = capsys.readouterr().out
+    assert "reading-0: job 101\n" in shown
+    # What is done is not submitted again, and the rest no longer waits for it.
+    assert main(command[:6]) == 0
+    scripts.clear()
+    assert main(command) == 0 and scripts == {}
+
+
+@pytest.mark.parametrize("setting", ["partition", "=cpu", "a b=c", "time=1\n#SBATCH --x", "-p=a"])
+def test_only_options_of_sbatch_reach_a_script(setting: str) -> None:
+    with pytest.raises(ConfigError, match="is no option of sbatch; write NAME=VALUE"):
+        parse_slurm([setting])
+
+
+def test_stage_that_is_not_there_is_refused(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    assert main(["--input", str(corpus), "--output", out, "--filter", "length:min=1"]) == 0
+    assert main(["--output", out, "--run-stage", "reading-9"]) == 2
+    assert "has no such stage; it has reading-0, summary" in capsys.readouterr().err
+
+
+def test_page_shows_documents_as_text() -> None:
+    sample = {"file": "f", "line": 1, "reason": "r", "detail": {}, "text": "<script>\ud800\x1b[1m"}
+    counts = {"documents": 1234, "kept": 1000, "dropped": 234, "bad_lines": 0}
+    spec = {"name": "exact", "reasons": {"r": 234}, "sample": [sample], **counts}
+    summary = {**counts, "filters": [spec], "files": [], "notes": {}, "bad_line_places": []}
+    page = filter_page(summary)
+    assert "&lt;script&gt;?\\x1b[1m" in page and "<script" not in page
+    assert "<td class=n>1,234</td>" in page and "<td>r 234</td>" in page
