@@ -173,7 +173,7 @@ def resume(state: TrainState, model_config: Architecture) -> Beginning:
         state.learning_rate,
     )
     changed = None if is_branching else batch_change(state, run).describe(state.plan)
-    if changed is not None:
+    if changed is not None and not state.is_done:
         # Other ranks log warnings only.
         logger.log(logging.WARNING if state.ctx.rank == 0 else logging.INFO, changed)
     if state.is_done:

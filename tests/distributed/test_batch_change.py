@@ -81,6 +81,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         cases[f"phases_to_{batch}"] = case(
             recipe=phases, **{**small, **again, "global-batch-size": batch}, load=root / "phases"
         )
+    tail = {"lr-wsd-decay-style": "linear", "lr-wsd-decay-tokens": 256, "micro-batch-size": 1}
+    branch: dict[str, Any] = {**tail, "anneal-from": 4, "load": root / "small", "min-lr": 0.0}
+    branch["save"] = root / "branch"
+    cases["branch"] = case(**branch, global_batch_size=4, exit_interval=6)
+    cases["branch_to_8"] = case(**branch, global_batch_size=8)
+    keep: dict[str, Any] = {**small, **again, "lr-warmup-tokens": 128, "global-batch-size": 8}
+    cases["mixed_kept"] = case(**keep, load=root / "mixed")
     cases["mixed_to_8"] = case(**{**mixed, **again, "global-batch-size": 8}, load=root / "mixed")
     cases["steps_to_8"] = case(**in_steps, train_iters=10, load=root / "steps")
     cases["ramp_resumed"] = case(**RAMP, load=root / "ramp", ckpt_step=3)
@@ -89,11 +96,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     return {**found, **two}
 
 
-def curve(tokens: float) -> float:
-    """The learning rate after so many tokens: 192 of warm-up, then half a cosine."""
-    if tokens < 192:
-        return 0.003 * tokens / 192
-    done = min(1.0, (tokens - 192) / (TOKENS - 192))
+def curve(tokens: float, warmup: int = 192) -> float:
+    """The learning rate after so many tokens: a warm-up, then half a cosine."""
+    if tokens < warmup:
+        return 0.003 * tokens / warmup
+    done = min(1.0, (tokens - warmup) / (TOKENS - warmup))
     return float(0.0003 + 0.0027 * (1 + np.cos(np.pi * done)) / 2)
 
 
@@ -139,6 +146,27 @@ def test_schedule_that_another_batch_changes_is_refused_with_the_flag_that_keeps
         " 8 now, so a length in steps is another one in tokens; to keep the checkpoint's curve give"
         " --lr-warmup-tokens 128)" in error
     )
+
+
+def test_flag_that_the_refusal_names_keeps_the_curve(outcomes: dict[str, Outcome]) -> None:
+    found = outcomes["mixed_kept"]
+    assert found.error is None, found.error
+    rates = [curve(FIRST + 128 * step, warmup=128) for step in range(3)]
+    assert found.series("learning_rate") == pytest.approx(rates, rel=1e-12)
+
+
+def test_branch_in_tokens_ends_with_its_tail_whatever_the_batch(
+    outcomes: dict[str, Outcome],
+) -> None:
+    """16 sequences after the trunk's 16: two steps of four, then one of eight."""
+    begun, found = outcomes["branch"], outcomes["branch_to_8"]
+    assert found.error is None, found.error
+    assert begun.series("iteration")[:2] == [5, 6] and found.series("iteration")[0] == 7
+    assert found.records[-1]["iteration"] == 7
+    assert found.records[-1]["consumed_samples"] == 32
+    peak = curve(FIRST)
+    rates = begun.series("learning_rate") + found.series("learning_rate")
+    assert rates == pytest.approx([peak, 0.75 * peak, 0.5 * peak], rel=1e-12)
 
 
 def test_length_in_steps_stays_so(outcomes: dict[str, Outcome]) -> None:
