@@ -69,14 +69,15 @@ def payloads(canary: Path) -> dict[str, bytes]:
     """Ways to write the same command down, with the global that each one names."""
     command = f"touch {canary}"
     length = len(command).to_bytes(1, "little")
-    dotted = b"\x80\x04\x8c\x07pathlib\x8c\x09os.system\x93\x8c" + length + command.encode()
+    module = b"\x8c\x13torch.serialization"
+    dotted = b"\x80\x04" + module + b"\x8c\x09os.system\x93\x8c" + length + command.encode()
     return {
         "posix.system": pickle.dumps(Payload(command), protocol=4),
         # protocol 0 spells the global out (GLOBAL), 4 takes it from the stack (STACK_GLOBAL)
         "posix.system ": pickle.dumps(Payload(command), protocol=0),
         "builtins.eval": f"cbuiltins\neval\n(S\"__import__('os').mknod('{canary}')\"\ntR.".encode(),
         # an allowed module, a path through its attributes
-        "pathlib.os.system": dotted + b"\x85R.",
+        "torch.serialization.os.system": dotted + b"\x85R.",
         # behind a genuine record, so that its type does not give it away
         "posix.system  ": pickle.dumps(Metadata({}, planner_data=Payload(command))),
     }
