@@ -4,7 +4,7 @@ import random
 from typing import Any
 
 import pytest
-from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+from megatron.core import num_microbatches_calculator
 
 from megatron.trainer.config.batch_plan import BatchPlan, Progress, RunPlan, batch_plan
 from megatron.trainer.config.durations import run_plan
@@ -27,7 +27,9 @@ def ramp(full: int, start: int, increment: int, samples: int) -> BatchPlan:
 @pytest.mark.parametrize("sizes", RAMPS)
 def test_batch_is_megatrons_after_every_number_of_samples(sizes: tuple[int, ...]) -> None:
     full, start, increment, samples = sizes
-    theirs = RampupBatchsizeNumMicroBatchesCalculator(
+    if not hasattr(num_microbatches_calculator, "RampupBatchsizeNumMicroBatchesCalculator"):
+        pytest.skip("megatron-core 0.19 has no ramp by increments any more")
+    theirs = num_microbatches_calculator.RampupBatchsizeNumMicroBatchesCalculator(
         full, 1, 1, False, 0, start, increment, samples
     )
     stride = max(1, samples // 500)
