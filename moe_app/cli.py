@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from megatron.trainer.runtime.upstream_warnings import hide_upstream_warnings
+from moe_app.command_line import prints_any_text
 
 Argv = Sequence[str] | None
 
 
+@prints_any_text
 def pretrain(argv: Argv = None) -> int:
     """Run `moe_app.pretrain`."""
     from moe_app.pretrain import start
@@ -21,6 +23,7 @@ def pretrain(argv: Argv = None) -> int:
     return start(argv)
 
 
+@prints_any_text
 def build_corpus(argv: Argv = None) -> int:
     """Run `moe_app.data.build_corpus`."""
     from moe_app.data.build_corpus import main
@@ -28,6 +31,7 @@ def build_corpus(argv: Argv = None) -> int:
     return main(argv)
 
 
+@prints_any_text
 def train_tokenizer(argv: Argv = None) -> int:
     """Run `moe_app.data.train_tokenizer`."""
     from moe_app.data.train_tokenizer import main
@@ -35,6 +39,7 @@ def train_tokenizer(argv: Argv = None) -> int:
     return main(argv)
 
 
+@prints_any_text
 def preprocess_data(argv: Argv = None) -> int:
     """Run `moe_app.data.preprocess_data`."""
     from moe_app.data.preprocess_data import main
@@ -42,6 +47,7 @@ def preprocess_data(argv: Argv = None) -> int:
     return main(argv)
 
 
+@prints_any_text
 def filter_data(argv: Argv = None) -> int:
     """Run `moe_app.filter.filter_data`."""
     from moe_app.filter.filter_data import main
@@ -49,6 +55,7 @@ def filter_data(argv: Argv = None) -> int:
     return main(argv)
 
 
+@prints_any_text
 @hide_upstream_warnings()
 def generate(argv: Argv = None) -> int:
     """Run `moe_app.infer.generate`."""
@@ -57,6 +64,7 @@ def generate(argv: Argv = None) -> int:
     return main(argv)
 
 
+@prints_any_text
 @hide_upstream_warnings()
 def score(argv: Argv = None) -> int:
     """Run `moe_app.infer.score`."""
@@ -65,6 +73,7 @@ def score(argv: Argv = None) -> int:
     return main(argv)
 
 
+@prints_any_text
 @hide_upstream_warnings()
 def convert_checkpoint(argv: Argv = None) -> int:
     """Run `moe_app.convert.convert_checkpoint`."""
@@ -73,6 +82,7 @@ def convert_checkpoint(argv: Argv = None) -> int:
     return main(argv)
 
 
+@prints_any_text
 @hide_upstream_warnings()
 def doctor(argv: Argv = None) -> int:
     """Run `moe_app.doctor.diagnose`."""
@@ -81,6 +91,7 @@ def doctor(argv: Argv = None) -> int:
     return main(argv)
 
 
+@prints_any_text
 @hide_upstream_warnings()
 def plan(argv: Argv = None) -> int:
     """Run `moe_app.planner.plan`."""
@@ -89,6 +100,7 @@ def plan(argv: Argv = None) -> int:
     return main(argv)
 
 
+@prints_any_text
 @hide_upstream_warnings()
 def submit(argv: Argv = None) -> int:
     """Run `moe_app.slurm.submit`."""
@@ -97,6 +109,7 @@ def submit(argv: Argv = None) -> int:
     return main(argv)
 
 
+@prints_any_text
 def requeue(argv: Argv = None) -> int:
     """Run `moe_app.slurm.requeue`."""
     from moe_app.command_line import program
@@ -105,6 +118,7 @@ def requeue(argv: Argv = None) -> int:
     return main(None if argv is None else list(argv), prog=program("requeue"))
 
 
+@prints_any_text
 def watch(argv: Argv = None) -> int:
     """Run `moe_app.view.watch`."""
     from moe_app.view.watch import main
@@ -112,6 +126,7 @@ def watch(argv: Argv = None) -> int:
     return main(argv)
 
 
+@prints_any_text
 @hide_upstream_warnings()
 def report(argv: Argv = None) -> int:
     """Run `moe_app.view.report`."""
@@ -120,6 +135,7 @@ def report(argv: Argv = None) -> int:
     return main(argv)
 
 
+@prints_any_text
 def report_run(argv: Argv = None) -> int:
     """Run `moe_app.view.report_run`."""
     from moe_app.view.report_run import main
@@ -235,6 +251,7 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+@prints_any_text
 def main(argv: Argv = None) -> int:
     """Run the command that the first argument names; return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)

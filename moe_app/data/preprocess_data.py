@@ -31,7 +31,7 @@ from megatron.trainer.data.tokenizer import (
 )
 from megatron.trainer.data.writer import TokenFileWriter, token_dtype
 from megatron.trainer.errors import DataError, UserError
-from moe_app.command_line import program
+from moe_app.command_line import argument_text, program
 
 _CHUNK_BYTES = 1 << 20
 _CHUNKS_AHEAD = 4
@@ -223,7 +223,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="JSON Lines, read in order; plain, gzip or zstd; - is standard input",
     )
     parser.add_argument(
-        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="one token file for each"
+        "--json-keys",
+        nargs="+",
+        type=argument_text,
+        default=["text"],
+        metavar="KEY",
+        help="one token file for each",
     )
     parser.add_argument(
         "--output-prefix",
@@ -248,6 +253,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--eod-token",
+        type=argument_text,
         metavar="TEXT",
         help="the token that ends a document; without it, the one that the tokenizer's files name",
     )

@@ -22,7 +22,7 @@ from megatron.trainer.data.text_input import check_inputs
 from megatron.trainer.data.tokenizer import END_OF_DOCUMENT, TOKENIZER_CHOICES, load_tokenizer
 from megatron.trainer.errors import DataError, UserError
 from megatron.trainer.io.atomic_write import write_bytes
-from moe_app.command_line import program
+from moe_app.command_line import argument_text, program
 
 _PIECE_BYTES = 4096
 _SENTENCEPIECE_RESERVED = "\u2581\u2585\0"
@@ -141,7 +141,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="JSON Lines; plain, gzip or zstd; - is standard input; the sample takes a text of each"
         " in turn",
     )
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="where the text is")
+    parser.add_argument(
+        "--json-key", type=argument_text, default="text", metavar="KEY", help="where the text is"
+    )
     parser.add_argument(
         "--output-dir",
         required=True,

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,14 +31,15 @@ from megatron.trainer.inference.sampling import (
 from megatron.trainer.runtime.collective import on_all_ranks, on_rank0
 from megatron.trainer.runtime.launch import environment_rank, run_main
 from megatron.trainer.runtime.log import configure_logging
-from moe_app.command_line import program
+from moe_app.command_line import argument_text, program
 from moe_app.infer import open_model
+from moe_app.infer.stop import Ending, Stops, add_stop_flags, collect_stops
 from moe_ext.attention.cache import KeyValueCache
 from moe_ext.attention.core import use_cache
 
 logger = logging.getLogger("generate")
 
-OUTPUT_KEYS = ("completion", "completion_tokens", "finish_reason")
+OUTPUT_KEYS = ("completion", "completion_tokens", "finish_reason", "stop_reason")
 """The keys that `--output` adds to each object."""
 _LARGEST_SEED = 1 << 62
 _DUMMY_PROMPT = Prompt(ids=[0], sample=greedy_token, max_new_tokens=0)
@@ -60,8 +61,8 @@ class GenerationInput:
 
     tasks: list[GenerationTask]
     """In the order of the input."""
-    stop_id: int
-    """The token that ends a document."""
+    stops: Stops
+    """What ends a text."""
     vocab_size: int
     """Ids of the tokenizer; no others are drawn."""
 
@@ -83,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--prompt",
         action="append",
+        type=argument_text,
         metavar="TEXT",
         help="text to continue; may be given several times",
     )
@@ -105,6 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="prompts to continue side by side, for each data parallel rank (%(default)s)",
     )
     add_sampling_flags(parser)
+    add_stop_flags(parser)
     return parser
 
 
@@ -161,31 +164,41 @@ def run(args: argparse.Namespace) -> None:
         if output is not None:
             stack.enter_context(output)
         loaded = open_model.load_model(args, opened)
-        prompts = make_prompts(args, given.tasks)
+        prompts = make_prompts(args, given)
         per_round = args.batch_size * loaded.ctx.layout.data
         for start in range(0, len(prompts), per_round):
             part = slice(start, start + per_round)
             added = generate_round(
-                loaded, prompts[part], stop_id=given.stop_id, vocab_size=given.vocab_size
+                loaded, prompts[part], stop_ids=given.stops.ids, vocab_size=given.vocab_size
             )
             on_all_ranks(
                 "writing the texts",
                 functools.partial(
-                    write_round, start, given.tasks[part], added, tokenizer=tokenizer, output=output
+                    write_round,
+                    start,
+                    given.tasks[part],
+                    added,
+                    stops=given.stops,
+                    tokenizer=tokenizer,
+                    output=output,
                 ),
             )
         on_all_ranks("writing the texts", lambda: output.finish() if output is not None else None)
 
 
 def generate_round(
-    loaded: open_model.LoadedModel, prompts: Sequence[Prompt], *, stop_id: int, vocab_size: int
+    loaded: open_model.LoadedModel,
+    prompts: Sequence[Prompt],
+    *,
+    stop_ids: Collection[int],
+    vocab_size: int,
 ) -> list[list[int]]:
     """Continue a few prompts on all ranks; a collective call.
 
     Args:
         loaded: the model.
         prompts: distributed to the data parallel ranks round-robin.
-        stop_id: the end-of-document id.
+        stop_ids: ids that end a text.
         vocab_size: ids of the tokenizer are below it.
 
     Returns:
@@ -199,7 +212,7 @@ def generate_round(
         new = generate(
             open_model.CachedModel(loaded, cache),
             mine,
-            stop_id=stop_id,
+            stop_ids=stop_ids,
             vocab_size=vocab_size,
         )
     found = dict(zip(numbers, new, strict=False)) if loaded.parallel.is_output_rank else {}
@@ -214,45 +227,37 @@ def write_round(
     tasks: Sequence[GenerationTask],
     added: Sequence[list[int]],
     *,
+    stops: Stops,
     tokenizer: Callable[[], Tokenizer],
     output: OutputFile | None,
 ) -> None:
     """Write the completions of some tasks, numbered after `start`; on rank 0 only."""
     if environment_rank() == 0:
         for number, (task, new) in enumerate(zip(tasks, added, strict=True), start=start + 1):
-            write_completion(number, task, new, tokenizer(), output)
+            ending = stops.find(tokenizer(), task.ids, new)
+            if output is None:
+                if number > 1:
+                    print("---")
+                print(ending.prompt + ending.text, flush=True)
+            else:
+                output.write_record({**task.record, **outcome(new, ending)})
+            logger.info(
+                "prompt %d: %d tokens, then %d new ones; stopped at %s",
+                number,
+                len(task.ids),
+                len(new),
+                ending.description,
+            )
 
 
-def write_completion(
-    number: int,
-    task: GenerationTask,
-    new: list[int],
-    tokenizer: Tokenizer,
-    output: OutputFile | None,
-) -> None:
-    """Write prompt `number`, counted from 1, and its new tokens as text."""
-    ids = task.ids
-    has_ended = bool(new) and new[-1] == tokenizer.eod
-    text = tokenizer.decode(ids + (new[:-1] if has_ended else new))
-    if output is not None:
-        start = tokenizer.decode(ids)
-        added = {
-            "completion": text[len(start) :] if text.startswith(start) else text,
-            "completion_tokens": new,
-            "finish_reason": "stop" if has_ended else "length",
-        }
-        output.write_record({**task.record, **added})
-    else:
-        if number > 1:
-            print("---")
-        print(text, flush=True)
-    logger.info(
-        "prompt %d: %d tokens, then %d new ones; stopped at the %s",
-        number,
-        len(ids),
-        len(new),
-        "end of the document" if has_ended else "limit",
-    )
+def outcome(new: list[int], ending: Ending) -> dict[str, Any]:
+    """Return what `--output` adds to an object; see OUTPUT_KEYS."""
+    return {
+        "completion": ending.text,
+        "completion_tokens": new,
+        "finish_reason": "length" if ending.reason is None else "stop",
+        "stop_reason": ending.reason,
+    }
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -313,18 +318,23 @@ def read_input(
                 f"{source.name} has no lines; there is nothing to continue; name another --input"
             )
         tasks = [GenerationTask(ids=line.ids, record=line.record) for line in lines]
-    return GenerationInput(tasks=tasks, stop_id=tokenizer.eod, vocab_size=tokenizer.vocab_size)
+    return GenerationInput(
+        tasks=tasks,
+        stops=collect_stops(args, tokenizer, opened.found.path),
+        vocab_size=tokenizer.vocab_size,
+    )
 
 
-def make_prompts(args: argparse.Namespace, tasks: Sequence[GenerationTask]) -> list[Prompt]:
+def make_prompts(args: argparse.Namespace, given: GenerationInput) -> list[Prompt]:
     """Give every task a generator of its own."""
     return [
         Prompt(
             ids=task.ids,
             sample=make_sampler(args, torch.Generator().manual_seed(args.seed + index)),
             max_new_tokens=args.max_new_tokens,
+            ends=functools.partial(given.stops.ends, task.ids) if given.stops.texts else None,
         )
-        for index, task in enumerate(tasks)
+        for index, task in enumerate(given.tasks)
     ]
 
 

@@ -29,6 +29,7 @@ from megatron.trainer.runtime.launch import (
     initialize,
     shut_down,
 )
+from moe_app.command_line import argument_text
 from moe_app.convert.checks import check_size
 from moe_app.pretrain.build import build_chunks
 from moe_app.pretrain.config import PretrainConfig
@@ -105,7 +106,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--tokenizer-type", choices=TOKENIZER_CHOICES, help="what wrote --tokenizer-model"
     )
     model.add_argument(
-        "--eod-token", metavar="TEXT", help="the token that ends a document, if nothing names it"
+        "--eod-token",
+        type=argument_text,
+        metavar="TEXT",
+        help="the token that ends a document, if nothing names it",
     )
     precision = model.add_mutually_exclusive_group()
     for flag, value, text in (("--bf16", True, "bfloat16"), ("--fp32", False, "fp32")):

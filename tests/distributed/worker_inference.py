@@ -82,7 +82,7 @@ def generate_in_rounds(
     for start in range(0, len(prompts), per_round):
         some = prompts[start : start + per_round]
         new += generate.generate_round(
-            loaded, some, stop_id=task["stop_id"], vocab_size=loaded.parallel.vocab_size
+            loaded, some, stop_ids={task["stop_id"]}, vocab_size=loaded.parallel.vocab_size
         )
     return new
 

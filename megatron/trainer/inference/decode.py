@@ -1,6 +1,6 @@
 """Continue prompts in batches with a key-value cache, so that each token is computed once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -49,6 +49,8 @@ class Prompt:
     decides."""
     max_new_tokens: int
     """Maximum tokens to add; 0 for a dummy row that keeps collectives matched."""
+    ends: Callable[[list[int]], bool] | None = None
+    """Decides from the new tokens, on every rank alike, whether the text has ended; None never."""
 
 
 @dataclass(kw_only=True)
@@ -56,13 +58,19 @@ class _Row:
     """Tracks the continuation of a prompt."""
 
     prompt: Prompt
-    stop_id: int
+    stop_ids: Collection[int]
     new: list[int] = field(default_factory=list)
+    is_done: bool = field(init=False)
 
-    @property
-    def is_done(self) -> bool:
-        has_stopped = bool(self.new) and self.new[-1] == self.stop_id
-        return has_stopped or len(self.new) >= self.prompt.max_new_tokens
+    def __post_init__(self) -> None:
+        self.is_done = self.prompt.max_new_tokens <= 0
+
+    def add(self, token: int) -> None:
+        """Add a token, and decide whether it is the last."""
+        self.new.append(token)
+        self.is_done = len(self.new) >= self.prompt.max_new_tokens or token in self.stop_ids
+        if not self.is_done and self.prompt.ends is not None:
+            self.is_done = self.prompt.ends(self.new)
 
     @property
     def last_token(self) -> int:
@@ -80,7 +88,7 @@ def cache_capacity(prompts: Sequence[Prompt]) -> int:
 
 @torch.no_grad()
 def generate(
-    model: Decoder, prompts: Sequence[Prompt], *, stop_id: int, vocab_size: int
+    model: Decoder, prompts: Sequence[Prompt], *, stop_ids: Collection[int], vocab_size: int
 ) -> list[list[int]]:
     """Continue a batch of prompts; a collective call.
 
@@ -91,16 +99,16 @@ def generate(
     Args:
         model: with an empty cache.
         prompts: those of this data parallel rank, at least one.
-        stop_id: id that ends a text, such as the end of a document.
+        stop_ids: ids that end a text, such as the end of a document.
         vocab_size: real token ids; logits beyond are embedding padding and never sampled.
 
     Returns:
-        Each prompt's new tokens; `stop_id` is last if the text ended by itself.
+        Each prompt's new tokens; one of `stop_ids` is last if it ended the text.
 
     Raises:
         CheckpointError: logits are not finite; on every rank alike.
     """
-    rows = [_Row(prompt=prompt, stop_id=stop_id) for prompt in prompts]
+    rows = [_Row(prompt=prompt, stop_ids=stop_ids) for prompt in prompts]
     tokens, position_ids, last = _first_pass(prompts)
     while True:
         logits = model.next_logits(tokens, position_ids, last)
@@ -108,7 +116,7 @@ def generate(
         *chosen, broken = model.broadcast(offered, count=len(rows) + 1)
         for row, token in zip(rows, chosen, strict=True):
             if not row.is_done:
-                row.new.append(token)
+                row.add(token)
         is_unfinished, broken = model.all_reduce_max(
             [int(any(not row.is_done for row in rows)), broken]
         )

@@ -189,7 +189,7 @@ def reference_continuation(
 def test_generation_matches_a_plain_loop(count: int, stop_id: int) -> None:
     prompt, vocab_size = [3, 1, 3], 11
     model = SumModel(vocab_size)
-    (new,) = generate(model, [prompt_of(prompt, count)], stop_id=stop_id, vocab_size=vocab_size)
+    (new,) = generate(model, [prompt_of(prompt, count)], stop_ids={stop_id}, vocab_size=vocab_size)
     assert new == reference_continuation(prompt, vocab_size, count, stop_id)
     assert model.widths == [3] + [1] * (len(new) - 1)  # no token is computed twice
 
@@ -202,7 +202,7 @@ def test_batched_rows_match_rows_generated_alone(stop_id: int) -> None:
     found = generate(
         model,
         [prompt_of(ids, count) for ids, count in zip(prompts, counts, strict=True)],
-        stop_id=stop_id,
+        stop_ids={stop_id},
         vocab_size=11,
     )
     for ids, count, new in zip(prompts, counts, found, strict=True):
@@ -217,7 +217,7 @@ def test_vocabulary_padding_is_never_sampled() -> None:
     def draw(logits: Tensor) -> int:
         return next_token(logits, temperature=50.0, top_p=1.0, generator=generator)
 
-    (new,) = generate(SumModel(6), [prompt_of([1], 90, draw)], stop_id=-1, vocab_size=6)
+    (new,) = generate(SumModel(6), [prompt_of([1], 90, draw)], stop_ids=(), vocab_size=6)
     assert set(new) == set(range(6))
 
 
@@ -226,4 +226,4 @@ def test_batch_with_non_finite_logits_is_refused() -> None:
     model.non_finite_row = 1
     prompts = [prompt_of([1], 3), prompt_of([2], 3)]
     with pytest.raises(CheckpointError, match=re.escape("3 of 6 logits are not finite")):
-        generate(model, prompts, stop_id=-1, vocab_size=6)
+        generate(model, prompts, stop_ids=(), vocab_size=6)

@@ -89,7 +89,7 @@ def continue_all(
 ) -> list[list[int]]:
     cache = KeyValueCache(batch_size=len(prompts), capacity=cache_capacity(prompts))
     with use_cache(loaded.module, cache):
-        return generate(CachedModel(loaded, cache), prompts, stop_id=stop_id, vocab_size=VOCAB)
+        return generate(CachedModel(loaded, cache), prompts, stop_ids={stop_id}, vocab_size=VOCAB)
 
 
 def greedy(ids: list[int], count: int) -> Prompt:
