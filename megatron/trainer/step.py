@@ -235,7 +235,7 @@ def _place(state: TrainState, batches: Sequence[Batch]) -> list[Batch]:
     placed = [batch.to(state.ctx.device) for batch in batches]
     if state.documents is not None:
         placed = [separate_documents(batch, state.documents) for batch in placed]
-    counted = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in placed]).sum()
+    counted = torch.stack([_counted(batch) for batch in placed]).sum()
     dist.all_reduce(counted, group=groups.dp)  # sum over the ranks that read other samples
     each = (counted / (len(placed) * groups.dp.size())).float()
     return [
@@ -244,6 +244,13 @@ def _place(state: TrainState, batches: Sequence[Batch]) -> list[Batch]:
         )
         for batch in placed
     ]
+
+
+def _counted(batch: Batch) -> torch.Tensor:
+    """Return [] float64, what a micro-batch adds to what the sum of losses is divided by."""
+    if batch.loss_tokens is None:
+        return batch.loss_mask.sum(dtype=torch.float64)
+    return batch.loss_tokens.double()
 
 
 def _mean_loss(state: TrainState, parts: Sequence[dict[str, torch.Tensor]]) -> float:

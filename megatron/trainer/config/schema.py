@@ -161,6 +161,9 @@ class DataConfig:
     eod_token: str | None = None
     """Text of the token that ends a document; None takes the one that the files beside the
     tokenizer name."""
+    mask_repetitions: bool = False
+    """Train on no label of a sequence in which an n-gram of up to 13 tokens repeats 32 times in a
+    row (OLMoE); the other sequences weigh as before. Validation counts every label."""
     reset_position_ids: bool = False
     """Restart position ids at each document of a sequence; a file's index says where they end."""
     reset_attention_mask: bool = False

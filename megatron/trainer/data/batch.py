@@ -1,7 +1,7 @@
 """Holds micro-batches, and says which samples of a global batch are a rank's."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -95,6 +95,19 @@ def make_batch(
         position_ids=position_ids,
         document_starts=document_starts,
     )
+
+
+def mask_rows(batch: Batch, is_masked: Sequence[bool]) -> Batch:
+    """Take rows out of the loss, but not out of what its sum is divided by.
+
+    So the other rows weigh as much as in a batch in which all rows count.
+
+    Args:
+        batch: [b, s] as `make_batch` returns it; its loss_mask is changed.
+        is_masked: [b] which rows.
+    """
+    batch.loss_mask.numpy()[np.array(is_masked, bool)] = 0.0
+    return replace(batch, loss_tokens=torch.tensor(float(batch.loss_mask.numel())))
 
 
 def split_global_batch(

@@ -17,6 +17,7 @@ from megatron.trainer.data.data_path import (
 )
 from megatron.trainer.data.indexed import TokenFile, open_tokens
 from megatron.trainer.data.read_ahead import Loading
+from megatron.trainer.data.repetition import OLMOE_RULE
 from megatron.trainer.data.sampler import Phase
 from megatron.trainer.data.source import MockSource, Source, WindowSource
 from megatron.trainer.data.stream import SampleStream
@@ -108,7 +109,14 @@ def build_data(
         )
         for mixture in mixtures
     ]
-    stream = SampleStream(train, phases, seq_length=seq_length, seed=seed, loading=loading)
+    stream = SampleStream(
+        train,
+        phases,
+        seq_length=seq_length,
+        seed=seed,
+        loading=loading,
+        repetition=OLMOE_RULE if cfg.mask_repetitions else None,
+    )
     return DataBundle(stream, validation)
 
 

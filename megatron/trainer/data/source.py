@@ -13,9 +13,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megatron.trainer.data.batch import Batch, make_batch
+from megatron.trainer.data.batch import Batch, make_batch, mask_rows
 from megatron.trainer.data.indexed import check_ids
 from megatron.trainer.data.permutation import KeyedPermutation
+from megatron.trainer.data.repetition import RepetitionRule, find_repetition
 from megatron.trainer.errors import DataError
 
 
@@ -63,17 +64,27 @@ class Source(Protocol):
         """
 
 
-def read_batch(reads: Sequence[tuple[Source, int]], *, pin_memory: bool = False) -> Batch:
+def read_batch(
+    reads: Sequence[tuple[Source, int]],
+    *,
+    pin_memory: bool = False,
+    repetition: RepetitionRule | None = None,
+) -> Batch:
     """Read a micro-batch.
 
     Args:
         reads: The source and the number of each window.
         pin_memory: As in `make_batch`.
+        repetition: Which windows have no label that counts; None counts all.
     """
     windows = [source.read_window(n) for source, n in reads]
     starts = [found for source, n in reads if (found := source.read_starts(n)) is not None]
     is_known = len(starts) == len(windows)
-    return make_batch(windows, starts if is_known else None, pin_memory=pin_memory)
+    batch = make_batch(windows, starts if is_known else None, pin_memory=pin_memory)
+    if repetition is None:
+        return batch
+    repeating = [find_repetition(window[:-1], repetition) is not None for window in windows]
+    return mask_rows(batch, repeating)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -13,6 +13,7 @@ from megatron.trainer.data.phase_records import (
     read_records,
 )
 from megatron.trainer.data.read_ahead import Loading, ReadAhead
+from megatron.trainer.data.repetition import RepetitionRule
 from megatron.trainer.data.sampler import Phase, Sampler
 from megatron.trainer.data.source import Source, read_batch
 from megatron.trainer.errors import DataError
@@ -28,6 +29,7 @@ def _read_global_batches(
     *,
     size: int,
     pin_memory: bool,
+    repetition: RepetitionRule | None,
 ) -> Iterator[Samples]:
     """Read one global batch after the other.
 
@@ -37,6 +39,7 @@ def _read_global_batches(
         micro_batches: This rank's samples of each global batch.
         size: Samples of a global batch over all ranks.
         pin_memory: As in `make_batch`.
+        repetition: As in `read_batch`.
 
     Yields:
         The sampler after each global batch, and this rank's micro-batches of it.
@@ -52,7 +55,7 @@ def _read_global_batches(
         batches = []
         for samples in micro_batches:
             picks = [(sources[index], window) for index, window in islice(reads, len(samples))]
-            batches.append(read_batch(picks, pin_memory=pin_memory))
+            batches.append(read_batch(picks, pin_memory=pin_memory, repetition=repetition))
         yield sampler.copy(), batches
 
 
@@ -69,6 +72,7 @@ class SampleStream:
         seq_length: Positions in a sample (s).
         seed: The run's seed, kept in the state so that a resume with another one is noticed.
         loading: How batches are read; None reads each when it is asked for.
+        repetition: As in `read_batch`.
 
     Raises:
         DataError: A weight is not positive.
@@ -83,6 +87,7 @@ class SampleStream:
         seq_length: int,
         seed: int,
         loading: Loading | None = None,
+        repetition: RepetitionRule | None = None,
     ) -> None:
         for source in sources:
             if source.seq_length != seq_length:
@@ -93,6 +98,7 @@ class SampleStream:
         self.seq_length = seq_length
         self.seed = seed
         self._loading = loading or Loading()
+        self._repetition = repetition
         windows = {source.name: source.num_windows for source in sources}
         self._sampler = Sampler(phases, seed=seed, windows=windows)
         self._sizes: tuple[int, list[range]] | None = None
@@ -161,6 +167,7 @@ class SampleStream:
                     mine,
                     size=global_batch_size,
                     pin_memory=self._loading.pin_memory,
+                    repetition=self._repetition,
                 ),
                 self._loading,
             )
