@@ -15,11 +15,13 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron.trainer.data.indexed import open_tokens
 from megatron.trainer.data.repetition import find_repetition
@@ -50,17 +52,23 @@ def measure_repetition(prefix: str, rounds: int) -> dict[str, float]:
     documents = [tokens[start:stop] for start, stop in pairwise([*file.document_starts])]
     two = np.random.default_rng(1).integers(0, 2, 5_000_000).astype(np.uint16)
     chunks = np.split(tokens[: len(tokens) // 4096 * 4096], len(tokens) // 4096)
-    return {
-        f"{name} ({sum(map(len, texts)):,} tokens in {len(texts):,})": sum(map(len, texts))
-        / 1e6
-        / best_seconds(lambda texts=texts: [find_repetition(each) for each in texts], rounds)
-        for name, texts in {
-            "documents": documents,
-            "sequences of 4,096": chunks,
-            "end to end": [tokens],
-            "two tokens at random": [two],
-        }.items()
+    kinds: dict[str, list[npt.NDArray[np.integer]]] = {
+        "documents": documents,
+        "sequences of 4,096": chunks,
+        "end to end": [tokens],
+        "two tokens at random": [two],
     }
+    found = {}
+    for name, texts in kinds.items():
+        count = sum(map(len, texts))
+        seconds = best_seconds(partial(_search, texts), rounds)
+        found[f"{name} ({count:,} tokens in {len(texts):,})"] = count / 1e6 / seconds
+    return found
+
+
+def _search(texts: Sequence[npt.NDArray[np.integer]]) -> None:
+    for each in texts:
+        find_repetition(each)
 
 
 def measure_text(texts: Sequence[str], rounds: int) -> dict[str, float]:
