@@ -113,18 +113,25 @@ class Profiler(Hook):
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._started
         found.stop()
-        self._directory.mkdir(parents=True, exist_ok=True)
-        events = _write_trace(found, self._directory / TRACE_NAME)
         head = (
             f"iterations {self._steps[0]} to {self._steps[-1]} on rank {self._rank},"
             f" {seconds:.3f} s"
         )
-        lines = describe_operations(events, num_steps=len(self._steps))
-        text = "".join(f"{line}\n" for line in (head, *lines))
-        write_text(self._directory / TABLE_NAME, text)
+        try:
+            self._write_files(found, head)
+        except OSError as error:  # a run must not end because its profile finds no room
+            logger.warning("the profile cannot be written to %s: %s", self._directory, error)
+            return
         # Ranks other than 0 log warnings only.
         level = logging.INFO if self._rank == 0 else logging.WARNING
         logger.log(level, "profiled %s: %s", head, self._directory)
+
+    def _write_files(self, found: profile, head: str) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        events = _write_trace(found, self._directory / TRACE_NAME)
+        lines = describe_operations(events, num_steps=len(self._steps))
+        text = "".join(f"{line}\n" for line in (head, *lines))
+        write_text(self._directory / TABLE_NAME, text)
 
 
 def _write_trace(found: profile, path: Path) -> list[dict[str, Any]]:

@@ -100,6 +100,15 @@ def test_run_that_ends_before_the_last_step_leaves_its_profile(
     assert "iterations 6 to 6 on rank 0" in (tmp_path / "operations.txt").read_text()
 
 
+def test_profile_that_cannot_be_written_does_not_end_the_run(
+    make_state: StateMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken = tmp_path / "profile"
+    taken.write_text("a file")
+    assert len(run(make_state, profiler(taken))) == len(run(make_state))
+    assert f"the profile cannot be written to {taken}: " in caplog.text
+
+
 def test_run_that_has_passed_the_steps_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
