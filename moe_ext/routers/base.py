@@ -139,7 +139,10 @@ class MoERouter(MegatronModule, ABC):
         return routing
 
     def _check_shapes(self, routing: Routing, logits: Tensor) -> None:
-        """Refuses what a `select` returns with other shapes or another type of indices."""
+        """Refuses what a `select` returns with other shapes, types or indices.
+
+        On a GPU wrong indices end in a device-side assertion: the host does not read them.
+        """
         wanted = (logits.shape[0], self.topk)
         found = {
             "experts": (routing.experts, wanted),
@@ -158,6 +161,14 @@ class MoERouter(MegatronModule, ABC):
                 f"{type(self).__name__}.select returned experts of {routing.experts.dtype}, but"
                 " they are indices of torch.int64; convert them with experts.long()"
             )
+        if routing.experts.device.type == "cpu" and routing.experts.numel():
+            least, most = (int(bound) for bound in torch.aminmax(routing.experts))
+            if least < 0 or most >= self.num_experts:
+                raise ValueError(
+                    f"{type(self).__name__}.select returned expert {least if least < 0 else most};"
+                    f" experts are counted from 0, so indices must be below num_experts"
+                    f" ({self.num_experts})"
+                )
 
     def _attach_losses(self, routing: Routing, logits: Tensor) -> Tensor:
         """Returns the gates [t, k] as they are, with the gradient of both losses to come."""

@@ -179,6 +179,19 @@ def test_experts_of_another_dtype_are_refused(build: RouterMaker, dtype: torch.d
         build(OwnRouter)(random_hidden())
 
 
+@pytest.mark.parametrize("expert", [-1, EXPERTS])
+def test_experts_that_are_not_there_are_refused(build: RouterMaker, expert: int) -> None:
+    class OwnRouter(SoftmaxTopKRouter):
+        def select(self, logits: Tensor) -> Routing:
+            routing = super().select(logits)
+            routing.experts[1, 0] = expert
+            return routing
+
+    message = f"OwnRouter.select returned expert {expert}; experts are counted from 0, so indices"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        build(OwnRouter)(random_hidden())
+
+
 def test_nothing_but_the_weight_is_saved(build: RouterMaker) -> None:
     router = build(SoftmaxTopKRouter)
     router(random_hidden())
