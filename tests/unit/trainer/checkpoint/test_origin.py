@@ -49,7 +49,7 @@ def begun_elsewhere(load: str = "other") -> Origin:
 
 REPEATED = Origin(load=Path("new"), is_continued=True, has_checkpoints=True, is_repeated=True)
 CONTINUED = Origin(load=Path("new"), is_continued=True, has_checkpoints=True)
-FROM_OTHER = {"load": "other", "save": "new", "ckpt_step": 7}
+FROM_OTHER: dict[str, Any] = {"load": "other", "save": "new", "ckpt_step": 7}
 
 
 def test_run_from_another_begins_in_a_directory_without_one() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron.trainer.errors import ConfigError
-from megatron.trainer.runtime.launch import initialize, run_main
+from megatron.trainer.runtime.launch import initialize
 from megatron.trainer.runtime.started import (
     MissingTorchrunError,
     check_rendezvous,
@@ -196,5 +196,5 @@ def test_rank_without_master_addr_is_a_message(
         monkeypatch.setenv(name, value)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    assert run_main(lambda: initialize(PretrainConfig()) and None) == 2
+    assert command.main(["--mock-data", "--train-iters", "1"]) == 2
     assert "RANK is 0 and WORLD_SIZE 1, but MASTER_ADDR is not set" in capsys.readouterr().err
