@@ -38,6 +38,8 @@ megatron-core 0.16 also has `layernorm`, which needs Transformer Engine.
 """
 
 
+_MOST_READ_AHEAD = 1024
+"""Global batches."""
 _LARGEST_SEED = 1 << 62
 
 
@@ -165,6 +167,11 @@ def size_problems(cfg: RunConfig) -> list[str]:
     found = [
         f"seed ({training.seed}) must be at most 2^62; use a smaller one"
         for _ in range(training.seed > _LARGEST_SEED)
+    ]
+    found += [
+        f"num_workers ({cfg.data.num_workers}) must be at most {_MOST_READ_AHEAD} global batches;"
+        " use a few"
+        for _ in range(cfg.data.num_workers > _MOST_READ_AHEAD)
     ]
     found += [
         f"{name} ({value}) must be at least {least}; use {least} or more"

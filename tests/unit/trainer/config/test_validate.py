@@ -261,6 +261,7 @@ OPTIMIZER_RULES: list[tuple[int, dict[str, Any], str]] = [
     ),
     (1, {"lr_warmup_iters": -1}, "lr_warmup_iters (-1) must be at least 0; use 0 or more"),
     (1, {"num_workers": -1}, "num_workers (-1) must be at least 0; use 0 or more"),
+    (1, {"num_workers": 1025}, "num_workers (1025) must be at most 1024 global batches; use a few"),
     (
         1,
         {"lr": float("inf")},
