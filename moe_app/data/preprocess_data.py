@@ -4,10 +4,12 @@
         --tokenizer-model data/tokenizer.model --append-eod --workers 2
 
 An input may be a file, a pipe or `-` for standard input, plain or compressed with gzip or zstd.
-The output depends on the input and the tokenizer alone, not on the number of workers.
+The output depends on the input and the tokenizer alone, not on the number of workers. Beside it,
+PREFIX_KEY_document.json says which tokenizer wrote it; pretraining compares it with its own.
 """
 
 import argparse
+import dataclasses
 import multiprocessing
 import sys
 import time
@@ -23,6 +25,11 @@ import numpy.typing as npt
 
 from megatron.trainer.data.jsonl import TextLines, parse_text
 from megatron.trainer.data.text_input import check_inputs
+from megatron.trainer.data.token_manifest import (
+    TokenManifest,
+    identify_tokenizer,
+    write_manifest,
+)
 from megatron.trainer.data.tokenizer import (
     TOKENIZER_CHOICES,
     Tokenizer,
@@ -151,6 +158,7 @@ def preprocess(args: argparse.Namespace, key: str, inputs: Sequence[TextLines]) 
         DataError: The input or the tokenizer is missing or bad; nothing is left behind then.
     """
     prefix = f"{args.output_prefix}_{key}_document"
+    identity = identify_tokenizer(args.tokenizer_type, args.tokenizer_model)
     tokenizer = open_tokenizer(args)
     print(describe_ends(tokenizer))
     chunks = read_chunks(inputs)
@@ -177,6 +185,18 @@ def preprocess(args: argparse.Namespace, key: str, inputs: Sequence[TextLines]) 
                 " there must be at least one; check --input and --json-keys"
             )
         file = writer.finish()
+    manifest = TokenManifest(
+        tokenizer_type=identity.kind,
+        tokenizer_file=identity.path.name,
+        tokenizer_sha256=identity.sha256,
+        vocab_size=tokenizer.vocab_size,
+        eod_token_id=tokenizer.eod if args.append_eod else None,
+        num_input_files=len(args.input),
+        num_text_bytes=text_bytes,
+        num_empty_documents=skipped,
+        **dataclasses.asdict(file.facts),
+    )
+    write_manifest(prefix, manifest)
     seconds = time.monotonic() - started
     print(
         f"{prefix}: {file.num_documents:,} documents ({_passed_over(skipped, inputs)}),"

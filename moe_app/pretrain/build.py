@@ -12,6 +12,7 @@ from megatron.trainer.data.build import DataBundle, build_data
 from megatron.trainer.data.describe import describe
 from megatron.trainer.data.document_borders import check_ends
 from megatron.trainer.data.source import WindowSource
+from megatron.trainer.data.token_manifest import check_manifests
 from megatron.trainer.data.tokenizer import load_tokenizer
 from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.optim.adamw import describe_groups
@@ -192,9 +193,17 @@ def document_rule(data: DataConfig, vocab_size: int) -> DocumentRule | None:
 
 def _check_data(cfg: PretrainConfig, data: DataBundle, documents: DocumentRule | None) -> list[str]:
     """Check on rank 0 that the files are what the run takes them for; return lines for the log."""
-    notes = []
-    for use, source in data.sources().items():
-        if documents is not None and isinstance(source, WindowSource):
+    sources = {use: each for use, each in data.sources().items() if isinstance(each, WindowSource)}
+    files = {each.prefix: each.facts for each in sources.values() if each.prefix and each.facts}
+    notes = check_manifests(
+        files,
+        tokenizer_type=cfg.data.tokenizer_type,
+        tokenizer_model=cfg.data.tokenizer_model,
+        vocab_size=cfg.model.vocab_size,
+        eod=None if documents is None else documents.eod,
+    )
+    for use, source in sources.items():
+        if documents is not None:
             notes += check_ends(
                 source,
                 eod=documents.eod,

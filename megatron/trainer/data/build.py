@@ -176,6 +176,6 @@ def _window_source(
         num_documents=int(last - first),
         vocab_size=vocab_size,
         prefix=file.prefix,
-        fingerprint=file.fingerprint,
+        facts=file.facts,
         document_starts=file.document_starts if has_starts else None,
     )

@@ -39,6 +39,20 @@ _FULL_SCAN_TOKENS = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenFacts:
+    """Describes the content of a token file."""
+
+    dtype: str
+    """How a token is stored."""
+    num_documents: int
+    """Documents in the index, empty ones included."""
+    num_tokens: int
+    """Tokens in all of them."""
+    fingerprint: str
+    """What tells it from another file of its size; see `fingerprint`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenFile:
     """Holds a verified token file, mapped read-only."""
 
@@ -65,9 +79,14 @@ class TokenFile:
         return self.tokens.dtype
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Return what tells the file's content from another one's; see `fingerprint`."""
-        return fingerprint(Path(f"{self.prefix}.idx"), self.tokens)
+    def facts(self) -> TokenFacts:
+        """Return what the file's content is, read in part for its fingerprint."""
+        return TokenFacts(
+            dtype=self.dtype.name,
+            num_documents=self.num_documents,
+            num_tokens=self.num_tokens,
+            fingerprint=fingerprint(Path(f"{self.prefix}.idx"), self.tokens),
+        )
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Check every token against the vocabulary.

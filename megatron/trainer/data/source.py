@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.trainer.data.batch import Batch, make_batch, mask_rows
-from megatron.trainer.data.indexed import check_ids
+from megatron.trainer.data.indexed import TokenFacts, check_ids
 from megatron.trainer.data.permutation import KeyedPermutation
 from megatron.trainer.data.repetition import RepetitionRule, find_repetition
 from megatron.trainer.errors import DataError
@@ -113,8 +113,8 @@ class WindowSource:
     """When given, every window's ids are checked against it."""
     prefix: str | None = None
     """Path of the token file, for messages."""
-    fingerprint: str | None = None
-    """Return what tells the file from others."""
+    facts: TokenFacts | None = None
+    """What the whole file is."""
     document_starts: npt.NDArray[np.int64] | None = None
     """Position of each document's first token in the file, rising; None where documents are not
     kept apart."""
@@ -127,6 +127,11 @@ class WindowSource:
                 " must hold at least one window; give more data, another --split or a shorter"
                 " --seq-length"
             )
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Return what tells the file from others."""
+        return None if self.facts is None else self.facts.fingerprint
 
     @property
     def num_tokens(self) -> int:

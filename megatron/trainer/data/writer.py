@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.trainer.data.indexed import MAGIC, TOKEN_DTYPES, VERSION, TokenFile, open_tokens
+from megatron.trainer.data.token_manifest import read_manifest, remove_manifest
 from megatron.trainer.errors import DataError
 from megatron.trainer.io.atomic_write import sync_file
 
@@ -33,7 +34,11 @@ class TokenFileWriter:
 
     Both files grow under temporary names beside the target. `finish` verifies them as a reader
     would, then renames: first the .bin, the .idx last. A prefix without .idx is refused by
-    `open_tokens`, so a death in between cannot pass for a finished file.
+    `open_tokens`, so a death in between cannot pass for a finished file. The manifest of files that
+    it replaces is removed before.
+
+    Raises:
+        DataError: Where the manifest belongs is a file that is none.
     """
 
     def __init__(self, prefix: str, *, vocab_size: int) -> None:
@@ -42,6 +47,7 @@ class TokenFileWriter:
         self.dtype = token_dtype(vocab_size)
         self._temporary = f"{prefix}.tmp-{os.getpid()}"
         self._lengths = array("q")
+        read_manifest(prefix)  # raises before the work, not after it
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
         self._bin = open(f"{self._temporary}.bin", "wb")
 
@@ -94,6 +100,7 @@ class TokenFileWriter:
         sync_file(self._bin)
         self._write_index(Path(f"{self._temporary}.idx"))
         open_tokens(self._temporary, vocab_size=self.vocab_size)
+        remove_manifest(self.prefix)
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)
         for suffix in (".bin", ".idx"):
             os.replace(self._temporary + suffix, self.prefix + suffix)

@@ -1,5 +1,6 @@
 """Check the data tools: exact round trips, equal output for any worker count, atomic files."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -245,6 +246,52 @@ def test_document_begins_and_ends_as_the_files_of_a_directory_say(
     found = open_tokens(str(tmp_path / "out_text_document"))
     assert found.tokens.tolist() == list(chain.from_iterable(expected))
     assert found.num_documents == 2
+
+
+@pytest.mark.parametrize("appended", [True, False])
+def test_manifest_says_what_wrote_the_token_file(
+    tmp_path: Path,
+    tokenizer_files: dict[str, str],
+    tokenizers: dict[str, Tokenizer],
+    appended: bool,
+) -> None:
+    kind = TYPES[1]
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    more = ("--append-eod",) if appended else ()
+    assert preprocess(tokenizer_files, kind, tmp_path / "out", "--input", source, *more) == 0
+    prefix = tmp_path / "out_text_document"
+    content = json.loads(Path(f"{prefix}.json").read_text())
+    assert content == {
+        "format": "token file manifest",
+        "format_version": 1,
+        "tokenizer_type": kind,
+        "tokenizer_file": "tokenizer.json",
+        "tokenizer_sha256": hashlib.sha256(Path(tokenizer_files[kind]).read_bytes()).hexdigest(),
+        "vocab_size": VOCAB,
+        "eod_token_id": tokenizers[kind].eod if appended else None,
+        "num_input_files": 1,
+        "num_text_bytes": sum(len(text.encode()) for text in TEXTS),
+        "num_empty_documents": 1,
+        "dtype": "uint16",
+        "num_documents": len(TEXTS) - 1,
+        "num_tokens": Path(f"{prefix}.bin").stat().st_size // 2,
+        "fingerprint": open_tokens(str(prefix)).facts.fingerprint,
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.jsonl",
+        *(f"out_text_document.{suffix}" for suffix in ("bin", "idx", "json")),
+    ]
+
+
+def test_input_that_lies_where_the_manifest_belongs_is_never_replaced(
+    tmp_path: Path, tokenizer_files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl(tmp_path / "out_text_document.json", TEXTS)
+    before = Path(source).read_bytes()
+    assert preprocess(tokenizer_files, TYPES[0], tmp_path / "out", "--input", source) == 2
+    assert capsys.readouterr().err.startswith(f"error: {source} stands where the manifest of a")
+    assert [path.name for path in tmp_path.iterdir()] == ["out_text_document.json"]
+    assert Path(source).read_bytes() == before
 
 
 def test_without_append_eod_only_the_text_is_written(

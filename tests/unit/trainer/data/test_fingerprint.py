@@ -57,7 +57,7 @@ def test_fingerprint_tells_tokens_and_documents_apart_and_nothing_else(tmp_path:
     other = ids.copy()
     other[40] += 1 if other[40] < 499 else -1
     found = {
-        name: open_tokens(write(tmp_path / name, tokens, lengths)).fingerprint
+        name: open_tokens(write(tmp_path / name, tokens, lengths)).facts.fingerprint
         for name, tokens, lengths in (
             ("one", ids, (20,)),
             ("same", ids, (20,)),
@@ -76,13 +76,13 @@ def test_fingerprint_of_a_large_file_reads_blocks_from_its_first_token_to_its_la
     monkeypatch.setattr(fingerprints, "_NUM_BLOCKS", 3)
     monkeypatch.setattr(fingerprints, "_BLOCK_TOKENS", 10)
     ids = ids_of(2, 101)
-    first = open_tokens(write(tmp_path / "a", ids)).fingerprint
+    first = open_tokens(write(tmp_path / "a", ids)).facts.fingerprint
     blocks = [range(0, 10), range(45, 55), range(91, 101)]
     seen = []
     for at in range(101):
         changed = ids.copy()
         changed[at] = (changed[at] + 1) % 500
-        if open_tokens(write(tmp_path / "a", changed)).fingerprint != first:
+        if open_tokens(write(tmp_path / "a", changed)).facts.fingerprint != first:
             seen.append(at)
     assert seen == [at for block in blocks for at in block]
 
