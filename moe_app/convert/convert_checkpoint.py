@@ -46,8 +46,8 @@ from megatron.trainer.runtime.launch import environment_world_size, run_main
 from megatron.trainer.runtime.log import configure_logging
 from megatron.trainer.runtime.malloc import keep_freed_memory
 from moe_app.command_line import program
+from moe_app.convert.arguments import parse_args
 from moe_app.convert.checks import (
-    DTYPES,
     can_represent,
     check_new_run,
     check_outside,
@@ -57,8 +57,10 @@ from moe_app.convert.checks import (
     guard_disk_space,
     total_bytes,
 )
-from moe_app.convert.files import hf_files, native_files, read_auxiliary_files
+from moe_app.convert.export_files import ExportedFiles, hf_files
+from moe_app.convert.files import native_files, read_auxiliary_files
 from moe_app.convert.surplus import leave_out_surplus
+from moe_app.convert.tokenizer_check import check_auto_tokenizer
 from moe_app.convert.weights import Progress, TensorDigests, export_weights, import_weights
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.config import MoEModelConfig
@@ -82,67 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog=program("convert_checkpoint", command="convert"),
-        description="Convert OLMoE and JetMoE checkpoints between Hugging Face's form and ours.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    importing = commands.add_parser("import", help="Hugging Face -> a checkpoint to train from")
-    importing.add_argument(
-        "--hf",
-        required=True,
-        metavar="DIR",
-        help="directory with config.json and safetensors to read",
-    )
-    importing.add_argument(
-        "--save", required=True, metavar="DIR", help="run directory to create; must hold no run yet"
-    )
-    importing.add_argument(
-        "--make-vocab-size-divisible-by",
-        type=int,
-        default=128,
-        metavar="N",
-        help="pad the vocabulary to a multiple of this, for tensor parallelism (%(default)s)",
-    )
-    exporting = commands.add_parser("export", help="a run's checkpoint -> Hugging Face")
-    exporting.add_argument("--load", required=True, metavar="DIR", help="a run's --save directory")
-    exporting.add_argument(
-        "--iteration", type=int, metavar="N", help="checkpoint to export; the newest by default"
-    )
-    exporting.add_argument("--hf", required=True, metavar="DIR", help="directory to create")
-    exporting.add_argument(
-        "--layout",
-        choices=("per-expert", "fused"),
-        help="one tensor per expert, or one for all experts of a layer (default: the family's)",
-    )
-    exporting.add_argument(
-        "--like",
-        metavar="DIR",
-        help="Hugging Face directory to take tokenizer and special token ids from",
-    )
-    exporting.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="of a file (%(default)s)"
-    )
-    for command in (importing, exporting):
-        command.add_argument(
-            "--dtype", choices=tuple(DTYPES), help="of the weights written (as they are)"
-        )
-        command.add_argument(
-            "--checksums",
-            action="store_true",
-            help="put the SHA-256 of every Hugging Face tensor into the report",
-        )
-        command.add_argument(
-            "--verify",
-            action="store_true",
-            help="run both models on the same tokens and compare their logits; needs transformers;"
-            " implies --checksums",
-        )
-    return parser.parse_args(argv)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
     """Records a finished conversion, for the report."""
@@ -155,6 +96,8 @@ class Conversion:
     """The native checkpoint."""
     hf: Path
     """The Hugging Face directory."""
+    exported: ExportedFiles | None = None
+    """The small files of an export."""
     is_exact: bool
     """Whether both sides hold the same values; False if one is rounded from the other."""
 
@@ -195,6 +138,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.verify:
         return 0
     verification = verify(done.native, done.hf, same_weights=done.is_exact)
+    if done.exported is not None and done.exported.tokenizer is not None:
+        verification["tokenizer"] = check_auto_tokenizer(done.hf, done.exported.tokenizer)
     _write_report(done.report_path, {**report, "verification": verification})
     return 0 if verification["passed"] else 1
 
@@ -271,12 +216,13 @@ def run_export(args: argparse.Namespace) -> Conversion:
         family, form, pieces = _plan_export(cfg.model, args.layout, found)
         keys, dtype, weights_source = choose_weights(reader, pieces, args.dtype)
         logger.info("%s: exporting the %s", found.path, weights_source)
-        files = hf_files(
+        exported = hf_files(
             family,
             cfg,
             found.path,
             like=Path(args.like) if args.like is not None else None,
             dtype=str(dtype).removeprefix("torch."),
+            has_tokenizer=not args.no_tokenizer,
         )
         shapes = {part.name: part.shape for piece in pieces for part in piece.sources}
         total = total_bytes(shapes, dtype)
@@ -286,7 +232,7 @@ def run_export(args: argparse.Namespace) -> Conversion:
             Progress("export", total) as progress,
             new_directory(out) as directory,
         ):
-            for name, content in files.items():
+            for name, content in exported.files.items():
                 write_durably(directory / name, content)
             plans = plan_shards(shapes, dtype, max_bytes=max_bytes)
             digests = TensorDigests(thread if args.checksums or args.verify else None)
@@ -306,7 +252,7 @@ def run_export(args: argparse.Namespace) -> Conversion:
                 check.finish()
                 sha256 = digests.finish()
     report = _report("export", family, form, dtype, num_tensors=len(shapes), num_bytes=total)
-    report |= {"iteration": found.iteration, "weights": weights_source}
+    report |= {"iteration": found.iteration, "weights": weights_source, **exported.report}
     report |= {"sha256": sha256} if sha256 else {}
     stored = torch.bfloat16 if cfg.training.bf16 else torch.float32
     return Conversion(
@@ -314,6 +260,7 @@ def run_export(args: argparse.Namespace) -> Conversion:
         report_path=out / REPORT_NAME,
         native=found,
         hf=out,
+        exported=exported,
         is_exact=can_represent(dtype, stored) and all(key == kept for key, kept in keys.items()),
     )
 

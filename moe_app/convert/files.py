@@ -1,4 +1,4 @@
-"""Convert what accompanies the weights: configs, tokenizer, special token ids."""
+"""Reads what accompanies the weights of an import: configs, tokenizer, special token ids."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from typing import Any
 from megatron.trainer.checkpoint.saved_run import RUN_NAME, WEIGHTS_ONLY
 from megatron.trainer.config.cli import dump_config
 from megatron.trainer.config.schema import DataConfig, TrainingConfig
-from megatron.trainer.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
+from megatron.trainer.data.tokenizer import TOKENIZERS
 from megatron.trainer.data.tokenizer_files import (
     IDENTITY_FILES,
     IMPORTED_CONFIG_NAME,
@@ -19,11 +19,10 @@ from megatron.trainer.data.tokenizer_files import (
     TOKENIZER_FILES,
 )
 from megatron.trainer.errors import CheckpointError, DataError
-from megatron.trainer.hf_files.directory import CONFIG_NAME, read_entry, read_json
+from megatron.trainer.hf_files.directory import read_entry, read_json
 from megatron.trainer.records.run_dir import CONFIG_NAME as RUN_CONFIG_NAME
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert import Family
 
 logger = logging.getLogger("convert")
 
@@ -56,7 +55,7 @@ def read_auxiliary_files(directory: Path, *, eod_token: str | None = None) -> Au
         path = directory / name
         if not os.path.lexists(path):
             continue
-        _check_link(path)
+        check_link(path)
         files[name] = read_entry(directory, name)
     for name in (TOKENIZER_FILES["HFTokenizer"], *JSON_FILES):
         if name in files:
@@ -97,7 +96,7 @@ def native_files(
     cfg = PretrainConfig(
         model=model,
         training=TrainingConfig(
-            seq_length=min(_max_positions(hf_config) or _MAX_SEQ_LENGTH, _MAX_SEQ_LENGTH),
+            seq_length=min(max_positions(hf_config) or _MAX_SEQ_LENGTH, _MAX_SEQ_LENGTH),
             bf16=is_bf16,
         ),
         data=DataConfig()
@@ -116,87 +115,7 @@ def native_files(
     }
 
 
-def hf_files(
-    family: Family,
-    cfg: PretrainConfig,
-    checkpoint: Path,
-    *,
-    like: Path | None,
-    dtype: str,
-) -> dict[str, bytes]:
-    """Return the small files of a Hugging Face checkpoint exported from a native one.
-
-    Args:
-        family: of the model.
-        cfg: of the run that wrote the checkpoint.
-        checkpoint: the checkpoint; an imported one keeps the original config.json.
-        like: a Hugging Face directory to take tokenizer and token ids from instead; may be None.
-        dtype: of the weights, "float32" or "bfloat16".
-
-    Raises:
-        CheckpointError: the family cannot express the model, or a file is corrupt.
-    """
-    if like is not None:
-        known, auxiliary = read_json(like, CONFIG_NAME), read_auxiliary_files(like)
-    else:
-        was_imported = (checkpoint / IMPORTED_CONFIG_NAME).exists()
-        known = read_json(checkpoint, IMPORTED_CONFIG_NAME) if was_imported else {}
-        auxiliary = (
-            read_auxiliary_files(checkpoint, eod_token=cfg.data.eod_token)
-            if was_imported
-            else _run_tokenizer_files(cfg, checkpoint)
-        )
-    ids = {f"{name}_token_id": known.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    kind = auxiliary.tokenizer_type
-    if like is None and kind is not None and "eos_token_id" not in known:
-        ids["eos_token_id"] = _own_tokenizer(cfg, checkpoint, kind).eod
-    longest = max(_max_positions(known) or 0, cfg.training.seq_length)
-    try:
-        config = family.hf_config(
-            cfg.model,
-            max_position_embeddings=longest,
-            dtype=dtype,
-            bos_token_id=ids["bos_token_id"],
-            eos_token_id=ids["eos_token_id"],
-            pad_token_id=ids["pad_token_id"],
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{checkpoint} cannot be exported: {error}") from error
-    return {CONFIG_NAME: (json.dumps(config, indent=2) + "\n").encode(), **auxiliary.files}
-
-
-def _run_tokenizer_files(cfg: PretrainConfig, checkpoint: Path) -> AuxiliaryFiles:
-    """Return the tokenizer saved with a run, under the names transformers expects."""
-    if cfg.data.tokenizer_model is None or cfg.data.mock_data:  # runs on mock data save none
-        return AuxiliaryFiles(files={}, tokenizer_type=None)
-    kind = cfg.data.tokenizer_type
-    saved_name = Path(cfg.data.tokenizer_model).name
-    _check_link(checkpoint / saved_name)
-    files = {TOKENIZER_FILES[kind]: read_entry(checkpoint, saved_name)}
-    for name in IDENTITY_FILES:
-        if os.path.lexists(checkpoint / name):
-            _check_link(checkpoint / name)
-            files[name] = read_entry(checkpoint, name)
-    if kind == "HFTokenizer" and "tokenizer_config.json" not in files:
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": _own_tokenizer(cfg, checkpoint, kind).end.text,
-            "model_max_length": cfg.training.seq_length,
-        }
-        files["tokenizer_config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
-    return AuxiliaryFiles(files=files, tokenizer_type=kind)
-
-
-def _own_tokenizer(cfg: PretrainConfig, checkpoint: Path, kind: str) -> Tokenizer:
-    """Open the tokenizer in a run's checkpoint."""
-    own = Path(cfg.data.tokenizer_model or "").name
-    path = checkpoint / (own or TOKENIZER_FILES[kind])
-    if not path.is_file():
-        path = checkpoint / TOKENIZER_FILES[kind]
-    return load_tokenizer(kind, str(path), eod_token=cfg.data.eod_token)
-
-
-def _check_link(path: Path) -> None:
+def check_link(path: Path) -> None:
     """Refuse a symlink out of the directory, except into the blobs of a Hub cache.
 
     These files are copied and exported again: a link must not leak another file.
@@ -218,7 +137,7 @@ def _can_load(kind: str, path: Path, eod_token: str | None) -> bool:
     return True
 
 
-def _max_positions(hf_config: Mapping[str, Any]) -> int | None:
+def max_positions(hf_config: Mapping[str, Any]) -> int | None:
     """Return the maximum sequence length of a config.
 
     Raises:

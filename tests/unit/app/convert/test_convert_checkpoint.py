@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from megatron.trainer.checkpoint import CheckpointReader, find_checkpoint
 from megatron.trainer.config.schema import DataConfig
 from moe_app.convert import convert_checkpoint
-from moe_app.convert.files import hf_files
+from moe_app.convert.export_files import hf_files
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.convert import FAMILIES, ExpertLayout
 from tests.distributed.convert_models import hf_weights, make_hf
@@ -205,13 +205,13 @@ def test_export_names_the_end_of_the_runs_own_tokenizer(
     # What another tokenizer leaves of an import: the model's config without ids.
     for imported in ({}, {"hf_config": {"max_position_embeddings": 64}}):
         write_json(tmp_path / "run", **imported)
-        files = hf_files(FAMILIES["olmoe"], cfg, tmp_path / "run", like=None, dtype="float32")
+        files = hf_files(FAMILIES["olmoe"], cfg, tmp_path / "run", like=None, dtype="float32").files
         assert json.loads(files["config.json"])["eos_token_id"] == 2
     write_json(tmp_path / "run", hf_config={"eos_token_id": None})
-    kept = hf_files(FAMILIES["olmoe"], cfg, tmp_path / "run", like=None, dtype="float32")
+    kept = hf_files(FAMILIES["olmoe"], cfg, tmp_path / "run", like=None, dtype="float32").files
     assert json.loads(kept["config.json"])["eos_token_id"] is None
     (tmp_path / "run" / "hf_config.json").unlink()
-    files = hf_files(FAMILIES["olmoe"], cfg, tmp_path / "run", like=None, dtype="float32")
+    files = hf_files(FAMILIES["olmoe"], cfg, tmp_path / "run", like=None, dtype="float32").files
     settings = json.loads(files["tokenizer_config.json"])
     assert settings["eos_token"] == "</s>"
     assert not named or settings == named["tokenizer_config"]
@@ -227,7 +227,7 @@ def test_run_on_mock_data_is_exported_without_its_configured_tokenizer(
         model=FAMILIES["olmoe"].model_config(config),
         data=DataConfig(mock_data=True, tokenizer_model="run/tokenizer.json"),
     )
-    files = hf_files(FAMILIES["olmoe"], cfg, tmp_path, like=None, dtype="float32")
+    files = hf_files(FAMILIES["olmoe"], cfg, tmp_path, like=None, dtype="float32").files
     assert files.keys() == {"config.json"}
     assert json.loads(files["config.json"])["eos_token_id"] is None
 

@@ -1,0 +1,73 @@
+"""Reads the command line of a conversion."""
+
+import argparse
+from collections.abc import Sequence
+
+from moe_app.command_line import program
+from moe_app.convert.checks import DTYPES
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog=program("convert_checkpoint", command="convert"),
+        description="Convert OLMoE and JetMoE checkpoints between Hugging Face's form and ours.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    importing = commands.add_parser("import", help="Hugging Face -> a checkpoint to train from")
+    importing.add_argument(
+        "--hf",
+        required=True,
+        metavar="DIR",
+        help="directory with config.json and safetensors to read",
+    )
+    importing.add_argument(
+        "--save", required=True, metavar="DIR", help="run directory to create; must hold no run yet"
+    )
+    importing.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        default=128,
+        metavar="N",
+        help="pad the vocabulary to a multiple of this, for tensor parallelism (%(default)s)",
+    )
+    exporting = commands.add_parser("export", help="a run's checkpoint -> Hugging Face")
+    exporting.add_argument("--load", required=True, metavar="DIR", help="a run's --save directory")
+    exporting.add_argument(
+        "--iteration", type=int, metavar="N", help="checkpoint to export; the newest by default"
+    )
+    exporting.add_argument("--hf", required=True, metavar="DIR", help="directory to create")
+    exporting.add_argument(
+        "--layout",
+        choices=("per-expert", "fused"),
+        help="one tensor per expert, or one for all experts of a layer (default: the family's)",
+    )
+    exporting.add_argument(
+        "--like",
+        metavar="DIR",
+        help="Hugging Face directory to take tokenizer and special token ids from",
+    )
+    exporting.add_argument(
+        "--no-tokenizer",
+        action="store_true",
+        help="export none, where transformers cannot be given the run's own",
+    )
+    exporting.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of a file (%(default)s)"
+    )
+    for command in (importing, exporting):
+        command.add_argument(
+            "--dtype", choices=tuple(DTYPES), help="of the weights written (as they are)"
+        )
+        command.add_argument(
+            "--checksums",
+            action="store_true",
+            help="put the SHA-256 of every Hugging Face tensor into the report",
+        )
+        command.add_argument(
+            "--verify",
+            action="store_true",
+            help="run both models on the same tokens and compare their logits; needs transformers;"
+            " implies --checksums",
+        )
+    return parser.parse_args(argv)
