@@ -1,4 +1,4 @@
-"""Reads the command line of a conversion."""
+"""Declares the command line of a conversion."""
 
 import argparse
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     exporting.add_argument(
         "--no-tokenizer",
         action="store_true",
-        help="export none, where transformers cannot be given the run's own",
+        help="export without a tokenizer, where none gives the ids that the model was trained on",
     )
     exporting.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of a file (%(default)s)"
@@ -67,7 +67,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument(
             "--verify",
             action="store_true",
-            help="run both models on the same tokens and compare their logits; needs transformers;"
-            " implies --checksums",
+            help="run both models on the same tokens and compare their logits; for exports,"
+            " the tokenizers, too; needs transformers; implies --checksums",
         )
     return parser.parse_args(argv)

@@ -30,6 +30,7 @@ from megatron.trainer.checkpoint import (
     streamed_checkpoint,
 )
 from megatron.trainer.config.cli import load_config
+from megatron.trainer.data.tokenizer import Tokenizer
 from megatron.trainer.errors import CheckpointError, ConfigError
 from megatron.trainer.hf_files import (
     HFDirectory,
@@ -57,10 +58,9 @@ from moe_app.convert.checks import (
     guard_disk_space,
     total_bytes,
 )
-from moe_app.convert.export_files import ExportedFiles, hf_files
-from moe_app.convert.files import native_files, read_auxiliary_files
+from moe_app.convert.files import hf_files, native_files, read_auxiliary_files
 from moe_app.convert.surplus import leave_out_surplus
-from moe_app.convert.tokenizer_check import check_auto_tokenizer
+from moe_app.convert.tokenizer_check import compare_with_transformers
 from moe_app.convert.weights import Progress, TensorDigests, export_weights, import_weights
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.config import MoEModelConfig
@@ -96,10 +96,12 @@ class Conversion:
     """The native checkpoint."""
     hf: Path
     """The Hugging Face directory."""
-    exported: ExportedFiles | None = None
-    """The small files of an export."""
     is_exact: bool
     """Whether both sides hold the same values; False if one is rounded from the other."""
+    tokenizer: Tokenizer | None = None
+    """The trainer's tokenizer, of which an export holds another form."""
+    num_rows: int = 0
+    """Rows of the exported embedding."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -138,8 +140,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.verify:
         return 0
     verification = verify(done.native, done.hf, same_weights=done.is_exact)
-    if done.exported is not None and done.exported.tokenizer is not None:
-        verification["tokenizer"] = check_auto_tokenizer(done.hf, done.exported.tokenizer)
+    if done.tokenizer is not None:
+        found = compare_with_transformers(done.tokenizer, done.hf, done.num_rows)
+        passed = verification["passed"] and found["passed"]
+        verification |= {"passed": passed, "tokenizer": found}
     _write_report(done.report_path, {**report, "verification": verification})
     return 0 if verification["passed"] else 1
 
@@ -222,7 +226,7 @@ def run_export(args: argparse.Namespace) -> Conversion:
             found.path,
             like=Path(args.like) if args.like is not None else None,
             dtype=str(dtype).removeprefix("torch."),
-            has_tokenizer=not args.no_tokenizer,
+            with_tokenizer=not args.no_tokenizer,
         )
         shapes = {part.name: part.shape for piece in pieces for part in piece.sources}
         total = total_bytes(shapes, dtype)
@@ -260,8 +264,9 @@ def run_export(args: argparse.Namespace) -> Conversion:
         report_path=out / REPORT_NAME,
         native=found,
         hf=out,
-        exported=exported,
         is_exact=can_represent(dtype, stored) and all(key == kept for key, kept in keys.items()),
+        tokenizer=exported.tokenizer,
+        num_rows=cfg.model.vocab_size,
     )
 
 

@@ -1,4 +1,4 @@
-"""Reads what accompanies the weights of an import: configs, tokenizer, special token ids."""
+"""Convert what accompanies the weights: configs, tokenizer, special token ids."""
 
 import json
 import logging
@@ -11,18 +11,28 @@ from typing import Any
 from megatron.trainer.checkpoint.saved_run import RUN_NAME, WEIGHTS_ONLY
 from megatron.trainer.config.cli import dump_config
 from megatron.trainer.config.schema import DataConfig, TrainingConfig
-from megatron.trainer.data.tokenizer import TOKENIZERS
+from megatron.trainer.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
 from megatron.trainer.data.tokenizer_files import (
     IDENTITY_FILES,
     IMPORTED_CONFIG_NAME,
     JSON_FILES,
     TOKENIZER_FILES,
+    canonical_type,
 )
 from megatron.trainer.errors import CheckpointError, DataError
-from megatron.trainer.hf_files.directory import read_entry, read_json
+from megatron.trainer.hf_files.directory import CONFIG_NAME, read_entry, read_json
 from megatron.trainer.records.run_dir import CONFIG_NAME as RUN_CONFIG_NAME
+from moe_app.convert.export_changes import log_changes
+from moe_app.convert.exported_tokenizer import (
+    GENERATION_NAME,
+    SETTINGS_NAME,
+    check_tokenizer,
+    make_tokenizer_files,
+    token_ids,
+)
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.config import MoEModelConfig
+from moe_ext.convert import Family
 
 logger = logging.getLogger("convert")
 
@@ -38,6 +48,11 @@ class AuxiliaryFiles:
     tokenizer_type: str | None
     """Type of the tokenizer that the trainer can use, a name in TOKENIZERS; None if there is
     none."""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Return whether there is a tokenizer of any type."""
+        return any(name in self.files for name in TOKENIZER_FILES.values())
 
 
 def read_auxiliary_files(directory: Path, *, eod_token: str | None = None) -> AuxiliaryFiles:
@@ -55,7 +70,7 @@ def read_auxiliary_files(directory: Path, *, eod_token: str | None = None) -> Au
         path = directory / name
         if not os.path.lexists(path):
             continue
-        check_link(path)
+        _check_link(path)
         files[name] = read_entry(directory, name)
     for name in (TOKENIZER_FILES["HFTokenizer"], *JSON_FILES):
         if name in files:
@@ -96,7 +111,7 @@ def native_files(
     cfg = PretrainConfig(
         model=model,
         training=TrainingConfig(
-            seq_length=min(max_positions(hf_config) or _MAX_SEQ_LENGTH, _MAX_SEQ_LENGTH),
+            seq_length=min(_max_positions(hf_config) or _MAX_SEQ_LENGTH, _MAX_SEQ_LENGTH),
             bf16=is_bf16,
         ),
         data=DataConfig()
@@ -115,7 +130,172 @@ def native_files(
     }
 
 
-def check_link(path: Path) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ExportedFiles:
+    """Holds the small files of an export."""
+
+    files: Mapping[str, bytes]
+    """Contents by name."""
+    tokenizer: Tokenizer | None
+    """The trainer's tokenizer, whose ids the exported one gives; None where none is exported, or
+    the trainer cannot use it."""
+    report: Mapping[str, Any]
+    """What was compared and changed, for the report."""
+
+
+def hf_files(
+    family: Family,
+    cfg: PretrainConfig,
+    checkpoint: Path,
+    *,
+    like: Path | None,
+    dtype: str,
+    with_tokenizer: bool = True,
+) -> ExportedFiles:
+    """Return the small files of a Hugging Face checkpoint exported from a native one.
+
+    Args:
+        family: of the model.
+        cfg: of the run that wrote the checkpoint.
+        checkpoint: the checkpoint; an imported one keeps the original config.json.
+        like: a Hugging Face directory to take tokenizer and token ids from instead; may be None.
+        dtype: of the weights, "float32" or "bfloat16".
+        with_tokenizer: whether to export the tokenizer.
+
+    Raises:
+        CheckpointError: the family cannot express the model, a file is corrupt, or the tokenizer
+            cannot be exported so that it gives the same ids.
+    """
+    source = like or checkpoint
+    is_imported = like is not None or (checkpoint / IMPORTED_CONFIG_NAME).exists()
+    name = IMPORTED_CONFIG_NAME if like is None else CONFIG_NAME
+    known = read_json(source, name) if is_imported else {}
+    end = cfg.data.eod_token if like is None else None
+    auxiliary = (
+        read_auxiliary_files(source, eod_token=end)
+        if is_imported
+        else _run_tokenizer_files(cfg, checkpoint)
+    )
+    tokenizer = _open_tokenizer(cfg, checkpoint, like, auxiliary.tokenizer_type)
+    longest = max(_max_positions(known) or 0, cfg.training.seq_length)
+    files: dict[str, bytes] = dict(auxiliary.files)
+    report: dict[str, Any] = {}
+    if not with_tokenizer:
+        files = {each: files[each] for each in files if each == GENERATION_NAME}
+        report = _without_tokenizer("--no-tokenizer was given")
+    elif tokenizer is not None:
+        files = make_tokenizer_files(
+            files,
+            tokenizer.tokenizer,
+            tokenizer.kind,
+            is_imported=is_imported,
+            max_length=longest,
+        )
+        report = check_tokenizer(files, tokenizer.tokenizer, cfg.model.vocab_size).report()
+    elif auxiliary.has_tokenizer:
+        report = {"compared": False, "because": "the trainer cannot use it"}
+    else:
+        report = _without_tokenizer("the checkpoint has none")
+    ids = _token_ids(known, files, tokenizer, is_like=like is not None)
+    try:
+        config = family.hf_config(cfg.model, max_position_embeddings=longest, dtype=dtype, **ids)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint} cannot be exported: {error}") from error
+    changes = log_changes(known, config, auxiliary.files, files) if is_imported else []
+    named = {key: value for key, value in ids.items() if value is not None}
+    if not is_imported and named:
+        files.setdefault(GENERATION_NAME, _dump(named))
+    return ExportedFiles(
+        files={CONFIG_NAME: _dump(config), **files},
+        tokenizer=tokenizer.tokenizer if tokenizer is not None and with_tokenizer else None,
+        report={"tokenizer": report} | ({"changes": changes} if is_imported else {}),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OpenTokenizer:
+    """Holds the tokenizer of an export's source."""
+
+    tokenizer: Tokenizer
+    kind: str
+
+
+def _open_tokenizer(
+    cfg: PretrainConfig, checkpoint: Path, like: Path | None, kind: str | None
+) -> _OpenTokenizer | None:
+    """Open the tokenizer that texts were encoded with; None if there is none.
+
+    Args:
+        cfg: of the run.
+        checkpoint: of the run.
+        like: the directory that has the tokenizer instead; may be None.
+        kind: of the first one in the directory that the trainer can use.
+    """
+    if kind is None:
+        return None
+    if like is not None:
+        tokenizer = load_tokenizer(kind, str(like / TOKENIZER_FILES[kind]))
+        return _OpenTokenizer(tokenizer=tokenizer, kind=kind)
+    if cfg.data.tokenizer_model is not None and not cfg.data.mock_data:
+        kind = canonical_type(cfg.data.tokenizer_type)
+    return _OpenTokenizer(tokenizer=_own_tokenizer(cfg, checkpoint, kind), kind=kind)
+
+
+def _token_ids(
+    known: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    tokenizer: _OpenTokenizer | None,
+    *,
+    is_like: bool,
+) -> dict[str, Any]:
+    """Return the ids of special tokens for config.json: the import's, else the tokenizer's."""
+    ids = {role: known.get(role) for role in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if is_like or tokenizer is None:
+        return ids
+    if not ids.keys() & known.keys() and SETTINGS_NAME in files:
+        named = token_ids(files, tokenizer.tokenizer)
+        ids |= {f"{role}_token_id": each for role, each in named.items()}
+    if "eos_token_id" not in known:
+        ids["eos_token_id"] = tokenizer.tokenizer.eod
+    return ids
+
+
+def _without_tokenizer(reason: str) -> dict[str, Any]:
+    logger.warning("the export has no tokenizer: %s", reason)
+    return {"exported": False, "because": reason}
+
+
+def _dump(settings: Mapping[str, Any]) -> bytes:
+    return (json.dumps(settings, indent=2) + "\n").encode()
+
+
+def _run_tokenizer_files(cfg: PretrainConfig, checkpoint: Path) -> AuxiliaryFiles:
+    """Return the tokenizer saved with a run, under the names transformers expects."""
+    if cfg.data.tokenizer_model is None or cfg.data.mock_data:  # runs on mock data save none
+        return AuxiliaryFiles(files={}, tokenizer_type=None)
+    kind = canonical_type(cfg.data.tokenizer_type)
+    saved_name = Path(cfg.data.tokenizer_model).name
+    if not os.path.lexists(checkpoint / saved_name):
+        saved_name = TOKENIZER_FILES[kind]
+    _check_link(checkpoint / saved_name)
+    files = {TOKENIZER_FILES[kind]: read_entry(checkpoint, saved_name)}
+    for name in IDENTITY_FILES:
+        if os.path.lexists(checkpoint / name):
+            _check_link(checkpoint / name)
+            files[name] = read_entry(checkpoint, name)
+    return AuxiliaryFiles(files=files, tokenizer_type=kind)
+
+
+def _own_tokenizer(cfg: PretrainConfig, checkpoint: Path, kind: str) -> Tokenizer:
+    """Open the tokenizer in a run's checkpoint."""
+    own = Path(cfg.data.tokenizer_model or "").name
+    path = checkpoint / (own or TOKENIZER_FILES[kind])
+    if not path.is_file():
+        path = checkpoint / TOKENIZER_FILES[kind]
+    return load_tokenizer(kind, str(path), eod_token=cfg.data.eod_token)
+
+
+def _check_link(path: Path) -> None:
     """Refuse a symlink out of the directory, except into the blobs of a Hub cache.
 
     These files are copied and exported again: a link must not leak another file.
@@ -137,7 +317,7 @@ def _can_load(kind: str, path: Path, eod_token: str | None) -> bool:
     return True
 
 
-def max_positions(hf_config: Mapping[str, Any]) -> int | None:
+def _max_positions(hf_config: Mapping[str, Any]) -> int | None:
     """Return the maximum sequence length of a config.
 
     Raises:

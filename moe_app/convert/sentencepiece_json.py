@@ -1,137 +1,142 @@
-"""Writes a SentencePiece BPE model as a tokenizer.json of the `tokenizers` library.
+"""Writes a SentencePiece model as a tokenizer.json of the `tokenizers` library.
 
-transformers builds a tokenizer of another kind from a tokenizer.model, without a word. The JSON
-gives the same ids for the models that are accepted here: BPE without normalisation and without
-user-defined pieces. `tokenizer_check` compares both on many texts before an export is good.
+That is possible for one kind: BPE with byte fallback whose normaliser changes nothing but spaces.
+transformers takes every tokenizer.model for one of the model family's usual kind.
 """
 
-import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
-from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from megatron.trainer.data.sentencepiece_pieces import (
-    BYTE,
     CONTROL,
     NORMAL,
+    SIZED,
     UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    VARINT,
     SentencePiecePiece,
-    as_control,
+    message_fields,
     read_pieces,
+    read_varint,
 )
-from megatron.trainer.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
-_SPACE = "\u2581"
-"""How SentencePiece writes a space."""
+SPACE = "\u2581"
+"""What a piece has for a space."""
+
+_TRAINER, _NORMALIZER, _DENORMALIZER = 2, 3, 5
+_MODEL_TYPE, _SUFFIX, _BYTE_FALLBACK = 3, 24, 35
+_CHARACTER_MAP, _PREFIX, _REMOVE_SPACES, _ESCAPE = 2, 3, 4, 5
+"""Field numbers: of the parts of a model, of its trainer's settings, of its normaliser's."""
 _BPE = 2
-"""`model_type` of a BPE model."""
-_USABLE = {NORMAL, UNKNOWN, CONTROL, BYTE}
+_MODEL_TYPES = {1: "Unigram", _BPE: "BPE", 3: "words", 4: "characters"}
+_SHOWN = 3
 
 
-def tokenizer_json(model: bytes, tokenizer: SentencePieceTokenizer) -> bytes:
-    """Return the tokenizer.json of a model.
+def to_tokenizer_json(
+    model: bytes, *, control: Collection[str] = (), prefix: Sequence[str] = ()
+) -> bytes:
+    """Return the tokenizer.json that gives the ids of a SentencePiece model.
 
     Args:
-        model: the .model file.
-        tokenizer: the same, as the trainer reads it: what it takes for control pieces and puts
-            first.
+        model: the content of the .model file.
+        control: user-defined pieces that the trainer takes for control pieces.
+        prefix: the pieces that the trainer puts before each text.
 
     Raises:
-        ValueError: it is of a kind whose ids the JSON would not give; says which.
+        ValueError: the library cannot give the same ids; says why.
     """
-    model = as_control(model, tokenizer.control_texts())
-    spec = sentencepiece_model_pb2.ModelProto.FromString(model)
     pieces = read_pieces(model)
-    problem = _problem(spec, pieces)
-    if problem is not None:
-        raise ValueError(problem)
-    unknown = next(piece.text for piece in pieces if piece.kind == UNKNOWN)
-    has_prefix = spec.normalizer_spec.add_dummy_prefix
-    control = [number for number, piece in enumerate(pieces) if piece.kind == CONTROL]
-    made = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [_added(number, pieces[number].text) for number in control],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                *([{"type": "Prepend", "prepend": _SPACE}] if has_prefix else []),
-                {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": _beginning(tokenizer),
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if has_prefix else []),
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": unknown,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": bool(spec.trainer_spec.byte_fallback),
-            "ignore_merges": False,
-            "vocab": {piece.text: number for number, piece in enumerate(pieces)},
-            "merges": [list(pair) for pair in _merges(pieces)],
-        },
-    }
-    return (json.dumps(made, ensure_ascii=False, indent=1) + "\n").encode()
+    _check_pieces(pieces, control)
+    adds_space = _check_settings(model)
+    ids = {piece.text: token_id for token_id, piece in enumerate(pieces)}
+    unknown = next((piece.text for piece in pieces if piece.kind == UNKNOWN), None)
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=ids,
+            merges=_merges(pieces),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    spaces = normalizers.Replace(" ", SPACE)
+    tokenizer.normalizer = (
+        normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if adds_space else spaces
+    )
+    reverse = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(
+        [*reverse, decoders.Strip(" ", 1, 0)] if adds_space else reverse
+    )
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(piece.text, special=True, normalized=False)
+            for piece in pieces
+            if piece.kind == CONTROL or piece.text in control
+        ]
+    )
+    if prefix:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*prefix, "$A"],
+            pair=[*prefix, "$A", *prefix, "$B:1"],
+            special_tokens=[(text, ids[text]) for text in dict.fromkeys(prefix)],
+        )
+    text: str = tokenizer.to_str(pretty=True)
+    return text.encode()
 
 
-def _problem(spec: Any, pieces: Sequence[SentencePiecePiece]) -> str | None:
-    """Say what the JSON could not express of a model; None if there is nothing."""
-    normalizer = spec.normalizer_spec
-    if spec.trainer_spec.model_type != _BPE:
-        return "it is not a BPE model, and only those have merges"
-    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
-        return f"it normalises text ({normalizer.name or 'extra whitespace'})"
-    if not normalizer.escape_whitespaces or spec.trainer_spec.treat_whitespace_as_suffix:
-        return "it does not write a space as U+2581 before a word"
-    odd = [piece.text for piece in pieces if piece.kind not in _USABLE]
-    if odd:
-        return f"it has pieces that are user-defined or unused ({odd[0]!r}, {len(odd)} in all)"
-    if len({piece.text for piece in pieces}) < len(pieces):
-        return "two of its pieces are written alike"
-    return None
+def _merges(pieces: Sequence[SentencePiecePiece]) -> list[tuple[str, str]]:
+    """Return the merges of a BPE model: every split of a normal piece into two, the best first.
+
+    SentencePiece merges the neighbours whose piece has the highest score, in whatever way that
+    piece came about.
+    """
+    normal = {piece.text for piece in pieces if piece.kind == NORMAL}
+    found = [
+        (-piece.score, token_id, at, (piece.text[:at], piece.text[at:]))
+        for token_id, piece in enumerate(pieces)
+        if piece.kind == NORMAL
+        for at in range(1, len(piece.text))
+        if piece.text[:at] in normal and piece.text[at:] in normal
+    ]
+    return [merge for *_, merge in sorted(found)]
 
 
-def _merges(pieces: Sequence[SentencePiecePiece]) -> Iterator[tuple[str, str]]:
-    """Yield every way to join two normal pieces to a normal one: best score first, then by id."""
-    normal = {piece.text: number for number, piece in enumerate(pieces) if piece.kind == NORMAL}
-    for text in sorted(normal, key=lambda each: (-pieces[normal[each]].score, normal[each])):
-        for cut in range(1, len(text)):
-            if text[:cut] in normal and text[cut:] in normal:
-                yield text[:cut], text[cut:]
+def _check_pieces(pieces: Sequence[SentencePiecePiece], control: Collection[str]) -> None:
+    """Refuse pieces that the library would not treat alike."""
+    for kind, name in ((USER_DEFINED, "user-defined"), (UNUSED, "unused")):
+        found = [each.text for each in pieces if each.kind == kind and each.text not in control]
+        if found:
+            more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+            raise ValueError(f"it has {name} pieces ({', '.join(map(repr, found[:_SHOWN]))}{more})")
 
 
-def _added(token_id: int, text: str) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": token_id, "content": text, **flags, "special": True}
+def _check_settings(model: bytes) -> bool:
+    """Return whether the model puts a space before a text; refuse settings that cannot be kept."""
+    trainer, normalizer = _settings(model, _TRAINER), _settings(model, _NORMALIZER)
+    kind = trainer.get(_MODEL_TYPE, 1)
+    if kind != _BPE:
+        raise ValueError(f"it is a model of {_MODEL_TYPES.get(kind, f'type {kind}')}, not of BPE")
+    if not trainer.get(_BYTE_FALLBACK, 0):
+        raise ValueError("it has no byte fallback")
+    if trainer.get(_SUFFIX, 0):
+        raise ValueError("it has spaces at the end of words (treat_whitespace_as_suffix)")
+    for part, name in ((normalizer, "normalises"), (_settings(model, _DENORMALIZER), "restores")):
+        if part.get(_CHARACTER_MAP, 0):
+            raise ValueError(f"it {name} characters, as NFKC does")
+    if normalizer.get(_REMOVE_SPACES, 1):
+        raise ValueError("it removes repeated spaces (remove_extra_whitespaces)")
+    if not normalizer.get(_ESCAPE, 1):
+        raise ValueError("it keeps spaces as they are (escape_whitespaces is off)")
+    return bool(normalizer.get(_PREFIX, 1))
 
 
-def _beginning(tokenizer: SentencePieceTokenizer) -> dict[str, Any] | None:
-    """Return the post-processor that puts the BOS first, if the tokenizer does."""
-    if not tokenizer.prefix:
-        return None
-    texts = [str(tokenizer.token_text(each)) for each in tokenizer.prefix]
-    first = [{"SpecialToken": {"id": text, "type_id": 0}} for text in texts]
-    rest = {"Sequence": {"id": "A", "type_id": 0}}
+def _settings(model: bytes, part: int) -> dict[int, int]:
+    """Return the integers of a part by field number, and the lengths of its strings."""
     return {
-        "type": "TemplateProcessing",
-        "single": [*first, rest],
-        "pair": [*first, rest, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {
-            text: {"id": text, "ids": [token_id], "tokens": [text]}
-            for text, token_id in zip(texts, tokenizer.prefix, strict=True)
-        },
+        number: read_varint(model, start, stop)[0] if wire_type == VARINT else stop - start
+        for found, kind, begin, end in message_fields(model, 0, len(model))
+        if (found, kind) == (part, SIZED)
+        for number, wire_type, start, stop in message_fields(model, begin, end)
     }

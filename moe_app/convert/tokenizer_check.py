@@ -1,171 +1,168 @@
-"""Compares an exported tokenizer with the run's own, on several hundred texts.
+"""Compares the trainer's tokenizer with the one that others build from exported files.
 
-Text that spells a control token is ordinary text to the trainer. transformers takes it for the
-token unless it is told `split_special_tokens=True`, so those texts are compared under that setting.
+Ids and decoded text must be equal. Our `encode` takes text that spells a control token for ordinary
+text, whereas transformers parses it, unless told `split_special_tokens`; so both are told here.
+Tokens that are added but not marked special are parsed even then: texts that spell one that we take
+for a control token are counted apart.
 """
 
-import random
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as TokenizersTokenizer
 
 from megatron.trainer.data.tokenizer import Tokenizer
-from megatron.trainer.errors import CheckpointError
-from megatron.trainer.hf_files.directory import CONFIG_NAME, read_json
+from megatron.trainer.errors import DataError
+from moe_app.convert.tokenizer_samples import sample_texts
 
-_SEED = 20240924
-_NUM_RANDOM = 400
-_FIXED = (
-    *("", " ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", " \n \t ", "a", " a", "a ", "  a  b  "),
-    *("hello world", "Hello, World!", "don't", "1234567890", "3.14e-10", "-0", "x" * 300),
-    "def read(path):\n    with open(path) as file:\n\t\treturn file.read()\n",
-    'if (a[0] == "b\\n") { return x->y::z; } // 100%',
-    *(
-        "naïve café",
-        "Ångström",
-        "e\u0301 a\u0308",
-        "\u1e9e ß ﬁ ﬀ",
-        "\uff21\uff22\uff11\uff12",
-        "½ ² ™",
-    ),
-    *(
-        "日本語のテキスト",
-        "中文\uff0c测试。",
-        "한국어 문장",
-        "Привет, мир",
-        "مرحبا",
-        "שלום",
-        "हिन्दी",
-    ),
-    *("🙂", "👩‍👩‍👧‍👦 family", "🇩🇪🇯🇵", "✊🏽", "a\u200db", "\ufeffstart", "zero\u200bwidth"),
-    *("\u2581", "a\u2581b", "\u00a0nbsp\u2003em", "\x00", "a\x00b", "\x7f\x1b[0m", "\U0010ffff"),
-    *("<unk>", "<0x0A>", "<s></s>", "[INST] <<SYS>>", "http://example.org/?q=a+b&c=%20#d"),
-)
-_PARTS = (
-    *(" ", "  ", "\n", "\t", "\r", "the", "model", "token", "s", "ing", "Un", "x", "Q", "0", "42"),
-    *("é", "ß", "日本", "한", "🙂", "λ", "Ж", "ﬁ", "\u0627", "\u2581", "\u0301", "\u200d"),
-    *(".", ",", "->", "(", ")", "{", '"', "'", "_", "\\"),
-)
+logger = logging.getLogger("convert")
+
+_MOST_TOKENS = 50
+"""Control tokens whose spelling is compared: some tokenizers have hundreds of a kind."""
+_SHOWN_CHARACTERS = 40
+_SHOWN_IDS = 12
 
 
-def probe_texts(control_texts: Sequence[str]) -> list[str]:
-    """Return the texts to compare, always the same ones: several hundred, some that spell tokens.
+@dataclass(frozen=True, kw_only=True)
+class TokenizerComparison:
+    """Counts on how many texts two tokenizers agree."""
 
-    Args:
-        control_texts: spellings of the tokenizer's control tokens.
-    """
-    spelled = [form for text in control_texts for form in (text, f"a {text}b", f"{text}{text}\n")]
-    source = random.Random(_SEED)
-    mixed = ("".join(source.choices(_PARTS, k=source.randint(1, 40))) for _ in range(_NUM_RANDOM))
-    return [*_FIXED, *spelled, *mixed]
+    num_texts: int
+    """Texts that were compared."""
+    num_equal: int
+    """Of these, with equal ids and equal decoded text."""
+    num_parsed: int
+    """Further texts, which spell a token that the other one always parses."""
+    difference: str | None
+    """The first one, in words; None for none."""
+
+    @property
+    def is_equal(self) -> bool:
+        """Return whether they agree on all texts."""
+        return self.num_equal == self.num_texts
+
+    def report(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        found: dict[str, Any] = {"num_texts": self.num_texts, "num_equal": self.num_equal}
+        if self.num_parsed:
+            found["num_texts_with_tokens_that_are_parsed"] = self.num_parsed
+        return found | ({"first_difference": self.difference} if self.difference else {})
 
 
-def check_tokenizer(content: bytes, tokenizer: Tokenizer, *, where: object) -> dict[str, int]:
-    """Compare ids and decoded text of a tokenizer.json with those of the run's tokenizer.
-
-    Args:
-        content: the tokenizer.json to export.
-        tokenizer: the run's own.
-        where: the export, for the message.
-
-    Returns:
-        For the report: how many texts were compared.
+def compare_with_file(ours: Tokenizer, tokenizer_json: bytes) -> TokenizerComparison:
+    """Compare with the `tokenizers` library, which reads a tokenizer.json.
 
     Raises:
-        CheckpointError: they differ.
+        DataError: the library cannot read it.
     """
-    theirs = TokenizersTokenizer.from_str(content.decode("utf-8"))
+    theirs = TokenizersTokenizer.from_buffer(tokenizer_json)
+    theirs.encode_special_tokens = True
     theirs.no_truncation()
     theirs.no_padding()
-    theirs.encode_special_tokens = True
-    added = theirs.get_added_tokens_decoder().values()
-    # What is added and not special is vocabulary to transformers, whatever the settings.
-    plain = [token.content for token in added if not token.special]
-    texts = [
-        text
-        for text in probe_texts([token.content for token in added if token.special])
-        if not any(each in text for each in plain)
-    ]
-    _require_equal(
-        texts,
-        tokenizer,
-        encode=lambda text, has_beginning: (
-            theirs.encode(text, add_special_tokens=has_beginning).ids
-        ),
-        decode=theirs.decode,
-        where=where,
+    return _compare(
+        ours,
+        lambda text: list(theirs.encode(text, add_special_tokens=False).ids),
+        lambda ids: str(theirs.decode(ids, skip_special_tokens=False)),
+        parsed=_parsed_tokens(ours, theirs),
     )
-    return {"compared_texts": len(texts)}
 
 
-def check_auto_tokenizer(directory: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Compare what transformers makes of an exported directory with the run's tokenizer.
+def compare_with_transformers(ours: Tokenizer, directory: Path, num_rows: int) -> dict[str, Any]:
+    """Compare with the tokenizer that AutoTokenizer makes from an exported directory.
 
     Args:
-        directory: the export, whose tokenizer.json was compared already.
-        tokenizer: the run's own.
+        ours: the trainer's.
+        directory: the exported one; no code in it is run.
+        num_rows: of the model's embedding.
 
     Returns:
-        For the report: the class, and how many texts were compared.
-
-    Raises:
-        CheckpointError: they differ, or an id is beyond the embedding.
+        What was compared, and the outcome, ready for JSON; `passed` is the verdict.
     """
     from transformers import AutoTokenizer
 
-    num_rows = int(read_json(directory, CONFIG_NAME)["vocab_size"])
-    theirs = AutoTokenizer.from_pretrained(directory)
-    added = theirs.added_tokens_decoder.values()
-    plain = [token.content for token in added if not token.special]
-    texts = [
-        text
-        for text in probe_texts(theirs.all_special_tokens)
-        if not any(each in text for each in plain)
-    ]
-    _require_equal(
-        texts,
-        tokenizer,
-        encode=lambda text, has_beginning: theirs(
-            text, add_special_tokens=has_beginning, split_special_tokens=True
-        )["input_ids"],
-        decode=lambda ids: theirs.decode(ids, skip_special_tokens=True),
-        where=f"transformers' {type(theirs).__name__} of {directory}",
+    try:
+        theirs = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+        found = _compare_built(ours, theirs, num_rows)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError) as error:
+        found = {"passed": False, "problem": f"transformers cannot build it: {error}"}
+    log = logger.info if found["passed"] else logger.error
+    log("AutoTokenizer of %s %s: %s", directory, "agrees" if found["passed"] else "DIFFERS", found)
+    return found
+
+
+def _compare_built(ours: Tokenizer, theirs: Any, num_rows: int) -> dict[str, Any]:
+    backend = getattr(theirs, "backend_tokenizer", None)
+    comparison = _compare(
+        ours,
+        lambda text: theirs.encode(text, add_special_tokens=False, split_special_tokens=True),
+        lambda ids: theirs.decode(ids, skip_special_tokens=False),
+        parsed=[] if backend is None else _parsed_tokens(ours, backend),
     )
-    if len(theirs) > num_rows or theirs.eos_token_id != tokenizer.eod:
-        raise CheckpointError(
-            f"transformers' tokenizer of {directory} has {len(theirs)} ids and ends with"
-            f" {theirs.eos_token_id}; the model has {num_rows} ids, and the run's documents end"
-            f" with {tokenizer.eod}; both must agree; export with --no-tokenizer"
-        )
-    return {"class": type(theirs).__name__, "compared_texts": len(texts)}
+    found = {"class": type(theirs).__name__, **comparison.report()}
+    largest = max(theirs.get_vocab().values())
+    begun = theirs.encode("a")
+    problems: list[str] = []
+    if not comparison.is_equal:
+        problems.append(str(comparison.difference))
+    if largest >= num_rows:
+        problems.append(f"it has the id {largest}, but the embedding has {num_rows} rows")
+    if begun[: len(ours.prefix)] != list(ours.prefix) or begun[len(ours.prefix)] in ours.prefix:
+        problems.append(f"it begins texts with {begun[:-1]}, the trainer with {list(ours.prefix)}")
+    if theirs.eos_token is None:
+        problems.append("it has no eos_token")
+    return found | {"passed": not problems} | ({"problem": "; ".join(problems)} if problems else {})
 
 
-def _require_equal(
-    texts: Sequence[str], tokenizer: Tokenizer, *, encode: Any, decode: Any, where: object
-) -> None:
-    different = list(_differences(texts, tokenizer, encode=encode, decode=decode))
-    if different:
-        text, own, others = different[0]
-        raise CheckpointError(
-            f"{where}: the tokenizer differs from the run's on {len(different)} of {len(texts)}"
-            f" texts, first on {text!r:.80}: {others!r:.120} instead of {own!r:.120}; an export"
-            " must give the ids that the model was trained on; export with --no-tokenizer and name"
-            " the tokenizer yourself"
-        )
+def _compare(
+    ours: Tokenizer,
+    encode: Callable[[str], list[int]],
+    decode: Callable[[list[int]], str],
+    *,
+    parsed: Sequence[str],
+) -> TokenizerComparison:
+    num_texts = num_equal = num_parsed = 0
+    first = None
+    for text in sample_texts(ours.control_texts()[:_MOST_TOKENS]):
+        if any(token in text for token in parsed):
+            num_parsed += 1
+            continue
+        try:
+            expected = ours.encode(text)
+        except DataError:  # it spells a control token that is a word of the model
+            num_parsed += 1
+            continue
+        num_texts += 1
+        found = encode(text)
+        written, read = ours.decode(expected), decode(expected)
+        if found == expected and written == read:
+            num_equal += 1
+        elif first is None:
+            first = _describe(text, found, expected, read, written)
+    return TokenizerComparison(
+        num_texts=num_texts, num_equal=num_equal, num_parsed=num_parsed, difference=first
+    )
 
 
-def _differences(
-    texts: Sequence[str], tokenizer: Tokenizer, *, encode: Any, decode: Any
-) -> Iterator[tuple[str, object, object]]:
-    """Yield the texts whose ids or decoded text differ, with both."""
-    for text in texts:
-        ids = tokenizer.encode(text)
-        pairs = [(ids, encode(text, False)), (tokenizer.decode(ids), decode(ids))]
-        if ids:
-            pairs.append((tokenizer.encode_document(text), encode(text, True)))
-        for own, others in pairs:
-            if own != others:
-                yield text, own, others
-                break
+def _parsed_tokens(ours: Tokenizer, theirs: TokenizersTokenizer) -> list[str]:
+    """Return the control tokens of ours that the other one parses, whatever it is told."""
+    added = {token.content: token.special for token in theirs.get_added_tokens_decoder().values()}
+    return [text for text in ours.control_texts() if added.get(text) is False]
+
+
+def _describe(text: str, found: list[int], expected: list[int], read: str, written: str) -> str:
+    shown = repr(text[:_SHOWN_CHARACTERS]) + ("..." if len(text) > _SHOWN_CHARACTERS else "")
+    if found != expected:
+        return f"{shown} becomes {_short(found)} instead of {_short(expected)}"
+    return f"the ids of {shown} are read as {read[:_SHOWN_CHARACTERS]!r} instead of " + repr(
+        written[:_SHOWN_CHARACTERS]
+    )
+
+
+def _short(ids: Sequence[int]) -> str:
+    more = len(ids) - _SHOWN_IDS
+    return f"{list(ids[:_SHOWN_IDS])}" + (f" and {more} more" if more > 0 else "")

@@ -13,6 +13,9 @@ from megatron.trainer.runtime.upstream_warnings import hide_upstream_warnings
 def start(argv: Sequence[str] | None = None) -> int:
     """Listen for signals, then import the command, which takes seconds, and run it."""
     signals.listen()
-    from moe_app.pretrain.command import main
+    try:
+        from moe_app.pretrain.command import main
 
-    return main(argv)
+        return main(argv)
+    finally:
+        signals.stop_listening()

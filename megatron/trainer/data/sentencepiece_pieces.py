@@ -12,7 +12,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 _PIECES, _TEXT, _SCORE, _KIND = 1, 1, 2, 3
 """Field numbers: of the model's pieces, and of a piece's parts."""
-_VARINT, _EIGHT_BYTES, _SIZED, _FOUR_BYTES = 0, 1, 2, 5
+VARINT, _EIGHT_BYTES, SIZED, _FOUR_BYTES = 0, 1, 2, 5
 """Wire types."""
 
 
@@ -38,8 +38,8 @@ def read_pieces(model: bytes) -> list[SentencePiecePiece]:
     """
     return [
         _read_piece(model, start, stop)
-        for number, wire_type, start, stop in _fields(model, 0, len(model))
-        if (number, wire_type) == (_PIECES, _SIZED)
+        for number, wire_type, start, stop in message_fields(model, 0, len(model))
+        if (number, wire_type) == (_PIECES, SIZED)
     ]
 
 
@@ -58,26 +58,26 @@ def as_control(model: bytes, texts: Collection[str]) -> bytes:
 
 def _read_piece(model: bytes, start: int, stop: int) -> SentencePiecePiece:
     text, score, kind, kind_at = "", 0.0, NORMAL, None
-    for number, wire_type, begin, end in _fields(model, start, stop):
-        if (number, wire_type) == (_TEXT, _SIZED):
+    for number, wire_type, begin, end in message_fields(model, start, stop):
+        if (number, wire_type) == (_TEXT, SIZED):
             text = model[begin:end].decode("utf-8", errors="replace")
         elif (number, wire_type) == (_SCORE, _FOUR_BYTES):
             (score,) = struct.unpack("<f", model[begin:end])
-        elif (number, wire_type) == (_KIND, _VARINT):
-            kind, kind_at = _varint(model, begin, end)[0], begin
+        elif (number, wire_type) == (_KIND, VARINT):
+            kind, kind_at = read_varint(model, begin, end)[0], begin
     return SentencePiecePiece(text=text, score=score, kind=kind, kind_at=kind_at)
 
 
-def _fields(model: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+def message_fields(model: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
     """Yield number, wire type, and bounds of the content of each field of a message."""
     at = start
     while at < stop:
-        key, at = _varint(model, at, stop)
+        key, at = read_varint(model, at, stop)
         wire_type = key & 7
-        if wire_type == _SIZED:
-            length, at = _varint(model, at, stop)
-        elif wire_type == _VARINT:
-            length = _varint(model, at, stop)[1] - at
+        if wire_type == SIZED:
+            length, at = read_varint(model, at, stop)
+        elif wire_type == VARINT:
+            length = read_varint(model, at, stop)[1] - at
         elif wire_type in (_FOUR_BYTES, _EIGHT_BYTES):
             length = 4 if wire_type == _FOUR_BYTES else 8
         else:
@@ -88,7 +88,7 @@ def _fields(model: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int
         at += length
 
 
-def _varint(model: bytes, at: int, stop: int) -> tuple[int, int]:
+def read_varint(model: bytes, at: int, stop: int) -> tuple[int, int]:
     """Return an integer of variable length, and where it ends."""
     value = 0
     for count, byte in enumerate(model[at : min(stop, at + 10)]):

@@ -59,6 +59,9 @@ class Tokenizer(Protocol):
     def token_text(self, token_id: int) -> str | None:
         """Return how a token is written; None for an id that is none."""
 
+    def control_texts(self) -> list[str]:
+        """Return the tokens that no text becomes."""
+
 
 TOKENIZERS: dict[str, type[SentencePieceTokenizer] | type[HFTokenizer]] = {
     "SentencePieceTokenizer": SentencePieceTokenizer,

@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from megatron.trainer.checkpoint import CheckpointReader, find_checkpoint
 from megatron.trainer.config.schema import DataConfig
 from moe_app.convert import convert_checkpoint
-from moe_app.convert.export_files import hf_files
+from moe_app.convert.files import hf_files
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.convert import FAMILIES, ExpertLayout
 from tests.distributed.convert_models import hf_weights, make_hf
@@ -192,7 +192,7 @@ def test_like_adds_tokenizer_and_ids_to_a_checkpoint_without_them(tmp_path: Path
 def test_export_names_the_end_of_the_runs_own_tokenizer(
     named: dict[str, Any], tmp_path: Path
 ) -> None:
-    source, _ = make_hf(tmp_path / "hf", "olmoe", "per-expert")
+    source, _ = make_hf(tmp_path / "hf", "olmoe", "per-expert", vocab_size=300)
     cfg = PretrainConfig(
         model=FAMILIES["olmoe"].model_config(json.loads((source / "config.json").read_text())),
         data=DataConfig(
@@ -214,7 +214,7 @@ def test_export_names_the_end_of_the_runs_own_tokenizer(
     files = hf_files(FAMILIES["olmoe"], cfg, tmp_path / "run", like=None, dtype="float32").files
     settings = json.loads(files["tokenizer_config.json"])
     assert settings["eos_token"] == "</s>"
-    assert not named or settings == named["tokenizer_config"]
+    assert not named or settings.items() >= named["tokenizer_config"].items()
 
 
 def test_run_on_mock_data_is_exported_without_its_configured_tokenizer(
