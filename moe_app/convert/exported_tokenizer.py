@@ -87,7 +87,9 @@ def make_tokenizer_files(
         settings["tokenizer_class"] = _CLASS
         if MAP_NAME in files:  # the same tokens as in the settings, and `<unk>`
             listed = json.loads(made.pop(MAP_NAME))
-            settings = {key: each for key, each in listed.items() if key != "unk_token"} | settings
+            # tokenizer_config.json takes tokens as objects only with a type beside them.
+            tokens = {key: _text(each) or each for key, each in listed.items()}
+            settings = {key: tokens[key] for key in tokens if key != "unk_token"} | settings
         made.pop("added_tokens.json", None)
     defaults = {
         "tokenizer_class": _CLASS,

@@ -176,7 +176,12 @@ def hf_files(
         if is_imported
         else _run_tokenizer_files(cfg, checkpoint)
     )
-    tokenizer = _open_tokenizer(cfg, checkpoint, like, auxiliary.tokenizer_type)
+    try:
+        tokenizer = _open_tokenizer(cfg, checkpoint, like, auxiliary.tokenizer_type)
+    except DataError as error:
+        if with_tokenizer:
+            raise CheckpointError(f"{error}; or export with --no-tokenizer") from error
+        tokenizer = None
     longest = max(_max_positions(known) or 0, cfg.training.seq_length)
     files: dict[str, bytes] = dict(auxiliary.files)
     report: dict[str, Any] = {}
@@ -192,8 +197,12 @@ def hf_files(
             max_length=longest,
         )
         report = check_tokenizer(files, tokenizer.tokenizer, cfg.model.vocab_size).report()
-    elif auxiliary.has_tokenizer:
+    elif TOKENIZER_FILES["HFTokenizer"] in files:
+        files.pop(TOKENIZER_FILES["SentencePieceTokenizer"], None)
         report = {"compared": False, "because": "the trainer cannot use it"}
+    elif auxiliary.has_tokenizer:  # a model file, of which transformers would make another one
+        files = {each: files[each] for each in files if each == GENERATION_NAME}
+        report = _without_tokenizer("the trainer cannot use it, and nothing can be compared")
     else:
         report = _without_tokenizer("the checkpoint has none")
     ids = _token_ids(known, files, tokenizer, is_like=like is not None)

@@ -111,8 +111,11 @@ def _compare_built(ours: Tokenizer, theirs: Any, num_rows: int) -> dict[str, Any
         problems.append(str(comparison.difference))
     if largest >= num_rows:
         problems.append(f"it has the id {largest}, but the embedding has {num_rows} rows")
-    if begun[: len(ours.prefix)] != list(ours.prefix) or begun[len(ours.prefix)] in ours.prefix:
-        problems.append(f"it begins texts with {begun[:-1]}, the trainer with {list(ours.prefix)}")
+    expected = ours.encode_document("a")
+    if begun[: len(expected)] != expected:
+        problems.append(
+            f"it begins the ids of 'a', {begun}, otherwise than the trainer: {expected}"
+        )
     if theirs.eos_token is None:
         problems.append("it has no eos_token")
     return found | {"passed": not problems} | ({"problem": "; ".join(problems)} if problems else {})
