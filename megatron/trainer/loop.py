@@ -196,8 +196,9 @@ class _Run:
         started = time.perf_counter()
         self.upkeep.save(self.state)
         self.saved = self.state.iteration
+        seconds = time.perf_counter() - started
         if self.upkeep.background is None:
-            self._report_save(self.saved, *[time.perf_counter() - started] * 2)
+            self._report_save(self.saved, seconds, blocked_seconds=seconds)
 
     def _finish_save(self) -> None:
         """Wait for the checkpoint that is being written in the background, if there is one."""
@@ -208,7 +209,8 @@ class _Run:
         done = background.wait()
         waited_s = time.perf_counter() - started
         logger.info("saved %s in %.1f s, in the background", done.path, done.seconds)
-        self._report_save(done.iteration, done.seconds, done.blocked_seconds + waited_s)
+        blocked_s = done.blocked_seconds + waited_s
+        self._report_save(done.iteration, done.seconds, blocked_seconds=blocked_s)
 
     def finish_save_after(self, error: Exception) -> None:
         """Let a checkpoint that is being written become complete although the run ends."""
@@ -218,7 +220,7 @@ class _Run:
             if failed is not error:
                 logger.warning("the checkpoint being written is lost: %s", failed)
 
-    def _report_save(self, iteration: int, seconds: float, blocked_seconds: float) -> None:
+    def _report_save(self, iteration: int, seconds: float, *, blocked_seconds: float) -> None:
         for hook in self.hooks:
             hook.on_save(iteration, seconds=seconds, blocked_seconds=blocked_seconds)
 

@@ -66,7 +66,7 @@ class StagedCheckpoint:
     shards: Mapping[str, Any]
     """This rank's main replicas, in the form of torch's planner."""
     common: bytes
-    """The unsharded state, serialized; rank 0's is written."""
+    """The unsharded state, serialized; empty but on rank 0, which writes it."""
     files: Mapping[str, str | bytes | Path]
     """Small files to keep beside the state."""
 
@@ -165,7 +165,10 @@ def stage_checkpoint(
     sharded, common = on_all_ranks("checking the state", partial(save_preprocess, state), group)
     to_torch = partial(_to_torch, sharded, is_copied=is_copied)
     shards = on_all_ranks("preparing the shards", to_torch, group)
-    plain = on_all_ranks("preparing the unsharded state", partial(_serialize, common), group)
+    is_first = rank_of(group) == 0
+    plain = on_all_ranks(
+        "preparing the unsharded state", lambda: _serialize(common) if is_first else b"", group
+    )
     return StagedCheckpoint(shards=shards, common=plain, files=dict(files or {}))
 
 
