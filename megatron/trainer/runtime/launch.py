@@ -31,6 +31,7 @@ from megatron.trainer.runtime.started import (
     check_rendezvous,
     check_tasks,
     has_terminal,
+    number_or_zero,
     rank_and_world_size,
     whole_number,
 )
@@ -178,7 +179,7 @@ def run_main(main: Callable[[], int | None]) -> int:
         return 2
     except UserError as error:
         signals.stop_listening()  # torchrun ends the ranks that wait below with SIGTERM
-        rank = _rank_or_0()
+        rank = number_or_zero(os.environ, "RANK")
         is_alone = error.is_local
         if rank != 0 and not is_alone:
             time.sleep(RANK0_MESSAGE_TIME_S)
@@ -187,7 +188,7 @@ def run_main(main: Callable[[], int | None]) -> int:
         return 2
     except SystemExit as end:
         signals.stop_listening()
-        if end.code not in (None, 0) and _rank_or_0() != 0:
+        if end.code not in (None, 0) and number_or_zero(os.environ, "RANK") != 0:
             time.sleep(RANK0_MESSAGE_TIME_S)
         raise
 
@@ -195,12 +196,6 @@ def run_main(main: Callable[[], int | None]) -> int:
 def _print_error(error: UserError, *, where: str = "") -> None:
     sys.stderr.write(printable(f"{type(error).__name__}{where}: {error}\n"))
     sys.stderr.flush()
-
-
-def _rank_or_0() -> int:
-    """Return this process's rank, 0 where the environment has none that is one."""
-    text = os.environ.get("RANK", "")
-    return int(text) if text.isascii() and text.isdecimal() else 0
 
 
 def _resolve_device(parallel: ParallelConfig) -> torch.device:

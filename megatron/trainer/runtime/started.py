@@ -90,16 +90,16 @@ def check_tasks(
     """
     if environment.get("RANK"):
         return
-    step_tasks = _count(environment, _STEP_TASKS)
+    step_tasks = number_or_zero(environment, _STEP_TASKS)
     for size_name, rank_name in (*_MPI_COUNTS.items(), (_STEP_TASKS, "SLURM_PROCID")):
-        size = _count(environment, size_name)
+        size = number_or_zero(environment, size_name)
         if size <= 1:
             continue
         # srun may set PMI_SIZE too.
         is_of_srun = size_name == _STEP_TASKS or (size_name == "PMI_SIZE" and size == step_tasks)
         is_typed = environment.get("SLURM_TASK_PID") != str(pid) and has_terminal()
         if not (is_of_srun and is_typed):
-            task = _count(environment, rank_name)
+            task = number_or_zero(environment, rank_name)
             raise _missing_torchrun(size, size_name, task, environment)
 
 
@@ -115,8 +115,8 @@ def has_terminal() -> bool:
 def _missing_torchrun(
     size: int, name: str, task: int, environment: Mapping[str, str]
 ) -> MissingTorchrunError:
-    nodes = max(1, _count(environment, "SLURM_STEP_NUM_NODES"))
-    launcher = "srun" if size == _count(environment, _STEP_TASKS) else "mpirun"
+    nodes = max(1, number_or_zero(environment, "SLURM_STEP_NUM_NODES"))
+    launcher = "srun" if size == number_or_zero(environment, _STEP_TASKS) else "mpirun"
     way = (
         f"srun --ntasks-per-node=1 torchrun --nnodes {nodes} --nproc-per-node GPUS --rdzv-backend"
         " c10d --rdzv-endpoint HOST:PORT PROGRAM"
@@ -159,7 +159,7 @@ def whole_number(environment: Mapping[str, str], name: str, *, at_least: int = 0
     return int(text)
 
 
-def _count(environment: Mapping[str, str], name: str) -> int:
-    """Return a number that a launcher has set; 0 without one."""
+def number_or_zero(environment: Mapping[str, str], name: str) -> int:
+    """Return a number that a launcher has set; 0 where it has set none, or something else."""
     text = environment.get(name, "")
     return int(text) if text.isascii() and text.isdecimal() else 0
