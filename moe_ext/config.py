@@ -100,6 +100,11 @@ class MoEModelConfig:
         """Return the experts per token of a moa attention."""
         return self.moe_router_topk if self.moa_router_topk is None else self.moa_router_topk
 
+    @property
+    def head_size(self) -> int:
+        """Return the width of an attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
     def expert_widths(self, *, tensor: int, expert_tensor: int) -> tuple[int, ...]:
         """Return the row widths of the matrix products in a rank's experts; empty without experts.
 

@@ -41,7 +41,7 @@ def _attention_parameters(model: MoEModelConfig) -> tuple[int, int]:
     h = model.hidden_size
     heads = model.num_attention_heads
     groups = model.num_query_groups or heads
-    head_size = model.kv_channels or h // heads
+    head_size = model.head_size
     query_width, key_width = heads * head_size, groups * head_size
     if model.attention_experts is not None:
         expert = 2 * key_width * h  # query projection (one head per key head) and output projection
@@ -80,6 +80,6 @@ def training_flops_per_token(model: MoEModelConfig, seq_length: int) -> float:
     multiplied = count.active - count.embedding
     if not model.untie_embeddings_and_output_weights:
         multiplied += count.embedding
-    head_size = model.kv_channels or model.hidden_size // model.num_attention_heads
+    head_size = model.head_size
     attention = 12 * model.num_layers * model.num_attention_heads * head_size * seq_length
     return 6.0 * multiplied + attention

@@ -8,7 +8,8 @@ import torch
 from megatron.trainer.errors import CheckpointError
 from megatron.trainer.hf_files import HFDirectory
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert import Family, harmless_fields, head_size, inverse_frequencies
+from moe_ext.convert import Family, harmless_fields
+from moe_ext.layers.rotary import inverse_frequencies
 
 logger = logging.getLogger("convert")
 
@@ -68,13 +69,13 @@ def _compare_head(source: HFDirectory) -> None:
 
 def _compare_frequencies(source: HFDirectory, name: str, model: MoEModelConfig) -> None:
     """Refuse frequencies of RoPE that are not those of its base."""
-    count = head_size(model) // 2
+    count = model.head_size // 2
     is_same = source.tensors[name].shape == (count,)
     if is_same:
         found = source.read(name, start=0, count=count)
         is_same = torch.allclose(
             found.double(),
-            inverse_frequencies(model).double(),
+            inverse_frequencies(model.head_size, model.rotary_base).double(),
             rtol=max(_FREQUENCY_TOLERANCE, torch.finfo(found.dtype).eps),
             atol=0.0,
         )

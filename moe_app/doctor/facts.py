@@ -242,7 +242,7 @@ def _kernel_row(name: str, problems: Mapping[str, str | None], precision: str) -
 def attention_section(cfg: PretrainConfig, device_type: str) -> Section:
     """List the torch kernels that can run this model's attention, tried forward and backward."""
     model = cfg.model
-    head_size = model.kv_channels or model.hidden_size // model.num_attention_heads
+    head_size = model.head_size
     heads = (model.num_attention_heads, model.num_query_groups or model.num_attention_heads)
     precision = _precision(cfg)
     rows = []

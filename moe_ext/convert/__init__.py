@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert.family import Family, head_size, inverse_frequencies
+from moe_ext.convert.family import Family
 from moe_ext.convert.fields import harmless_fields
 from moe_ext.convert.jetmoe import JETMOE
 from moe_ext.convert.olmoe import OLMOE
@@ -56,6 +56,4 @@ __all__ = [
     "family_for_model",
     "family_from_config",
     "harmless_fields",
-    "head_size",
-    "inverse_frequencies",
 ]

@@ -5,8 +5,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
 from moe_ext.config import MoEModelConfig
 from moe_ext.convert.pieces import ExpertLayout, Piece
 
@@ -160,14 +158,3 @@ class Family:
             rf"model\.(?:layers\.(\d+)\.{self.attention}\.)?rotary_emb\.inv_freq", name
         )
         return found is not None and int(found[1] or 0) < model.num_layers
-
-
-def inverse_frequencies(model: MoEModelConfig) -> torch.Tensor:
-    """Return RoPE's frequencies [head size / 2] that a model's rotary_base gives, in fp32."""
-    exponents = torch.arange(0, head_size(model), 2, dtype=torch.float32) / head_size(model)
-    return model.rotary_base**-exponents
-
-
-def head_size(model: MoEModelConfig) -> int:
-    """Return the width of an attention head."""
-    return model.kv_channels or model.hidden_size // model.num_attention_heads

@@ -153,7 +153,7 @@ def _core_attention(rank: StepRank, *, queries: int, keys: int) -> Iterator[Kept
         keys: width of its key heads.
     """
     model, width, tokens = rank.model, rank.width, rank.tokens
-    head_size = model.kv_channels or model.hidden_size // model.num_attention_heads
+    head_size = model.head_size
     # cos and sin of each angle, once for queries and once for keys.
     yield KeptBytes("attention", 4 * rotary_rows(rank) * head_size * width)
     yield KeptBytes("attention", tokens * queries * width)
@@ -319,7 +319,7 @@ def micro_batch(rank: StepRank, chunk: Chunk) -> float:
     kept = layers.kept * layer_bytes(rank) + layers.checkpointed * hidden
     if layers.checkpointed:
         model = rank.model
-        head_size = model.kv_channels or model.hidden_size // model.num_attention_heads
+        head_size = model.head_size
         kept += rotary_rows(rank) * head_size * _FP32  # angles
         if rank.batch.has_mask:
             kept += rank.tokens * rank.batch.seq_length * _BOOL

@@ -135,7 +135,7 @@ def layer_shards(model: MoEModelConfig, layout: Layout) -> Iterator[Shard]:
 def head_widths(model: MoEModelConfig) -> tuple[int, int]:
     """Return the width of all query heads and of all key heads; for moa, those of one expert."""
     groups = model.num_query_groups or model.num_attention_heads
-    size = model.kv_channels or model.hidden_size // model.num_attention_heads
+    size = model.head_size
     heads = groups if model.attention_experts is not None else model.num_attention_heads
     return heads * size, groups * size
 

@@ -4,6 +4,15 @@ import torch
 from torch import Tensor
 
 
+def inverse_frequencies(
+    num_channels: int, base: float, device: torch.device | None = None
+) -> Tensor:
+    """Computes the angle [hn / 2] fp32 of one position; arguments as `RotaryAngles`'s."""
+    channels = torch.arange(0, num_channels, 2, dtype=torch.float32, device=device)
+    frequencies: Tensor = 1.0 / (base ** (channels / num_channels))
+    return frequencies
+
+
 class RotaryAngles:
     """Computes the angles of RoPE for any positions.
 
@@ -30,8 +39,7 @@ class RotaryAngles:
         return torch.cat((angles, angles), dim=-1)[:, :, None, :]  # [s, b, 1, hn]
 
     def _frequencies(self, device: torch.device) -> Tensor:
-        """Returns the angle [hn / 2] fp32 of one position, kept on the device of the last call."""
+        """Returns the inverse frequencies [hn / 2], kept on the device of the last call."""
         if self._inv_freq is None or self._inv_freq.device != device:
-            channels = torch.arange(0, self._num_channels, 2, dtype=torch.float32, device=device)
-            self._inv_freq = 1.0 / (self._base ** (channels / self._num_channels))
+            self._inv_freq = inverse_frequencies(self._num_channels, self._base, device)
         return self._inv_freq

@@ -30,7 +30,7 @@ def transformer_config(model: MoEModelConfig, *, bf16: bool, **runtime: Any) -> 
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups or model.num_attention_heads,
-        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        kv_channels=model.head_size,
         ffn_hidden_size=model.moe_ffn_hidden_size if is_moe else model.ffn_hidden_size,
         # Without it the schedules do not scale what routers add to the loss, whichever layers' they
         # are. A dense feed-forward layer does not read it.
