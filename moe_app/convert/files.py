@@ -183,28 +183,14 @@ def hf_files(
             raise CheckpointError(f"{error}; or export with --no-tokenizer") from error
         tokenizer = None
     longest = max(_max_positions(known) or 0, cfg.training.seq_length)
-    files: dict[str, bytes] = dict(auxiliary.files)
-    report: dict[str, Any] = {}
-    if not with_tokenizer:
-        files = {each: files[each] for each in files if each == GENERATION_NAME}
-        report = _without_tokenizer("--no-tokenizer was given")
-    elif tokenizer is not None:
-        files = make_tokenizer_files(
-            files,
-            tokenizer.tokenizer,
-            tokenizer.kind,
-            is_imported=is_imported,
-            max_length=longest,
-        )
-        report = check_tokenizer(files, tokenizer.tokenizer, cfg.model.vocab_size).report()
-    elif TOKENIZER_FILES["HFTokenizer"] in files:
-        files.pop(TOKENIZER_FILES["SentencePieceTokenizer"], None)
-        report = {"compared": False, "because": "the trainer cannot use it"}
-    elif auxiliary.has_tokenizer:  # a model file, of which transformers would make another one
-        files = {each: files[each] for each in files if each == GENERATION_NAME}
-        report = _without_tokenizer("the trainer cannot use it, and nothing can be compared")
-    else:
-        report = _without_tokenizer("the checkpoint has none")
+    files, report = _tokenizer_files(
+        cfg,
+        auxiliary,
+        tokenizer,
+        is_imported=is_imported,
+        longest=longest,
+        is_wanted=with_tokenizer,
+    )
     ids = _token_ids(known, files, tokenizer, is_like=like is not None)
     try:
         config = family.hf_config(cfg.model, max_position_embeddings=longest, dtype=dtype, **ids)
@@ -227,6 +213,47 @@ class _OpenTokenizer:
 
     tokenizer: Tokenizer
     kind: str
+
+
+def _tokenizer_files(
+    cfg: PretrainConfig,
+    auxiliary: AuxiliaryFiles,
+    tokenizer: _OpenTokenizer | None,
+    *,
+    is_imported: bool,
+    longest: int,
+    is_wanted: bool,
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Return the tokenizer and generation files of an export, and what the report says of them.
+
+    Args:
+        cfg: of the run.
+        auxiliary: the files of the source.
+        tokenizer: that of the source, as the trainer reads it; None if there is none.
+        is_imported: whether the files are an import's.
+        longest: tokens that the model takes.
+        is_wanted: whether to export a tokenizer.
+    """
+    files = dict(auxiliary.files)
+    generation = {each: files[each] for each in files if each == GENERATION_NAME}
+    if not is_wanted:
+        return generation, _without_tokenizer("--no-tokenizer was given")
+    if tokenizer is not None:
+        files = make_tokenizer_files(
+            files,
+            tokenizer.tokenizer,
+            tokenizer.kind,
+            is_imported=is_imported,
+            max_length=longest,
+        )
+        return files, check_tokenizer(files, tokenizer.tokenizer, cfg.model.vocab_size).report()
+    if TOKENIZER_FILES["HFTokenizer"] in files:
+        files.pop(TOKENIZER_FILES["SentencePieceTokenizer"], None)
+        return files, {"compared": False, "because": "the trainer cannot use it"}
+    if auxiliary.has_tokenizer:  # a model file, of which transformers would make another one
+        reason = "the trainer cannot use it, and nothing can be compared"
+        return generation, _without_tokenizer(reason)
+    return files, _without_tokenizer("the checkpoint has none")
 
 
 def _open_tokenizer(
