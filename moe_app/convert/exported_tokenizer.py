@@ -8,7 +8,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from megatron.trainer.data.tokenizer import Tokenizer
-from megatron.trainer.data.tokenizer_files import TOKENIZER_FILES
+from megatron.trainer.data.tokenizer_files import TOKENIZER_FILES, token_text
 from megatron.trainer.errors import CheckpointError
 from moe_app.convert.sentencepiece_json import to_tokenizer_json
 from moe_app.convert.tokenizer_check import TokenizerComparison, compare_with_file
@@ -88,7 +88,7 @@ def make_tokenizer_files(
         if MAP_NAME in files:  # the same tokens as in the settings, and `<unk>`
             listed = json.loads(made.pop(MAP_NAME))
             # tokenizer_config.json takes tokens as objects only with a type beside them.
-            tokens = {key: _text(each) or each for key, each in listed.items()}
+            tokens = {key: token_text(each) or each for key, each in listed.items()}
             settings = {key: tokens[key] for key in tokens if key != "unk_token"} | settings
         made.pop("added_tokens.json", None)
     defaults = {
@@ -137,8 +137,13 @@ def check_tokenizer(
 def token_ids(files: Mapping[str, bytes], tokenizer: Tokenizer) -> dict[str, int]:
     """Return the ids of the tokens that the exported settings name, by role."""
     settings = json.loads(files[SETTINGS_NAME])
-    found = {role: tokenizer.token_id(_text(settings.get(f"{role}_token"))) for role in _ROLES}
+    found = {role: _id_of(settings.get(f"{role}_token"), tokenizer) for role in _ROLES}
     return {role: token_id for role, token_id in found.items() if token_id is not None}
+
+
+def _id_of(token: object, tokenizer: Tokenizer) -> int | None:
+    """Return the id of a token as settings write it; None for one that the tokenizer lacks."""
+    return tokenizer.token_id(token_text(token) or "")
 
 
 def _own_roles(model: bytes) -> dict[str, str]:
@@ -153,22 +158,14 @@ def _known_tokens(settings: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str
     """Leave out special tokens that the tokenizer lacks: transformers would give them new ids."""
     kept = dict(settings)
     for key in sorted(settings):
-        text = _text(settings[key])
+        text = token_text(settings[key])
         if key.endswith("_token") and text and tokenizer.token_id(text) is None:
             del kept[key]
             logger.warning("export leaves out %s %r, which is no token", key, text)
     for key in ("additional_special_tokens", "extra_special_tokens"):
         if isinstance(settings.get(key), list):
-            known = [each for each in settings[key] if tokenizer.token_id(_text(each)) is not None]
-            kept[key] = known
+            kept[key] = [each for each in settings[key] if _id_of(each, tokenizer) is not None]
     return kept
-
-
-def _text(token: Any) -> str:
-    """Return a token's text: settings write it alone, or as an object with its `content`."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else ""
 
 
 def _no_equal(reason: str) -> CheckpointError:

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from megatron.trainer.data.tokenizer_files import (
 )
 from megatron.trainer.errors import CheckpointError, DataError
 from megatron.trainer.hf_files.directory import CONFIG_NAME, read_entry, read_json
+from megatron.trainer.io.bounded_read import target_outside
 from megatron.trainer.records.run_dir import CONFIG_NAME as RUN_CONFIG_NAME
 from moe_app.convert.export_changes import log_changes
 from moe_app.convert.exported_tokenizer import (
@@ -65,13 +66,7 @@ def read_auxiliary_files(directory: Path, *, eod_token: str | None = None) -> Au
     Raises:
         CheckpointError: one is corrupt, or a symlink out of the directory.
     """
-    files = {}
-    for name in (*TOKENIZER_FILES.values(), *IDENTITY_FILES):
-        path = directory / name
-        if not os.path.lexists(path):
-            continue
-        _check_link(path)
-        files[name] = read_entry(directory, name)
+    files = _read_those_there(directory, (*TOKENIZER_FILES.values(), *IDENTITY_FILES))
     for name in (TOKENIZER_FILES["HFTokenizer"], *JSON_FILES):
         if name in files:
             read_json(directory, name)
@@ -274,7 +269,9 @@ def _open_tokenizer(
         return _OpenTokenizer(tokenizer=tokenizer, kind=kind)
     if cfg.data.tokenizer_model is not None and not cfg.data.mock_data:
         kind = canonical_type(cfg.data.tokenizer_type)
-    return _OpenTokenizer(tokenizer=_own_tokenizer(cfg, checkpoint, kind), kind=kind)
+    path = checkpoint / _saved_name(cfg, checkpoint, kind)
+    tokenizer = load_tokenizer(kind, str(path), eod_token=cfg.data.eod_token)
+    return _OpenTokenizer(tokenizer=tokenizer, kind=kind)
 
 
 def _token_ids(
@@ -310,37 +307,36 @@ def _run_tokenizer_files(cfg: PretrainConfig, checkpoint: Path) -> AuxiliaryFile
     if cfg.data.tokenizer_model is None or cfg.data.mock_data:  # runs on mock data save none
         return AuxiliaryFiles(files={}, tokenizer_type=None)
     kind = canonical_type(cfg.data.tokenizer_type)
-    saved_name = Path(cfg.data.tokenizer_model).name
-    if not os.path.lexists(checkpoint / saved_name):
-        saved_name = TOKENIZER_FILES[kind]
-    _check_link(checkpoint / saved_name)
-    files = {TOKENIZER_FILES[kind]: read_entry(checkpoint, saved_name)}
-    for name in IDENTITY_FILES:
-        if os.path.lexists(checkpoint / name):
-            _check_link(checkpoint / name)
-            files[name] = read_entry(checkpoint, name)
+    tokenizer = _read_file(checkpoint, _saved_name(cfg, checkpoint, kind))
+    files = {TOKENIZER_FILES[kind]: tokenizer, **_read_those_there(checkpoint, IDENTITY_FILES)}
     return AuxiliaryFiles(files=files, tokenizer_type=kind)
 
 
-def _own_tokenizer(cfg: PretrainConfig, checkpoint: Path, kind: str) -> Tokenizer:
-    """Open the tokenizer in a run's checkpoint."""
+def _saved_name(cfg: PretrainConfig, checkpoint: Path, kind: str) -> str:
+    """Return the name that a run's checkpoint has its tokenizer under: its own, or the usual."""
     own = Path(cfg.data.tokenizer_model or "").name
-    path = checkpoint / (own or TOKENIZER_FILES[kind])
-    if not path.is_file():
-        path = checkpoint / TOKENIZER_FILES[kind]
-    return load_tokenizer(kind, str(path), eod_token=cfg.data.eod_token)
+    return own if own and os.path.lexists(checkpoint / own) else TOKENIZER_FILES[kind]
 
 
-def _check_link(path: Path) -> None:
-    """Refuse a symlink out of the directory, except into the blobs of a Hub cache.
+def _read_those_there(directory: Path, names: Collection[str]) -> dict[str, bytes]:
+    """Return the contents of those of some files that a directory has."""
+    return {
+        name: _read_file(directory, name) for name in names if os.path.lexists(directory / name)
+    }
+
+
+def _read_file(directory: Path, name: str) -> bytes:
+    """Return a file's content, unless it is a symlink out of the directory.
 
     These files are copied and exported again: a link must not leak another file.
     """
-    target, home = Path(os.path.realpath(path)), path.parent.resolve()
-    if home not in target.parents and home.parent.parent / "blobs" not in target.parents:
+    target = target_outside(directory / name)
+    if target is not None:
         raise CheckpointError(
-            f"{path} is a link to {target}, outside of the checkpoint; put the file itself there"
+            f"{directory / name} is a link to {target}, outside of the checkpoint; put the file"
+            " itself there"
         )
+    return read_entry(directory, name)
 
 
 def _can_load(kind: str, path: Path, eod_token: str | None) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.trainer.errors import ConfigError, DataError
-from megatron.trainer.io.bounded_read import read_small
+from megatron.trainer.io.bounded_read import read_small, target_outside
 
 IMPORTED_CONFIG_NAME = "hf_config.json"
 """File in a native checkpoint that keeps the config.json it was imported with."""
@@ -140,9 +140,8 @@ def read_beside(directory: Path, name: str) -> bytes | None:
     path = directory / name
     if not os.path.lexists(path):
         return None
-    target, home = Path(os.path.realpath(path)), directory.resolve()
-    # The cache of the Hugging Face Hub has links into its `blobs`.
-    if home not in target.parents and home.parent.parent / "blobs" not in target.parents:
+    target = target_outside(path)
+    if target is not None:
         raise DataError(
             f"{path} is a link to {target}, outside of its directory; put the file itself there"
         )
@@ -167,7 +166,7 @@ class TokenizerSettings:
     def named_text(self, role: str) -> tuple[str, str] | None:
         """Return the file that names a `bos`, `eos`, `pad` or `unk` token, and the token's text."""
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            text = _text_of(self.files.get(name, {}).get(f"{role}_token"))
+            text = token_text(self.files.get(name, {}).get(f"{role}_token"))
             if text:
                 return name, text
         return None
@@ -194,7 +193,7 @@ class TokenizerSettings:
                 values += _values_of(settings.get(key))
             added = _values_of(settings.get("added_tokens_decoder"))
             values += [each for each in added if isinstance(each, dict) and each.get("special")]
-            found |= {text for value in values if (text := _text_of(value))}
+            found |= {text for value in values if (text := token_text(value))}
         return found
 
     @property
@@ -252,8 +251,8 @@ def _values_of(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _text_of(value: object) -> str | None:
-    """Return a token's text: files write it alone, or as an object with its `content`."""
+def token_text(value: object) -> str | None:
+    """Return the text of a token, which files write alone or in an object; None for no token."""
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None

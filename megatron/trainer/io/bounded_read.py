@@ -17,6 +17,16 @@ def is_plain_name(name: str) -> bool:
     return name not in {"", ".", ".."} and PurePath(name).name == name and "\0" not in name
 
 
+def target_outside(path: Path) -> Path | None:
+    """Return where a link leads that leaves its directory; None for any other entry.
+
+    The blobs of a Hugging Face Hub cache, to which its snapshots link, do not count as outside.
+    """
+    target, home = Path(os.path.realpath(path)), path.parent.resolve()
+    is_inside = home in target.parents or home.parent.parent / "blobs" in target.parents
+    return None if is_inside else target
+
+
 def open_regular(path: Path) -> int:
     """Open a regular file, or a link to one, without waiting for a writer; return its descriptor.
 
