@@ -1,12 +1,10 @@
 """Reads lines of plain, gzip and zstd files, bounded in memory and in what they unpack to."""
 
-import gzip
 import io
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
+from megatron.trainer.data.text_input import UNREADABLE, unpack
 from megatron.trainer.errors import DataError
 from megatron.trainer.io.bounded_read import open_regular
 
@@ -16,7 +14,7 @@ MOST_RATIO = 500
 FREE_BYTES = 1 << 28
 
 _BLOCK_BYTES = 1 << 20
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_MAGIC_BYTES = 4
 
 
 def read_bounded_lines(path: str) -> Iterator[tuple[int, bytes | None]]:
@@ -33,7 +31,9 @@ def read_bounded_lines(path: str) -> Iterator[tuple[int, bytes | None]]:
         packed.seek(0)
         number = unpacked = 0
         try:
-            file = _unpack(packed)
+            start = packed.read(_MAGIC_BYTES)
+            packed.seek(0)
+            file = unpack(start, packed)
             while line := file.readline(MOST_LINE_BYTES + 1):
                 number += 1
                 is_too_long = len(line) > MOST_LINE_BYTES
@@ -45,26 +45,13 @@ def read_bounded_lines(path: str) -> Iterator[tuple[int, bytes | None]]:
                     _check_ratio(path, unpacked, size)
                 _check_ratio(path, unpacked, size)
                 yield number, None if is_too_long else line
-        except (OSError, EOFError, zlib.error) as error:
+        except UNREADABLE as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise DataError(
                 f"{path}, after line {number}: cannot be unpacked ({error}); a packed file must be"
                 " whole; fetch it again"
             ) from error
-
-
-def _unpack(packed: BinaryIO) -> BinaryIO:
-    """Return the file that a packed one holds, or the file itself."""
-    start = packed.read(4)
-    packed.seek(0)
-    if start.startswith(_GZIP):
-        return io.BufferedReader(gzip.GzipFile(fileobj=packed), _BLOCK_BYTES)
-    if start == _ZSTD:
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.CompressedInputStream(packed, "zstd"), _BLOCK_BYTES)
-    return packed
 
 
 def _check_ratio(path: str, unpacked: int, packed: int) -> None:

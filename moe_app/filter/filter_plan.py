@@ -4,14 +4,13 @@ A later start, and every task of a cluster, reads it there. It is data: nothing 
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.trainer.data.tokenizer_files import locate_tokenizer
+from megatron.trainer.data.token_manifest import identify_tokenizer
 from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.io.atomic_write import write_text
 from megatron.trainer.io.bounded_read import read_small
@@ -75,9 +74,8 @@ def make_plan(
                 f"{counting[0]} counts tokens, but no tokenizer is named; it must be the model's;"
                 " add --tokenizer-type and --tokenizer-model"
             )
-        path = locate_tokenizer(tokenizer_type, tokenizer_model).path
-        digest = hashlib.sha256(read_small(path, most_bytes=_MOST_BYTES)).hexdigest()
-        tokenizer = CountingTokenizer(tokenizer_type, str(path.absolute()), digest)
+        named = identify_tokenizer(tokenizer_type, tokenizer_model)
+        tokenizer = CountingTokenizer(tokenizer_type, str(named.path.absolute()), named.sha256)
     evaluation = []
     for spec in filters:
         against = getattr(spec.options, "against", None)

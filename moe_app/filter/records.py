@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import date, time
 from typing import Any
 
-from megatron.trainer.data.jsonl import parse_object, valid_text
+from megatron.trainer.data.jsonl import parse_object, text_under
 from megatron.trainer.errors import DataError
 from moe_app.filter.binary_lines import MOST_LINE_BYTES, read_bounded_lines
 from moe_app.filter.sources import SourceFile
@@ -52,7 +52,8 @@ def read_entries(source: SourceFile, *, text_key: str) -> Iterator[Entry | BadEn
             yield BadEntry(line, value)
             continue
         try:
-            text = _text(value, text_key, where=f"{source.path}, line {line}")
+            where = f"{source.path}, line {line}"
+            text = text_under(text_key, value, where=where, flag="--text-key")
         except DataError as error:
             yield BadEntry(line, str(error))
         else:
@@ -61,15 +62,6 @@ def read_entries(source: SourceFile, *, text_key: str) -> Iterator[Entry | BadEn
 
 NumberedRow = tuple[int, bytes | None, dict[str, Any] | str]
 """Number, the bytes read if any, and the object, or what is wrong."""
-
-
-def _text(value: dict[str, Any], key: str, *, where: str) -> str:
-    if key not in value:
-        raise DataError(
-            f"{where}: no key {key!r} among {sorted(value)[:20]}; each document must have it; name"
-            " the right key with --text-key"
-        )
-    return valid_text(value, key, where=where)
 
 
 def _json_lines(source: SourceFile) -> Iterator[NumberedRow]:

@@ -9,6 +9,7 @@ from megatron.trainer.data.text_input import UNREADABLE, TextInput
 from megatron.trainer.errors import DataError
 
 _MOST_LINE_BYTES = 1 << 28
+_SHOWN_KEYS = 20
 
 
 class TextLines:
@@ -98,11 +99,25 @@ def parse_text(line: bytes, *, key: str, path: str, number: int) -> str:
         DataError: The line is not a JSON object, lacks the key, or holds no valid text there.
     """
     value = parse_object(line, path=path, number=number)
-    where = f"{path}, line {number}"
+    return text_under(key, value, where=f"{path}, line {number}", flag="--json-keys")
+
+
+def text_under(key: str, value: dict[str, Any], *, where: str, flag: str) -> str:
+    """Return the text that an object holds under a key.
+
+    Args:
+        key: Where in the object the text is.
+        value: The object.
+        where: The file and line, for messages.
+        flag: What names the key.
+
+    Raises:
+        DataError: The object lacks the key, or holds no valid text there.
+    """
     if key not in value:
         raise DataError(
-            f"{where}: no key {key!r} among {sorted(value)}; each object must have it; name the"
-            " right key with --json-keys"
+            f"{where}: no key {key!r} among {sorted(value)[:_SHOWN_KEYS]}; each object must have"
+            f" it; name the right key with {flag}"
         )
     return valid_text(value, key, where=where)
 

@@ -130,20 +130,30 @@ class TextInput:
                 " lines, so this one was cut off; restore it"
             )
         whole: BinaryIO = io.BufferedReader(_Rejoined(start, file), 1 << 16)
-        if start.startswith(_GZIP):
-            return gzip.GzipFile(fileobj=whole, mode="rb")  # type: ignore[return-value]
-        if start.startswith(_ZSTD) or (start[1:4] == _ZSTD_SKIPPABLE and 0x50 <= start[0] <= 0x5F):
-            return io.BufferedReader(self._zstd_reader(whole), 1 << 16)
-        return whole
-
-    def _zstd_reader(self, file: BinaryIO) -> "_ZstdReader":
         try:
-            return _ZstdReader(file)
+            return unpack(start, whole)
         except ImportError as error:
             raise DataError(
                 f"{self.name} is a zstd file, which needs the package zstandard; pip install"
                 " zstandard, or give what `zstd -dc` makes of it to --input -"
             ) from error
+
+
+def unpack(start: bytes, packed: BinaryIO) -> BinaryIO:
+    """Return the stream that gzip or zstd data hold, or other data as they are.
+
+    Args:
+        start: The first bytes, four at least where there are so many.
+        packed: All of the data.
+
+    Raises:
+        ImportError: They are zstd, and its package is not installed.
+    """
+    if start.startswith(_GZIP):
+        return gzip.GzipFile(fileobj=packed, mode="rb")  # type: ignore[return-value]
+    if start.startswith(_ZSTD) or (start[1:4] == _ZSTD_SKIPPABLE and 0x50 <= start[0] <= 0x5F):
+        return io.BufferedReader(_ZstdReader(packed), 1 << 16)
+    return packed
 
 
 def check_inputs(paths: Sequence[str]) -> None:
