@@ -33,7 +33,7 @@ from megatron.trainer.runtime.launch import environment_rank, run_main
 from megatron.trainer.runtime.log import configure_logging
 from moe_app.command_line import argument_text, program
 from moe_app.infer import open_model
-from moe_app.infer.stop import Ending, Stops, add_stop_flags, collect_stops
+from moe_app.infer.stop import Ending, Stops, add_stop_flags, check_utf8, collect_stops
 from moe_ext.attention.cache import KeyValueCache
 from moe_ext.attention.core import use_cache
 
@@ -311,8 +311,7 @@ def read_input(
                 written_keys=OUTPUT_KEYS,
             )
         )
-        if source.num_blank:
-            logger.info("%s: %d blank lines skipped", source.name, source.num_blank)
+        source.log_blank(logger)
         if not lines:
             raise ConfigError(
                 f"{source.name} has no lines; there is nothing to continue; name another --input"
@@ -343,13 +342,7 @@ def encode_prompt(
 ) -> list[int]:
     """Return the tokens of `--prompt` number `number`, counted from 1; see `read_input`."""
     text = args.prompt[number - 1]
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"--prompt number {number} ({text!r}) is not UTF-8 at character {error.start};"
-            " prompts must be valid UTF-8; re-encode it"
-        ) from error
+    check_utf8(text, what=f"--prompt number {number} ({text!r})", kind="prompts")
     ids = tokenizer.encode_document(text)
     if not ids:
         raise ConfigError(

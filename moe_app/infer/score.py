@@ -172,8 +172,7 @@ class InputReader:
             UserError: a line is invalid, or there are none.
         """
         lengths = [len(line.ids) for line in self]
-        if self._lines.num_blank:
-            logger.info("%s: %d blank lines skipped", self._lines.name, self._lines.num_blank)
+        self._lines.log_blank(logger)
         if not lengths:
             raise ConfigError(
                 f"{self._lines.name} has no lines; there is nothing to score; name another --input"

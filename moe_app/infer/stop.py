@@ -147,11 +147,20 @@ def _checked_text(text: str) -> str:
         raise ConfigError(
             "--stop is ''; an empty text is everywhere; leave it out or name another one"
         )
+    check_utf8(text, what=f"--stop {text!r}", kind="texts")
+    return text
+
+
+def check_utf8(text: str, *, what: str, kind: str) -> None:
+    """Refuse a text of the command line that no tokenizer can take.
+
+    Raises:
+        ConfigError: It has bytes that are no UTF-8.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ConfigError(
-            f"--stop {text!r} is not UTF-8 at character {error.start}; texts must be valid UTF-8;"
-            " re-encode it"
+            f"{what} is not UTF-8 at character {error.start}; {kind} must be valid UTF-8; re-encode"
+            " it"
         ) from error
-    return text

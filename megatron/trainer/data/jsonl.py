@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -48,6 +49,11 @@ class TextLines:
                 else:
                     self.num_blank += 1
                 number += 1
+
+    def log_blank(self, logger: logging.Logger) -> None:
+        """Log how many lines without text the latest iteration has passed, if any."""
+        if self.num_blank:
+            logger.info("%s: %d blank lines skipped", self.name, self.num_blank)
 
     def _read(self, file: BinaryIO, number: int) -> bytes:
         where = f"{self.name}, line {number}"
