@@ -49,11 +49,7 @@ def schedule_lengths(cfg: RunConfig) -> ScheduleLengths:
     warmup, fraction = optimizer.lr_warmup_tokens, optimizer.lr_warmup_fraction
     if fraction is not None and end is not None:
         warmup = round(fraction * end)
-    steps = {
-        "lr_warmup_iters": optimizer.lr_warmup_iters,
-        "lr_decay_iters": optimizer.lr_decay_iters or cfg.training.train_iters,
-        "lr_wsd_decay_iters": optimizer.lr_wsd_decay_iters or 0,
-    }
+    steps = _in_steps(cfg)
     tokens = {"lr_warmup_iters": warmup, "lr_decay_iters": end, "lr_wsd_decay_iters": tail}
     used = _used(cfg)
     if not any(tokens[name] is not None for name in used):
@@ -74,6 +70,15 @@ def schedule_lengths(cfg: RunConfig) -> ScheduleLengths:
         tail=lengths["lr_wsd_decay_iters"],
         counted=counted,
     )
+
+
+def _in_steps(cfg: RunConfig) -> dict[str, int]:
+    """Return the lengths of the schedule in steps, by name; 0 for a tail that it does not have."""
+    return {
+        "lr_warmup_iters": cfg.optimizer.lr_warmup_iters,
+        "lr_decay_iters": cfg.optimizer.lr_decay_iters or cfg.training.train_iters,
+        "lr_wsd_decay_iters": cfg.optimizer.lr_wsd_decay_iters or 0,
+    }
 
 
 def _used(cfg: RunConfig) -> list[str]:
@@ -189,11 +194,7 @@ def _describe_schedule(cfg: RunConfig) -> list[str]:
     }
     told = ", ".join(f"{name.replace('_iters', '_tokens')} {values[name]:,}" for name in _used(cfg))
     lines = [f"learning rate: a function of the tokens consumed: {told}"]
-    steps = {
-        "lr_warmup_iters": cfg.optimizer.lr_warmup_iters,
-        "lr_decay_iters": cfg.optimizer.lr_decay_iters or cfg.training.train_iters,
-        "lr_wsd_decay_iters": cfg.optimizer.lr_wsd_decay_iters,
-    }
+    steps = _in_steps(cfg)
     lines += [
         f"learning rate: {name} {steps[name]:,} counts as {values[name]:,} tokens, the batch being"
         f" {_step_size(cfg)} tokens, because another length is in tokens"
