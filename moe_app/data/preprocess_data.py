@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
@@ -161,24 +162,12 @@ def preprocess(args: argparse.Namespace, key: str, inputs: Sequence[TextLines]) 
     identity = identify_tokenizer(args.tokenizer_type, args.tokenizer_model)
     tokenizer = open_tokenizer(args)
     print(describe_ends(tokenizer))
-    chunks = read_chunks(inputs)
     started = time.monotonic()
-    with TokenFileWriter(prefix, vocab_size=tokenizer.vocab_size) as writer:
-        if args.workers == 1:
-            encoder = Encoder(tokenizer, key=key, append_eod=args.append_eod)
-            skipped, text_bytes = _write(writer, map(encoder.encode, chunks))
-        else:
-            with ProcessPoolExecutor(
-                args.workers,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_Worker.start,
-                initargs=(args, key),
-            ) as pool:
-                try:
-                    results = encode_chunks(chunks, pool, workers=args.workers)
-                    skipped, text_bytes = _write(writer, results)
-                finally:
-                    pool.shutdown(cancel_futures=True)
+    with (
+        TokenFileWriter(prefix, vocab_size=tokenizer.vocab_size) as writer,
+        _encoded(args, key, tokenizer, read_chunks(inputs)) as results,
+    ):
+        skipped, text_bytes = _write(writer, results)
         if writer.num_documents == 0:
             raise DataError(
                 f"{' '.join(args.input)}: 0 documents with text under {key!r}, {skipped} without;"
@@ -204,6 +193,26 @@ def preprocess(args: argparse.Namespace, key: str, inputs: Sequence[TextLines]) 
         f" ({text_bytes / file.num_tokens:.2f} bytes/token), {seconds:.1f} s,"
         f" {file.num_tokens / seconds:,.0f} tokens/s"
     )
+
+
+@contextmanager
+def _encoded(
+    args: argparse.Namespace, key: str, tokenizer: Tokenizer, chunks: Iterable[Chunk]
+) -> Iterator[Iterable[Encoded]]:
+    """Give the results of encoding chunks, in order; processes that do it end with the context."""
+    if args.workers == 1:
+        yield map(Encoder(tokenizer, key=key, append_eod=args.append_eod).encode, chunks)
+        return
+    with ProcessPoolExecutor(
+        args.workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_Worker.start,
+        initargs=(args, key),
+    ) as pool:
+        try:
+            yield encode_chunks(chunks, pool, workers=args.workers)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _passed_over(num_empty: int, inputs: Sequence[TextLines]) -> str:
