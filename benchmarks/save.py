@@ -21,9 +21,9 @@ from benchmarks.timing import summarize
 
 _REPO = Path(__file__).resolve().parent.parent
 _STATE_BYTES = 12
-"""Of a parameter: weight and two moments in fp32."""
+"""Counts the bytes of a parameter: its weight and two moments in fp32."""
 _LAYER_PARAMS = 16
-"""Of a layer, over hidden_size squared: attention 4, SwiGLU of width 4 h 12."""
+"""Counts a layer's parameters over hidden_size squared: attention 4, SwiGLU of width 4 h 12."""
 _HIDDEN = 1024
 KINDS = {"foreground": (), "background": ("--async-save",)}
 
@@ -33,11 +33,11 @@ class Saves:
     """Holds the seconds of the saves of one kind."""
 
     blocked_s: list[float] = field(default_factory=list)
-    """How long training stood still."""
+    """Seconds in which training stood still, by save."""
     whole_s: list[float] = field(default_factory=list)
-    """Until the checkpoint was complete."""
+    """Seconds until the checkpoint was complete, by save."""
     num_bytes: int = 0
-    """Of a checkpoint."""
+    """Bytes of a checkpoint's shards."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,7 +29,7 @@ from megatron.trainer.checkpoint.save import (
 T = TypeVar("T")
 
 THREAD_NAME = "checkpoint-writer"
-"""Of the thread that writes."""
+"""Names the thread that writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,11 @@ class FinishedSave:
     iteration: int
     """Optimizer steps it holds."""
     path: Path
-    """Its directory."""
+    """Directory of the checkpoint."""
     seconds: float
     """From the begin of the save until it was complete."""
     blocked_seconds: float
-    """Of these, how long training stood still."""
+    """Seconds of these in which training stood still."""
 
 
 class BackgroundSaver:
@@ -156,7 +156,7 @@ class _Pending:
     """`time.perf_counter` when it began."""
     blocked_seconds: float
     result: "Future[tuple[Path, float]]"
-    """Its directory, and `time.perf_counter` when it was complete."""
+    """Resolves to the directory, and to `time.perf_counter` when it was complete."""
 
 
 def _in_thread(work: Callable[[], T]) -> "Future[T]":

@@ -25,7 +25,7 @@ class Origin:
     is_continued: bool
     """It is the one that is saved to."""
     has_checkpoints: bool
-    """Whether a continued run finds any there."""
+    """Says whether a continued run finds any there."""
     is_repeated: bool = False
     """This very command, which loads from elsewhere or takes weights alone, has begun the run and
     saved: it goes on with it, as --load of the run's own directory would."""

@@ -187,7 +187,7 @@ class BatchChange:
     """Holds what a step was in the run that wrote a checkpoint, and is in the one that resumes."""
 
     progress: Progress
-    """How far the checkpoint is."""
+    """Progress of the checkpoint."""
     first: int
     """Steps of the trunk, for a branch."""
     saved: int | None

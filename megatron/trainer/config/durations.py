@@ -24,14 +24,14 @@ SPELLINGS = {
 """Maps a length in steps to its group and to the name of the same length in tokens."""
 
 _BATCH = ("global_batch_size", "seq_length", "rampup_batch_size")
-"""What the tokens of a step follow from."""
+"""Names the settings that determine the tokens of a step."""
 
 _END = (
     *_BATCH,
     *("train_iters", "train_tokens", "phases", "data_path", "mock_data", "anneal_from"),
     *("lr_decay_iters", "lr_decay_tokens"),
 )
-"""What the end of the learning rate's decay follows from."""
+"""Names the settings that determine the end of the learning rate's decay."""
 
 
 def tokens_per_step(training: TrainingConfig) -> int:
