@@ -34,6 +34,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron.trainer.checkpoint import layout
 from megatron.trainer.checkpoint.manifest import (
@@ -45,7 +47,12 @@ from megatron.trainer.checkpoint.manifest import (
     write_manifest,
 )
 from megatron.trainer.checkpoint.safe_load import load_trusted_types, what_it_holds
-from megatron.trainer.checkpoint.stages import on_all_ranks, on_rank0, torch_errors_explained
+from megatron.trainer.checkpoint.stages import (
+    on_all_ranks,
+    on_rank0,
+    torch_errors_explained,
+    write_errors_kept,
+)
 from megatron.trainer.errors import CheckpointError, ConfigError
 from megatron.trainer.io.atomic_write import sync_directory, write_durably
 from megatron.trainer.io.bounded_read import is_plain_name
@@ -254,6 +261,17 @@ def _copy_to_host(flat: ShardedStateDict) -> None:
         torch.cuda.current_stream().synchronize()
 
 
+class _Writer(dcp.FileSystemWriter):
+    """Writes one rank's shards; torch gathers the errors of all ranks without what caused them."""
+
+    def write_data(
+        self, plan: SavePlan, planner: SavePlanner
+    ) -> torch.futures.Future[list[WriteResult]]:
+        """Write as torch does, and raise the OSError of a failed write."""
+        with write_errors_kept():
+            return super().write_data(plan, planner)
+
+
 def _write_shards(
     directory: Path, shards: Mapping[str, Any], group: dist.ProcessGroup | None
 ) -> None:
@@ -262,7 +280,7 @@ def _write_shards(
         dcp.save(
             dict(shards),
             # One file a rank, in this process, forced to disk.
-            storage_writer=dcp.FileSystemWriter(directory, thread_count=1, sync_files=True),
+            storage_writer=_Writer(directory, thread_count=1, sync_files=True),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
             process_group=group,
         )

@@ -38,6 +38,24 @@ def torch_errors_explained(stage: str) -> Iterator[None]:
         raise CheckpointError(f"{stage} failed: {_describe(error)}") from error
 
 
+@contextlib.contextmanager
+def write_errors_kept() -> Iterator[None]:
+    """Raise the OSError of a failed write in place of the RuntimeError with which torch hides it.
+
+    torch closes its archive after a failed write, and that failure ("unexpected pos") is what it
+    raises; a full disk would not be named.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        hidden: BaseException | None = error
+        while hidden is not None and not isinstance(hidden, OSError):
+            hidden = hidden.__context__
+        if hidden is None:
+            raise
+        raise hidden from error
+
+
 def _describe(error: BaseException) -> str:
     """Return an error's text; torch's for a refused pickle advises to load it all the same."""
     if isinstance(error, pickle.UnpicklingError):

@@ -36,6 +36,7 @@ from megatron.trainer.checkpoint.manifest import (
     list_files,
     write_manifest,
 )
+from megatron.trainer.checkpoint.stages import write_errors_kept
 from megatron.trainer.errors import CheckpointError
 from megatron.trainer.io.atomic_write import sync_directory, write_durably
 from megatron.trainer.io.hashing import Digest, DigestThread
@@ -103,12 +104,8 @@ class CheckpointStream:
         # as all the rest of its work.
         torch.serialization.set_crc32_options(False)
         try:
-            torch.save(whole, self._file)
-        except RuntimeError as error:
-            # torch closes its archive after a failed write, and that failure hides the first.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from error
-            raise
+            with write_errors_kept():
+                torch.save(whole, self._file)
         finally:
             torch.serialization.set_crc32_options(crc32)
         length = self._file.tell() - begin
