@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron.trainer.data.jsonl import parse_object, text_under
 from megatron.trainer.errors import DataError
-from moe_app.filter.binary_lines import MOST_LINE_BYTES, read_bounded_lines
+from moe_app.filter import binary_lines
 from moe_app.filter.sources import SourceFile
 
 _ROWS_AT_ONCE = 64
@@ -46,8 +46,7 @@ def read_entries(source: SourceFile, *, text_key: str) -> Iterator[Entry | BadEn
     Raises:
         DataError: The file as a whole cannot be read.
     """
-    rows = _json_lines(source) if source.kind == "jsonl" else _table_rows(source)
-    for line, raw, value in rows:
+    for line, raw, value in read_rows(source):
         if isinstance(value, str):
             yield BadEntry(line, value)
             continue
@@ -64,13 +63,30 @@ NumberedRow = tuple[int, bytes | None, dict[str, Any] | str]
 """Number, the bytes read if any, and the object, or what is wrong."""
 
 
-def _json_lines(source: SourceFile) -> Iterator[NumberedRow]:
-    for number, line in read_bounded_lines(source.path):
+def read_rows(source: SourceFile, *, most_line_bytes: int | None = None) -> Iterator[NumberedRow]:
+    """Yield a file's objects in order, and what is none of them.
+
+    Blank lines are passed over.
+
+    Args:
+        source: The file.
+        most_line_bytes: Of a line of JSON; None means as much as a document may have.
+
+    Raises:
+        DataError: The file as a whole cannot be read.
+    """
+    if source.kind == "jsonl":
+        return _json_lines(source, most_line_bytes or binary_lines.MOST_LINE_BYTES)
+    return _table_rows(source)
+
+
+def _json_lines(source: SourceFile, most_bytes: int) -> Iterator[NumberedRow]:
+    for number, line in binary_lines.read_bounded_lines(source.path, most_line_bytes=most_bytes):
         if line is None:
             yield (
                 number,
                 None,
-                f"{source.path}, line {number}: has more than {MOST_LINE_BYTES:,} bytes; each line"
+                f"{source.path}, line {number}: has more than {most_bytes:,} bytes; each line"
                 " must be one JSON object of at most that size; split the document",
             )
         elif line.strip():

@@ -36,12 +36,13 @@ class SourceFile:
     """Like the size, to notice a file that changed between two starts."""
 
 
-def find_sources(inputs: Sequence[str]) -> list[SourceFile]:
+def find_sources(inputs: Sequence[str], *, flag: str = "--input") -> list[SourceFile]:
     """Return the files that inputs name, in the order of the inputs and then of their names.
 
     Args:
         inputs: Files; folders, all of whose files with a known suffix are taken, in subfolders
             too; patterns such as `data/*.jsonl.zst`; directories of `Dataset.save_to_disk`.
+        flag: What names the inputs, for messages.
 
     Raises:
         DataError: An input is not a local path, leads nowhere or out of its folder, or is there
@@ -51,13 +52,13 @@ def find_sources(inputs: Sequence[str]) -> list[SourceFile]:
     for each in inputs:
         if "://" in each or "::" in each:
             raise DataError(
-                f"--input {each} is no local path; files must be on this machine or on a file"
+                f"{flag} {each} is no local path; files must be on this machine or on a file"
                 " system that it mounts; fetch them first"
             )
-        files = _expand(each)
+        files = _expand(each, flag)
         if not files:
             raise DataError(
-                f"--input {each}: no file to read; it must name JSON Lines"
+                f"{flag} {each}: no file to read; it must name JSON Lines"
                 f" ({', '.join(_KINDS)}, {' or '.join(_PACKED)} after it), Parquet, a folder of"
                 " them, or a dataset on disk; check the path"
             )
@@ -66,7 +67,7 @@ def find_sources(inputs: Sequence[str]) -> list[SourceFile]:
     for path, _ in found:
         if (real := os.path.realpath(path)) in seen:
             raise DataError(
-                f"--input names {path} twice, also as {seen[real]}; each file must be there once;"
+                f"{flag} names {path} twice, also as {seen[real]}; each file must be there once;"
                 " remove one"
             )
         seen[real] = path
@@ -81,7 +82,7 @@ def _describe(path: Path, kind: Kind, name: str) -> SourceFile:
     return SourceFile(os.path.abspath(path), kind, name, status.st_size, status.st_mtime_ns)
 
 
-def _expand(text: str) -> list[tuple[Path, Kind]]:
+def _expand(text: str, flag: str) -> list[tuple[Path, Kind]]:
     path = Path(text)
     if path.is_file():
         return [(path, _kind(path) or "jsonl")]
@@ -95,7 +96,7 @@ def _expand(text: str) -> list[tuple[Path, Kind]]:
         root = Path(*_before_magic(path))
         return [(_inside(file, root), _kind(file) or "jsonl") for file in files if file.is_file()]
     raise DataError(
-        f"--input {text} does not exist or is no regular file; it must be a file, a folder or a"
+        f"{flag} {text} does not exist or is no regular file; it must be a file, a folder or a"
         " pattern; check the path"
     )
 
@@ -129,7 +130,7 @@ def _inside(path: Path, folder: Path) -> Path:
     if os.path.commonpath([real, root]) != root:
         raise DataError(
             f"{path} is a link to {real}, out of {folder}; what is found in a folder must lie in"
-            " it; name the file itself with --input if it is meant"
+            " it; name the file itself if it is meant"
         )
     return path
 

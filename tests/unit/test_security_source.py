@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from tests.paths import REPO
 
-AREAS = ("megatron", "moe_ext", "tools", "examples", "benchmarks", "tests", "docker")
+AREAS = ("megatron", "moe_ext", "moe_app", "tools", "examples", "benchmarks", "tests", "docker")
 
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN = {
@@ -33,8 +33,9 @@ FORBIDDEN = {
     *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.unsafe_load_all"),
     *("yaml.full_load", "yaml.full_load_all", "yaml.Loader", "yaml.UnsafeLoader"),
     *("yaml.FullLoader", "yaml.CLoader", "yaml.CUnsafeLoader", "yaml.CFullLoader"),
-    # Templates are programs; nothing here renders any.
+    # Templates are programs.
     *("jinja2.Environment", "jinja2.Template", "jinja2.sandbox", "apply_chat_template"),
+    *("render_jinja_template", "_compile_jinja_template"),
     # File names that are predictable or chosen by others.
     *("extractall", "tempfile.mktemp"),
     # Creates private files whatever the umask.
@@ -53,6 +54,13 @@ ALLOWED: dict[str, dict[str, str]] = {
     "megatron/trainer/checkpoint/safe_load.py": {
         "pickle._Unpickler": "the guard; it builds what is listed"
     },
+    "moe_app/chat/render_worker.py": {
+        "_compile_jinja_template": "a process of its own, with limits, in transformers' sandbox",
+        "render_jinja_template": "the same",
+    },
+    # Tests that compare with transformers.
+    "tests/unit/app/chat/test_jinja_template.py": {"apply_chat_template": "the test's templates"},
+    "tests/unit/app/chat/test_templates.py": {"apply_chat_template": "the project's templates"},
     # Tests that prove a payload is live, or read back what they wrote.
     "tests/distributed/test_hostile_checkpoint.py": {
         "allow_pickle not False": "payloads in an index cache",

@@ -2,12 +2,15 @@
 
 import json
 import re
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as TokenizersTokenizer
 
 from megatron.trainer.data.document_end import DocumentEnd, choose_end, is_marker
+from megatron.trainer.data.encoding import Encoding, Span, encode_between, overlaps
 from megatron.trainer.data.tokenizer_files import (
     TokenizerSettings,
     read_settings,
@@ -78,6 +81,64 @@ class HFTokenizer:
         """Return the ids of a text that begins a document: `prefix`, then the text's."""
         ids = self.encode(text)
         return [*self.prefix, *ids] if ids else ids
+
+    def encode_written(self, text: str, as_text: Sequence[Span] = ()) -> Encoding:
+        """Return the tokens of a text in which control tokens are written, without a `prefix`.
+
+        They are those that transformers gives to the text, apart from what `as_text` changes.
+
+        Args:
+            text: What a template made.
+            as_text: Where in it control tokens are only spelled, and are ordinary text.
+
+        Raises:
+            DataError: A spelled token cannot be kept as text by this tokenizer.
+        """
+        with reading(self._path, _KIND_NAME):
+            whole = self._reader_of_tokens.encode(text, add_special_tokens=False)
+        if not as_text:
+            return Encoding(whole.ids, whole.offsets)
+        placed = [
+            (token_id, span)
+            for token_id, span in zip(whole.ids, whole.offsets, strict=True)
+            if token_id in self._control and not overlaps(span, as_text)
+        ]
+        return encode_between(text, placed, self._encode_stretch)
+
+    def _encode_stretch(self, text: str, at: int) -> tuple[list[int], list[Span]]:
+        """Return ids and offsets of a stretch that begins at a character of a longer text.
+
+        Some tokenizers put a space before a text; within one, a line end takes it.
+        """
+        before = "" if at == 0 or self._is_alike_everywhere else "\n"
+        ids = self.encode(before + text)
+        if not before:
+            return ids, self._offsets_of(text)
+        own = len(self.encode(before))
+        if ids[:own] != self.encode(before):
+            raise DataError(
+                f"the text {text[:40]!r} cannot be encoded within another one by {self._path}: its"
+                " tokens depend on what is before them; take the control tokens that it spells out"
+                " of the text"
+            )
+        offsets = self._offsets_of(before + text)[own:]
+        return ids[own:], [(first - 1, last - 1) for first, last in offsets]
+
+    def _offsets_of(self, text: str) -> list[Span]:
+        offsets: list[Span] = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        return offsets
+
+    @cached_property
+    def _reader_of_tokens(self) -> TokenizersTokenizer:
+        """Return the tokenizer that takes what spells a control token for it."""
+        return TokenizersTokenizer.from_str(self._tokenizer.to_str())
+
+    @cached_property
+    def _is_alike_everywhere(self) -> bool:
+        """Return whether a text has the same tokens after a control token as at the beginning."""
+        control = next(iter(self.control_texts()), "")
+        whole = self._reader_of_tokens.encode(f"{control}a", add_special_tokens=False).ids
+        return not control or whole[1:] == self.encode("a")
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids, without a `prefix` at their beginning."""

@@ -1,5 +1,6 @@
 """Reads SentencePiece models."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -9,6 +10,14 @@ from megatron.trainer.data.document_end import (
     DocumentEnd,
     choose_end,
     is_marker,
+)
+from megatron.trainer.data.encoding import (
+    Encoding,
+    Span,
+    encode_between,
+    find_spelled,
+    overlaps,
+    widened,
 )
 from megatron.trainer.data.sentencepiece_pieces import (
     CONTROL,
@@ -73,6 +82,24 @@ class SentencePieceTokenizer:
         """Return the ids of a text that begins a document: `prefix`, then the text's."""
         ids = self.encode(text)
         return [*self.prefix, *ids] if ids else ids
+
+    def encode_written(self, text: str, as_text: Sequence[Span] = ()) -> Encoding:
+        """Return the tokens of a text in which control pieces are written, without a `prefix`.
+
+        Args:
+            text: What a template made.
+            as_text: Where in it control pieces are only spelled, and are ordinary text.
+        """
+        placed = [
+            (self._ids[written], span)
+            for written, span in find_spelled(text, self.control_texts())
+            if not overlaps(span, as_text)
+        ]
+        return encode_between(text, placed, self._encode_stretch)
+
+    def _encode_stretch(self, text: str, _: int) -> tuple[list[int], list[Span]]:
+        found = self._processor.EncodeAsOffsetMapping(text)
+        return found["ids"], widened(found["offsets"])
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids; control pieces have none."""

@@ -1,9 +1,11 @@
 """Reads tokenizers behind one interface, from files that hold data, not code."""
 
 import logging
+from collections.abc import Sequence
 from typing import Protocol
 
 from megatron.trainer.data.document_end import END_OF_DOCUMENT, DocumentEnd
+from megatron.trainer.data.encoding import Encoding, Span
 from megatron.trainer.data.hf_tokenizer import HFTokenizer
 from megatron.trainer.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron.trainer.data.tokenizer_files import TYPE_ALIASES, locate_tokenizer
@@ -48,6 +50,14 @@ class Tokenizer(Protocol):
         """Return the ids of a text that begins a document: `prefix`, then the text's.
 
         Empty for an empty text.
+        """
+
+    def encode_written(self, text: str, as_text: Sequence[Span] = ()) -> Encoding:
+        """Return the tokens of a text in which control tokens are written, without a `prefix`.
+
+        Args:
+            text: What a template made.
+            as_text: Where in it control tokens are only spelled, and are ordinary text.
         """
 
     def decode(self, ids: list[int]) -> str:
