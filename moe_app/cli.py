@@ -75,6 +75,15 @@ def score(argv: Argv = None) -> int:
 
 @prints_any_text
 @hide_upstream_warnings()
+def evaluate(argv: Argv = None) -> int:
+    """Run `moe_app.evaluate.evaluate`."""
+    from moe_app.evaluate.evaluate import main
+
+    return main(argv)
+
+
+@prints_any_text
+@hide_upstream_warnings()
 def convert_checkpoint(argv: Argv = None) -> int:
     """Run `moe_app.convert.convert_checkpoint`."""
     from moe_app.convert.convert_checkpoint import main
@@ -230,6 +239,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             summary="compute the log-probability of every token of a file",
             run=score,
         ),
+        Command(name="evaluate", summary="evaluate a model on tasks", run=evaluate),
         Command(
             name="convert",
             summary="import from and export to Hugging Face",

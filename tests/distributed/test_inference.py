@@ -62,6 +62,11 @@ def random_rows(*lengths: int, seed: int) -> list[list[int]]:
 # last round one rank has none.
 PROMPTS = random_rows(3, 9, 1, 14, 6, seed=1)
 ROWS = random_rows(12, 5, 1, 33, 2, 20, 20, seed=2)
+# Some differ in their last token alone and share a row; one continues greedily (see `truth`).
+CONTINUATIONS = [
+    *((row, count) for row, count in zip(ROWS, (4, 2, 0, 32, 1, 1, 19), strict=True) if count),
+    *(([*ROWS[1][:-1], last], 2) for last in (7, 60, 119)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +107,11 @@ def reference_results(run: Path) -> dict[str, Any]:
             log_probs = full_forward(module, row).log_softmax(dim=-1)[:-1]
             labels = torch.tensor(row[1:], dtype=torch.int64)[:, None]
             scores.append(log_probs.gather(1, labels)[:, 0].tolist())
+        # What greedy decoding adds to a prompt is a continuation that is greedy.
+        asked = [*CONTINUATIONS, (PROMPTS[1] + texts[1], NEW)]
         return {
+            "asked": asked,
+            "continuations": [score_continuation(module, *each) for each in asked],
             "greedy": texts,
             "scores": scores,
             "logits": full_forward(module, ROWS[-1])[:-1],
@@ -125,6 +134,13 @@ def full_forward(module: nn.Module, ids: list[int]) -> Tensor:
     return logits.float()
 
 
+def score_continuation(module: nn.Module, ids: list[int], count: int) -> tuple[float, bool]:
+    log_probs = full_forward(module, ids).log_softmax(dim=-1)[-1 - count : -1]  # [count, v]
+    labels = torch.tensor(ids[-count:])
+    total = float(log_probs[torch.arange(count), labels].sum())
+    return total, bool((log_probs.argmax(dim=-1) == labels).all())
+
+
 def generate_without_cache(module: nn.Module, ids: list[int]) -> list[int]:
     text = list(ids)
     for _ in range(NEW):
@@ -137,13 +153,24 @@ def run_layouts(
     layouts: dict[str, list[str]],
     checkpoints: dict[str, Path],
     out: Path,
+    truth: dict[str, dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
     cases = {
         f"{family}_{name}": ["--load", str(run), "--batch-size", "2", *layout]
         for family, run in checkpoints.items()
         for name, layout in layouts.items()
     }
-    task = {"prompts": PROMPTS, "rows": ROWS, "stop_id": -1, "new": NEW, "cases": cases}
+    asked = {
+        f"{family}_{name}": {
+            "continuations": truth[family]["asked"],
+            "stop_text": "".join(f"<{token}>" for token in truth[family]["greedy"][1][2:4]),
+        }
+        for family in checkpoints
+        for name in layouts
+    }
+    task = {"prompts": PROMPTS, "rows": ROWS, "stop_id": -1, "new": NEW, "cases": cases} | {
+        "asked": asked
+    }
     out.mkdir(parents=True, exist_ok=True)
     file = out / "task.json"
     file.write_text(json.dumps(task))
@@ -154,18 +181,29 @@ def run_layouts(
 
 
 @pytest.fixture(scope="module")
-def one(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_layouts(1, {"one": []}, checkpoints, tmp_path_factory.mktemp("one"))
+def one(
+    checkpoints: dict[str, Path], truth: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    return run_layouts(1, {"one": []}, checkpoints, tmp_path_factory.mktemp("one"), truth)
 
 
 @pytest.fixture(scope="module")
-def two(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_layouts(2, TWO_RANKS, checkpoints, tmp_path_factory.mktemp("two"))
+def two(
+    checkpoints: dict[str, Path], truth: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    return run_layouts(2, TWO_RANKS, checkpoints, tmp_path_factory.mktemp("two"), truth)
 
 
 @pytest.fixture(scope="module")
-def four(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_layouts(4, FOUR_RANKS, checkpoints, tmp_path_factory.mktemp("four"))
+def four(
+    checkpoints: dict[str, Path], truth: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    return run_layouts(4, FOUR_RANKS, checkpoints, tmp_path_factory.mktemp("four"), truth)
+
+
+def up_to(text: list[int], stop: list[int]) -> list[int]:
+    ends = [index for index in range(2, len(text) + 1) if text[index - 2 : index] == stop]
+    return text[: ends[0]] if ends else text
 
 
 def compare(found: dict[str, Any], truth: dict[str, Any]) -> None:
@@ -173,6 +211,13 @@ def compare(found: dict[str, Any], truth: dict[str, Any]) -> None:
     assert found["greedy"] == truth["greedy"]
     for values, expected in zip(found["scores"], truth["scores"], strict=True):
         assert values == pytest.approx(expected, abs=TOLERANCE, rel=0)
+    evaluation = found["evaluation"]
+    for answer, expected in zip(evaluation["continuations"], truth["continuations"], strict=True):
+        assert answer == [pytest.approx(expected[0], abs=4 * TOLERANCE, rel=0), expected[1]]
+    expected = [each[0] for each in truth["continuations"]]
+    assert evaluation["texts"] == pytest.approx(expected, abs=4 * TOLERANCE, rel=0)
+    stop = truth["greedy"][1][2:4]
+    assert evaluation["generations"] == [up_to(text, stop) for text in truth["greedy"]]
     # When one rank's logits are not finite, all ranks raise and none hangs.
     assert found["non_finite_error"].startswith(
         f"{VOCAB} of {VOCAB} logits are not finite; a valid model"

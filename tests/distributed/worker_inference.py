@@ -3,13 +3,15 @@
 Usage: torchrun ... worker_inference.py TASK.json OUT
 
 TASK.json: {"prompts": [[id, ...]], "rows": [[id, ...]], "stop_id": id, "new": number of tokens,
-"cases": {NAME: [flag, ...]}}. For each case OUT/NAME.json gets what rank 0 has in the end: greedy
-and sampled tokens, scores by row, the logits of the last row, and the error raised when one rank's
-logits are not finite.
+"cases": {NAME: [flag, ...]}, "asked": {NAME: {"continuations": [[[id, ...], count], ...],
+"stop_text": TEXT}}}. For each case OUT/NAME.json gets what rank 0 has in the end: greedy and
+sampled tokens, scores by row, the logits of the last row, the answers an evaluation gets, and the
+error raised when one rank's logits are not finite.
 """
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +20,22 @@ import torch
 from megatron.trainer.errors import CheckpointError
 from megatron.trainer.inference.decode import Prompt
 from megatron.trainer.inference.sampling import greedy_token, next_token
-from megatron.trainer.inference.scoring import compute_logits
+from megatron.trainer.inference.scoring import Continuation, compute_logits
 from megatron.trainer.inference.scoring import score as score_rows
 from megatron.trainer.runtime.launch import connect, environment_rank, shut_down
 from megatron.trainer.runtime.log import configure_logging
+from moe_app.evaluate.workers import Sampling, Workers
 from moe_app.infer import generate, open_model, score
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpelledIds:
+    """Spells each token as its id, as far as looking for texts to stop at goes."""
+
+    vocab_size: int
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f"<{token}>" for token in ids)
 
 
 def main() -> None:
@@ -32,7 +45,7 @@ def main() -> None:
         # The parser requires a prompt, but it is not used here.
         args = generate.make_parser().parse_args([*flags, "--prompt", ""])
         connect(open_model.parallel_config(args))
-        found = run_case(args, task)
+        found = run_case(args, task | task["asked"][name])
         if environment_rank() == 0:
             (out / f"{name}.json").write_text(json.dumps(found))
         shut_down(keep_world=True)
@@ -50,12 +63,44 @@ def run_case(args: Any, task: dict[str, Any]) -> dict[str, Any]:
     last = {0: task["rows"][-1]}
     logits = score.gather_on_rank_0(compute_logits(loaded.parallel, last, **share))
     return {
+        "evaluation": evaluation_answers(loaded, task, args.batch_size),
         "greedy": generate_in_rounds(loaded, task, args.batch_size, is_greedy=True),
         "sampled": generate_in_rounds(loaded, task, args.batch_size, is_greedy=False),
         "scores": [scores.get(number, []) for number in rows],
         "logits": logits[0].tolist() if logits else None,
         "sequence_parallel": cast(Any, loaded.module).config.sequence_parallel,
         "non_finite_error": error_of_non_finite_rank(loaded, task, args.batch_size),
+    }
+
+
+def evaluation_answers(
+    loaded: open_model.LoadedModel, task: dict[str, Any], size: int
+) -> dict[str, Any] | None:
+    """Return what rank 0 gets when it alone knows the requests."""
+    workers = Workers(
+        loaded,
+        cast(Any, SpelledIds(vocab_size=loaded.parallel.vocab_size)),
+        stop_ids={},
+        tokens_per_batch=24,
+        batch_size=size,
+    )
+    if environment_rank() != 0:
+        workers.serve()
+        return None
+    asked = [Continuation(ids=tuple(ids), count=count) for ids, count in task["continuations"]]
+    numbered = dict(enumerate(asked))
+    stops = (task["stop_text"],)
+    prompts = {
+        number: (ids, Sampling(max_new_tokens=task["new"], stops=stops), 0)
+        for number, ids in enumerate(task["prompts"])
+    }
+    continuations, texts = workers.continuations(numbered), workers.texts(numbered)
+    generations = workers.generations(prompts)
+    workers.close()
+    return {
+        "continuations": [continuations[number] for number in numbered],
+        "texts": [texts[number] for number in numbered],
+        "generations": [generations[number] for number in prompts],
     }
 
 

@@ -80,6 +80,36 @@ class ParallelModel:
         losses = self._forward(tokens, position_ids, labels=labels.to(self._device))
         return None if losses is None else -losses.float()
 
+    def picked_log_probs(
+        self, tokens: Tensor, position_ids: Tensor, picked: tuple[Tensor, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return natural-log probabilities of tokens after some positions only.
+
+        Args:
+            tokens: [b, n] int64.
+            position_ids: [b, n] int64.
+            picked: row and column of each position, [m] int64 both.
+            labels: [m] int64, the token after each.
+
+        Returns:
+            [m] fp32 log-probabilities, and [m] bool whether the label is the likeliest token, on
+            the last stage; None before it.
+        """
+        rows, columns = (each.to(self._device) for each in picked)
+
+        def keep_picked(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden = args[0]  # [n, b, h]
+            return hidden[columns, rows][None], *args[1:]  # [1, m, h]
+
+        with self._before_output_layer(keep_picked):
+            output = self._forward(tokens, position_ids, runtime_gather_output=True)
+        if output is None:
+            return None
+        logits = output[:, 0, : self.vocab_size].float()  # [m, v]
+        labels = labels.to(self._device)
+        chosen = logits.gather(1, labels[:, None])[:, 0]
+        return chosen - logits.logsumexp(dim=-1), logits.argmax(dim=-1) == labels
+
     def broadcast(self, values: list[int] | None, *, count: int) -> list[int]:
         """Return the output rank's `count` integers on all its tensor and pipeline ranks."""
         shared = torch.tensor(values or [0] * count, dtype=torch.int64, device=self._device)

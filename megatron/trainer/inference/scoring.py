@@ -1,6 +1,7 @@
 """Compute log-probabilities of given tokens, in batches of similar lengths."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -25,6 +26,25 @@ class Scorer(Protocol):
     def logits(self, tokens: Tensor, position_ids: Tensor) -> Tensor | None:
         """Return logits [b, n, v], or None on a rank without logits."""
         ...
+
+    def picked_log_probs(
+        self, tokens: Tensor, position_ids: Tensor, picked: tuple[Tensor, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return log-probabilities of `labels` [m] after picked positions of [b, n].
+
+        And whether each is the likeliest token; None on a rank without logits.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """Holds tokens whose last ones are scored given those before them."""
+
+    ids: tuple[int, ...]
+    """Context and continuation together, at least two."""
+    count: int
+    """How many at the end are the continuation; at least one, and not all."""
 
 
 def plan_batches(lengths: Sequence[int], *, tokens_per_batch: int) -> list[list[int]]:
@@ -103,6 +123,54 @@ def compute_logits(
             for number, row, values in zip(numbers, batch, found, strict=False):
                 logits[number] = values[: len(row) - 1].to("cpu", torch.float32)
     return logits
+
+
+def score_continuations(
+    model: Scorer,
+    requests: Mapping[int, Continuation],
+    *,
+    tokens_per_batch: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+) -> dict[int, tuple[float, bool]]:
+    """Score continuations given their contexts; a collective call with the arguments of `score`.
+
+    Requests that differ in their last token alone, such as the letters of a multiple-choice
+    question, share a row of the forward pass. Logits are computed after the scored tokens only.
+
+    Returns:
+        On an output rank, the sum of log-probabilities of each continuation of its share, and
+        whether it is what greedy decoding gives, by number. Elsewhere nothing.
+    """
+    sharing: dict[tuple[int, ...], list[int]] = {}
+    for number, request in requests.items():
+        sharing.setdefault(request.ids[:-1], []).append(number)
+    groups = list(sharing.values())
+    # A row of the pass ends with a label, which it does not compute; any of its group's will do.
+    rows = {index: requests[group[0]].ids for index, group in enumerate(groups)}
+    found: dict[int, tuple[float, bool]] = {}
+    for indices, batch in _local_batches(
+        rows, tokens_per_batch, data_parallel_rank, data_parallel_size
+    ):
+        tokens, position_ids, _ = pad(batch)
+        places, labels, owners = [(0, 0)], [0], [-1]  # of a dummy row, dropped below
+        for row, index in enumerate(indices):
+            for number in groups[index]:
+                ids, count = requests[number].ids, requests[number].count
+                places += [(row, len(ids) - 1 - back) for back in range(count, 0, -1)]
+                labels += ids[-count:]
+                owners += [number] * count
+        row_of, column_of = torch.tensor(places).unbind(1)
+        output = model.picked_log_probs(
+            tokens, position_ids, (row_of, column_of), torch.tensor(labels)
+        )
+        if output is not None and model.is_output_rank:
+            log_probs, is_likeliest = (each.tolist() for each in output)
+            for owner, value, is_greedy in zip(owners, log_probs, is_likeliest, strict=True):
+                total, all_greedy = found.get(owner, (0.0, True))
+                found[owner] = (total + value, all_greedy and is_greedy)
+    found.pop(-1, None)
+    return found
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:

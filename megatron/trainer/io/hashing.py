@@ -9,6 +9,7 @@ import hashlib
 import os
 import queue
 import threading
+from pathlib import Path
 from types import TracebackType
 
 from megatron.trainer.errors import CheckpointError
@@ -17,6 +18,15 @@ _BLOCK_BYTES = 1 << 20
 _WAITING = 64
 
 _Job = tuple["Digest", int, int, int]
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a whole file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class Digest:

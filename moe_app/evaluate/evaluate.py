@@ -1,0 +1,286 @@
+"""Evaluate a checkpoint on tasks of lm-evaluation-harness, alone or under torchrun.
+
+    python tools/evaluate.py --load runs/quickstart/run --tasks arc_easy --task-data tasks \
+        --output runs/quickstart/eval
+
+Started again with the same --output, it goes on where it was interrupted. docs/evaluation.md says
+how numbers are computed.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.trainer.checkpoint.manifest import MANIFEST_NAME
+from megatron.trainer.data.tokenizer import Tokenizer
+from megatron.trainer.errors import ConfigError
+from megatron.trainer.io.hashing import file_sha256
+from megatron.trainer.runtime.collective import on_rank0
+from megatron.trainer.runtime.launch import environment_rank, run_main
+from megatron.trainer.runtime.log import configure_logging
+from moe_app.command_line import program
+from moe_app.evaluate.answers import AnswerFile
+from moe_app.evaluate.suites import SUITES, Suite
+from moe_app.evaluate.workers import Workers
+from moe_app.infer import open_model
+from moe_app.infer.stop import collect_stops
+
+logger = logging.getLogger("evaluate")
+
+ANSWERS_NAME = "answers.jsonl"
+"""File of --output that keeps the model's answers."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate as `argv` says; return the exit status."""
+    return run_main(lambda: run(open_model.parse(make_parser(), argv)))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Build the command-line parser."""
+    parser = argparse.ArgumentParser(
+        prog=program("evaluate"),
+        description="Evaluate a checkpoint on tasks of lm-evaluation-harness.",
+    )
+    open_model.add_model_flags(parser)
+    tasks = parser.add_argument_group("tasks")
+    what = tasks.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--tasks",
+        type=_names,
+        metavar="A,B",
+        help="names of tasks, groups or tags, of the harness or in --include-path",
+    )
+    what.add_argument("--suite", choices=sorted(SUITES), help="tasks of a leaderboard or paper")
+    tasks.add_argument(
+        "--include-path",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="directory of task files (YAML); they are code: name only what you trust",
+    )
+    tasks.add_argument(
+        "--task-data",
+        metavar="DIR",
+        help="read the tasks' datasets here, as fetch_tasks.py wrote them, not from the Hub",
+    )
+    tasks.add_argument(
+        "--num-fewshot", type=_count, metavar="N", help="examples in a prompt, not the task's own"
+    )
+    tasks.add_argument(
+        "--limit", type=open_model.positive, metavar="N", help="the first items of each task alone"
+    )
+    tasks.add_argument(
+        "--gen-kwargs", metavar="K=V,...", help="settings of generation, over the task's own"
+    )
+    tasks.add_argument(
+        "--seed", type=_count, default=1234, metavar="N", help="of examples and draws (%(default)s)"
+    )
+    tasks.add_argument(
+        "--bootstrap-iters",
+        type=_count,
+        default=1000,
+        metavar="N",
+        help="resamples for standard errors that have no formula (%(default)s)",
+    )
+    work = parser.add_argument_group("work")
+    work.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="gets results.json, samples_TASK.jsonl and the answers to go on from",
+    )
+    work.add_argument(
+        "--max-length",
+        type=open_model.positive,
+        metavar="N",
+        help="positions of a forward pass (--seq-length of training)",
+    )
+    work.add_argument(
+        "--max-gen-toks",
+        type=open_model.positive,
+        default=256,
+        metavar="N",
+        help="new tokens where a task does not say (%(default)s)",
+    )
+    work.add_argument(
+        "--prefix-token-id",
+        type=_count,
+        metavar="ID",
+        help="stands before a text without context (the tokenizer's BOS or end of document)",
+    )
+    work.add_argument(
+        "--tokens-per-batch",
+        type=open_model.positive,
+        default=8192,
+        metavar="N",
+        help="tokens of a forward pass of one data parallel rank, with padding (%(default)s)",
+    )
+    work.add_argument(
+        "--batch-size",
+        type=open_model.positive,
+        default=16,
+        metavar="N",
+        help="prompts to continue side by side, for each data parallel rank (%(default)s)",
+    )
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name; separate names by one comma")
+    return names
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 0")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the model and evaluate every task.
+
+    Raises:
+        UserError: a flag, a task, its data, the checkpoint or the tokenizer is invalid.
+    """
+    configure_logging(environment_rank())
+    with open_model.joined_ranks(args):
+        on_rank0("looking for lm-evaluation-harness", _check_harness)
+        tasks = on_rank0("choosing the tasks", lambda: _choose(args))
+        opened = open_model.open_checkpoint(args, prog=program("evaluate"))
+        given = on_rank0("reading the tokenizer", lambda: _open_tokenizer(args, opened))
+        tokenizer, stop_ids = given
+        loaded = open_model.load_model(args, opened)
+        workers = Workers(
+            loaded,
+            tokenizer,
+            stop_ids=stop_ids,
+            tokens_per_batch=args.tokens_per_batch,
+            batch_size=args.batch_size,
+        )
+
+        def evaluate() -> None:
+            with _on_the_others(workers), _open_answers(args, opened, tokenizer) as answers:
+                _evaluate(args, tasks, opened, tokenizer, workers, answers)
+
+        if environment_rank() != 0:
+            workers.serve()
+        on_rank0("evaluating", evaluate)
+
+
+def _check_harness() -> None:
+    """Refuse to begin where the harness is missing."""
+    try:
+        import lm_eval  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{error.name} is not installed; tasks run on lm-evaluation-harness; install it with"
+            " pip install 'megatron-moe[eval]'"
+        ) from error
+
+
+def _choose(args: argparse.Namespace) -> Suite:
+    """Return what to run, and make the output directory."""
+    try:
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--output {args.output} cannot be made: {error.strerror}; results go there; name"
+            " another directory"
+        ) from error
+    if args.suite is not None:
+        return SUITES[args.suite]
+    return Suite(tasks=tuple(args.tasks))
+
+
+def _open_tokenizer(
+    args: argparse.Namespace, opened: open_model.OpenedCheckpoint
+) -> tuple[Tokenizer, Mapping[int, str]]:
+    """Return the tokenizer, and the ids that end a text."""
+    tokenizer = open_model.open_tokenizer(args, opened)
+    args.stop, args.stop_token_id = [], []
+    return tokenizer, collect_stops(args, tokenizer, opened.found.path).ids
+
+
+@contextlib.contextmanager
+def _on_the_others(workers: Workers) -> Iterator[None]:
+    """Let the other ranks serve within the context, and go on after it."""
+    try:
+        yield
+    finally:
+        workers.close()
+
+
+def _open_answers(
+    args: argparse.Namespace, opened: open_model.OpenedCheckpoint, tokenizer: Tokenizer
+) -> AnswerFile:
+    """Open the file of answers, which are those of one model."""
+    precision = opened.saved.training.bf16 if args.bf16 is None else args.bf16
+    identity = {
+        "checkpoint": file_sha256(opened.found.path / MANIFEST_NAME),
+        "tokenizer": _tokenizer_digest(tokenizer),
+        "precision": "bf16" if precision else "fp32",
+    }
+    return AnswerFile(Path(args.output) / ANSWERS_NAME, identity)
+
+
+def _tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Return what tells a tokenizer from others: the text of its tokens."""
+    digest = hashlib.sha256()
+    for token_id in range(tokenizer.vocab_size):
+        text = tokenizer.token_text(token_id)
+        digest.update(f"{token_id} {text!r}\n".encode("utf-8", errors="backslashreplace"))
+    return digest.hexdigest()
+
+
+def _evaluate(
+    args: argparse.Namespace,
+    suite: Suite,
+    opened: open_model.OpenedCheckpoint,
+    tokenizer: Tokenizer,
+    workers: Workers,
+    answers: AnswerFile,
+) -> None:
+    """Run the harness; on rank 0 alone."""
+    from moe_app.evaluate.harness.model import HarnessModel
+    from moe_app.evaluate.harness.run import RESULTS_NAME, evaluate_suite, summary_lines
+
+    length = args.max_length or opened.saved.training.seq_length
+    model = HarnessModel(
+        workers,
+        tokenizer,
+        answers,
+        max_length=length,
+        max_gen_toks=args.max_gen_toks,
+        prefix_token_id=_prefix(args, tokenizer),
+        seed=args.seed,
+    )
+    info: dict[str, Any] = {
+        "model": "megatron_moe",
+        "checkpoint": str(opened.found.path),
+        "iteration": opened.found.iteration,
+        "max_length": length,
+    }
+    found = evaluate_suite(model, suite, args, info)
+    for line in summary_lines(found):
+        logger.info("%s", line)
+    logger.info("wrote %s", Path(args.output) / RESULTS_NAME)
+
+
+def _prefix(args: argparse.Namespace, tokenizer: Tokenizer) -> int:
+    """Return the id before a text without context: as asked, the BOS, or the end of document."""
+    chosen: int | None = args.prefix_token_id
+    if chosen is None:
+        chosen = tokenizer.prefix[0] if tokenizer.prefix else tokenizer.eod
+    if chosen >= tokenizer.vocab_size:
+        raise ConfigError(
+            f"--prefix-token-id is {chosen}; the tokenizer has the ids 0 to"
+            f" {tokenizer.vocab_size - 1}; name one of these"
+        )
+    return chosen

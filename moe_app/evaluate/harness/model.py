@@ -1,0 +1,268 @@
+"""Presents a checkpoint to lm-evaluation-harness."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from megatron.trainer.data.tokenizer import Tokenizer
+from megatron.trainer.errors import ConfigError
+from megatron.trainer.inference.scoring import Continuation
+from moe_app.evaluate.answers import AnswerFile, request_key
+from moe_app.evaluate.workers import Sampling, Workers
+
+logger = logging.getLogger("evaluate")
+
+T = TypeVar("T")
+
+_ROUND_BATCHES = 16
+"""Forward passes of a round, after which answers are kept and progress is told."""
+
+
+class HarnessModel(TemplateLM):
+    """Answers the requests of the harness by the ranks' model, each request once.
+
+    Args:
+        workers: the ranks.
+        tokenizer: of the model.
+        answers: known already, and where new ones go.
+        max_length: positions of a forward pass.
+        max_gen_toks: new tokens of a continuation whose task does not say.
+        prefix_token_id: stands before a text without a context.
+        seed: of the first sampled continuation.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        tokenizer: Tokenizer,
+        answers: AnswerFile,
+        *,
+        max_length: int,
+        max_gen_toks: int,
+        prefix_token_id: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self._workers = workers
+        self._own_tokenizer = tokenizer
+        self._answers = answers
+        self._prefix_token_id = prefix_token_id
+        self._seed = seed
+        self.max_length = max_length
+        self.max_gen_toks = max_gen_toks
+
+    @property
+    def eot_token_id(self) -> int:
+        """Return the id that ends a text."""
+        return self._own_tokenizer.eod
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Return the id that stands before a text without a context."""
+        return self._prefix_token_id
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Return the ids of a text, which begins with the tokenizer's BOS unless told otherwise."""
+        if add_special_tokens is False:
+            return self._own_tokenizer.encode(string)
+        return self._own_tokenizer.encode_document(string)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Return the log-probability of each continuation, and whether it is greedy."""
+        wanted = [self._continuation(context, ids) for _, context, ids in requests]
+        found = self._answer(
+            "continuation",
+            wanted,
+            describe=lambda each: [each.ids, each.count],
+            cost=lambda each: len(each.ids),
+            per_round=self._workers.tokens_per_round * _ROUND_BATCHES,
+            compute=self._workers.continuations,
+        )
+        return [(float(pair[0]), bool(pair[1])) for pair in found]
+
+    def _continuation(self, context: list[int], continuation: list[int]) -> Continuation:
+        """Cut a request to the model's length, from the left as the harness does."""
+        if not continuation:
+            raise ConfigError(
+                "a task asks for the probability of a continuation without tokens; each must have"
+                " one; repair the task's doc_to_choice or doc_to_target"
+            )
+        ids = (context + continuation)[-(self.max_length + 1) :]
+        if len(context) + len(continuation) > len(ids):
+            logger.warning(
+                "a request of %d tokens is cut from the left to %d",
+                len(context) + len(continuation),
+                len(ids),
+            )
+        return Continuation(ids=tuple(ids), count=min(len(continuation), len(ids) - 1))
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Return the log-probability of each text, in windows of the model's length."""
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            (text,) = request.args
+            for pair in get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            ):
+                context, continuation = make_disjoint_window(pair)
+                windows.append(self._continuation(context, continuation))
+                owners.append(owner)
+        scored = self._answer(
+            "text",
+            windows,
+            describe=lambda each: [each.ids, each.count],
+            cost=lambda each: len(each.ids),
+            per_round=self._workers.tokens_per_round * _ROUND_BATCHES,
+            compute=self._workers.texts,
+        )
+        totals = [0.0] * len(requests)
+        for owner, log_prob in zip(owners, scored, strict=True):
+            totals[owner] += log_prob
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return the continuation of each prompt, up to the text that it stops at."""
+        wanted = []
+        times: dict[str, int] = {}
+        for request in requests:
+            context, settings = request.args
+            ids, sampling = self._prompt(context, dict(settings))
+            # Several draws for one prompt are several requests of the same arguments.
+            name = request_key("prompt", [ids, dataclasses.asdict(sampling)])
+            times[name] = times.get(name, -1) + 1
+            wanted.append((tuple(ids), sampling, self._seed + times[name]))
+        found = self._answer(
+            "generation",
+            wanted,
+            describe=lambda each: [each[0], dataclasses.asdict(each[1]), each[2]],
+            cost=lambda each: 1,
+            per_round=self._workers.prompts_per_round,
+            compute=self._workers.generations,
+        )
+        return [self._text(each[1], list(ids)) for each, ids in zip(wanted, found, strict=True)]
+
+    def _prompt(self, context: str, settings: dict[str, Any]) -> tuple[list[int], Sampling]:
+        """Read the settings of a generation, and cut its prompt from the left to fit."""
+        given = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
+        until = handle_stop_sequences(given.pop("until", None), eos=None)
+        limit = int(given.pop("max_gen_toks"))
+        temperature = float(given.pop("temperature", 0.0) or 0.0)
+        if given.pop("do_sample", None) is False:
+            temperature = 0.0
+        top_p, top_k = float(given.pop("top_p", 1.0)), given.pop("top_k", None) or None
+        if given:
+            raise ConfigError(
+                f"a task sets generation_kwargs {', '.join(sorted(given))}, which are not known"
+                " here; known are until, max_gen_toks, do_sample, temperature, top_p and top_k;"
+                " take them out of the task"
+            )
+        room = self.max_length - limit
+        if room < 1:
+            raise ConfigError(
+                f"a task asks for {limit} new tokens, but the model has {self.max_length}"
+                " positions, one at least for the prompt; lower max_gen_toks (--gen-kwargs"
+                " max_gen_toks=N) or raise --max-length"
+            )
+        ids = self.tok_encode(context)[-room:] or [self.prefix_token_id]
+        return ids, Sampling(
+            max_new_tokens=limit,
+            stops=tuple(text for text in until if text),
+            temperature=temperature,
+            top_p=top_p,
+            top_k=None if top_k is None else int(top_k),
+        )
+
+    def _text(self, sampling: Sampling, new: list[int]) -> str:
+        """Return the text of new tokens, up to what it stopped at."""
+        ends = [index for index, token in enumerate(new) if token == self.eot_token_id]
+        text = self._own_tokenizer.decode(new[: ends[0]] if ends else new)
+        cut: str = postprocess_generated_text(text, list(sampling.stops), None)
+        return cut
+
+    def _answer(
+        self,
+        kind: str,
+        wanted: Sequence[T],
+        *,
+        describe: Callable[[T], Any],
+        cost: Callable[[T], int],
+        per_round: int,
+        compute: Callable[[Mapping[int, T]], Mapping[int, Any]],
+    ) -> list[Any]:
+        """Answer requests in rounds, longest first; each different one once.
+
+        Args:
+            kind: of the requests.
+            wanted: the requests.
+            describe: a request as JSON.
+            cost: of a request, in the unit of `per_round`.
+            per_round: what a round computes at most.
+            compute: answers the requests of a round by number.
+        """
+        keys = [request_key(kind, describe(each)) for each in wanted]
+        missing = dict(zip(keys, wanted, strict=True))
+        open_keys = [key for key in missing if self._answers.get(key) is None]
+        lengths = {key: len(describe(missing[key])[0]) for key in open_keys}
+        open_keys.sort(key=lambda key: -lengths[key])
+        progress = _Progress(kind, len(open_keys))
+        for some in _rounds(open_keys, lambda key: cost(missing[key]), per_round):
+            found = compute({number: missing[key] for number, key in enumerate(some)})
+            self._answers.add({key: found[number] for number, key in enumerate(some)})
+            progress.add(len(some))
+        return [self._answers.get(key) for key in keys]
+
+
+class _Progress:
+    """Tells how many of some requests are answered, and how long the others will take."""
+
+    def __init__(self, kind: str, total: int) -> None:
+        self._kind, self._total, self._done = kind, total, 0
+        self._started = self._told = time.monotonic()
+
+    def add(self, count: int) -> None:
+        """Count answers; log at most every few seconds, and at the end."""
+        self._done += count
+        now = time.monotonic()
+        if self._done < self._total and now - self._told < 5.0:
+            return
+        self._told = now
+        seconds = now - self._started
+        left = seconds / self._done * (self._total - self._done)
+        logger.info(
+            "answered %d of %d %s requests in %.0f s, about %.0f s left",
+            *(self._done, self._total, self._kind, seconds, left),
+        )
+
+
+def _rounds(keys: Iterable[str], cost: Callable[[str], int], per_round: int) -> Iterable[list[str]]:
+    """Yield keys in groups that cost about `per_round` each."""
+    group: list[str] = []
+    total = 0
+    for key in keys:
+        group.append(key)
+        total += cost(key)
+        if total >= per_round:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group

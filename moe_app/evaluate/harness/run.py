@@ -1,0 +1,152 @@
+"""Runs tasks of the harness on rank 0, and writes what it found."""
+
+import argparse
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable, sanitize_list
+
+from megatron.trainer.errors import ConfigError
+from megatron.trainer.io.atomic_write import atomic_write, write_text
+from moe_app.evaluate.harness.model import HarnessModel
+from moe_app.evaluate.harness.task_data import local_datasets
+from moe_app.evaluate.suites import Suite
+
+logger = logging.getLogger("evaluate")
+
+RESULTS_NAME = "results.json"
+_NO_METRICS = ("alias", "name", "sample_len")
+
+
+def find_tasks(args: argparse.Namespace, tasks: Sequence[str]) -> TaskManager:
+    """Find the tasks by their names.
+
+    Raises:
+        ConfigError: one is not there, or a task's file cannot be read.
+    """
+    for path in args.include_path:
+        if not Path(path).is_dir():
+            raise ConfigError(
+                f"--include-path {path} is no directory; it holds the YAML files of tasks; name"
+                " another one"
+            )
+    manager = TaskManager(include_path=args.include_path or None)
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise ConfigError(
+            f"no task is called {', '.join(map(repr, unknown))}; `lm-eval ls tasks` lists those"
+            " of the harness, and --include-path adds a directory of others; name one of these"
+        )
+    return manager
+
+
+def evaluate_suite(
+    model: HarnessModel, suite: Suite, args: argparse.Namespace, info: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Evaluate every task, write results and samples, and return the results.
+
+    Raises:
+        UserError: a task or its data are invalid, or nothing can be written.
+    """
+    # What it says of every default, and its bars, would hide our lines.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    manager = find_tasks(args, suite.tasks)
+    with local_datasets(None if args.task_data is None else Path(args.task_data)):
+        parts = [
+            _run_tasks(model, manager, args, tasks, num_fewshot)
+            for num_fewshot, tasks in _by_fewshot(suite, args.num_fewshot).items()
+        ]
+    found = parts[0]
+    for other in parts[1:]:
+        for key, value in other.items():
+            if isinstance(value, dict) and key != "config":
+                found.setdefault(key, {}).update(value)
+    found["config"].update(info)
+    output = Path(args.output)
+    samples: Mapping[str, Sequence[dict[str, Any]]] = found.pop("samples")
+    for task, each in samples.items():
+        _write_samples(output / f"samples_{task}.jsonl", each)
+    text = json.dumps(found, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    write_text(output / RESULTS_NAME, text + "\n", durable=True)
+    return found
+
+
+def _by_fewshot(suite: Suite, asked: int | None) -> dict[int | None, list[str]]:
+    """Group tasks by the examples in their prompts; None leaves them to the task."""
+    groups: dict[int | None, list[str]] = {}
+    for task in suite.tasks:
+        number = asked if asked is not None else suite.num_fewshot.get(task)
+        groups.setdefault(number, []).append(task)
+    return groups
+
+
+def _run_tasks(
+    model: HarnessModel,
+    manager: TaskManager,
+    args: argparse.Namespace,
+    tasks: Sequence[str],
+    num_fewshot: int | None,
+) -> dict[str, Any]:
+    """Let the harness evaluate some tasks."""
+    try:
+        found: dict[str, Any] = lm_eval.simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=args.limit,
+            task_manager=manager,
+            gen_kwargs=args.gen_kwargs,
+            bootstrap_iters=args.bootstrap_iters,
+            random_seed=args.seed,
+            numpy_random_seed=args.seed,
+            torch_random_seed=args.seed,
+            fewshot_random_seed=args.seed,
+            confirm_run_unsafe_code=False,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"the harness could not evaluate {', '.join(tasks)}: {type(error).__name__}: {error};"
+            " look at the YAML and the data of the task"
+        ) from error
+    return found
+
+
+def _write_samples(path: Path, samples: Sequence[dict[str, Any]]) -> None:
+    """Write one object an item, in the form of the harness's own files."""
+    with atomic_write(path, durable=True) as file:
+        for sample in samples:
+            arguments = {
+                f"gen_args_{i}": {f"arg_{j}": value for j, value in enumerate(argument)}
+                for i, argument in enumerate(sample["arguments"])
+            }
+            record = {
+                **sample,
+                "arguments": arguments,
+                "resps": sanitize_list(sample["resps"]),
+                "filtered_resps": sanitize_list(sample["filtered_resps"]),
+                "target": str(sample["target"]),
+            }
+            line = json.dumps(record, default=handle_non_serializable, ensure_ascii=False)
+            file.write(line.encode("utf-8", errors="backslashreplace") + b"\n")
+
+
+def summary_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return a line for each metric of each task."""
+    lines = []
+    for task, values in found["results"].items():
+        for key, value in values.items():
+            if key in _NO_METRICS or "_stderr" in key or not isinstance(value, int | float):
+                continue
+            metric, _, variant = key.partition(",")
+            error = values.get(f"{metric}_stderr,{variant}")
+            spread = f" ± {error:.4f}" if isinstance(error, float) else ""
+            named = metric if variant in ("", "none") else f"{metric} ({variant})"
+            lines.append(f"{task}: {named} {value:.4f}{spread}")
+    return lines

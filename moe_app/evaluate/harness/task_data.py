@@ -1,0 +1,107 @@
+"""Reads the data of tasks from a local directory in place of the Hub.
+
+    DIR/<dataset>/<config>/<split>.parquet or .jsonl
+
+`<dataset>` is the id that the task names, with `--` for `/`; `<config>` is the dataset's
+configuration, `default` where the task names none. `fetch_tasks` writes this layout and a
+`manifest.json` with a hash of each file, which is checked where it is there.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.api.task
+
+from megatron.trainer.errors import DataError
+from megatron.trainer.io.hashing import file_sha256
+
+MANIFEST_NAME = "manifest.json"
+_READERS = {".parquet": "parquet", ".jsonl": "json"}
+
+
+def dataset_folder(root: Path, path: str, name: str | None) -> Path:
+    """Return where the data of a dataset lie."""
+    return root / path.replace("/", "--") / (name or "default")
+
+
+@contextlib.contextmanager
+def local_datasets(root: Path | None) -> Iterator[None]:
+    """Let the harness read every dataset from `root` within the context; None leaves it alone.
+
+    A task whose dataset is a file of the user's (`dataset_path: json`, `parquet`, ...) reads it as
+    ever.
+    """
+    if root is None:
+        yield
+        return
+    hashes = _read_manifest(root)
+    original = lm_eval.api.task.datasets
+
+    class Local:
+        """Stands for the package `datasets` in the harness's module of tasks."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(original, name)
+
+        @staticmethod
+        def load_dataset(path: str, name: str | None = None, **kwargs: Any) -> Any:
+            if path in ("json", "parquet", "csv", "text", "arrow") or Path(path).exists():
+                return original.load_dataset(path, name, **kwargs)
+            return _load(root, hashes, path, name)
+
+    lm_eval.api.task.datasets = Local()
+    try:
+        yield
+    finally:
+        lm_eval.api.task.datasets = original
+
+
+def _load(root: Path, hashes: Mapping[str, str], path: str, name: str | None) -> Any:
+    """Read all splits of a dataset.
+
+    Raises:
+        DataError: it is not there, or is not what was fetched.
+    """
+    folder = dataset_folder(root, path, name)
+    files = sorted(each for each in folder.glob("*") if each.suffix in _READERS)
+    if not files:
+        raise DataError(
+            f"{folder} has no .parquet or .jsonl file; --task-data holds a folder for each dataset"
+            " of a task; fetch it where there is a network, with tools/fetch_tasks.py"
+        )
+    splits = {}
+    for file in files:
+        known = hashes.get(str(file.relative_to(root)))
+        if known is not None and file_sha256(file) != known:
+            raise DataError(
+                f"{file} is not the file that {root / MANIFEST_NAME} names; its SHA-256 differs;"
+                " fetch it again"
+            )
+        reader = _READERS[file.suffix]
+        try:
+            splits[file.stem] = datasets.load_dataset(reader, data_files=str(file), split="train")
+        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            raise DataError(
+                f"{file} cannot be read as {reader}: {error}; fetch it again"
+            ) from error
+    return datasets.DatasetDict(splits)
+
+
+def _read_manifest(root: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file by its path in `root`; none where there is no manifest."""
+    path = root / MANIFEST_NAME
+    if not root.is_dir():
+        raise DataError(f"--task-data {root} is no directory; name the one that was fetched")
+    if not path.is_file():
+        return {}
+    try:
+        files = json.loads(path.read_text("utf-8"))["files"]
+        return {str(name): str(each["sha256"]) for name, each in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is no manifest of fetched tasks: {error!r}; fetch again"
+        ) from error
