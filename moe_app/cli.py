@@ -76,8 +76,8 @@ def score(argv: Argv = None) -> int:
 @prints_any_text
 @hide_upstream_warnings()
 def evaluate(argv: Argv = None) -> int:
-    """Run `moe_app.evaluate.evaluate`."""
-    from moe_app.evaluate.evaluate import main
+    """Run `moe_app.evaluate.evaluation`."""
+    from moe_app.evaluate.evaluation import main
 
     return main(argv)
 

@@ -1,0 +1,265 @@
+"""Hold evaluation to the harness's own `hf` model on the same weights, and to its promises."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from moe_app.convert import convert_checkpoint
+from moe_app.evaluate import evaluation as command
+from moe_app.evaluate.workers import Workers
+from tests.distributed.convert_models import CONFIGS, make_hf
+from tests.unit.trainer.data.make_tokenizers import make_hf_tokenizer
+
+# From the packages of the harness, from torch when it reads a checkpoint, and from megatron-core.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+END = "<|endoftext|>"
+ROWS = 289
+"""Of the embedding: as many as the tokenizer has ids, so that none can be drawn without a text."""
+LENGTH = 40
+TASKS = ["choices", "letters", "texts", "words"]
+QUESTIONS = [
+    ("the quick brown", [" fox", " lazy dog", " the", " jumps over the lazy"], 0),
+    ("", ["over the", "dog", "fox", "lazy the"], 1),
+    ("the lazy dog jumps ", ["over", "é", "日本", "\n"], 2),
+    ("fox " * 60, ["dog", "over the", "fox", "."], 3),  # longer than the model
+]
+
+
+def write_tasks(folder: Path) -> None:
+    docs = [{"q": q, "choices": choices, "gold": gold} for q, choices, gold in QUESTIONS]
+    (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "docs.jsonl")}},
+        "test_split": "test",
+        "doc_to_text": "{{q}}",
+    }
+    accuracy = [
+        {"metric": name, "aggregation": "mean", "higher_is_better": True}
+        for name in ("acc", "acc_norm")
+    ]
+    tasks: dict[str, dict[str, Any]] = {
+        "choices": {
+            "output_type": "multiple_choice",
+            "doc_to_choice": "choices",
+            "doc_to_target": "gold",
+            "target_delimiter": "",
+            "metric_list": accuracy,
+        },
+        "letters": {
+            "output_type": "multiple_choice",
+            "doc_to_choice": ["A", "B", "C", "D"],
+            "doc_to_target": "gold",
+            "metric_list": accuracy[:1],
+        },
+        "texts": {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{q}}{{choices[1]}}",
+            "metric_list": [
+                {
+                    "metric": "bits_per_byte",
+                    "aggregation": "bits_per_byte",
+                    "higher_is_better": False,
+                }
+            ],
+        },
+        "words": {
+            "output_type": "generate_until",
+            "doc_to_text": "{{q}}dog",
+            "doc_to_target": "{{choices[0]}}",
+            "generation_kwargs": {"until": ["zz", "e"], "max_gen_toks": 9, "do_sample": False},
+            "metric_list": [
+                {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+            ],
+        },
+    }
+    for name, task in tasks.items():
+        # JSON is YAML.
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **task}))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of each family in both forms, tasks, and a cache of the harness's own."""
+    patch = pytest.MonkeyPatch()
+    where = tmp_path_factory.mktemp("evaluate")
+    patch.setenv("HF_HOME", str(where / "cache"))
+    write_tasks(where)
+    for family in CONFIGS:
+        hf, _ = make_hf(where / family, family, "fused", dtype=torch.float32, **model_changes())
+        make_hf_tokenizer(hf, [END], tokenizer_config={"eos_token": END, "bos_token": END})
+        run = where / f"{family}-run"
+        assert convert_checkpoint.main(["import", "--hf", str(hf), "--save", str(run)]) == 0
+    return where
+
+
+def model_changes() -> dict[str, Any]:
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    return {"vocab_size": ROWS, "max_position_embeddings": LENGTH, "torch_dtype": "float32", **ids}
+
+
+def evaluate(folder: Path, family: str, output: Path, *more: str, tasks: str = "") -> int:
+    return command.main(
+        [
+            *("--load", str(folder / f"{family}-run"), "--include-path", str(folder)),
+            *("--tasks", tasks or ",".join(TASKS), "--output", str(output), "--fp32"),
+            *("--max-length", str(LENGTH), "--bootstrap-iters", "0", *more),
+        ]
+    )
+
+
+def samples(output: Path) -> dict[str, list[Any]]:
+    """Return the answers to each item, in order, by task."""
+    found = {}
+    for task in TASKS:
+        lines = (output / f"samples_{task}.jsonl").read_text().splitlines()
+        items = sorted((json.loads(line) for line in lines), key=lambda item: item["doc_id"])
+        found[task] = [answer[0] for item in items for answer in item["resps"]]
+    return found
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_answers_and_scores_are_those_of_the_exported_model(
+    folder: Path, family: str, tmp_path: Path
+) -> None:
+    assert evaluate(folder, family, tmp_path) == 0
+    peer = HFLM(
+        pretrained=str(folder / family),
+        device="cpu",
+        dtype="float32",
+        batch_size=1,
+        max_length=LENGTH,
+    )
+    expected = lm_eval.simple_evaluate(
+        model=peer,
+        tasks=TASKS,
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    assert expected is not None
+    found = samples(tmp_path)
+    for task in TASKS:
+        theirs = [
+            answer[0]
+            for item in sorted(expected["samples"][task], key=lambda item: item["doc_id"])
+            for answer in item["resps"]
+        ]
+        if task == "words":
+            assert found[task] == theirs
+            assert any(theirs)
+            continue
+        if task == "texts":
+            assert [float(each) for each in found[task]] == pytest.approx(theirs, rel=1e-5)
+            continue
+        assert [float(each[0]) for each in found[task]] == pytest.approx(
+            [float(each[0]) for each in theirs], rel=1e-5
+        )
+        assert [str(each[1]) for each in found[task]] == [str(each[1]) for each in theirs]
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    for task in TASKS:
+        for key, value in expected["results"][task].items():
+            if not isinstance(value, str):
+                assert results[task][key] == pytest.approx(value, rel=1e-5), (task, key)
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert evaluate(folder, "olmoe", tmp_path / "whole") == 0
+    asked: list[int] = []
+    compute = Workers._compute
+
+    def counting(self: Workers, work: Any) -> Any:
+        asked.append(len(work.prompts if hasattr(work, "prompts") else work.requests))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return compute(self, work)
+
+    monkeypatch.setattr(Workers, "_compute", counting)
+    small = ("--tokens-per-batch", "1", "--batch-size", "1")
+    output = tmp_path / "broken"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(folder, "olmoe", output, *small)
+    assert not (output / "results.json").exists()
+    with (output / command.ANSWERS_NAME).open("ab") as file:
+        file.write(b'{"key": "half of a li')
+    kept = sum(asked[:2])
+    asked.clear()
+    asked += [0, 0, 0]
+    assert evaluate(folder, "olmoe", output, *small) == 0
+    total = len((output / command.ANSWERS_NAME).read_text().splitlines()) - 1
+    assert sum(asked) == total - kept
+    whole, again = samples(tmp_path / "whole"), samples(output)
+    assert again["words"] == whole["words"]
+    for task in ("choices", "letters"):
+        pairs = zip(again[task], whole[task], strict=True)
+        assert all(float(a[0]) == pytest.approx(float(b[0]), rel=1e-5) for a, b in pairs)
+    # A third start asks the model nothing, and gives the same files.
+    before = (output / "samples_choices.jsonl").read_bytes()
+    asked[:] = [0, 0, 0]
+    assert evaluate(folder, "olmoe", output) == 0
+    assert asked == [0, 0, 0]
+    assert (output / "samples_choices.jsonl").read_bytes() == before
+
+
+def test_draws_of_one_prompt_differ_and_repeat_with_the_seed(folder: Path, tmp_path: Path) -> None:
+    task = json.loads((folder / "words.yaml").read_text())
+    task |= {"task": "draws", "repeats": 4}
+    task["generation_kwargs"] |= {"do_sample": True, "temperature": 1.0, "until": []}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "draws.yaml").write_text(json.dumps(task))
+    more = ("--include-path", str(tmp_path / "tasks"), "--limit", "1")
+    drawn = []
+    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        output = tmp_path / name
+        assert evaluate(folder, "olmoe", output, *more, "--seed", seed, tasks="draws") == 0
+        (line,) = (output / "samples_draws.jsonl").read_text().splitlines()
+        drawn.append(json.loads(line)["resps"][0])
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0])) == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "tasks", "message"),
+    [
+        ([], "nothing_like_it", "no task is called 'nothing_like_it'; `lm-eval ls tasks` lists"),
+        (["--include-path", "nowhere"], "words", "--include-path nowhere is no directory; it"),
+        (["--prefix-token-id", "289"], "words", "--prefix-token-id is 289; the tokenizer has"),
+        (["--max-length", "9"], "words", "a task asks for 9 new tokens, but the model has 9"),
+        (["--gen-kwargs", "num_beams=4"], "words", "sets generation_kwargs num_beams, which"),
+        (["--task-data", "nowhere"], "words", "--task-data nowhere is no directory; name"),
+    ],
+)
+def test_bad_input_is_named(
+    folder: Path,
+    tmp_path: Path,
+    more: list[str],
+    tasks: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert evaluate(folder, "olmoe", tmp_path, *more, tasks=tasks) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_answers_of_another_model_are_not_taken(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(folder, "olmoe", tmp_path, tasks="letters") == 0
+    assert evaluate(folder, "jetmoe", tmp_path, tasks="letters") == 2
+    told = capsys.readouterr().err
+    assert re.search(r"answers.jsonl has the answers of another model: its checkpoint is \w+", told)
