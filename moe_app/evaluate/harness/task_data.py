@@ -38,7 +38,7 @@ def local_datasets(root: Path | None) -> Iterator[None]:
     if root is None:
         yield
         return
-    hashes = _read_manifest(root)
+    folder, hashes = root, _read_manifest(root)
     original = lm_eval.api.task.datasets
 
     class Local:
@@ -51,7 +51,7 @@ def local_datasets(root: Path | None) -> Iterator[None]:
         def load_dataset(path: str, name: str | None = None, **kwargs: Any) -> Any:
             if path in ("json", "parquet", "csv", "text", "arrow") or Path(path).exists():
                 return original.load_dataset(path, name, **kwargs)
-            return _load(root, hashes, path, name)
+            return _load(folder, hashes, path, name)
 
     lm_eval.api.task.datasets = Local()
     try:
