@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -138,7 +139,7 @@ class LanguageModel(LanguageModule):
             [s, b, h] on the others.
         """
         hidden_states = self.decoder(
-            hidden_states=self.embedding(input_ids, position_ids) if self.pre_process else None,
+            hidden_states=self._embed(input_ids, position_ids) if self.pre_process else None,
             attention_mask=attention_mask,
             rotary_pos_emb=self.rotary_angles(position_ids),
         )  # [s, b, h], this rank's part of s under sequence parallelism
@@ -153,6 +154,14 @@ class LanguageModel(LanguageModule):
         )  # [s, b, v]
         output: Tensor = logits.transpose(0, 1).contiguous()  # [b, s, v]
         return output
+
+    def _embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Embeds tokens [b, s] as [s, b, h], this rank's part of s under sequence parallelism."""
+        hidden: Tensor = self.embedding(input_ids, position_ids)
+        if torch.is_grad_enabled() and not hidden.requires_grad:
+            # The embedding is frozen. A recomputed layer has gradients only if its input has.
+            hidden.requires_grad_(self.config.recompute_granularity is not None)
+        return hidden
 
     def _losses(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor | None) -> Tensor:
         """Computes the cross-entropy [b, s] of labels [b, s]; see `forward`."""

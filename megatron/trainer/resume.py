@@ -150,7 +150,12 @@ def resume(state: TrainState, model_config: Architecture) -> Beginning:
     found = find_checkpoint(load, iteration=cfg.anneal_from if is_branching else cfg.ckpt_step)
     run = on_rank0(
         f"reading the configuration in {found.path}",
-        lambda: _read_run(found, model_config.architecture(), finetune=cfg.finetune),
+        lambda: _read_run(
+            found,
+            model_config.architecture(),
+            finetune=cfg.finetune,
+            check_saved=state.check_saved,
+        ),
     )
     skipped = tuple(f"{path.name}: {problems[0]}" for path, problems in found.skipped)
     if run is None or run.get(WEIGHTS_ONLY) is True:
@@ -305,8 +310,16 @@ def load_weights(modules: list[torch.nn.Module], found: FoundCheckpoint) -> None
 
 
 def _read_run(
-    found: FoundCheckpoint, architecture: Mapping[str, Any], *, finetune: bool
+    found: FoundCheckpoint,
+    architecture: Mapping[str, Any],
+    *,
+    finetune: bool,
+    check_saved: Callable[[Mapping[str, Any], bool], None] | None,
 ) -> dict[str, Any] | None:
     """Check that a checkpoint fits, and return its run.json; None where only weights are wanted."""
     check_architecture(found, architecture)
-    return None if finetune else read_run(found)
+    run = None if finetune else read_run(found)
+    if check_saved is not None:
+        is_continued = run is not None and run.get(WEIGHTS_ONLY) is not True
+        check_saved(saved_config(found), is_continued)
+    return run

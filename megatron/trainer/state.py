@@ -69,6 +69,9 @@ class TrainState:
     """How documents within a sequence are kept apart; None lets them run together."""
     metrics: ModelMetrics | None = None
     """The model's own measurements."""
+    check_saved: Callable[[Mapping[str, Any], bool], None] | None = None
+    """Refuses a checkpoint, given the flat config of its run and whether more than weights is
+    taken; beyond the comparison of architectures."""
     flops_per_token: float = 0.0
     """Model FLOPs of a token's forward and backward pass."""
     iteration: int = 0

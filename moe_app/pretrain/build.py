@@ -41,13 +41,15 @@ def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
     data = _open_data(cfg, ctx, documents)
     notes = on_rank0("checking the data", lambda: _check_data(cfg, data, documents))
     built = build_chunks(cfg, ctx, seed=cfg.training.seed)
+    cfg.trainable.apply(built.chunks, cfg.model)
     chunks = wrap_model(cfg, list(built.chunks), built.config)
     state = TrainState(
         cfg=cfg,
         ctx=ctx,
         chunks=chunks,
         transformer_config=built.config,
-        optimizer=prepare_training(cfg, chunks, built.config),
+        optimizer=prepare_training(cfg, chunks, built.config, rates=cfg.trainable.rates(cfg.model)),
+        check_saved=cfg.trainable.check_saved,
         schedule=schedule,
         anneal=(partial(anneal_schedule, cfg) if cfg.checkpoint.anneal_from is not None else None),
         train_data=data.train,
@@ -57,7 +59,11 @@ def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
         flops_per_token=training_flops_per_token(cfg.model, cfg.training.seq_length),
     )
     table, warnings = data_lines(cfg, data)
-    head = (*describe_run(cfg, ctx, built.backend), *describe_lengths(cfg))
+    head = (
+        *describe_run(cfg, ctx, built.backend),
+        *cfg.trainable.describe(),
+        *describe_lengths(cfg),
+    )
     for line in (*head, *table, *(f"data: {note}" for note in notes)):
         logger.info(line)
     for line in warnings:

@@ -11,6 +11,7 @@ from megatron.trainer.config.cli import load_config
 from megatron.trainer.config.durations import resolve_lengths
 from megatron.trainer.config.schema import RunConfig
 from megatron.trainer.runtime.launch import environment_rank
+from moe_app.pretrain.trainable import TrainableConfig
 from moe_ext.config import MoEModelConfig
 from moe_ext.presets import PRESETS
 
@@ -21,6 +22,12 @@ class PretrainConfig(RunConfig):
 
     model: MoEModelConfig = field(default_factory=MoEModelConfig)
     """The architecture."""
+    trainable: TrainableConfig = field(default_factory=TrainableConfig)
+    """What of it trains."""
+
+    def own_problems(self) -> list[str]:
+        """Return what is wrong with what trains, one message each."""
+        return self.trainable.problems(self.model)
 
 
 def parse_recipe(argv: Sequence[str] | None, *, prog: str, description: str) -> PretrainConfig:

@@ -286,3 +286,7 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
+
+    def own_problems(self) -> list[str]:
+        """Return what is wrong with an application's own groups, one message each."""
+        return []

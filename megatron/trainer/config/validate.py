@@ -108,6 +108,8 @@ def validate(cfg: RunConfig, world_size: int, *, is_training: bool = True) -> No
     found += checkpoint_problems(cfg.checkpoint) + branch_problems(cfg)
     found += reliability_problems(cfg.reliability, cfg.checkpoint)
     found += profiling_problems(cfg, world_size)
+    if not model_problems:
+        found += cfg.own_problems()
     if cfg.logging.wandb_project is not None and cfg.checkpoint.save is None:
         found.append(
             f"wandb_project ({cfg.logging.wandb_project!r}) needs save (None), because the run's"

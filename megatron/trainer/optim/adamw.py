@@ -1,8 +1,8 @@
 """Builds megatron-core's optimizer over an AdamW of our own, and its parameter groups."""
 
 import logging
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import megatron.core.optimizer as mcore_optimizer
 import torch
@@ -12,10 +12,10 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer.optimizer_config import (
     OptimizerConfig as McoreOptimizerConfig,
 )
-from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch.optim.adamw import adamw
 
 from megatron.trainer.config.schema import OptimizerConfig
+from megatron.trainer.optim.groups import GroupRates, decay_overrides
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +117,9 @@ def build_optimizer(
     *,
     bf16: bool,
     use_distributed_optimizer: bool,
+    rates: Sequence[GroupRates] = (),
 ) -> ChainedOptimizer:
-    """Build megatron-core's optimizer over DDP-wrapped model chunks."""
+    """Build megatron-core's optimizer over what trains of DDP-wrapped model chunks."""
     use_adamw()
     optimizer = mcore_optimizer.get_megatron_optimizer(
         McoreOptimizerConfig(
@@ -135,7 +136,7 @@ def build_optimizer(
             use_distributed_optimizer=use_distributed_optimizer,
         ),
         chunks,
-        config_overrides=decay_overrides(cfg.weight_decay_on),
+        config_overrides=decay_overrides(cfg.weight_decay_on, rates),
         use_gloo_process_groups=False,
     )
     assert isinstance(optimizer, ChainedOptimizer)
@@ -143,18 +144,6 @@ def build_optimizer(
         if isinstance(inner.optimizer, AdamW):
             inner.optimizer.initialize_moments()
     return optimizer
-
-
-def decay_overrides(rule: Literal["all", "matrices"]) -> dict[ParamKey, dict[str, float]]:
-    """Return megatron-core's group overrides for a weight-decay rule.
-
-    `all` is OLMoE's (norms, QK-norms, embeddings and biases decay too; paper sections 4.2.3 and
-    4.2.4). `matrices` leaves one-dimensional parameters alone, as Megatron-LM does.
-    """
-    if rule == "all":
-        return {}
-    vectors = ParamPredicate(name="vectors", fn=lambda parameter: parameter.dim() == 1)
-    return {ParamKey(predicate=vectors): {"wd_mult": 0.0}}
 
 
 def apply_schedule(optimizer: ChainedOptimizer, *, lr: float, weight_decay: float) -> None:
@@ -183,8 +172,10 @@ def describe_groups(optimizer: ChainedOptimizer, weight_decay: float) -> list[st
     for group in optimizer.param_groups:
         kind = "expert" if group["is_expert_parallel"] else "dense"
         numbers = sum(parameter.numel() for parameter in group["params"])
+        rate = group.get("lr_mult", 1.0)
         lines.append(
             f"{kind}: {len(group['params'])} tensors, {numbers:,} values on this rank, weight"
             f" decay {weight_decay * group.get('wd_mult', 1.0):g}"
+            + (f", {rate:g} x the learning rate" if rate != 1.0 else "")
         )
     return lines

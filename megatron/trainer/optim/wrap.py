@@ -1,5 +1,7 @@
 """Wraps a model for training: precision, data parallelism, optimizer, callbacks."""
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -12,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron.trainer.config.schema import RunConfig
 from megatron.trainer.optim.adamw import build_optimizer
+from megatron.trainer.optim.groups import GroupRates
 
 
 def wrap_model(
@@ -38,7 +41,11 @@ def wrap_model(
 
 
 def prepare_training(
-    cfg: RunConfig, chunks: list[DistributedDataParallel], transformer_config: TransformerConfig
+    cfg: RunConfig,
+    chunks: list[DistributedDataParallel],
+    transformer_config: TransformerConfig,
+    *,
+    rates: Sequence[GroupRates] = (),
 ) -> ChainedOptimizer:
     """Build the optimizer and hand megatron-core's schedules their callbacks."""
     optimizer = build_optimizer(
@@ -46,6 +53,7 @@ def prepare_training(
         list(chunks),
         bf16=cfg.training.bf16,
         use_distributed_optimizer=cfg.parallel.use_distributed_optimizer,
+        rates=rates,
     )
     transformer_config.finalize_model_grads_func = finalize_model_grads
     transformer_config.grad_scale_func = optimizer.scale_loss

@@ -1,0 +1,160 @@
+"""Defines what of a model trains, and at which rates; applies it to built chunks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from megatron.trainer.config.near_names import did_you_mean
+from megatron.trainer.errors import CheckpointError
+from megatron.trainer.optim.groups import GroupRates
+from moe_ext.config import MoEModelConfig
+from moe_ext.parameter_groups import GROUPS, group_of, groups_of_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainableConfig:
+    """Sets what trains, and the rates of groups of weights."""
+
+    freeze: tuple[str, ...] = ()
+    """Groups of weights that keep their values, after one another or joined by commas: embedding,
+    attention, router, experts, mlp, norm, head. They have neither gradients nor optimizer state."""
+    lr_multipliers: tuple[str, ...] = ()
+    """GROUP=FACTOR for each group whose learning rate is not the run's."""
+    weight_decay_multipliers: tuple[str, ...] = ()
+    """GROUP=FACTOR for each group whose weight decay is not the run's."""
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Return the groups to freeze, in the order of `GROUPS`."""
+        named = {name for text in self.freeze for name in text.split(",")}
+        return tuple(group for group in GROUPS if group in named)
+
+    def problems(self, model: MoEModelConfig) -> list[str]:
+        """Return what is wrong for this model, one message each."""
+        there = groups_of_model(model)
+        named = [name for text in self.freeze for name in text.split(",")]
+        found = [
+            f"freeze ({name!r}) {_unknown(name, model)}" for name in named if name not in there
+        ]
+        if not found and set(there) <= set(named):
+            found.append(
+                f"freeze names every group of the model ({', '.join(there)}), so nothing would"
+                " train; leave out those that are to train"
+            )
+        for field in ("lr_multipliers", "weight_decay_multipliers"):
+            found += self._multiplier_problems(field, model)
+        return found
+
+    def _multiplier_problems(self, field: str, model: MoEModelConfig) -> list[str]:
+        there, found, seen = groups_of_model(model), [], set()
+        for text in getattr(self, field):
+            name, _, factor = text.partition("=")
+            value = _as_number(factor)
+            if value is None:
+                found.append(
+                    f"{field} has {text!r}; each is GROUP=FACTOR with a factor of at least 0, such"
+                    " as router=0.1"
+                )
+            elif name not in there:
+                found.append(f"{field} ({name!r}) {_unknown(name, model)}")
+            elif name in seen:
+                found.append(f"{field} names {name} twice; give one factor")
+            elif name in self.frozen:
+                found.append(
+                    f"{field} has {text}, but freeze has {name}, which has no rate; leave out one"
+                    " of the two"
+                )
+            elif value == 0.0 and field == "lr_multipliers":
+                found.append(
+                    f"{field} has {text}, which would train nothing but keep optimizer state; give"
+                    f" --freeze {name} instead"
+                )
+            seen.add(name)
+        return found
+
+    def rates(self, model: MoEModelConfig) -> list[GroupRates]:
+        """Return the groups with rates of their own."""
+        rates, decays = (
+            _factors(texts) for texts in (self.lr_multipliers, self.weight_decay_multipliers)
+        )
+        return [
+            GroupRates(
+                name=group,
+                has=lambda name, group=group: group_of(name, model) == group,  # type: ignore[misc]
+                lr=rates.get(group, 1.0),
+                weight_decay=decays.get(group, 1.0),
+            )
+            for group in GROUPS
+            if group in rates or group in decays
+        ]
+
+    def apply(self, chunks: Sequence[nn.Module], model: MoEModelConfig) -> None:
+        """Freeze what is not to train, before DDP makes gradients for the rest.
+
+        Args:
+            chunks: this rank's, unwrapped; a stage may hold none of a group.
+            model: the architecture.
+        """
+        frozen = self.frozen
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                if group_of(name, model) in frozen:
+                    parameter.requires_grad_(False)
+
+    def describe(self) -> list[str]:
+        """Return lines for the head of the log."""
+        lines = [f"frozen: {', '.join(self.frozen)}"] if self.frozen else []
+        for field, what in (
+            ("lr_multipliers", "learning rate"),
+            ("weight_decay_multipliers", "weight decay"),
+        ):
+            factors = _factors(getattr(self, field))
+            if factors:
+                told = ", ".join(f"{group} x {factor:g}" for group, factor in factors.items())
+                lines.append(f"{what}: {told}")
+        return lines
+
+    def check_saved(self, saved: Mapping[str, Any], is_continued: bool) -> None:
+        """Refuse a checkpoint whose optimizer state is of other weights than this run trains.
+
+        Args:
+            saved: flat config of the run that wrote it.
+            is_continued: whether more than the weights is taken.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        before = TrainableConfig(freeze=tuple(saved.get("freeze") or ()))
+        if is_continued and before.frozen != self.frozen:
+            raise CheckpointError(
+                f"the run in the checkpoint froze {', '.join(before.frozen) or 'nothing'}, this one"
+                f" {', '.join(self.frozen) or 'nothing'} (--freeze), and its optimizer state is of"
+                " the weights that it trained; give the same groups, or start from its weights"
+                " alone with --finetune"
+            )
+
+
+def _unknown(name: str, model: MoEModelConfig) -> str:
+    """Return the end of a message about a group that the model does not have."""
+    there = groups_of_model(model)
+    near = did_you_mean(name, there)
+    why = ""
+    if name in GROUPS:
+        why = " here" if name != "head" else ", whose head is its embedding"
+    return f"is no group of this model{why}{near}; it has {', '.join(there)}"
+
+
+def _factors(texts: Sequence[str]) -> dict[str, float]:
+    """Return factors by group; the texts have no problems."""
+    return {name: float(factor) for name, _, factor in (text.partition("=") for text in texts)}
+
+
+def _as_number(text: str) -> float | None:
+    """Return a finite number of at least 0, or None."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0.0 <= value < float("inf") else None

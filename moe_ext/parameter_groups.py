@@ -1,0 +1,43 @@
+"""Sorts a model's parameters into named groups, which can be frozen or trained at another rate."""
+
+from moe_ext.config import MoEModelConfig
+
+GROUPS = ("embedding", "attention", "router", "experts", "mlp", "norm", "head")
+"""Every group; `mlp` is the feed-forward layers of a dense model."""
+
+
+def group_of(name: str, model: MoEModelConfig) -> str:
+    """Returns the group of a parameter.
+
+    Routers and norms are groups of their own wherever they are; the biases that experts share
+    belong to the experts, or to the attention. A head that shares the embedding's weight is part of
+    the embedding.
+
+    Args:
+        name: of the parameter within its chunk, with or without the prefixes of wrappers.
+        model: the architecture.
+    """
+    parts = name.split(".")
+    if any(part.endswith("norm") for part in parts):
+        return "norm"
+    if "router" in parts:
+        return "router"
+    if "self_attention" in parts:
+        return "attention"
+    if "mlp" in parts:
+        return "mlp" if model.num_experts is None else "experts"
+    if "output_layer" in parts and model.untie_embeddings_and_output_weights:
+        return "head"
+    return "embedding"
+
+
+def groups_of_model(model: MoEModelConfig) -> tuple[str, ...]:
+    """Returns the groups that a model of this architecture has, on whatever rank."""
+    has_router = model.num_experts is not None or model.attention_experts is not None
+    absent = {
+        "router": not has_router,
+        "experts": model.num_experts is None,
+        "mlp": model.num_experts is not None,
+        "head": not model.untie_embeddings_and_output_weights,
+    }
+    return tuple(group for group in GROUPS if not absent.get(group, False))
