@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.trainer.objective import NEXT_TOKEN
 from megatron.trainer.state import TrainState
-from megatron.trainer.step import language_model_step
 from moe_ext.experts.slots import ExpertOrder
 
 
@@ -72,14 +72,14 @@ class Kept:
         """Peak of the bytes saved by passes whose backward is pending."""
 
     def __call__(self, batches: Iterator[Any], model: torch.nn.Module) -> Any:
-        """Run a `language_model_step`."""
+        """Run a `NEXT_TOKEN`."""
         batch = next(batches)
         given = [each for each in vars(batch).values() if each is not None]
         self._others |= storages(given).keys()
         self._held = []
         earlier = _orders()
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: held.tensor):
-            result = language_model_step(iter([batch]), model)
+            result = NEXT_TOKEN(iter([batch]), model)
         size = self._size(earlier)
         chunk = [each is model for each in self._chunks].index(True)
         self.passes.append((chunk, size))

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from benchmarks.held import state_bytes
 from benchmarks.memory import PeakMemory
+from megatron.trainer.objective import NEXT_TOKEN
 from megatron.trainer.runtime.launch import environment_world_size, initialize, shut_down
 from megatron.trainer.runtime.malloc import keep_freed_memory
-from megatron.trainer.step import language_model_step, train_step
+from megatron.trainer.step import train_step
 from moe_app.planner.search import make_step
 from moe_app.pretrain.build import build_state
 from moe_app.pretrain.config import parse_recipe
@@ -82,13 +83,13 @@ def visit(flags: Sequence[str], set_allocator: Callable[[], None]) -> dict[str, 
     memory.restart()
     state = build_state(cfg, ctx)
     for _ in range(2):
-        train_step(state, language_model_step)
+        train_step(state, NEXT_TOKEN)
     resident = memory.peak_bytes()
     held = state_bytes(state)
     allocated = None
     if environment_world_size() == 1 and set_allocator is give_back_freed_memory:
         # The profiler does not see what a collective's thread frees.
-        grown = largest_growth(lambda: train_step(state, language_model_step))
+        grown = largest_growth(lambda: train_step(state, NEXT_TOKEN))
         allocated = sum(held.values()) + grown
     step = make_step(cfg, ctx.layout, device_type="cpu")
     on_paper = stage_footprint(cfg.model, ctx.layout, step, stage=ctx.groups.pp.rank())

@@ -18,10 +18,11 @@ from benchmarks.native import start
 from benchmarks.shapes import Shape
 from benchmarks.timing import synchronize
 from megatron.trainer.data.batch import Batch
+from megatron.trainer.objective import NEXT_TOKEN
 from megatron.trainer.optim.schedules import Schedule
 from megatron.trainer.optim.wrap import prepare_training, wrap_model
 from megatron.trainer.state import TrainState, unwrap
-from megatron.trainer.step import language_model_step, train_step
+from megatron.trainer.step import train_step
 from moe_ext.builder import build_model
 from moe_ext.convert import FAMILIES, Piece
 from moe_ext.convert.pieces import Slice
@@ -189,7 +190,7 @@ class NativeStep(StepSubject):
     def step(self, batch: Batch) -> float:
         """See `StepSubject`."""
         self._state.train_data.batch = batch  # type: ignore[attr-defined]
-        return train_step(self._state, language_model_step).lm_loss
+        return train_step(self._state, NEXT_TOKEN).loss
 
     def loss_and_backward(self, batch: Batch) -> float:
         """See `StepSubject`."""

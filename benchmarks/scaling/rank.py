@@ -17,8 +17,9 @@ import torch
 
 from benchmarks.collectives import named_groups, recording
 from megatron.trainer.config.parallel_layout import num_microbatches
+from megatron.trainer.objective import NEXT_TOKEN
 from megatron.trainer.runtime.launch import RunContext, environment_rank, initialize, shut_down
-from megatron.trainer.step import language_model_step, train_step
+from megatron.trainer.step import train_step
 from moe_app.pretrain.build import build_state
 from moe_app.pretrain.config import PretrainConfig, parse_recipe
 from moe_ext.cost.traffic import Batch, step_collectives
@@ -53,11 +54,11 @@ def visit(flags: Sequence[str], steps: int) -> dict[str, Any]:
     ctx = initialize(cfg)
     state = build_state(cfg, ctx)
     with recording(named_groups(ctx.groups)) as calls:
-        loss = train_step(state, language_model_step).lm_loss
+        loss = train_step(state, NEXT_TOKEN).loss
     seconds = []
     for _ in range(steps):
         started = time.perf_counter()
-        train_step(state, language_model_step)
+        train_step(state, NEXT_TOKEN)
         seconds.append(time.perf_counter() - started)
     modelled = modelled_traffic(cfg, ctx)
     shut_down(keep_world=True)

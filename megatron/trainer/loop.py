@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,8 @@ from megatron.trainer.errors import StepRefusedError
 from megatron.trainer.health.stop import Stop, StopRule
 from megatron.trainer.health.stragglers import BusyClock
 from megatron.trainer.hooks.base import Hook
-from megatron.trainer.state import ForwardStep, TrainState
+from megatron.trainer.objective import Objective
+from megatron.trainer.state import TrainState
 from megatron.trainer.step import StepResult, evaluate, train_step
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Upkeep:
 
 def train(
     state: TrainState,
-    forward_step: ForwardStep,
+    objective: Objective,
     *,
     hooks: Sequence[Hook],
     upkeep: Upkeep | None = None,
@@ -44,7 +45,7 @@ def train(
 
     Args:
         state: where the run stands; changed in place.
-        forward_step: megatron-core's forward step, `step.language_model_step` for pretraining.
+        objective: what is minimized, `objective.NEXT_TOKEN` in pretraining.
         hooks: watchers of this rank; at every moment they are called in this order.
         upkeep: checkpoints and what becomes of bad steps; None does without.
 
@@ -54,7 +55,7 @@ def train(
     Raises:
         StepRefusedError: a step was too bad, and may be neither skipped nor undone.
     """
-    run = _Run(state, forward_step, hooks, upkeep or Upkeep())
+    run = _Run(state, objective, hooks, upkeep or Upkeep())
     for hook in hooks:
         hook.on_start(state.iteration, state.last_iteration)
     try:
@@ -79,10 +80,10 @@ class _Run:
     """Holds what a call of `train` remembers between steps."""
 
     def __init__(
-        self, state: TrainState, forward_step: ForwardStep, hooks: Sequence[Hook], upkeep: Upkeep
+        self, state: TrainState, objective: Objective, hooks: Sequence[Hook], upkeep: Upkeep
     ) -> None:
         self.state = state
-        self.forward_step = forward_step
+        self.objective = objective
         self.hooks = hooks
         self.upkeep = upkeep
         self.stop_rule = StopRule(
@@ -142,14 +143,14 @@ class _Run:
             self.state.metrics.reset()
         started = time.perf_counter()
         with self._clock or nullcontext():
-            result = train_step(self.state, self.forward_step)
+            result = train_step(self.state, self.objective)
         self._seconds += time.perf_counter() - started
         self._samples += result.global_batch_size
         return result
 
     def _report(self, result: StepResult, *, phase_before: str | None) -> None:
         for hook in self.hooks:
-            hook.on_step(self.state.iteration, result.lm_loss)
+            hook.on_step(self.state.iteration, result.loss)
         if result.skipped is not None:
             self._skipped += 1
             self._event("skip", result.skipped)
@@ -172,15 +173,15 @@ class _Run:
 
     def _evaluate_all(self) -> None:
         """Evaluate every validation set; make no record if the run has to stop meanwhile."""
-        losses = {}
+        figures = {}
         for name in self.state.validation:
-            loss = evaluate(self.state, self.forward_step, name, is_over=self._evaluation_is_over)
-            if loss is None:
+            found = evaluate(self.state, self.objective, name, is_over=self._evaluation_is_over)
+            if found is None:
                 return
-            losses[name] = loss
+            figures[name] = found
         self.evaluated = self.state.iteration
-        if losses:
-            record = evaluation_record(self.state, losses)
+        if figures:
+            record = evaluation_record(self.state, self.objective.loss_name, figures)
             for hook in self.hooks:
                 hook.on_evaluation(record)
 
@@ -264,7 +265,7 @@ def step_record(
     tokens_per_second = samples_per_second * state.cfg.training.seq_length
     return {
         **_position(state),
-        "lm_loss": result.lm_loss,
+        **result.metrics,
         **(state.metrics.reduce() if state.metrics is not None else {}),
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
@@ -275,9 +276,17 @@ def step_record(
     }
 
 
-def evaluation_record(state: TrainState, losses: dict[str, float]) -> dict[str, Any]:
-    """Make an evaluation's record of `metrics.jsonl`."""
-    return {**_position(state), "valid_loss": losses}
+def evaluation_record(
+    state: TrainState, loss_name: str, figures: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
+    """Make an evaluation's record of `metrics.jsonl`, of each set's figures by name."""
+    losses = {name: each[loss_name] for name, each in figures.items()}
+    others = {
+        name: {key: value for key, value in each.items() if key != loss_name}
+        for name, each in figures.items()
+    }
+    more = {"valid_metrics": others} if any(others.values()) else {}
+    return {**_position(state), "valid_loss": losses, **more}
 
 
 def _position(state: TrainState) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """Runs one forward-backward-update, or one evaluation pass; no I/O."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -12,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.trainer.data.batch import Batch
 from megatron.trainer.data.batch_views import separate_documents, shard_positions
 from megatron.trainer.errors import StepRefusedError
+from megatron.trainer.objective import Objective, Report
 from megatron.trainer.optim.adamw import apply_schedule, clip_gradients
 from megatron.trainer.state import ForwardStep, TrainState
 
@@ -20,8 +20,10 @@ from megatron.trainer.state import ForwardStep, TrainState
 class StepResult:
     """Holds the outcome of a step; the same on every rank."""
 
-    lm_loss: float
-    """Mean cross-entropy over the tokens of the global batch, nats."""
+    loss: float
+    """The objective over the global batch; in pretraining mean cross-entropy, nats a token."""
+    metrics: Mapping[str, float]
+    """All figures of the objective by name, the loss among them."""
     grad_norm: float
     """Global gradient norm before clipping; NaN where it was not measured."""
     learning_rate: float
@@ -32,41 +34,7 @@ class StepResult:
     """Why there was no update; None if there was one."""
 
 
-def language_model_step(
-    batches: Iterator[Batch], model: torch.nn.Module
-) -> tuple[torch.Tensor, Any]:
-    """Run megatron-core's forward step for next-token prediction.
-
-    Args:
-        batches: micro-batches of this rank; `tokens` and `labels` are [b, s], this context
-            parallel rank's positions.
-        model: a model chunk, wrapped.
-
-    Returns:
-        The chunk's output (losses [b, s] on the last stage, hidden states before) and the function
-        that turns it into (mean loss, {"loss_sum", "tokens"}).
-    """
-    batch = next(batches)
-    output = model(
-        batch.tokens,
-        batch.position_ids,
-        batch.attention_mask(),
-        labels=batch.labels,
-        loss_mask=batch.loss_mask,
-    )
-
-    def loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        mask = batch.loss_mask
-        total = (losses.float() * mask).sum()
-        tokens = mask.sum()
-        # Where one is given, it makes the gradient the mean over all tokens of the global batch.
-        denominator = tokens if batch.loss_tokens is None else batch.loss_tokens
-        return total / denominator.clamp(min=1.0), {"loss_sum": total.detach(), "tokens": tokens}
-
-    return output, loss
-
-
-def train_step(state: TrainState, forward_step: ForwardStep) -> StepResult:
+def train_step(state: TrainState, objective: Objective) -> StepResult:
     """Take the next global batch, update the weights, and count the iteration.
 
     A step whose loss or gradient norm the guard refuses is skipped: it is counted, but weights and
@@ -88,27 +56,30 @@ def train_step(state: TrainState, forward_step: ForwardStep) -> StepResult:
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    parts = _forward_backward(state, forward_step, batches, forward_only=False)
-    lm_loss = _mean_loss(state, parts)
+    placed = objective.prepare(state, _place(state, objective, batches))
+    parts = run_schedule(state, state.chunks, objective.forward, placed, forward_only=False)
+    metrics = _reduce(state, objective, parts)
+    loss = metrics[objective.loss_name]
     grad_norm = math.nan
-    problem = _agreed(state, state.guard.loss_problem(lm_loss))
+    problem = _agreed(state, state.guard.loss_problem(loss))
     if problem is not None:
         where = f"{problem} at iteration {state.iteration + 1}, in global samples"
-        bad = _bad_samples(state, parts, first_sample)
+        bad = _bad_samples(state, objective, parts, first_sample)
     else:
         apply_schedule(
             state.optimizer, lr=learning_rate, weight_decay=state.cfg.optimizer.weight_decay
         )
         grad_norm, problem = _update(state)
-        where = f"{problem} at iteration {state.iteration + 1} (loss {lm_loss:g}), global samples"
+        where = f"{problem} at iteration {state.iteration + 1} (loss {loss:g}), global samples"
         bad = f"{first_sample} to {state.train_data.consumed_samples - 1}"
     if problem is None:
-        state.guard.took(loss=lm_loss, norm=grad_norm)
+        state.guard.took(loss=loss, norm=grad_norm)
     elif not state.guard.skip():
         raise StepRefusedError(_refusal(state, f"{where} {bad}"))
     state.iteration += 1
     return StepResult(
-        lm_loss=lm_loss,
+        loss=loss,
+        metrics=metrics,
         grad_norm=grad_norm,
         learning_rate=learning_rate,
         global_batch_size=size,
@@ -162,21 +133,21 @@ def _refusal(state: TrainState, what: str) -> str:
 
 def evaluate(
     state: TrainState,
-    forward_step: ForwardStep,
+    objective: Objective,
     name: str,
     *,
     is_over: Callable[[], bool] = lambda: False,
-) -> float | None:
-    """Compute the mean cross-entropy of a validation set, nats per token; a collective call.
+) -> dict[str, float] | None:
+    """Compute the figures of an objective over a validation set; a collective call.
 
     Args:
         state: of the run.
-        forward_step: as in training.
+        objective: as in training.
         name: of the set.
         is_over: called before each global batch, on every rank; True stops the evaluation.
 
     Returns:
-        The mean, or None where it was stopped.
+        The figures by name, or None where it was stopped.
     """
     cfg = state.cfg
     batches = state.validation[name].batches(
@@ -194,89 +165,84 @@ def evaluate(
         for global_batch in batches:
             if is_stopped := is_over():
                 break
-            parts += _forward_backward(state, forward_step, global_batch, forward_only=True)
+            placed = objective.prepare(state, _place(state, objective, global_batch))
+            parts += run_schedule(state, state.chunks, objective.forward, placed, forward_only=True)
     for chunk in state.chunks:
         chunk.train()
-    return None if is_stopped else _mean_loss(state, parts)
+    return None if is_stopped else _reduce(state, objective, parts)
 
 
-def _forward_backward(
-    state: TrainState, forward_step: ForwardStep, batches: Sequence[Batch], *, forward_only: bool
-) -> list[dict[str, torch.Tensor]]:
-    """Run the schedule over this rank's micro-batches.
+def run_schedule(
+    state: TrainState,
+    chunks: Sequence[torch.nn.Module],
+    forward_step: ForwardStep,
+    batches: Sequence[Batch],
+    *,
+    forward_only: bool,
+) -> list[Report]:
+    """Run megatron-core's schedule over this rank's micro-batches; a collective call.
+
+    Args:
+        state: of the run.
+        chunks: this rank's model chunks, of the policy or of a frozen model of the same layout.
+        forward_step: of an objective.
+        batches: as `Objective.prepare` returns them, all of one shape.
+        forward_only: compute no gradients.
 
     Returns:
         For each micro-batch what the loss function reported; empty before the last stage.
     """
-    cfg = state.cfg.training
-    on_device = _place(state, batches)
-    iterators = [iter(on_device) for _ in state.chunks]
-    parts: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
+    iterators = [iter(batches) for _ in chunks]
+    parts: list[Report] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=state.chunks,
+        model=list(chunks),
         num_microbatches=len(batches),
-        seq_length=cfg.seq_length,
-        micro_batch_size=cfg.micro_batch_size,
+        seq_length=state.cfg.training.seq_length,
+        micro_batch_size=batches[0].tokens.shape[0],
         forward_only=forward_only,
     )
     return parts
 
 
-def _place(state: TrainState, batches: Sequence[Batch]) -> list[Batch]:
-    """Return this rank's part of its micro-batches, on its device, as the model takes them.
-
-    megatron-core averages over micro-batches and data parallel ranks. Where these count different
-    numbers of tokens, a mean of their means would weigh tokens by the size of their micro-batch; so
-    each divides its sum of losses by the mean number of tokens, which gives the mean over all
-    tokens.
-    """
+def _place(state: TrainState, objective: Objective, batches: Sequence[Batch]) -> list[Batch]:
+    """Return this rank's part of its micro-batches, on its device, as the model takes them."""
     groups = state.ctx.groups
     placed = [batch.to(state.ctx.device) for batch in batches]
     if state.documents is not None:
         placed = [separate_documents(batch, state.documents) for batch in placed]
-    counted = torch.stack([_counted(batch) for batch in placed]).sum()
-    dist.all_reduce(counted, group=groups.dp)  # sum over the ranks that read other samples
-    each = (counted / (len(placed) * groups.dp.size())).float()
     return [
-        shard_positions(
-            replace(batch, loss_tokens=each), rank=groups.cp.rank(), size=groups.cp.size()
-        )
-        for batch in placed
+        shard_positions(batch, rank=groups.cp.rank(), size=groups.cp.size())
+        for batch in objective.weigh(state, placed)
     ]
 
 
-def _counted(batch: Batch) -> torch.Tensor:
-    """Return [] float64, what a micro-batch adds to what the sum of losses is divided by."""
-    if batch.loss_tokens is None:
-        return batch.loss_mask.sum(dtype=torch.float64)
-    return batch.loss_tokens.double()
-
-
-def _mean_loss(state: TrainState, parts: Sequence[dict[str, torch.Tensor]]) -> float:
-    """Compute the mean loss over all tokens of all ranks.
+def _reduce(state: TrainState, objective: Objective, parts: Sequence[Report]) -> dict[str, float]:
+    """Compute an objective's figures over all micro-batches of all ranks.
 
     Tensor parallel ranks count their copies alike, in sum and in number; stages before the last
-    add nothing. So one all-reduce over the world gives the mean.
+    add nothing. So one all-reduce over the world gives each mean.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=state.ctx.device)
+    names = objective.metric_names
+    total = torch.zeros(len(names), 2, dtype=torch.float64, device=state.ctx.device)
     for part in parts:
-        total[0] += part["loss_sum"]
-        total[1] += part["tokens"]
+        total += torch.stack([part[name].double() for name in names])
     dist.all_reduce(total)
-    loss_sum, tokens = total.tolist()
-    return float(loss_sum / tokens) if tokens else math.nan
+    return {
+        name: float(numerator / denominator) if denominator else math.nan
+        for name, (numerator, denominator) in zip(names, total.tolist(), strict=True)
+    }
 
 
 def _bad_samples(
-    state: TrainState, parts: Sequence[dict[str, torch.Tensor]], first_sample: int
+    state: TrainState, objective: Objective, parts: Sequence[Report], first_sample: int
 ) -> str:
     """Name the samples whose loss is not finite, or all of the batch; a collective call."""
     size = state.cfg.training.micro_batch_size
     mine = [
         (first_sample + (index * state.ctx.layout.data + state.ctx.data_parallel_rank) * size)
         for index, part in enumerate(parts)
-        if not math.isfinite(part["loss_sum"].item())
+        if not math.isfinite(part[objective.loss_name][0].item())
     ]
     found: list[list[int]] = [[] for _ in range(state.ctx.world_size)]
     dist.all_gather_object(found, mine)

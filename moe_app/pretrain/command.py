@@ -11,6 +11,7 @@ from megatron.trainer.health.watchdog import Watchdog, start_watchdog, timeout_b
 from megatron.trainer.hooks.base import Hook
 from megatron.trainer.hooks.journal import Journal, open_journal
 from megatron.trainer.loop import Upkeep, planned_end, train
+from megatron.trainer.objective import NEXT_TOKEN
 from megatron.trainer.resume import (
     check_directories,
     checkpoint_writer,
@@ -29,7 +30,6 @@ from megatron.trainer.runtime.launch import (
 )
 from megatron.trainer.runtime.log import configure_logging
 from megatron.trainer.runtime.upstream_warnings import hide_upstream_warnings
-from megatron.trainer.step import language_model_step
 from moe_app.command_line import program
 from moe_app.pretrain.build import build_state
 from moe_app.pretrain.config import PretrainConfig, parse_recipe
@@ -102,4 +102,4 @@ def _train(
         rewind=rewind,
         evaluate_first=beginning.is_continued and evaluation_is_pending(state),
     )
-    return train(state, language_model_step, hooks=hooks, upkeep=upkeep)
+    return train(state, NEXT_TOKEN, hooks=hooks, upkeep=upkeep)

@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from megatron.trainer.health.stragglers import BusyClock
+from megatron.trainer.objective import NEXT_TOKEN, TokenObjective
 from megatron.trainer.runtime.launch import environment_rank, initialize, shut_down
 from megatron.trainer.runtime.log import configure_logging
-from megatron.trainer.step import language_model_step, train_step
+from megatron.trainer.step import train_step
 from moe_app.pretrain.build import build_state
 from moe_app.pretrain.config import parse_recipe
 
@@ -31,20 +32,21 @@ def run_case(flags: list[str], out: Path, name: str) -> None:
     state = build_state(cfg, ctx)
     slept: list[float] = []
 
-    def forward_step(*arguments: Any) -> Any:
-        started = time.perf_counter()
-        time.sleep(SLEEP_S[ctx.rank])
-        slept.append(time.perf_counter() - started)
-        return language_model_step(*arguments)
+    class Sleeping(TokenObjective):
+        def forward(self, *arguments: Any) -> Any:
+            started = time.perf_counter()
+            time.sleep(SLEEP_S[ctx.rank])
+            slept.append(time.perf_counter() - started)
+            return super().forward(*arguments)
 
-    train_step(state, language_model_step)  # the first one is slower
+    train_step(state, NEXT_TOKEN)  # the first one is slower
     clock = BusyClock(ctx.device)
     nothing = clock.reduce()
     computed_s = 0.0
     for _ in range(2):
         before = time.thread_time()
         with clock:
-            train_step(state, forward_step)
+            train_step(state, Sleeping())
         computed_s += time.thread_time() - before
     truth: list[Any] = [None] * ctx.world_size
     dist.all_gather_object(truth, (computed_s + sum(slept)) / 2)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.collectives import named_groups, recording
+from megatron.trainer.objective import NEXT_TOKEN
 from megatron.trainer.runtime.launch import environment_rank, initialize, shut_down
 from megatron.trainer.runtime.log import configure_logging
-from megatron.trainer.step import language_model_step, train_step
+from megatron.trainer.step import train_step
 from moe_app.pretrain.build import build_state
 from moe_app.pretrain.config import parse_recipe
 from moe_ext.routers import MoERouter, Routing, register_router
@@ -39,7 +40,7 @@ def run_case(flags: list[str], out: Path, name: str) -> None:
     ctx = initialize(cfg)
     state = build_state(cfg, ctx)
     with recording(named_groups(ctx.groups)) as calls:
-        train_step(state, language_model_step)
+        train_step(state, NEXT_TOKEN)
         if state.metrics is not None:
             state.metrics.reduce()
     rows = [[*call, number] for call, number in sorted(calls.items())]

@@ -19,13 +19,13 @@ from megatron.trainer.errors import UserError
 from megatron.trainer.hooks.base import Hook
 from megatron.trainer.hooks.journal import open_journal
 from megatron.trainer.loop import Upkeep, train
+from megatron.trainer.objective import NEXT_TOKEN
 from megatron.trainer.records.record_file import Record
 from megatron.trainer.resume import checkpoint_writer, resume, rewind
 from megatron.trainer.runtime.collective import on_all_ranks
 from megatron.trainer.runtime.launch import environment_rank, initialize, shut_down
 from megatron.trainer.runtime.log import configure_logging
 from megatron.trainer.state import TrainState
-from megatron.trainer.step import language_model_step
 from moe_app.pretrain.build import build_state
 from moe_app.pretrain.config import parse_recipe
 from moe_app.pretrain.hooks import build_hooks
@@ -58,7 +58,7 @@ def run_case(flags: list[str], out: Path, name: str) -> None:
         resume(state, cfg.model)
         train(
             state,
-            language_model_step,
+            NEXT_TOKEN,
             hooks=[journal, recorder, *build_hooks(cfg, state)],
             upkeep=Upkeep(save=checkpoint_writer(state), rewind=rewind),
         )

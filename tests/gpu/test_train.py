@@ -13,10 +13,10 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron.trainer.loop import Upkeep, train
+from megatron.trainer.objective import NEXT_TOKEN
 from megatron.trainer.resume import checkpoint_writer, resume
 from megatron.trainer.runtime.launch import initialize, shut_down
 from megatron.trainer.state import TrainState, sharded_state
-from megatron.trainer.step import language_model_step
 from moe_app.pretrain import command
 from moe_app.pretrain.build import build_state
 from moe_app.pretrain.config import parse_recipe
@@ -146,7 +146,7 @@ def test_checkpoint_restores_every_bit(is_sharded: bool, tmp_path: Path) -> None
     )
     state = build(*arguments)
     assert state.ctx.device.type == "cuda"
-    train(state, language_model_step, hooks=[], upkeep=Upkeep(save=checkpoint_writer(state)))
+    train(state, NEXT_TOKEN, hooks=[], upkeep=Upkeep(save=checkpoint_writer(state)))
     saved = tensors(state)
     shut_down()
     state = build(*arguments, "--load", str(tmp_path))

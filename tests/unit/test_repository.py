@@ -196,11 +196,13 @@ def written_records() -> list[Record]:
         flops_per_token=1.0,
         iteration=1,
     )
-    result = StepResult(lm_loss=2.0, grad_norm=1.0, learning_rate=0.1, global_batch_size=8)
+    result = StepResult(
+        loss=2.0, metrics={"lm_loss": 2.0}, grad_norm=1.0, learning_rate=0.1, global_batch_size=8
+    )
     straggler = {"straggler_rank": 0, "straggler_ratio": 1.0}
     return [
         loop.step_record(state, result, samples_per_second=8.0, skipped=0) | straggler,
-        loop.evaluation_record(state, {"code": 2.0}),
+        loop.evaluation_record(state, "lm_loss", {"code": {"lm_loss": 2.0, "other": 1.0}}),
     ]
 
 

@@ -1,7 +1,7 @@
 """Holds micro-batches, and says which samples of a global batch are a rank's."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -34,13 +34,25 @@ class Batch:
     """[] float32, what the sum of losses is divided by; None means the sum of loss_mask."""
     places: Tensor | None = None
     """[s] int64, where this rank's positions stand in the sequence; None means all of it."""
+    loss_weights: Tensor | None = None
+    """[b, s] float32, a factor of each counted loss in the objective, not in what is reported; None
+    means 1."""
+    segments: Tensor | None = None
+    """[b, s] int64, which of the micro-batch's n texts a label belongs to, -1 where to none; None
+    where texts are not told apart."""
+    texts: Mapping[str, Tensor] = field(default_factory=dict)
+    """Facts of the n texts by name, [n] each; see `RowSource`."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the same batch on a device; from page-locked memory to a GPU without blocking."""
         to_gpu = torch.device(device).type == "cuda"
-        present = {name: value for name, value in vars(self).items() if value is not None}
-        moved = {name: value.to(device, non_blocking=to_gpu) for name, value in present.items()}
-        return Batch(**moved)
+
+        def move(value: Tensor) -> Tensor:
+            return value.to(device, non_blocking=to_gpu)
+
+        tensors = {name: each for name, each in vars(self).items() if isinstance(each, Tensor)}
+        moved = {name: move(each) for name, each in tensors.items()}
+        return Batch(**moved, texts={name: move(each) for name, each in self.texts.items()})
 
     def attention_mask(self) -> Tensor | None:
         """Return [b, 1, s, s of the whole sequence] bool, True where a query must not look.

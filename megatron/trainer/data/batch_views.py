@@ -68,12 +68,17 @@ def shard_positions(batch: Batch, *, rank: int, size: int) -> Batch:
     def take(values: Tensor) -> Tensor:
         return values[:, rows]
 
+    def take_if(values: Tensor | None) -> Tensor | None:
+        return None if values is None else take(values)
+
     return replace(
         batch,
         tokens=take(batch.tokens),
         labels=take(batch.labels),
         loss_mask=take(batch.loss_mask),
         loss_tokens=batch.loss_mask.sum() if batch.loss_tokens is None else batch.loss_tokens,
+        loss_weights=take_if(batch.loss_weights),
+        segments=take_if(batch.segments),
         position_ids=take(batch.position_ids),
         places=rows,
     )

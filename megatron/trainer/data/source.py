@@ -64,6 +64,20 @@ class Source(Protocol):
         """
 
 
+class RowSource(Source, Protocol):
+    """Declares a source whose samples are texts with masks, not windows of tokens alone.
+
+    A sample is one or more rows: packed texts, or one text a row. The batch has `segments` and
+    `texts`: `index`, the text's row in the data, and `role`, what it is in it: 0 rejected or
+    undesirable, 1 chosen or desirable or a conversation, 2 a mismatched completion (KTO). In
+    preference data texts 2i and 2i + 1 are the chosen and the rejected of one row; in KTO's they
+    are a completion and its mismatched one.
+    """
+
+    def read_rows(self, numbers: Sequence[int], *, pin_memory: bool) -> Batch:
+        """Return a micro-batch of samples in the order of the data."""
+
+
 def read_batch(
     reads: Sequence[tuple[Source, int]],
     *,
@@ -77,6 +91,15 @@ def read_batch(
         pin_memory: As in `make_batch`.
         repetition: Which windows have no label that counts; None counts all.
     """
+    first = reads[0][0]
+    if hasattr(first, "read_rows"):
+        if any(source is not first for source, _ in reads):
+            raise DataError(
+                "a micro-batch would mix texts of several sources; texts have one source; give all"
+                " files to one --train-data"
+            )
+        rows: Batch = first.read_rows([n for _, n in reads], pin_memory=pin_memory)
+        return rows
     windows = [source.read_window(n) for source, n in reads]
     starts = [found for source, n in reads if (found := source.read_starts(n)) is not None]
     is_known = len(starts) == len(windows)

@@ -18,7 +18,7 @@ class Hook:
     def on_stage(self, stage: str, iteration: int) -> None:
         """Called when a stage of step `iteration` begins: `step`, `save`, an `evaluation` batch."""
 
-    def on_step(self, iteration: int, lm_loss: float) -> None:
+    def on_step(self, iteration: int, loss: float) -> None:
         """Called when step `iteration` is done."""
 
     def on_log(self, record: Record) -> None:

@@ -52,10 +52,10 @@ class Console(Hook):
             )
             self._bar.start()
 
-    def on_step(self, iteration: int, lm_loss: float) -> None:
+    def on_step(self, iteration: int, loss: float) -> None:
         """Advance the bar."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=iteration, loss=f"{lm_loss:.4f}")
+            self._bar.update(self._task, completed=iteration, loss=f"{loss:.4f}")
 
     def on_log(self, record: Record) -> None:
         """Update the speed, or log a line."""

@@ -70,7 +70,7 @@ class Journal(Hook):
         """Note the steps to have done when the run ends."""
         self._train_iters = train_iters
 
-    def on_step(self, iteration: int, lm_loss: float) -> None:
+    def on_step(self, iteration: int, loss: float) -> None:
         """Count the step."""
         self.iteration = iteration
 

@@ -80,7 +80,7 @@ class Profiler(Hook):
             self._stage = record_function(f"{stage} {iteration}")
             self._stage.__enter__()
 
-    def on_step(self, iteration: int, lm_loss: float) -> None:
+    def on_step(self, iteration: int, loss: float) -> None:
         """Stop after the last step, and write."""
         if self._profile is not None:
             self._end_stage()

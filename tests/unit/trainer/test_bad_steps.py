@@ -17,10 +17,11 @@ from megatron.trainer.errors import StepRefusedError
 from megatron.trainer.hooks.base import Hook
 from megatron.trainer.hooks.journal import open_journal
 from megatron.trainer.loop import Upkeep, train
+from megatron.trainer.objective import NEXT_TOKEN, TokenObjective
 from megatron.trainer.records.record_file import Record, RecordError, append_record, read_records
 from megatron.trainer.resume import checkpoint_writer, resume, rewind
 from megatron.trainer.state import TrainState
-from megatron.trainer.step import language_model_step, train_step
+from megatron.trainer.step import train_step
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning"),
@@ -31,8 +32,8 @@ BATCH = 8
 StateMaker = Callable[..., TrainState]
 
 
-class Poisoned:
-    """A forward step that makes the losses of some samples infinite, or large.
+class Poisoned(TokenObjective):
+    """An objective that makes the losses of some samples infinite, or large.
 
     Args:
         state: whose stream tells which samples are being read.
@@ -41,19 +42,20 @@ class Poisoned:
     """
 
     def __init__(self, state: TrainState, samples: range, factor: float = math.inf) -> None:
+        super().__init__()
         self.state, self.samples, self.factor = state, samples, factor
 
-    def __call__(self, batches: Iterator[Batch], model: torch.nn.Module) -> Any:
+    def forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> Any:
         batch = next(batches)
         read = self.state.train_data.consumed_samples - BATCH
         if read in self.samples and model.training:
             batch = replace(batch, loss_mask=batch.loss_mask * self.factor)
             batch = replace(batch, loss_tokens=torch.tensor(BATCH * 16.0 / 4))
-        output, loss = language_model_step(iter([batch]), model)
+        output, loss = super().forward(iter([batch]), model)
 
         def counted(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            mean, parts = loss(losses)
-            return mean, {**parts, "tokens": torch.tensor(32.0)}
+            mean, report = loss(losses)
+            return mean, {"lm_loss": torch.stack((report["lm_loss"][0], torch.tensor(32.0)))}
 
         return output, counted
 
@@ -120,9 +122,9 @@ def test_update_is_bitwise_that_of_megatron_cores_own_step(
         return float(norm), None
 
     ours, truth = (make_state(clip_grad=clip_grad, **precision) for _ in range(2))
-    norms = [train_step(ours, language_model_step).grad_norm for _ in range(3)]
+    norms = [train_step(ours, NEXT_TOKEN).grad_norm for _ in range(3)]
     monkeypatch.setattr("megatron.trainer.step._update", core_step)
-    assert norms == [train_step(truth, language_model_step).grad_norm for _ in range(3)]
+    assert norms == [train_step(truth, NEXT_TOKEN).grad_norm for _ in range(3)]
     assert min(norms) > 0.05
     assert_same(ours, truth)
 
@@ -141,7 +143,7 @@ def test_skipped_step_counts_but_changes_nothing(
             truth.train_data.skip({"mock": BATCH})
             truth.iteration += 1
         else:
-            train_step(truth, language_model_step)
+            train_step(truth, NEXT_TOKEN)
     assert_same(state, truth)
     assert state.iteration == 5
     # Told once, with the records of steps 3 and 4.
@@ -152,11 +154,11 @@ def test_gradient_norm_that_is_not_finite_is_skipped_before_anything_changes(
     make_state: StateMaker,
 ) -> None:
     state = make_state(max_skipped=1)
-    train_step(state, language_model_step)
+    train_step(state, NEXT_TOKEN)
     before, moments_before = weights(state), moments(state)
     parameter = dict(state.modules[0].named_parameters())["decoder.final_layernorm.weight"]
     hook = parameter.register_hook(lambda grad: grad * math.nan)
-    result = train_step(state, language_model_step)
+    result = train_step(state, NEXT_TOKEN)
     hook.remove()
     assert result.skipped is not None
     assert result.skipped.startswith("gradient norm is nan at iteration 2 (loss 4.")
@@ -164,14 +166,14 @@ def test_gradient_norm_that_is_not_finite_is_skipped_before_anything_changes(
     for name, weight in weights(state).items():
         assert torch.equal(weight, before[name]), name
     assert all(torch.equal(a, b) for a, b in zip(moments(state), moments_before, strict=True))
-    assert train_step(state, language_model_step).skipped is None
+    assert train_step(state, NEXT_TOKEN).skipped is None
     assert state.iteration == 3
 
 
 def test_spike_is_skipped_and_leaves_the_history_alone(make_state: StateMaker) -> None:
     state = make_state(max_skipped=1, spike_sigma=6, spike_window=8)
-    forward_step = Poisoned(state, range(72, 80), factor=50.0)
-    results = [train_step(state, forward_step) for _ in range(11)]
+    objective = Poisoned(state, range(72, 80), factor=50.0)
+    results = [train_step(state, objective) for _ in range(11)]
     skipped = [index for index, result in enumerate(results) if result.skipped is not None]
     assert skipped == [9]
     assert results[9].skipped is not None
@@ -179,7 +181,7 @@ def test_spike_is_skipped_and_leaves_the_history_alone(make_state: StateMaker) -
         results[9].skipped
     )
     history = state.guard.state_dict()["losses"]
-    assert history == [results[i].lm_loss for i in (2, 3, 4, 5, 6, 7, 8, 10)]
+    assert history == [results[i].loss for i in (2, 3, 4, 5, 6, 7, 8, 10)]
 
 
 def test_one_more_than_may_be_skipped_ends_the_run(make_state: StateMaker) -> None:
@@ -317,13 +319,13 @@ def test_full_disk_is_reported_although_hooks_fail_too(
     journal = open_journal(str(tmp_path), rank=0, train_iters=2)
     message = r"^cannot write /dev/full: No space left on device; make room for it, .* with --load"
     with pytest.raises(RecordError, match=message), journal.recording_errors():
-        train(state, language_model_step, hooks=[journal, FullDisk()])
+        train(state, NEXT_TOKEN, hooks=[journal, FullDisk()])
     assert RecordError.is_local
     told = [record.getMessage() for record in caplog.records if "well" in record.msg]
     assert told == ["FullDisk did not end well: [Errno 28] No space left on device"]
     assert json.loads((tmp_path / "ended.json").read_text())["iteration"] == 1
     with pytest.raises(OSError, match="No space left"):
-        train(make_state(train_iters=1), language_model_step, hooks=[Ends()])
+        train(make_state(train_iters=1), NEXT_TOKEN, hooks=[Ends()])
 
 
 def test_exit_interval_does_not_cut_an_evaluation_short(make_state: StateMaker) -> None:
@@ -335,6 +337,6 @@ def test_exit_interval_does_not_cut_an_evaluation_short(make_state: StateMaker) 
             self.taken.append(record["iteration"])
 
     state, watching = make_state(train_iters=6, exit_interval=2, eval_interval=2), Evaluations()
-    stop = train(state, language_model_step, hooks=[watching])
+    stop = train(state, NEXT_TOKEN, hooks=[watching])
     assert stop is not None and stop.reason == "interval"
     assert (state.iteration, watching.taken) == (2, [2])

@@ -13,9 +13,9 @@ from megatron.trainer.errors import CheckpointError, DataError
 from megatron.trainer.hooks.base import Hook
 from megatron.trainer.hooks.journal import open_journal
 from megatron.trainer.loop import Upkeep, train
+from megatron.trainer.objective import NEXT_TOKEN, TokenObjective
 from megatron.trainer.resume import checkpoint_writer, resume
 from megatron.trainer.state import TrainState
-from megatron.trainer.step import language_model_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning")
 
@@ -46,7 +46,7 @@ def test_hooks_see_every_moment_in_order(make_state: Callable[..., TrainState]) 
     saved: list[int] = []
     hooks = [Moments(), Moments()]
     upkeep = Upkeep(save=lambda current: saved.append(current.iteration))
-    assert train(state, language_model_step, hooks=hooks, upkeep=upkeep) is None
+    assert train(state, NEXT_TOKEN, hooks=hooks, upkeep=upkeep) is None
     evaluation = [("stage", "evaluation", 3), ("stage", "evaluation", 3), ("evaluation", 2)]
     last = [("stage", "evaluation", 4), ("stage", "evaluation", 4), ("evaluation", 3)]
     assert hooks[0].seen == [
@@ -96,7 +96,7 @@ class SlowSaver:
 def run_in_background(state: TrainState, saver: SlowSaver) -> Moments:
     hook = Moments()
     upkeep = Upkeep(save=saver.begin, background=cast("BackgroundSaver", saver))
-    train(state, language_model_step, hooks=[hook], upkeep=upkeep)
+    train(state, NEXT_TOKEN, hooks=[hook], upkeep=upkeep)
     return hook
 
 
@@ -130,14 +130,15 @@ def test_a_run_that_fails_finishes_the_checkpoint_that_is_being_written(
     state = make_state(train_iters=9, log_interval=9, save_interval=2, save="unused")
     saver, hook = SlowSaver(), Moments()
 
-    def fail_in_the_fourth(*arguments: Any) -> Any:
-        if state.iteration == 3:
-            raise DataError("no more data")
-        return language_model_step(*arguments)
+    class FailingInTheFourth(TokenObjective):
+        def forward(self, *arguments: Any) -> Any:
+            if state.iteration == 3:
+                raise DataError("no more data")
+            return super().forward(*arguments)
 
     upkeep = Upkeep(save=saver.begin, background=cast("BackgroundSaver", saver))
     with pytest.raises(DataError, match="no more data"):
-        train(state, fail_in_the_fourth, hooks=[hook], upkeep=upkeep)
+        train(state, FailingInTheFourth(), hooks=[hook], upkeep=upkeep)
     assert hook.seen[-2:] == [("save", 2), ("end",)]
 
 
@@ -147,14 +148,14 @@ def test_run_with_other_batches_is_done_with_its_tokens_and_says_so(
     """Two steps of 4 of the 40 sequences; four of 8 are left, and 6 is the last number."""
     flags = {"train_iters": False, "train_tokens": 640, "micro_batch_size": 1, "save": tmp_path}
     first = make_state(**flags, global_batch_size=4, exit_interval=2)
-    stop = train(first, language_model_step, hooks=[], upkeep=Upkeep(save=checkpoint_writer(first)))
+    stop = train(first, NEXT_TOKEN, hooks=[], upkeep=Upkeep(save=checkpoint_writer(first)))
     assert stop is not None and stop.reason == "interval"
     second = make_state(**flags, global_batch_size=8, exit_interval=6, load=tmp_path)
     resume(second, second.cfg.model)  # type: ignore[attr-defined]
     journal = open_journal(str(tmp_path), rank=0, train_iters=second.cfg.training.train_iters)
     moments = Moments()
     # The last step is no early stop, though its number is a multiple of the interval.
-    assert train(second, language_model_step, hooks=[journal, moments]) is None
+    assert train(second, NEXT_TOKEN, hooks=[journal, moments]) is None
     journal.end(None)
     journal.close()
     assert (second.iteration, second.train_data.consumed_samples) == (6, 40)

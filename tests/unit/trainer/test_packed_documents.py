@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megatron.trainer.data.writer import TokenFileWriter
 from megatron.trainer.errors import DataError
+from megatron.trainer.objective import NEXT_TOKEN
 from megatron.trainer.state import TrainState
-from megatron.trainer.step import evaluate, language_model_step, train_step
+from megatron.trainer.step import evaluate, train_step
 from moe_app.pretrain.build import build_chunks
 from moe_app.pretrain.config import parse_recipe
 from moe_ext.model import LanguageModel
@@ -79,12 +80,12 @@ def test_packed_documents_give_the_loss_and_the_gradients_of_documents_alone(
     windows = torch.stack(
         [torch.from_numpy(source.read_window(n).astype(np.int64)) for n in numbers]
     )
-    result = train_step(state, language_model_step)
+    result = train_step(state, NEXT_TOKEN)
     expected = loss_apart(truth, windows, documents)
     expected.backward()
 
     # fp32: sums of some hundred terms in another order.
-    assert result.lm_loss == pytest.approx(expected.item(), rel=1e-6)
+    assert result.loss == pytest.approx(expected.item(), rel=1e-6)
     model = state.modules[0]
     assert isinstance(model, LanguageModel)
     found = dict(model.named_parameters())
@@ -100,8 +101,9 @@ def test_each_reset_changes_training_and_evaluation(make_state: StateMaker, pref
     losses = []
     for case in cases:
         state = make_state(data_path=prefix, split="3,1", **ALONE, **case)
-        valid_loss = evaluate(state, language_model_step, "web")
-        losses.append((train_step(state, language_model_step).lm_loss, valid_loss))
+        found = evaluate(state, NEXT_TOKEN, "web")
+        assert found is not None
+        losses.append((train_step(state, NEXT_TOKEN).loss, found["lm_loss"]))
     for neither, positions, mask, both in zip(*losses, strict=True):
         assert len({round(neither, 4), round(positions, 4), round(mask, 4)}) == 3
         # Rotary embeddings are relative: within a document they do not depend on where it begins.

@@ -13,8 +13,9 @@ from torch import Tensor
 from megatron.trainer.data.batch import Batch, make_batch
 from megatron.trainer.data.stream import SampleStream
 from megatron.trainer.errors import TrainingError
+from megatron.trainer.objective import NEXT_TOKEN
 from megatron.trainer.state import TrainState
-from megatron.trainer.step import evaluate, language_model_step, train_step
+from megatron.trainer.step import evaluate, train_step
 from moe_app.pretrain.build import build_chunks
 from moe_app.pretrain.config import parse_recipe
 from moe_ext.model import LanguageModel
@@ -107,7 +108,7 @@ def test_step_is_the_mean_loss_clipped_and_given_to_adamw(
     # 0.1 in OLMoE's convention: a mean over 4 layers; the z-loss over the 3 choices besides.
     explicit = ExplicitLosses(truth, balance=0.1 / 4, z=0.1 / 4 / 3)
 
-    result = train_step(state, language_model_step)
+    result = train_step(state, NEXT_TOKEN)
     lm_loss = torch.stack([plain_losses(truth, batch).mean() for batch in batches]).mean()
     (lm_loss + explicit.total / count).backward()
     norm = torch.nn.utils.clip_grad_norm_(truth.parameters(), 0.05)
@@ -115,7 +116,7 @@ def test_step_is_the_mean_loss_clipped_and_given_to_adamw(
     optimizer.step()
 
     # fp32: sums of some hundred terms in another order.
-    assert result.lm_loss == pytest.approx(lm_loss.item(), rel=1e-6)
+    assert result.loss == pytest.approx(lm_loss.item(), rel=1e-6)
     assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
     assert result.grad_norm > 2 * 0.05
     assert (result.learning_rate, result.skipped, state.iteration) == (0.003, None, 1)
@@ -132,10 +133,10 @@ def test_z_loss_does_not_depend_on_the_number_of_micro_batches(make_state: State
         state = make_state(
             micro_batch_size=micro_batch_size, moe_aux_loss_coeff=0, moe_z_loss_coeff=10
         )
-        norms.append(train_step(state, language_model_step).grad_norm)
+        norms.append(train_step(state, NEXT_TOKEN).grad_norm)
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
     state = make_state(moe_aux_loss_coeff=0, moe_z_loss_coeff=0)
-    assert train_step(state, language_model_step).grad_norm < 0.9 * norms[0]
+    assert train_step(state, NEXT_TOKEN).grad_norm < 0.9 * norms[0]
 
 
 def masked(batch: Batch, mask: Tensor) -> Batch:
@@ -166,7 +167,7 @@ def test_reported_loss_is_the_mean_over_counted_tokens(make_state: StateMaker) -
         float((x * b.loss_mask).sum() / b.loss_mask.sum())
         for x, b in zip(losses, batches, strict=True)
     )
-    found = train_step(state, language_model_step).lm_loss
+    found = train_step(state, NEXT_TOKEN).loss
     assert found == pytest.approx(expected, rel=1e-6)
     assert found != pytest.approx(of_means / 4, rel=1e-3)
 
@@ -176,7 +177,7 @@ def test_gradient_is_that_of_the_mean_over_counted_tokens(make_state: StateMaker
     batches = [masked(b, m) for b, m in zip(random_batches(4), unequal_masks(4), strict=True)]
     state.train_data = FixedBatches(state.train_data, batches)
     truth = fresh_model(state, moe_aux_loss_coeff=0, moe_z_loss_coeff=0)
-    found = train_step(state, language_model_step).grad_norm
+    found = train_step(state, NEXT_TOKEN).grad_norm
     total = torch.stack([(plain_losses(truth, b) * b.loss_mask).sum() for b in batches]).sum()
     (total / sum(batch.loss_mask.sum() for batch in batches)).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in truth.parameters() if p.grad is not None])
@@ -188,7 +189,7 @@ def test_loss_that_is_not_finite_names_its_samples_and_changes_no_weight(
     micro_batch_size: int, make_state: StateMaker
 ) -> None:
     state = make_state(micro_batch_size=micro_batch_size)
-    train_step(state, language_model_step)
+    train_step(state, NEXT_TOKEN)
     before = weights_of(state)
     batches = random_batches(8 // micro_batch_size, size=micro_batch_size)
     for broken in (1, 3):
@@ -206,7 +207,7 @@ def test_loss_that_is_not_finite_names_its_samples_and_changes_no_weight(
         " those samples"
     )
     with pytest.raises(TrainingError, match=f"^{re.escape(message)}$"):
-        train_step(state, language_model_step)
+        train_step(state, NEXT_TOKEN)
     assert state.iteration == 1
     for name, weight in weights_of(state).items():
         assert torch.equal(weight, before[name]), name
@@ -219,7 +220,7 @@ def test_gradient_that_is_not_finite_ends_the_run_with_its_samples(make_state: S
         TrainingError,
         match=r"^gradient norm is (nan|inf) at iteration 1 \(loss 4\.\d+\), global samples 0 to 7;",
     ):
-        train_step(state, language_model_step)
+        train_step(state, NEXT_TOKEN)
     assert state.iteration == 0
 
 
@@ -235,17 +236,17 @@ def test_evaluation_is_the_mean_of_plain_forward_passes(make_state: StateMaker) 
     with torch.no_grad():
         losses = [plain_losses(model, batch) for each in batches for batch in each]
     expected = torch.stack(losses).double().mean().item()
-    assert evaluate(state, language_model_step, name) == pytest.approx(expected, rel=1e-6)
+    assert evaluate(state, NEXT_TOKEN, name) == pytest.approx({"lm_loss": expected}, rel=1e-6)
 
 
 def test_evaluation_changes_nothing(make_state: StateMaker) -> None:
     state = make_state()
-    train_step(state, language_model_step)
+    train_step(state, NEXT_TOKEN)
     assert state.metrics is not None
     weights, rng = weights_of(state), torch.get_rng_state()
     position, recorded = state.train_data.state_dict(), state.metrics.reduce()
     gradients = [p.main_grad.clone() for p in model_of(state).parameters()]
-    losses = [evaluate(state, language_model_step, "mock") for _ in range(2)]
+    losses = [evaluate(state, NEXT_TOKEN, "mock") for _ in range(2)]
     assert losses[0] == losses[1]
     assert all(module.training for chunk in state.chunks for module in chunk.modules())
     assert torch.equal(torch.get_rng_state(), rng)
@@ -263,10 +264,10 @@ def test_evaluation_between_steps_leaves_the_next_step_alone(make_state: StateMa
     results = []
     for is_evaluated in (False, True):
         state = make_state()
-        train_step(state, language_model_step)
+        train_step(state, NEXT_TOKEN)
         if is_evaluated:
-            evaluate(state, language_model_step, "mock")
-        results.append(train_step(state, language_model_step))
+            evaluate(state, NEXT_TOKEN, "mock")
+        results.append(train_step(state, NEXT_TOKEN))
     assert results[0] == results[1]
 
 
@@ -325,7 +326,7 @@ def test_steps_of_a_ramp_up_are_means_over_their_own_batches(make_state: StateMa
     )
     state = make_state(rampup_batch_size="2 2 12", micro_batch_size=1, **still)
     for size in sizes:
-        result = train_step(state, language_model_step)
+        result = train_step(state, NEXT_TOKEN)
         truth = fresh_model(state, **still)
         batches = samples[first : first + size]
         loss = torch.stack([plain_losses(truth, batch).mean() for batch in batches]).mean()
@@ -333,7 +334,7 @@ def test_steps_of_a_ramp_up_are_means_over_their_own_batches(make_state: StateMa
         norm = torch.nn.utils.clip_grad_norm_(truth.parameters(), 1.0)
         assert result.global_batch_size == size
         # As in the test of a whole step above.
-        assert result.lm_loss == pytest.approx(loss.item(), rel=1e-6)
+        assert result.loss == pytest.approx(loss.item(), rel=1e-6)
         assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
         first += size
         assert state.progress.samples == first

@@ -14,8 +14,8 @@ from megatron.trainer.config.schema import ProfilingConfig
 from megatron.trainer.hooks.base import Hook
 from megatron.trainer.hooks.profiler import HOST_READ, Profiler, describe_operations
 from megatron.trainer.loop import train
+from megatron.trainer.objective import NEXT_TOKEN
 from megatron.trainer.state import TrainState
-from megatron.trainer.step import language_model_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning")
 
@@ -26,13 +26,13 @@ class Losses(Hook):
     def __init__(self) -> None:
         self.found: list[float] = []
 
-    def on_step(self, iteration: int, lm_loss: float) -> None:
-        self.found.append(lm_loss)
+    def on_step(self, iteration: int, loss: float) -> None:
+        self.found.append(loss)
 
 
 def run(make_state: StateMaker, *hooks: Hook, **flags: Any) -> list[float]:
     losses = Losses()
-    train(make_state(train_iters=6, **flags), language_model_step, hooks=[*hooks, losses])
+    train(make_state(train_iters=6, **flags), NEXT_TOKEN, hooks=[*hooks, losses])
     return losses.found
 
 
