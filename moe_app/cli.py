@@ -93,6 +93,15 @@ def convert_checkpoint(argv: Argv = None) -> int:
 
 @prints_any_text
 @hide_upstream_warnings()
+def analyze_routing(argv: Argv = None) -> int:
+    """Run `moe_app.analyze.analyze_routing`."""
+    from moe_app.analyze.analyze_routing import main
+
+    return main(argv)
+
+
+@prints_any_text
+@hide_upstream_warnings()
 def doctor(argv: Argv = None) -> int:
     """Run `moe_app.doctor.diagnose`."""
     from moe_app.doctor.diagnose import main
@@ -240,6 +249,11 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             run=score,
         ),
         Command(name="evaluate", summary="evaluate a model on tasks", run=evaluate),
+        Command(
+            name="analyze",
+            summary="analyse what a model's routers learned",
+            run=analyze_routing,
+        ),
         Command(
             name="convert",
             summary="import from and export to Hugging Face",

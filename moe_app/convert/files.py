@@ -102,8 +102,35 @@ def native_files(
         is_bf16: whether its weights are bfloat16.
         source: where it was imported from, for the record.
     """
+    cfg = native_config(model, hf_config, auxiliary, directory=checkpoint, is_bf16=is_bf16)
+    run = {WEIGHTS_ONLY: True, "iteration": 0, "imported_from": source}
+    return {
+        **auxiliary.files,
+        IMPORTED_CONFIG_NAME: json.dumps(dict(hf_config), indent=2) + "\n",
+        RUN_CONFIG_NAME: dump_config(cfg),
+        RUN_NAME: json.dumps(run, indent=2) + "\n",
+    }
+
+
+def native_config(
+    model: MoEModelConfig,
+    hf_config: Mapping[str, Any],
+    auxiliary: AuxiliaryFiles,
+    *,
+    directory: Path,
+    is_bf16: bool,
+) -> PretrainConfig:
+    """Return the config of a run that would have written a Hugging Face checkpoint.
+
+    Args:
+        model: the architecture.
+        hf_config: contents of config.json.
+        auxiliary: tokenizer and generation files.
+        directory: where these files are, or will be.
+        is_bf16: whether the weights are bfloat16.
+    """
     kind = auxiliary.tokenizer_type
-    cfg = PretrainConfig(
+    return PretrainConfig(
         model=model,
         training=TrainingConfig(
             seq_length=min(_max_positions(hf_config) or _MAX_SEQ_LENGTH, _MAX_SEQ_LENGTH),
@@ -113,16 +140,9 @@ def native_files(
         if kind is None
         else DataConfig(
             tokenizer_type=kind,  # type: ignore[arg-type]  # a name in TOKENIZERS
-            tokenizer_model=str(checkpoint / TOKENIZER_FILES[kind]),
+            tokenizer_model=str(directory / TOKENIZER_FILES[kind]),
         ),
     )
-    run = {WEIGHTS_ONLY: True, "iteration": 0, "imported_from": source}
-    return {
-        **auxiliary.files,
-        IMPORTED_CONFIG_NAME: json.dumps(dict(hf_config), indent=2) + "\n",
-        RUN_CONFIG_NAME: dump_config(cfg),
-        RUN_NAME: json.dumps(run, indent=2) + "\n",
-    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,10 +92,13 @@ class CachedModel:
         return self._parallel_model.next_logits(tokens, position_ids, last)
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags for model, tokenizer, precision and layout."""
+def add_model_flags(parser: argparse.ArgumentParser, *, with_hf: bool = False) -> None:
+    """Add the flags for model, tokenizer, precision and layout; --hf beside --load if asked for."""
     model = parser.add_argument_group("model")
-    model.add_argument("--load", required=True, metavar="DIR", help="a run's --save directory")
+    source = model.add_mutually_exclusive_group(required=True)
+    source.add_argument("--load", metavar="DIR", help="a run's --save directory")
+    if with_hf:
+        source.add_argument("--hf", metavar="DIR", help="a Hugging Face checkpoint directory")
     model.add_argument(
         "--ckpt-step", type=int, metavar="N", help="iteration to load; without it the newest"
     )
@@ -235,8 +238,18 @@ def find_tokenizer(data: DataConfig, found: FoundCheckpoint, args: argparse.Name
     return load_tokenizer(kind, str(path), eod_token=eod_token)
 
 
-def load_model(args: argparse.Namespace, opened: OpenedCheckpoint) -> LoadedModel:
+def load_model(
+    args: argparse.Namespace,
+    opened: OpenedCheckpoint,
+    *,
+    fill: Callable[[list[torch.nn.Module], FoundCheckpoint], None] = load_weights,
+) -> LoadedModel:
     """Build the model under the layout that `args` asks for; a collective call.
+
+    Args:
+        args: the command line.
+        opened: what to load.
+        fill: reads the weights into this rank's chunks.
 
     Raises:
         ConfigError: the layout does not divide the ranks or the model.
@@ -260,7 +273,7 @@ def load_model(args: argparse.Namespace, opened: OpenedCheckpoint) -> LoadedMode
     (module,) = build_chunks(cfg, ctx, seed=None).chunks
     if bf16:
         module.bfloat16()  # every parameter, as in training
-    load_weights([module], opened.found)
+    fill([module], opened.found)
     module.eval()
     logger.info("loaded the weights of %s, computing in %s", opened.found.path, _precision(bf16))
     parallel = ParallelModel(module, ctx, vocab_size=saved.model.vocab_size)

@@ -1,47 +1,23 @@
 """Writes the HTML of `report_run`: one file, no network; run data is never markup or code."""
 
-import base64
 import datetime
-import hashlib
-import html
-import json
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 
 from megatron.trainer.records.history import RunHistory, RunState, duration, validation_results
 from moe_app.view.curve_figure import curve_figure
-from moe_app.view.figure_style import TEMPLATES
 from moe_app.view.load_figure import load_figure
 from moe_app.view.page_data import chosen_events, page_data
+from moe_app.view.page_parts import escaped, html_table, page_head, page_scripts
 
-STYLE = Path(__file__).parent / "assets" / "page.css"
-_SCRIPT = """
-const { figures, templates } = JSON.parse(document.getElementById("data").textContent);
-const darkness = matchMedia("(prefers-color-scheme: dark)");
-const tools = [["toImage"], ["zoom2d", "pan2d"], ["autoScale2d", "resetScale2d"]];
-const settings = { responsive: true, displaylogo: false, modeBarButtons: tools };
-const template = (isDark) => (isDark ? templates.dark : templates.light);
-figures.forEach(({ data, layout }, number) => {
-  const themed = { ...layout, template: template(darkness.matches) };
-  Plotly.newPlot(`figure-${number}`, data, themed, settings);
-});
-const restyle = (isDark) => figures.forEach((_, number) =>
-  Plotly.relayout(`figure-${number}`, { template: template(isDark) }));
-darkness.addEventListener("change", () => restyle(darkness.matches));
-addEventListener("beforeprint", () => restyle(false));
-addEventListener("afterprint", () => restyle(darkness.matches));
-"""
 _HELP = (
     "Drag across a chart to look closer, click twice to see the whole run again; a click on a run's"
     " name hides it, two clicks hide the others. Events: | saves, \u25b6 starts and resumes, \u00d7"
     " skipped steps, \u25c0 rewinds, \u25a0 ends."
 )
 Runs = Sequence[tuple[str, RunHistory]]
-_MAX_VALUE_LETTERS = 2000
 
 
 def make_page(runs: Runs, states: Sequence[RunState], *, title: str, written: str) -> str:
@@ -53,38 +29,21 @@ def make_page(runs: Runs, states: Sequence[RunState], *, title: str, written: st
         title: of the page.
         written: when, for the reader.
     """
-    library = get_plotlyjs()
-    # Scripts are known by their digests. plotly styles what it draws inline, and draws heat maps
-    # into images.
-    policy = (
-        f"default-src 'none'; script-src {_digest(library)} {_digest(_SCRIPT)};"
-        " style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )
     names = [name for name, _ in runs]
     drawn = _figures(runs)
     parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en">',
-        "<head>",
-        '<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_text(policy)}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{_text(title)}</title>",
-        f"<style>{STYLE.read_text(encoding='utf-8')}</style>",
-        "</head>",
+        *page_head(title),
         "<body>",
-        f"<h1>{_text(title)}</h1>",
-        f'<p class="quiet">written {_text(written)}</p>',
+        f"<h1>{escaped(title)}</h1>",
+        f'<p class="quiet">written {escaped(written)}</p>',
         "<h2>Summary</h2>",
-        _table(["", *names], summary_rows(runs, states)),
+        html_table(["", *names], summary_rows(runs, states)),
         '<noscript><p class="failed">The curves need JavaScript.</p></noscript>',
         *_figure_places(drawn),
         "<h2>Events</h2>",
         _events(runs),
         *_settings(runs),
-        f"<script>{library}</script>",
-        f'<script type="application/json" id="data">{_data(drawn)}</script>',
-        f"<script>{_SCRIPT}</script>",
+        *page_scripts([figure for _, figure in drawn]),
         "</body>",
         "</html>",
     ]
@@ -109,18 +68,11 @@ def _figure_places(drawn: Sequence[tuple[str, go.Figure]]) -> list[str]:
         if name and not has_maps:
             has_maps = True
             parts.append("<h2>Expert load</h2>")
-        parts += [f"<h3>{_text(name)}</h3>"] if name else []
+        parts += [f"<h3>{escaped(name)}</h3>"] if name else []
         parts.append(f'<div class="figure" id="figure-{number}"></div>')
         if not name:
             parts.append(f'<p class="quiet only-screen">{_HELP}</p>')
     return parts if has_maps else [*parts, "<h2>Expert load</h2>", "<p>No run has experts.</p>"]
-
-
-def _data(drawn: Sequence[tuple[str, go.Figure]]) -> str:
-    """Serialise the figures to JSON in which no HTML parser finds an end tag or a comment."""
-    values = {"figures": [figure.to_plotly_json() for _, figure in drawn], "templates": TEMPLATES}
-    text = json.dumps(values, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def summary_rows(runs: Runs, states: Sequence[RunState]) -> list[list[str]]:
@@ -220,14 +172,16 @@ def _settings(runs: Runs) -> list[str]:
         rows = setting_differences(settings)
         parts.append("<h2>Settings that differ</h2>")
         parts.append(
-            _table(["", *names], rows) if rows else "<p>None: all runs have the same settings.</p>"
+            html_table(["", *names], rows)
+            if rows
+            else "<p>None: all runs have the same settings.</p>"
         )
     else:
         parts.append("<h2>Settings</h2>")
     keys = dict.fromkeys(key for each in settings for key in each)
     every = [[key, *(each.get(key, "not set") for each in settings)] for key in keys]
     parts.append(f"<details><summary>all {len(every)} settings</summary>")
-    parts.append(_table(["", *names], every) + "</details>")
+    parts.append(html_table(["", *names], every) + "</details>")
     return parts
 
 
@@ -245,42 +199,9 @@ def _events(runs: Runs) -> str:
     rows.sort(key=lambda row: row[0])
     note = f'<p class="quiet">{left_out:,} older ones are left out.</p>' if left_out else ""
     cells = [[time.replace("T", " "), *rest] for time, *rest in rows]
-    table = _table(["time", "run", "iteration", "event", ""], cells, fixed=(0, 2, 3))
+    table = html_table(["time", "run", "iteration", "event", ""], cells, fixed=(0, 2, 3))
     shown = f"<details open><summary>{len(rows):,} events</summary>{table}</details>"
     return note + shown
-
-
-def _table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], *, fixed: Sequence[int] | None = None
-) -> str:
-    """Write a table; the first column is of row headers unless `fixed` gives unbreakable ones."""
-    lines = ['<div class="scroll"><table><thead><tr>']
-    lines += [f'<th scope="col">{_text(name)}</th>' for name in head]
-    lines.append("</tr></thead><tbody>")
-    for row in rows:
-        cells = []
-        for column, value in enumerate(row):
-            if fixed is None and column == 0:
-                cells.append(f'<th scope="row">{_text(value)}</th>')
-            elif fixed is not None and column in fixed:
-                cells.append(f'<td class="fixed">{_text(value)}</td>')
-            else:
-                cells.append(f"<td>{_text(value)}</td>")
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    lines.append("</tbody></table></div>")
-    return "\n".join(lines)
-
-
-def _text(value: str) -> str:
-    """Escape for text and attributes, truncated to `_MAX_VALUE_LETTERS`."""
-    if len(value) > _MAX_VALUE_LETTERS:
-        value = f"{value[:_MAX_VALUE_LETTERS]} … ({len(value):,} characters)"
-    return html.escape(value, quote=True)
-
-
-def _digest(text: str) -> str:
-    """Return a script's SHA-256 as a content security policy names it."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _formatted(value: float | None, form: str, unit: str = "") -> str:

@@ -1,0 +1,318 @@
+"""Runs a model over texts and writes what its routers chose, alone or under torchrun."""
+
+import argparse
+import functools
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron.trainer.checkpoint.manifest import MANIFEST_NAME
+from megatron.trainer.checkpoint.saved_run import RUN_NAME
+from megatron.trainer.errors import ConfigError
+from megatron.trainer.hf_files import HFDirectory
+from megatron.trainer.io.atomic_write import write_text
+from megatron.trainer.io.bounded_read import read_small
+from megatron.trainer.runtime.collective import gather, on_all_ranks, on_rank0
+from megatron.trainer.runtime.launch import environment_rank
+from megatron.trainer.runtime.log import configure_logging
+from moe_app.analyze.capture import RoutingCapture, ShardPart, find_routers, run_windows
+from moe_app.analyze.hf_source import fill_from_hf, open_hf
+from moe_app.analyze.manifest import TOKENS_NAME, Manifest, Router
+from moe_app.analyze.shard_file import check_pyarrow
+from moe_app.analyze.shard_writer import ShardWriter, routers_of
+from moe_app.analyze.texts import (
+    Domain,
+    Window,
+    cut_windows,
+    group_windows,
+    parse_domains,
+    token_blocks,
+)
+from moe_app.command_line import program
+from moe_app.infer import open_model
+from moe_app.infer.open_model import LoadedModel, OpenedCheckpoint
+
+logger = logging.getLogger("analyze")
+
+SHARD_TOKENS = 1 << 17
+_BLOCK_BYTES = 1 << 22
+_MOST_JSON_BYTES = 1 << 27
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `collect`."""
+    open_model.add_model_flags(parser, with_hf=True)
+    data = parser.add_argument_group("data", "Texts by name; documents are read one after another.")
+    data.add_argument(
+        "--data",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=FILE",
+        help="JSON Lines, plain, gzip or zstd",
+    )
+    data.add_argument(
+        "--data-path",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=PREFIX",
+        help="token files, as tools/preprocess_data.py writes them",
+    )
+    data.add_argument(
+        "--json-key", default="text", metavar="KEY", help="of the text in a line (%(default)s)"
+    )
+    data.add_argument(
+        "--seq-length",
+        type=open_model.positive,
+        metavar="N",
+        help="tokens that the model sees at once; without it as in training",
+    )
+    data.add_argument(
+        "--tokens-per-domain",
+        type=open_model.positive,
+        metavar="N",
+        help="take so many tokens of each text, rounded up to whole sequences",
+    )
+    data.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="where the routing is kept; an interrupted collection there is continued",
+    )
+    data.add_argument(
+        "--tokens-per-batch",
+        type=open_model.positive,
+        default=4096,
+        metavar="N",
+        help="tokens of a forward pass of one data parallel rank (%(default)s)",
+    )
+    data.add_argument(
+        "--shard-tokens",
+        type=open_model.positive,
+        default=SHARD_TOKENS,
+        metavar="N",
+        help="tokens of a file (%(default)s); memory grows with it",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Collect the routing of all texts.
+
+    Raises:
+        UserError: a flag, a text, the checkpoint or the output is unsuitable.
+    """
+    configure_logging(environment_rank())
+    with open_model.joined_ranks(args):
+        collect(args)
+
+
+def collect(args: argparse.Namespace) -> None:
+    """Collect the routing of all texts with ranks that have joined; a collective call.
+
+    Raises:
+        UserError: a flag, a text, the checkpoint or the output is unsuitable.
+    """
+    on_all_ranks("looking for pyarrow", check_pyarrow)
+    domains = parse_domains(args.data, args.data_path)
+    is_hf = args.hf is not None
+    opened = open_hf(args) if is_hf else open_model.open_checkpoint(args, prog=program("analyze"))
+    _check_flags(args, opened)
+    tokenizer = functools.cache(lambda: open_model.open_tokenizer(args, opened))
+    model = open_model.load_model(args, opened, **({"fill": fill_from_hf} if is_hf else {}))
+    routers = find_routers(model.module)
+    described = routers_of(_all_routers(routers))
+    writer = on_rank0_only(
+        "opening the output",
+        lambda: ShardWriter(Path(args.output), _settings(args, opened, domains, described)),
+    )
+    with RoutingCapture(routers).observing() as capture:
+        _collect(args, opened, domains, tokenizer, model, capture, writer)
+    on_rank0("finishing the output", lambda: _finish(args, opened, tokenizer, writer))
+
+
+def on_rank0_only(stage: str, work: Any) -> Any:
+    """Return the result of `work` on rank 0, and None elsewhere; it need not pickle."""
+    return on_all_ranks(stage, lambda: work() if environment_rank() == 0 else None)
+
+
+def _collect(
+    args: argparse.Namespace,
+    opened: OpenedCheckpoint,
+    domains: list[Domain],
+    tokenizer: Any,
+    model: LoadedModel,
+    capture: RoutingCapture,
+    writer: ShardWriter,
+) -> None:
+    """Run the passes over what is not there yet, a shard at a time."""
+    started, done = time.perf_counter(), 0
+    pending = _pending(args, opened, domains, tokenizer, writer)
+    is_kept = model.ctx.groups.tp.rank() == 0
+    while windows := on_rank0("reading the texts", lambda: next(pending, None)):
+        part = run_windows(
+            model.parallel,
+            capture,
+            windows,
+            tokens_per_batch=args.tokens_per_batch,
+            rank=model.ctx.data_parallel_rank,
+            size=model.ctx.layout.data,
+            is_kept=is_kept,
+        )
+        parts = _gather_on_rank0(part)
+        done += sum(len(window.tokens) for window in windows)
+        on_rank0("writing the shard", functools.partial(_write, writer, windows, parts))
+        logger.info(
+            "%s tokens collected, %.0f per second",
+            f"{done:,}",
+            done / (time.perf_counter() - started),
+        )
+
+
+def _write(writer: ShardWriter, windows: list[Window], parts: list[ShardPart]) -> None:
+    writer.write(windows, parts)
+
+
+def _gather_on_rank0(part: ShardPart) -> list[ShardPart]:
+    if dist.get_world_size() == 1:
+        return [part]
+    is_first = dist.get_rank() == 0
+    parts = [ShardPart() for _ in range(dist.get_world_size())]
+    dist.gather_object(part, parts if is_first else None)  # all ranks
+    return parts if is_first else []
+
+
+def _pending(
+    args: argparse.Namespace,
+    opened: OpenedCheckpoint,
+    domains: list[Domain],
+    tokenizer: Any,
+    writer: ShardWriter,
+) -> Iterator[list[Window]]:
+    """Yield on rank 0 the windows of every shard that is not there yet."""
+    if writer is None:
+        return
+    length = args.seq_length or opened.saved.training.seq_length
+    windows = (
+        window
+        for number, domain in enumerate(domains)
+        for window in cut_windows(
+            token_blocks(
+                domain,
+                key=args.json_key,
+                vocab_size=opened.saved.model.vocab_size,
+                tokenizer=tokenizer,
+            ),
+            domain=number,
+            length=length,
+            limit=args.tokens_per_domain,
+        )
+    )
+    skipped = 0
+    for group in group_windows(windows, num_tokens=args.shard_tokens):
+        if writer.is_finished(group):
+            skipped += 1
+            continue
+        if skipped:
+            logger.info("%d shards are there already", skipped)
+            skipped = 0
+        yield group
+
+
+def _check_flags(args: argparse.Namespace, opened: OpenedCheckpoint) -> None:
+    trained = opened.saved.training.seq_length
+    if args.seq_length is not None and args.seq_length > trained:
+        raise ConfigError(
+            f"--seq-length is {args.seq_length}, but the model was trained on sequences of"
+            f" {trained}; longer ones are not seen as in training; give at most {trained}"
+        )
+
+
+def _all_routers(mine: Any) -> dict[tuple[str, int], tuple[int, int]]:
+    """Return experts and k of all pipeline stages' routers; a collective call."""
+    sizes = {name: (router.num_experts, router.topk) for name, router in mine.items()}
+    return {name: size for each in gather(sizes) for name, size in each.items()}
+
+
+def _settings(
+    args: argparse.Namespace,
+    opened: OpenedCheckpoint,
+    domains: list[Domain],
+    routers: tuple[Router, ...],
+) -> Manifest:
+    """Describe the collection that is asked for, without its shards."""
+    path = opened.found.path
+    bf16 = opened.saved.training.bf16 if args.bf16 is None else args.bf16
+    return Manifest(
+        source=str(path),
+        source_kind="native" if args.hf is None else "hf",
+        model_hash=_hash_files([path / MANIFEST_NAME]) if args.hf is None else _hash_hf(path),
+        iteration=opened.found.iteration,
+        consumed_tokens=_consumed_tokens(path / RUN_NAME) if args.hf is None else -1,
+        precision="bf16" if bf16 else "fp32",
+        vocab_size=opened.saved.model.vocab_size,
+        routers=routers,
+        domains=tuple(domain.name for domain in domains),
+        paths=tuple(domain.path for domain in domains),
+        seq_length=args.seq_length or opened.saved.training.seq_length,
+        tokens_per_domain=args.tokens_per_domain or 0,
+        shard_tokens=args.shard_tokens,
+    )
+
+
+def _hash_files(paths: list[Path]) -> str:
+    """Compute the SHA-256 of files' contents; a checkpoint's manifest holds those of the others."""
+    found = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                found.update(block)
+    return found.hexdigest()
+
+
+def _hash_hf(path: Path) -> str:
+    with HFDirectory(path) as source:
+        names = sorted(source.files)
+    return _hash_files([path / name for name in ("config.json", *names)])
+
+
+def _consumed_tokens(path: Path) -> int:
+    """Return the tokens that a checkpoint's run had consumed; -1 if that is not known."""
+    try:
+        data = json.loads(read_small(path, most_bytes=_MOST_JSON_BYTES)).get("data") or {}
+        return int(data["consumed_samples"]) * int(data["seq_length"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return -1  # weights alone, as an import writes them
+
+
+def _finish(
+    args: argparse.Namespace, opened: OpenedCheckpoint, tokenizer: Any, writer: ShardWriter
+) -> None:
+    """Write how the tokens are written, where that is known, and mark the collection complete."""
+    try:
+        known = tokenizer()
+    except ConfigError as error:
+        if args.data:
+            raise
+        logger.info("tokens will be shown by their ids: %s", error)
+    else:
+        size = opened.saved.model.vocab_size
+        texts = [known.token_text(token) for token in range(size)]
+        content = json.dumps([text if text is not None else "" for text in texts])
+        write_text(Path(args.output) / TOKENS_NAME, content + "\n", durable=True)
+    writer.finish()
+    manifest = writer.manifest
+    logger.info(
+        "%s: %s tokens of %s, %d shards, %d routers",
+        args.output,
+        f"{manifest.num_tokens:,}",
+        ", ".join(manifest.domains),
+        len(manifest.shards),
+        len(manifest.routers),
+    )
