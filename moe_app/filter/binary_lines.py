@@ -4,15 +4,11 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.trainer.data.text_input import UNREADABLE, unpack
+from megatron.trainer.data.text_input import UNREADABLE, check_ratio, unpack
 from megatron.trainer.errors import DataError
 from megatron.trainer.io.bounded_read import open_regular
 
 MOST_LINE_BYTES = 1 << 28
-MOST_RATIO = 500
-"""How many times its size a file may unpack to, beyond `FREE_BYTES`; text stays below 100."""
-FREE_BYTES = 1 << 28
-
 _BLOCK_BYTES = 1 << 20
 _MAGIC_BYTES = 4
 
@@ -49,8 +45,8 @@ def read_bounded_lines(
                     if not (line := file.readline(_BLOCK_BYTES)):
                         break
                     unpacked += len(line)
-                    _check_ratio(path, unpacked, size)
-                _check_ratio(path, unpacked, size)
+                    check_ratio(path, unpacked, size)
+                check_ratio(path, unpacked, size)
                 yield number, None if is_too_long else line
         except UNREADABLE as error:
             if isinstance(error, OSError) and error.errno is not None:
@@ -59,11 +55,3 @@ def read_bounded_lines(
                 f"{path}, after line {number}: cannot be unpacked ({error}); a packed file must be"
                 " whole; fetch it again"
             ) from error
-
-
-def _check_ratio(path: str, unpacked: int, packed: int) -> None:
-    if unpacked > FREE_BYTES and unpacked > MOST_RATIO * packed:
-        raise DataError(
-            f"{path} has {packed:,} bytes and unpacks to more than {unpacked:,}; that is more than"
-            f" {MOST_RATIO} times, which no text does; unpack it yourself if it is right"
-        )

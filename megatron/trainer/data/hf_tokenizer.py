@@ -68,13 +68,7 @@ class HFTokenizer:
                 has it as a word.
         """
         ids = self._encode(text)
-        if not self._refused.isdisjoint(ids):
-            found = next(each for each in ids if each in self._refused)
-            raise DataError(
-                f"a text spells {self.token_text(found)!r}, which the model of {self._path} reads"
-                f" as the token {found}; only the program may place that one; take it out of the"
-                " text, or use another tokenizer"
-            )
+        self._refuse_control(ids)
         return ids
 
     def encode_document(self, text: str) -> list[int]:
@@ -140,6 +134,22 @@ class HFTokenizer:
         whole = self._reader_of_tokens.encode(f"{control}a", add_special_tokens=False).ids
         return not control or whole[1:] == self.encode("a")
 
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return what `encode_document` does for each text.
+
+        The library takes half as long again where it notes the place of each token in the text, as
+        it does for one text alone.
+        """
+        found = []
+        for text in texts:
+            # One at a time: of several it would encode as many at once as there are cores.
+            with reading(self._path, _KIND_NAME):
+                (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+                ids: list[int] = encoding.ids
+            self._refuse_control(ids)
+            found.append([*self.prefix, *ids] if ids and self.prefix else ids)
+        return found
+
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids, without a `prefix` at their beginning."""
         count = len(self.prefix)
@@ -176,6 +186,15 @@ class HFTokenizer:
         with reading(self._path, _KIND_NAME):
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def _refuse_control(self, ids: list[int]) -> None:
+        if not self._refused.isdisjoint(ids):
+            found = next(each for each in ids if each in self._refused)
+            raise DataError(
+                f"a text spells {self.token_text(found)!r}, which the model of {self._path} reads"
+                f" as the token {found}; only the program may place that one; take it out of the"
+                " text, or use another tokenizer"
+            )
 
     def _count_ids(self) -> int:
         """Return one more than the largest id."""

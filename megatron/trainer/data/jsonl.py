@@ -9,7 +9,8 @@ from typing import Any, BinaryIO
 from megatron.trainer.data.text_input import UNREADABLE, TextInput
 from megatron.trainer.errors import DataError
 
-_MOST_LINE_BYTES = 1 << 28
+MOST_LINE_BYTES = 1 << 28
+"""Of one line; a longer one is no document."""
 _SHOWN_KEYS = 20
 
 
@@ -40,9 +41,9 @@ class TextLines:
         with self._input.open() as file:
             while line := self._read(file, number):
                 if number == 1:
-                    line = self._without_mark(line)
+                    line = without_mark(line, path=self.name)
                 if number == self.num_blank + 1:
-                    self._refuse_array(line, number)
+                    refuse_array(line, path=self.name, number=number)
                 self._refuse_long(line, number)
                 if line.strip():
                     yield number, line
@@ -58,7 +59,7 @@ class TextLines:
     def _read(self, file: BinaryIO, number: int) -> bytes:
         where = f"{self.name}, line {number}"
         try:
-            line = file.readline(_MOST_LINE_BYTES + 1)
+            line = file.readline(MOST_LINE_BYTES + 1)
         except UNREADABLE as error:
             raise DataError(
                 f"{where}: cannot be read ({error or type(error).__name__}); the data are damaged"
@@ -67,29 +68,43 @@ class TextLines:
         return line
 
     def _refuse_long(self, line: bytes, number: int) -> None:
-        if len(line) > _MOST_LINE_BYTES:
-            raise DataError(
-                f"{self.name}, line {number}: has more than {_MOST_LINE_BYTES:,} bytes; each line"
-                " must be one JSON object of at most that size; split the document, or write"
-                " one object a line"
-            )
+        if len(line) > MOST_LINE_BYTES:
+            raise DataError(f"{self.name}, line {number}{too_long()}")
 
-    def _refuse_array(self, line: bytes, number: int) -> None:
-        """Refuse a file that is one JSON array, as its first line shows."""
-        if line.lstrip().startswith(b"["):
-            raise DataError(
-                f"{self.name}, line {number}: begins a JSON array; each line must be one JSON"
-                " object; convert the file with jq -c '.[]'"
-            )
 
-    def _without_mark(self, line: bytes) -> bytes:
-        """Return the first line without the byte order mark of UTF-8."""
-        if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line[:4]:
-            raise DataError(
-                f"{self.name} is in UTF-16 or UTF-32, as its first bytes {line[:4].hex(' ')} show;"
-                " an input must be JSON Lines in UTF-8; convert it with iconv -t UTF-8"
-            )
-        return line.removeprefix(codecs.BOM_UTF8)
+def too_long() -> str:
+    """Return what is wrong with a line that is too long, to put after its place."""
+    return (
+        f": has more than {MOST_LINE_BYTES:,} bytes; each line must be one JSON object of at most"
+        " that size; split the document, or write one object a line"
+    )
+
+
+def refuse_array(line: bytes, *, path: str, number: int) -> None:
+    """Refuse a file that is one JSON array, as its first line that is not blank shows.
+
+    Raises:
+        DataError: It is.
+    """
+    if line.lstrip().startswith(b"["):
+        raise DataError(
+            f"{path}, line {number}: begins a JSON array; each line must be one JSON"
+            " object; convert the file with jq -c '.[]'"
+        )
+
+
+def without_mark(line: bytes, *, path: str) -> bytes:
+    """Return a file's first line without the byte order mark of UTF-8.
+
+    Raises:
+        DataError: It is in another encoding.
+    """
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line[:4]:
+        raise DataError(
+            f"{path} is in UTF-16 or UTF-32, as its first bytes {line[:4].hex(' ')} show;"
+            " an input must be JSON Lines in UTF-8; convert it with iconv -t UTF-8"
+        )
+    return line.removeprefix(codecs.BOM_UTF8)
 
 
 def parse_text(line: bytes, *, key: str, path: str, number: int) -> str:

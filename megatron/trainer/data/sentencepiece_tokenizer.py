@@ -101,6 +101,10 @@ class SentencePieceTokenizer:
         found = self._processor.EncodeAsOffsetMapping(text)
         return found["ids"], widened(found["offsets"])
 
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return what `encode_document` does for each text."""
+        return [self.encode_document(text) for text in texts]
+
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids; control pieces have none."""
         text: str = self._processor.DecodeIds(ids)

@@ -31,6 +31,9 @@ _OTHERS = {
     b"PAR1": ("a Parquet file", "write its rows as JSON Lines"),
 }
 _MAGIC_BYTES = 8
+MOST_RATIO = 500
+"""How many times its size an input may unpack to, beyond `FREE_BYTES`; text stays below 100."""
+FREE_BYTES = 1 << 28
 _ZSTD_PIECE_BYTES = 1 << 8
 """A few bytes can stand for a block of 128 KiB; so many of them become 8 MiB at most."""
 
@@ -52,6 +55,12 @@ class TextInput:
         self._is_reread = is_reread
         self._copy: BinaryIO | None = None
         self._was_opened = False
+        self._rejoined: _Rejoined | None = None
+
+    @property
+    def num_packed_bytes(self) -> int:
+        """Return how far the latest opening has been read, in bytes before decompression."""
+        return self._rejoined.num_read if self._rejoined is not None else 0
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
@@ -129,14 +138,18 @@ class TextInput:
                 f"{self.name} is empty; a compressed file has some bytes even where it holds no"
                 " lines, so this one was cut off; restore it"
             )
-        whole: BinaryIO = io.BufferedReader(_Rejoined(start, file), 1 << 16)
+        self._rejoined = _Rejoined(start, file)
+        whole: BinaryIO = io.BufferedReader(self._rejoined, 1 << 16)
         try:
-            return unpack(start, whole)
+            found = unpack(start, whole)
         except ImportError as error:
             raise DataError(
                 f"{self.name} is a zstd file, which needs the package zstandard; pip install"
                 " zstandard, or give what `zstd -dc` makes of it to --input -"
             ) from error
+        if found is whole:
+            return whole
+        return io.BufferedReader(_Bounded(found, self._rejoined, self.name), 1 << 16)
 
 
 def unpack(start: bytes, packed: BinaryIO) -> BinaryIO:
@@ -151,9 +164,33 @@ def unpack(start: bytes, packed: BinaryIO) -> BinaryIO:
     """
     if start.startswith(_GZIP):
         return gzip.GzipFile(fileobj=packed, mode="rb")  # type: ignore[return-value]
-    if start.startswith(_ZSTD) or (start[1:4] == _ZSTD_SKIPPABLE and 0x50 <= start[0] <= 0x5F):
+    if is_packed(start):
         return io.BufferedReader(_ZstdReader(packed), 1 << 16)
     return packed
+
+
+def is_packed(start: bytes) -> bool:
+    """Return whether data that begin so are gzip or zstd."""
+    is_skippable = start[1:4] == _ZSTD_SKIPPABLE and 0x50 <= start[0] <= 0x5F
+    return start.startswith((_GZIP, _ZSTD)) or is_skippable
+
+
+def check_ratio(name: str, unpacked: int, packed: int) -> None:
+    """Refuse a file that unpacks to far more than text does.
+
+    Args:
+        name: The file, for the message.
+        unpacked: Bytes that it has unpacked to so far.
+        packed: Bytes that these were.
+
+    Raises:
+        DataError: It does.
+    """
+    if unpacked > FREE_BYTES and unpacked > MOST_RATIO * packed:
+        raise DataError(
+            f"{name} unpacks to more than {unpacked:,}; {packed:,} bytes of it become so many, more"
+            f" than {MOST_RATIO} times; no text does that; unpack it yourself if it is right"
+        )
 
 
 def check_inputs(paths: Sequence[str]) -> None:
@@ -186,6 +223,7 @@ class _Rejoined(io.RawIOBase):
     def __init__(self, start: bytes, rest: BinaryIO) -> None:
         self._start = start
         self._rest = rest
+        self.num_read = 0
 
     def readable(self) -> bool:
         """Return True."""
@@ -193,11 +231,39 @@ class _Rejoined(io.RawIOBase):
 
     def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]
         """Fill a buffer with what comes next; return the number of bytes, 0 at the end."""
-        if not self._start:
-            return self._rest.readinto(buffer)  # type: ignore[attr-defined]
-        count = min(len(self._start), len(buffer))
-        buffer[:count] = self._start[:count]
-        self._start = self._start[count:]
+        if self._start:
+            count = min(len(self._start), len(buffer))
+            buffer[:count] = self._start[:count]
+            self._start = self._start[count:]
+        else:
+            count = self._rest.readinto(buffer)  # type: ignore[attr-defined]
+        self.num_read += count
+        return count
+
+
+class _Bounded(io.RawIOBase):
+    """Reads what packed data hold, unless that is more than any text becomes."""
+
+    def __init__(self, unpacked: BinaryIO, packed: _Rejoined, name: str) -> None:
+        self._unpacked = unpacked
+        self._packed = packed
+        self._name = name
+        self._num_read = 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]
+        """Fill a buffer with what comes next; return the number of bytes, 0 at the end.
+
+        Raises:
+            DataError: The data unpack to far more than text does.
+        """
+        # Not readinto, which would lose what comes before damaged data.
+        count: int = self._unpacked.readinto1(buffer)  # type: ignore[attr-defined]
+        self._num_read += count
+        check_ratio(self._name, self._num_read, self._packed.num_read)
         return count
 
 

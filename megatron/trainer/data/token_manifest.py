@@ -21,7 +21,7 @@ from megatron.trainer.io.bounded_read import read_small
 FORMAT = "token file manifest"
 FORMAT_VERSION = 1
 
-_MOST_BYTES = 1 << 20
+_MOST_BYTES = 1 << 26  # a hundred thousand sources and more
 _LONGEST_TEXT = 256
 _SHOWN_DIGITS = 16
 _SHOWN_FILES = 4
@@ -47,6 +47,16 @@ class TokenManifest:
     """UTF-8 bytes of text in them."""
     num_empty_documents: int
     """Documents without a token, which were not written."""
+    num_bad_lines: int = 0
+    """Lines that hold no document, which were skipped."""
+    work_sha256: str = ""
+    """What tells this work from another: key, tokenizer and inputs; empty where it is not known."""
+    num_shards: int = 1
+    """Parts that the work was cut into; 1 for all of it."""
+    shard_index: int = 0
+    """Which of them this is."""
+    sources: tuple[Mapping[str, Any], ...] = ()
+    """What was read: `path`, `num_bytes` and counts of each input, in order."""
     dtype: str
     """As in TokenFacts."""
     num_documents: int
@@ -126,12 +136,13 @@ def read_manifest(prefix: str) -> TokenManifest | None:
         version = content.get("format_version")
         raise _not_a_manifest(path, f"its format_version is {version!r:.40}, not {FORMAT_VERSION}")
     found: dict[str, Any] = {
-        each.name: content.get(each.name) for each in dataclasses.fields(TokenManifest)
+        each.name: content.get(each.name, _default(each))
+        for each in dataclasses.fields(TokenManifest)
     }
     for name, value in found.items():
         if not _is_valid(name, value):
-            raise _not_a_manifest(path, f"its {name} is {value!r}")
-    return TokenManifest(**found)
+            raise _not_a_manifest(path, f"its {name} is {value!r:.200}")
+    return TokenManifest(**found | {"sources": tuple(found["sources"])})
 
 
 def remove_manifest(prefix: str) -> None:
@@ -258,11 +269,18 @@ def _shown(value: object) -> object:
     return value[:_SHOWN_DIGITS] if is_digest else value  # type: ignore[index]
 
 
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """Return what a field is in a manifest that was written before there was this field."""
+    return None if field.default is dataclasses.MISSING else field.default
+
+
 def _is_valid(name: str, value: Any) -> bool:
     """Return whether a value may stand under a field's name in a manifest."""
     if name == "eod_token_id" and value is None:
         return True
-    if name.startswith("num_") or name in ("vocab_size", "eod_token_id"):
+    if name == "sources":
+        return isinstance(value, list | tuple) and all(isinstance(each, dict) for each in value)
+    if name.startswith("num_") or name in ("vocab_size", "eod_token_id", "shard_index"):
         return type(value) is int and value >= 0
     return isinstance(value, str) and len(value) <= _LONGEST_TEXT
 

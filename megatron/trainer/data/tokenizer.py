@@ -60,6 +60,9 @@ class Tokenizer(Protocol):
             as_text: Where in it control tokens are only spelled, and are ordinary text.
         """
 
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return what `encode_document` does for each text, in less time."""
+
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids, without a `prefix` at their beginning."""
 

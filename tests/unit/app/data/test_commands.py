@@ -261,7 +261,22 @@ def test_manifest_says_what_wrote_the_token_file(
     assert preprocess(tokenizer_files, kind, tmp_path / "out", "--input", source, *more) == 0
     prefix = tmp_path / "out_text_document"
     content = json.loads(Path(f"{prefix}.json").read_text())
+    assert re.fullmatch("[0-9a-f]{64}", content.pop("work_sha256"))
+    counted = ("num_text_bytes", "num_empty_documents", "num_documents", "num_tokens")
+    assert content.pop("sources") == [
+        {
+            "path": source,
+            "num_bytes": Path(source).stat().st_size,
+            "num_lines": len(TEXTS),
+            "num_blank_lines": 0,
+            "num_bad_lines": 0,
+            **{name: content[name] for name in counted},
+        }
+    ]
     assert content == {
+        "num_bad_lines": 0,
+        "num_shards": 1,
+        "shard_index": 0,
         "format": "token file manifest",
         "format_version": 1,
         "tokenizer_type": kind,
@@ -303,25 +318,6 @@ def test_without_append_eod_only_the_text_is_written(
     assert open_tokens(str(tmp_path / "out_text_document")).tokens.tolist() == expected
 
 
-def test_output_does_not_depend_on_the_number_of_workers(
-    tmp_path: Path, tokenizer_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(preprocess_data, "_CHUNK_BYTES", 500)
-    texts = [f"{n} " * (n % 60) for n in range(200)]
-    source = write_jsonl(tmp_path / "a.jsonl", texts)
-    assert (
-        len(list(preprocess_data.read_chunks([TextLines(source)])))
-        > 2 * preprocess_data._CHUNKS_AHEAD
-    )
-    outputs = []
-    for workers in ("1", "2"):
-        args = ("--input", source, "--append-eod", "--workers", workers)
-        assert preprocess(tokenizer_files, TYPES[0], tmp_path / workers, *args) == 0
-        prefix = tmp_path / f"{workers}_text_document"
-        outputs.append([Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx")])
-    assert outputs[0] == outputs[1]
-
-
 def test_each_key_gets_its_own_file(
     tmp_path: Path, tokenizer_files: dict[str, str], tokenizers: dict[str, Tokenizer]
 ) -> None:
@@ -348,7 +344,8 @@ def test_invalid_line_is_named_and_leaves_no_files(
     args = ("--input", str(path), "--workers", workers)
     assert preprocess(tokenizer_files, TYPES[0], folder / "p", *args) == 2
     assert capsys.readouterr().err == (
-        f"error: {path}, line 3: 'text' is a int; it must be a string; repair or remove the line\n"
+        f"error: {path}, line 3: 'text' is a int; it must be a string; repair or remove the line"
+        " (--max-bad-lines is 0: raise it to skip and count such lines)\n"
     )
     assert list(folder.iterdir()) == []
 

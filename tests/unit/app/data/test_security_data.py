@@ -304,7 +304,7 @@ def test_tokenizer_of_any_size_takes_bounded_memory(
 def test_line_of_any_length_takes_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(jsonl, "_MOST_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(jsonl, "MOST_LINE_BYTES", 1 << 20)
     lines = tmp_path / "lines.jsonl"
     with lines.open("wb") as file:
         file.write(b'{"text": "ab"}\n')

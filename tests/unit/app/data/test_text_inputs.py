@@ -10,7 +10,7 @@ import pytest
 
 from megatron.trainer.data.indexed import open_tokens
 from megatron.trainer.data.tokenizer import load_tokenizer
-from moe_app.data import preprocess_data, train_tokenizer
+from moe_app.data import preprocess_data, text_chunks, train_tokenizer
 
 KIND = "HFTokenizer"
 VOCAB = 300
@@ -41,7 +41,7 @@ def test_blank_lines_and_compressed_inputs_change_no_token(
     monkeypatch: pytest.MonkeyPatch,
     workers: str,
 ) -> None:
-    monkeypatch.setattr(preprocess_data, "_CHUNK_BYTES", 40)  # several chunks of blank lines
+    monkeypatch.setattr(text_chunks, "_CHUNK_BYTES", 40)  # several chunks of blank lines
     records = [json.dumps({"text": text}) for text in TEXTS]
     plain = tmp_path / "plain"
     plain.write_text("\n".join(records) + "\n")

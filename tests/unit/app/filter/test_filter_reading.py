@@ -10,6 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from megatron.trainer.data import text_input
 from megatron.trainer.errors import DataError
 from moe_app.filter import binary_lines
 from moe_app.filter.records import BadEntry, Entry, json_line, read_entries
@@ -125,7 +126,7 @@ def test_damaged_file_is_an_error_that_says_where(pack: object, tmp_path: Path) 
 def test_bomb_is_refused_after_a_bounded_part_of_it(
     line: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(binary_lines, "FREE_BYTES", 1 << 20)
+    monkeypatch.setattr(text_input, "FREE_BYTES", 1 << 20)
     monkeypatch.setattr(binary_lines, "MOST_LINE_BYTES", 1 << 10)
     path = write(tmp_path / "a.jsonl.zst", zstd(line * (20_000_000 // len(line))))
     with pytest.raises(DataError, match=r"unpacks to more than [12],\d{3},\d{3};"):

@@ -169,7 +169,7 @@ def test_other_formats_are_named(data: bytes, said: str, tmp_path: Path) -> None
 
 
 def test_a_huge_array_in_one_line_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "_MOST_LINE_BYTES", 100)
+    monkeypatch.setattr(jsonl, "MOST_LINE_BYTES", 100)
     with pytest.raises(DataError, match="line 1: begins a JSON array"):
         list(TextLines(file_of(b"[" + b"1, " * 100, tmp_path)))
 
@@ -178,7 +178,7 @@ def test_a_huge_array_in_one_line_is_named(tmp_path: Path, monkeypatch: pytest.M
 def test_what_a_small_file_becomes_is_bounded(
     compress: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jsonl, "_MOST_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(jsonl, "MOST_LINE_BYTES", 1 << 20)
     data = compress(b"{" + b" " * (1 << 26))
     assert len(data) < 1 << 19
     lines = TextLines(file_of(data, tmp_path))
