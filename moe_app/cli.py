@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from megatron.trainer.runtime.postponed_compile import postponed_compile
 from megatron.trainer.runtime.upstream_warnings import hide_upstream_warnings
 from moe_app.command_line import prints_any_text
 
@@ -57,6 +58,7 @@ def filter_data(argv: Argv = None) -> int:
 
 @prints_any_text
 @hide_upstream_warnings()
+@postponed_compile()
 def generate(argv: Argv = None) -> int:
     """Run `moe_app.infer.generate`."""
     from moe_app.infer.generate import main
@@ -66,6 +68,7 @@ def generate(argv: Argv = None) -> int:
 
 @prints_any_text
 @hide_upstream_warnings()
+@postponed_compile()
 def score(argv: Argv = None) -> int:
     """Run `moe_app.infer.score`."""
     from moe_app.infer.score import main
@@ -75,6 +78,7 @@ def score(argv: Argv = None) -> int:
 
 @prints_any_text
 @hide_upstream_warnings()
+@postponed_compile()
 def evaluate(argv: Argv = None) -> int:
     """Run `moe_app.evaluate.evaluation`."""
     from moe_app.evaluate.evaluation import main
@@ -84,6 +88,7 @@ def evaluate(argv: Argv = None) -> int:
 
 @prints_any_text
 @hide_upstream_warnings()
+@postponed_compile()
 def convert_checkpoint(argv: Argv = None) -> int:
     """Run `moe_app.convert.convert_checkpoint`."""
     from moe_app.convert.convert_checkpoint import main
@@ -93,6 +98,7 @@ def convert_checkpoint(argv: Argv = None) -> int:
 
 @prints_any_text
 @hide_upstream_warnings()
+@postponed_compile()
 def analyze_routing(argv: Argv = None) -> int:
     """Run `moe_app.analyze.analyze_routing`."""
     from moe_app.analyze.analyze_routing import main
@@ -102,6 +108,7 @@ def analyze_routing(argv: Argv = None) -> int:
 
 @prints_any_text
 @hide_upstream_warnings()
+@postponed_compile()
 def doctor(argv: Argv = None) -> int:
     """Run `moe_app.doctor.diagnose`."""
     from moe_app.doctor.diagnose import main
@@ -111,6 +118,7 @@ def doctor(argv: Argv = None) -> int:
 
 @prints_any_text
 @hide_upstream_warnings()
+@postponed_compile()
 def plan(argv: Argv = None) -> int:
     """Run `moe_app.planner.plan`."""
     from moe_app.planner.plan import main

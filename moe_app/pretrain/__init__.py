@@ -6,6 +6,7 @@ The loop, the step and checkpoints are in `megatron.trainer`.
 from collections.abc import Sequence
 
 from megatron.trainer.runtime import signals
+from megatron.trainer.runtime.postponed_compile import postponed_compile
 from megatron.trainer.runtime.upstream_warnings import hide_upstream_warnings
 
 
@@ -14,7 +15,8 @@ def start(argv: Sequence[str] | None = None) -> int:
     """Listen for signals, then import the command, which takes seconds, and run it."""
     signals.listen()
     try:
-        from moe_app.pretrain.command import main
+        with postponed_compile():
+            from moe_app.pretrain.command import main
 
         return main(argv)
     finally:

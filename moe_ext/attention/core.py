@@ -13,7 +13,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from moe_ext.attention.cache import KeyValueCache, LayerCache
 from moe_ext.attention.context_parallel import gather_sequence, query_parts
@@ -161,6 +160,9 @@ class SDPACoreAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
     ) -> Tensor:
         """Computes causal attention of this rank's two chunks of queries over everyone's keys."""
+        # Here, because it imports torch's compiler, which takes a second and nothing else needs.
+        from torch.nn.attention.bias import causal_lower_right
+
         group = self.cp_group
         # One collective for both: [s of the whole sequence, b, ng, 2 hn].
         both = gather_sequence(torch.cat((key, value), dim=-1), group)
