@@ -1,6 +1,6 @@
 """One rank of test_blocks_tp: builds blocks from given weights and saves what they computed.
 
-Usage: blocks_worker.py RANK WORLD_SIZE DIRECTORY
+Usage: torchrun ... blocks_worker.py DIRECTORY
 """
 
 import sys
@@ -217,10 +217,10 @@ CASES: dict[str, Callable[[dict[str, Tensor], int, int], dict[str, Tensor]]] = {
 }
 
 
-def main(rank: int, world_size: int, directory: Path) -> None:
+def main(directory: Path) -> None:
     redirect_cuda()
-    store = torch.distributed.FileStore(str(directory / "store"), world_size)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    torch.distributed.init_process_group("gloo")
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     inputs = torch.load(directory / "inputs.pt", weights_only=True)
     results = {name: case(inputs[name], rank, world_size) for name, case in CASES.items()}
     torch.save(results, directory / f"rank{rank}.pt")
@@ -229,4 +229,4 @@ def main(rank: int, world_size: int, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]))

@@ -80,13 +80,50 @@ def program(script: str | Path) -> list[str]:
 _server: list[subprocess.Popen[str]] = []
 
 
-def ranks(
-    num_ranks: int, script: str | Path, *arguments: str, timeout: float = 300
-) -> subprocess.CompletedProcess[str]:
+class Ended(subprocess.CompletedProcess[str]):
+    """Processes that have ended; `returncode` is 1 if any of them failed."""
+
+    codes: list[int]
+    """The exit status of each, by rank; negative for a signal."""
+
+
+def ranks(num_ranks: int, script: str | Path, *arguments: str, timeout: float = 300) -> Ended:
     """Run a script as several ranks, one thread each; what `torchrun` does, but without imports.
 
     The ranks are processes forked from one that has imported the project (fork_server.py).
     """
+    return _fork(num_ranks, script, arguments, rank_environment(), REPO, timeout)
+
+
+def alone(
+    script: str | Path,
+    *arguments: str,
+    cwd: Path = REPO,
+    timeout: float = 300,
+    **variables: str,
+) -> Ended:
+    """Run a script as a process that no launcher has started, forked like `ranks`.
+
+    Args:
+        script: of the tests or of `tools`.
+        arguments: its arguments.
+        cwd: where it runs.
+        timeout: in seconds; then it is killed with its children.
+        variables: more of its environment.
+    """
+    done = _fork(0, script, arguments, {**rank_environment(), **variables}, cwd, timeout)
+    (done.returncode,) = done.codes
+    return done
+
+
+def _fork(
+    num_ranks: int,
+    script: str | Path,
+    arguments: tuple[str, ...],
+    environment: dict[str, str],
+    cwd: Path,
+    timeout: float,
+) -> Ended:
     if not _server:
         _server.append(_start_server())
         atexit.register(_stop_server)
@@ -96,7 +133,8 @@ def ranks(
             "ranks": num_ranks,
             "script": str(script),
             "arguments": arguments,
-            "environment": rank_environment(),
+            "environment": environment,
+            "cwd": str(cwd),
             "timeout": timeout,
             **{name: str(path) for name, path in said.items()},
         }
@@ -111,8 +149,9 @@ def ranks(
     command = [str(script), *arguments]
     if answer["timed_out"]:
         raise subprocess.TimeoutExpired(command, timeout, stdout, stderr)
-    failed = int(any(answer["codes"]))
-    return subprocess.CompletedProcess(command, failed, stdout, stderr)
+    done = Ended(command, int(any(answer["codes"])), stdout, stderr)
+    done.codes = answer["codes"]
+    return done
 
 
 def _start_server() -> "subprocess.Popen[str]":

@@ -1,8 +1,5 @@
 """Blocks split over two gloo ranks against the whole on one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +9,7 @@ from torch import Tensor
 
 from moe_ext.experts.loop import loop_experts
 from moe_ext.functional import load_balancing_loss, router_z_loss, softmax_topk
-from tests.distributed.launcher import program
-from tests.paths import REPO
+from tests.distributed.launcher import ranks
 
 WORKER = Path(__file__).with_name("blocks_worker.py")
 WORLD_SIZE = 2
@@ -65,25 +61,8 @@ def results(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """Per case, what every rank computed; one start of the ranks serves all cases."""
     directory = tmp_path_factory.mktemp("blocks")
     torch.save(inputs, directory / "inputs.pt")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *program(WORKER), str(rank), str(WORLD_SIZE), str(directory)],
-            env=environment,
-            cwd=REPO,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD_SIZE)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    for process, output in zip(ranks, outputs, strict=True):
-        assert process.returncode == 0, output
+    done = ranks(WORLD_SIZE, WORKER, str(directory))
+    assert done.returncode == 0, done.stderr
     saved = [torch.load(directory / f"rank{r}.pt", weights_only=True) for r in range(WORLD_SIZE)]
     return {case: [rank[case] for rank in saved] for case in inputs}
 

@@ -1,8 +1,6 @@
 """Check that imports train under every layout, trained ones export, killed ones leave nothing."""
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from safetensors.torch import load_file
 from megatron.trainer.checkpoint import CheckpointReader
 from moe_app.convert import convert_checkpoint
 from tests.distributed.convert_models import make_hf
-from tests.distributed.launcher import HERE, Outcome, program, run_cases, run_session
+from tests.distributed.launcher import HERE, Outcome, alone, run_cases
 
 LAYOUTS = {
     "tp2": {"tensor-model-parallel-size": 2},
@@ -128,10 +126,7 @@ def test_fp32_export_takes_the_master_weights(root: Path, outcomes: dict[str, Ou
 
 
 def test_killed_conversion_leaves_nothing_that_looks_valid(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", *program(HERE / "convert_kill_worker.py")]
-    command.append(str(tmp_path))
-    done = run_session(command, environment, timeout=300)
+    done = alone(HERE / "convert_kill_worker.py", str(tmp_path), timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     *rounds, end = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rounds) == 10

@@ -19,11 +19,12 @@ from megatron.trainer.records.record_file import read_records
 from tests.distributed.launcher import (
     HERE,
     REPO,
+    alone,
     flags,
     program,
     rank_environment,
+    ranks,
     run_session,
-    torchrun,
 )
 
 STEPS, SAVE_EVERY = 12, 3
@@ -46,8 +47,7 @@ def attempts(plan: list[dict[str, Any]], where: Path) -> list[dict[str, Any]]:
     """Run attempts one after another; what faults_worker.py says of each."""
     file = where / "plan.json"
     file.write_text(json.dumps(plan))
-    worker = [sys.executable, *program(HERE / "faults_worker.py"), str(file)]
-    done = run_session(worker, rank_environment(), timeout=400)
+    done = alone(HERE / "faults_worker.py", str(file), timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -223,20 +223,20 @@ def test_full_disk_leaves_the_checkpoint_before_and_a_clear_word(
 ) -> None:
     run = small_disk / "run"
     script = REPO / "tools" / "pretrain.py"
-    done = torchrun(2, script, *run_flags(run))
+    done = ranks(2, script, *run_flags(run))
     assert done.returncode != 0
     assert re.search(
         r"CheckpointError: could not save iteration \d+ to \S+: .*No space left on device.*;"
         r" the checkpoints that were there before are untouched",
         done.stderr,
     ), done.stderr[-3000:]
-    assert done.stderr.count("Traceback") == done.stderr.count("ChildFailedError:") == 1
+    assert "Traceback" not in done.stderr
     kept = sorted(path.name for path in run.glob("iter_*"))
     assert kept and all("." not in name for name in kept), kept
     assert len(kept) < STEPS // SAVE_EVERY
     # With room again, it goes on as if nothing had been.
     remount = ["mount", "-o", "remount,size=64m", str(small_disk)]
     subprocess.run(remount, check=True)
-    done = torchrun(2, script, *run_flags(run))
+    done = ranks(2, script, *run_flags(run))
     assert done.returncode == 0, done.stderr[-3000:]
     assert figures(run) == figures(runs["where"] / "whole")

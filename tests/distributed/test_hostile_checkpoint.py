@@ -9,10 +9,7 @@ import io
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron.trainer.checkpoint.manifest import write_manifest
 from megatron.trainer.data.writer import TokenFileWriter
-from tests.distributed.launcher import REPO, flags, run_session
-
-Done = subprocess.CompletedProcess[str]
+from tests.distributed.launcher import REPO, Ended, alone, flags
 
 REMEDY = (
     "a checkpoint needs no such thing, so this one was made to run code on the machine that loads"
@@ -36,11 +31,9 @@ TENSOR_KEY = "decoder.final_layernorm.weight"
 OBJECT_KEY = "decoder.surprise/shard_0_1"
 
 
-def pretrain(*arguments: str) -> Done:
+def pretrain(*arguments: str) -> Ended:
     """The command alone, without torchrun, whose exit status would hide ours."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(REPO / "tools" / "pretrain.py"), *arguments]
-    return run_session(command, environment, timeout=150)
+    return alone(REPO / "tools" / "pretrain.py", *arguments, timeout=150)
 
 
 class Payload:
@@ -116,7 +109,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(shared: Path) -> Done:
+def trained(shared: Path) -> Ended:
     """A run that saved a checkpoint, on data beside a hostile index cache."""
     data = shared / "data"
     data.mkdir()
@@ -134,7 +127,7 @@ def trained(shared: Path) -> Done:
 
 
 @pytest.fixture(scope="module")
-def loads(shared: Path, trained: Done) -> dict[str, tuple[Done, str]]:
+def loads(shared: Path, trained: Ended) -> dict[str, tuple[Ended, str]]:
     """What came of loading each attacked copy, and what should have been said."""
     assert trained.returncode == 0, trained.stderr[-6000:]
     messages = {}
@@ -145,19 +138,17 @@ def loads(shared: Path, trained: Done) -> dict[str, tuple[Done, str]]:
         messages[name] = attack(path, shared / f"canary{index}")
         write_manifest(path, 1)
 
-    def load(index: int) -> Done:
+    def load(index: int) -> Ended:
         plan = {"num_layers": 1, "train_iters": 2, "lr_decay_iters": 1, "split": "9,1"}
         data = shared / "data" / "tokens"
         return pretrain(*flags(load=shared / f"attack{index}", data_path=data, **plan))
 
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        found = list(pool.map(load, range(len(ATTACKS))))
-    return {name: (done, messages[name]) for name, done in zip(ATTACKS, found, strict=True)}
+    return {name: (load(index), messages[name]) for index, name in enumerate(ATTACKS)}
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_hostile_checkpoint_is_refused_and_not_run(
-    name: str, shared: Path, loads: dict[str, tuple[Done, str]]
+    name: str, shared: Path, loads: dict[str, tuple[Ended, str]]
 ) -> None:
     done, message = loads[name]
     assert done.stderr.count(message) == 1, done.stderr[-4000:]
@@ -166,7 +157,7 @@ def test_hostile_checkpoint_is_refused_and_not_run(
     assert not (shared / f"canary{list(ATTACKS).index(name)}").exists()
 
 
-def test_the_payloads_are_live(shared: Path, loads: dict[str, tuple[Done, str]]) -> None:
+def test_the_payloads_are_live(shared: Path, loads: dict[str, tuple[Ended, str]]) -> None:
     """Read without the guards, each leaves its canary: the tests above mean something."""
     del loads
     roots = [shared / f"attack{index}" / "iter_0000001" for index in range(len(ATTACKS))]
@@ -181,7 +172,7 @@ def test_the_payloads_are_live(shared: Path, loads: dict[str, tuple[Done, str]])
         assert (shared / f"canary{index}").exists(), list(ATTACKS)[index]
 
 
-def test_hostile_index_cache_beside_the_data_is_never_read(shared: Path, trained: Done) -> None:
+def test_hostile_index_cache_beside_the_data_is_never_read(shared: Path, trained: Ended) -> None:
     assert trained.returncode == 0, trained.stderr[-6000:]
     assert not (shared / "canary_npy").exists()
     np.load(shared / "data" / "cache" / "tokens.npy", allow_pickle=True)

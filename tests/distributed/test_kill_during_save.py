@@ -1,31 +1,19 @@
 """A rank killed at any moment of a save costs that save and nothing else."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.launcher import program
-from tests.paths import REPO
+from tests.distributed.launcher import alone
 
 WORKER = Path(__file__).with_name("kill_during_save_worker.py")
 
 
 def run_worker(mode: str, root: Path) -> list[dict[str, Any]]:
     """What the worker printed, an object a line."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *program(WORKER), mode, str(root), "20240607"],
-        cwd=REPO,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    done = alone(WORKER, mode, str(root), "20240607", timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -1,18 +1,10 @@
 """A rank killed in the middle of a save, ten times: training always finds a valid checkpoint."""
 
 import json
-import sys
 from pathlib import Path
 
 from megatron.trainer.records.record_file import read_records
-from tests.distributed.launcher import (
-    HERE,
-    flags,
-    program,
-    rank_environment,
-    run_cases,
-    run_session,
-)
+from tests.distributed.launcher import HERE, alone, flags, run_cases
 
 KILLS = 10
 
@@ -24,8 +16,8 @@ def test_training_survives_ten_kills_during_saves(tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = [*flags(**plan, save=run, load=run), "--save-interval", "1", "--keep-last", "3"]
     (tmp_path / "flags.json").write_text(json.dumps(settings))
-    worker = [sys.executable, *program(HERE / "kill_training_worker.py"), str(tmp_path), str(KILLS)]
-    done = run_session([*worker, str(tmp_path / "flags.json")], rank_environment(), timeout=300)
+    worker = HERE / "kill_training_worker.py"
+    done = alone(worker, str(tmp_path), str(KILLS), str(tmp_path / "flags.json"), timeout=300)
     log = (tmp_path / "log").read_text()
     assert done.returncode == 0, done.stderr[-3000:] + log[-3000:]
     attempts = [json.loads(line) for line in done.stdout.splitlines()]

@@ -19,7 +19,7 @@ from moe_app.pretrain.config import PretrainConfig, parse_recipe
 from moe_ext.cost.activations import Step, StepRank, micro_batch
 from moe_ext.cost.footprint import in_flight, model_state
 from tests.distributed import jetmoe_cases
-from tests.distributed.launcher import HERE, flags, torchrun
+from tests.distributed.launcher import HERE, flags, ranks
 
 Case = dict[str, object]
 
@@ -101,7 +101,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
         listing = [{"name": name, "flags": case_flags(num_ranks, name)} for name in cases]
         (out / "cases.json").write_text(json.dumps(listing))
         script = HERE / "plan_worker.py"
-        done = torchrun(num_ranks, script, str(out / "cases.json"), str(out), timeout=200)
+        done = ranks(num_ranks, script, str(out / "cases.json"), str(out), timeout=200)
         assert done.returncode == 0, done.stderr[-6000:]
         for name in cases:
             files = [out / f"{name}.rank{rank}.json" for rank in range(num_ranks)]

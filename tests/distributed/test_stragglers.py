@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launcher import HERE, flags, torchrun
+from tests.distributed.launcher import HERE, flags, ranks
 
 CASES = {
     "data": flags(global_batch_size=8),
@@ -23,7 +23,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     listing = [{"name": name, "flags": case} for name, case in CASES.items()]
     (out / "cases.json").write_text(json.dumps(listing))
     worker = HERE / "worker_stragglers.py"
-    done = torchrun(2, worker, str(out / "cases.json"), str(out), timeout=120)
+    done = ranks(2, worker, str(out / "cases.json"), str(out), timeout=120)
     assert done.returncode == 0, done.stderr[-5000:]
     return {name: json.loads((Path(out) / f"{name}.json").read_text()) for name in CASES}
 

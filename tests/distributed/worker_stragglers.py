@@ -1,4 +1,4 @@
-"""Takes clocked training steps in the ranks that torchrun started, of which one is slow.
+"""Takes clocked training steps in the ranks of a launch, of which one is slow.
 
 Usage: torchrun ... worker_stragglers.py CASES.json OUT
 

@@ -5,15 +5,13 @@ records of the same run without a stop (`expected.jsonl`), all of before the pac
 """
 
 import json
-import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
 from megatron.trainer.records.history import RunHistory
+from tests.distributed.launcher import alone
 from tests.paths import REPO
 
 ARCHIVE = Path(__file__).with_name("run_0.1.0.tar.gz")
@@ -35,15 +33,7 @@ def test_earlier_run_is_read(earlier: Path) -> None:
 
 def test_earlier_run_resumes_from_its_checkpoint_and_config(earlier: Path) -> None:
     flags = ["--config", "run/config.yaml", "--load", "run", "--exit-interval", "100"]
-    done = subprocess.run(
-        [sys.executable, str(REPO / "tools/pretrain.py"), *flags],
-        cwd=earlier,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = alone(REPO / "tools/pretrain.py", *flags, cwd=earlier, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     found, expected = (
         [json.loads(line) for line in (earlier / name).read_text().splitlines()]

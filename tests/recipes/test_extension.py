@@ -4,9 +4,6 @@ import importlib.util
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,7 +17,7 @@ from megatron.trainer.optim.schedules import DECAYS
 from megatron.trainer.runtime.launch import shut_down
 from moe_app.pretrain import command
 from moe_ext.routers import ROUTERS
-from tests.distributed.launcher import REPO
+from tests.distributed.launcher import REPO, alone
 
 EXAMPLE = REPO / "examples" / "extension" / "sigmoid_router.py"
 FLAGS = (
@@ -93,26 +90,15 @@ def test_router_matches_a_reference_in_value_and_gradient(example: ModuleType) -
     torch.testing.assert_close(logits.grad.double(), exact.grad, **close)
 
 
-def start(script: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Train on one rank."""
-    return subprocess.Popen(
-        [sys.executable, str(script), *FLAGS, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_example_trains_with_its_own_router_and_decay(tmp_path: Path) -> None:
     own, ours = tmp_path / "own", tmp_path / "ours"
     names = ["--router", "sigmoid_topk", "--lr-decay-style", "sqrt"]
-    processes = [
-        start(EXAMPLE, *names, "--save", str(own)),
-        start(REPO / "tools" / "pretrain.py", "--save", str(ours)),
-    ]
-    for process in processes:
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-4000:]
+    for script, arguments in (
+        (EXAMPLE, [*names, "--save", str(own)]),
+        (REPO / "tools" / "pretrain.py", ["--save", str(ours)]),
+    ):
+        done = alone(script, *FLAGS, *arguments)
+        assert done.returncode == 0, done.stderr[-4000:]
 
     assert "router: sigmoid_topk\n" in (own / "config.yaml").read_text()
     with_own, with_ours = records(own), records(ours)

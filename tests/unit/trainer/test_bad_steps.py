@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ pytestmark = [
 
 BATCH = 8
 StateMaker = Callable[..., TrainState]
+
+
+@pytest.fixture
+def make_state(make_state: StateMaker) -> StateMaker:
+    """Of one layer."""
+    return partial(make_state, num_layers=1)
 
 
 class Poisoned(TokenObjective):

@@ -20,6 +20,7 @@ from moe_app.doctor.page import Page, Row, Section, show
 from moe_ext import compat
 from moe_ext.experts import EXPERT_BACKENDS, ExpertBackend
 from moe_ext.experts.loop import loop_experts
+from tests.distributed.launcher import alone
 from tests.paths import REPO
 
 
@@ -208,21 +209,23 @@ def test_page_shows_every_row_and_ends_with_what_would_stop_a_run(
     assert capsys.readouterr().out.endswith("Nothing here would stop a run.\n")
 
 
+TOOL = REPO / "tools/doctor.py"
+
+
 def run_doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the doctor in its own process, because it redirects torch.cuda."""
-    environment = {**os.environ, "SLURM_JOB_ID": "78"}
-    return subprocess.run(
-        [sys.executable, str(REPO / "tools/doctor.py"), "--device", "cpu", *arguments],
+    return alone(TOOL, "--device", "cpu", *arguments, timeout=120)
+
+
+def test_single_rank_prints_json(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(TOOL), "--device", "cpu", "--json", "--save", str(tmp_path / "run")],
         capture_output=True,
         text=True,
         check=False,
         timeout=120,
-        env=environment,
+        env={**os.environ, "SLURM_JOB_ID": "78"},
     )
-
-
-def test_single_rank_prints_json(tmp_path: Path) -> None:
-    done = run_doctor("--json", "--save", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr[-3000:]
     document = json.loads(done.stdout)
     assert (document["status"], document["problems"]) == (0, [])

@@ -32,7 +32,8 @@ class Losses(Hook):
 
 def run(make_state: StateMaker, *hooks: Hook, **flags: Any) -> list[float]:
     losses = Losses()
-    train(make_state(train_iters=6, **flags), NEXT_TOKEN, hooks=[*hooks, losses])
+    small = {"train_iters": 6, "num_layers": 1, "global_batch_size": 2}
+    train(make_state(**small, **flags), NEXT_TOKEN, hooks=[*hooks, losses])
     return losses.found
 
 

@@ -5,17 +5,16 @@ process, and starting one takes seconds. Collectives: tests/distributed/test_hos
 """
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron.trainer.runtime import cpu_backend
-from tests.paths import REPO
+from tests.distributed.launcher import alone
+
+WORKER = Path(__file__).with_name("cpu_backend_worker.py")
 
 EFFECTS: dict[str, tuple[str, Any]] = {
     "current_device": ("str(torch.cuda.current_device())", "cpu"),
@@ -142,35 +141,9 @@ STORIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-PROGRAM = """
-import json, operator, sys, warnings
-warnings.simplefilter("ignore")
-import torch
-from megatron.trainer.runtime import cpu_backend
-
-def answer(expression):
-    try:
-        return eval(expression)
-    except Exception as error:
-        return type(error).__name__
-
-questions = json.loads(sys.stdin.read())
-if questions["is_redirected"]:
-    cpu_backend.redirect_cuda()
-answers = {}
-for name, code in questions["stories"].items():
-    answers[name] = {}
-    exec(code, {**globals(), "found": answers[name]})
-for name, expression in questions["effects"].items():
-    answers[name] = answer(expression)
-for name, expression in questions["factories"].items():
-    answers["factory " + name] = answer(f"str(({expression}).device)")
-print(json.dumps(answers))
-"""
-
 
 def probe(*, is_redirected: bool) -> dict[str, Any]:
-    """Ask everything in a fresh process; the stories only of a redirected one."""
+    """Ask everything in a process of its own; the stories only of a redirected one."""
     stories = {name: textwrap.dedent(code) for name, (code, _) in STORIES.items()}
     questions = {
         "is_redirected": is_redirected,
@@ -178,16 +151,7 @@ def probe(*, is_redirected: bool) -> dict[str, Any]:
         "effects": {name: expression for name, (expression, _) in EFFECTS.items()},
         "factories": {**FACTORIES, "default": "torch.ones(2)"},
     }
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        input=json.dumps(questions),
-        cwd=REPO,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        check=False,
-        text=True,
-        capture_output=True,
-        timeout=300,
-    )
+    done = alone(WORKER, json.dumps(questions), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     answers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answers
@@ -195,9 +159,7 @@ def probe(*, is_redirected: bool) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def answers() -> dict[bool, dict[str, Any]]:
-    with ThreadPoolExecutor() as pool:
-        runs = {flag: pool.submit(probe, is_redirected=flag) for flag in (False, True)}
-        return {flag: run.result() for flag, run in runs.items()}
+    return {flag: probe(is_redirected=flag) for flag in (False, True)}
 
 
 @pytest.mark.parametrize("name", EFFECTS)

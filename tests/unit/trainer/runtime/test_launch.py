@@ -5,7 +5,6 @@ import gc
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
@@ -104,25 +103,17 @@ def test_threads_are_set_from_flag_environment_or_cores(
     [({}, 4), ({"OMP_NUM_THREADS": "1"}, 1), ({"OMP_NUM_THREADS": "3"}, 3)],
 )
 def test_torchruns_own_single_thread_is_not_taken_for_the_users(
-    user_sets: dict[str, str], expected: int
+    user_sets: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # torchrun in small: a process that, like it, sets the variable only where it is missing.
-    rank = (
-        "import os; os.sched_getaffinity = lambda _pid: set(range(8));"
-        "from megatron.trainer.config.schema import ParallelConfig;"
-        "from megatron.trainer.runtime.launch import _resolve_threads;"
-        "print('threads', _resolve_threads(ParallelConfig()))"
-    )
-    agent = (
-        "import os, subprocess, sys; os.environ.setdefault('OMP_NUM_THREADS', '1');"
-        "os.environ.update(TORCHELASTIC_RUN_ID='x', LOCAL_WORLD_SIZE='2');"
-        f"subprocess.run([sys.executable, '-W', 'ignore', '-c', {rank!r}], check=True)"
-    )
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | user_sets
-    printed = subprocess.run(
-        [sys.executable, "-c", agent], env=environment, check=True, capture_output=True, text=True
-    ).stdout
-    assert printed.split()[-2:] == ["threads", str(expected)]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)))
+    # Like torchrun, of which only the start matters: it sets the variable where it is missing.
+    of_rank = {"OMP_NUM_THREADS": "1", **user_sets, "TORCHELASTIC_RUN_ID": "x"}
+    for name, value in {**of_rank, "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with subprocess.Popen(["cat"], env=environment, stdin=subprocess.PIPE) as torchrun:
+        monkeypatch.setattr(os, "getppid", lambda: torchrun.pid)
+        assert launch._resolve_threads(ParallelConfig()) == expected
 
 
 def test_cuda_without_a_gpu_is_refused_before_any_group_starts(
