@@ -154,15 +154,24 @@ def find_datasketch(texts: Sequence[str]) -> set[tuple[int, int]]:
     return {(a, int(b)) for a, sketch in enumerate(hashes) for b in lsh.query(sketch) if a < int(b)}
 
 
-def measure_clusters(pairs: int) -> dict[str, float]:
-    """Return time and memory of joining random pairs to clusters."""
+def measure_clusters(count: int) -> dict[str, float]:
+    """Return time and memory of joining the pairs of all buckets: half of all are copies."""
+    draw = np.random.default_rng(3)
+    buckets, size = MinhashRule().buckets, 1 << 20
+    parts = buckets * count // 4 // size
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    edges = np.random.default_rng(3).integers(0, pairs, (pairs, 2)).astype(np.uint64)
     start = time.perf_counter()
-    cluster_firsts(edges)
+    cluster_firsts(
+        (draw.integers(0, count, (size, 2)).astype(np.uint64) for _ in range(parts)), count
+    )
     seconds = time.perf_counter() - start
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"pairs": pairs, "seconds": seconds, "peak bytes a pair": grown * 1024 / pairs}
+    return {
+        "documents": count,
+        "pairs of all buckets": parts * size,
+        "seconds": seconds,
+        "peak MB": grown * 1024 / 1e6,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -171,14 +180,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--token-file", required=True, metavar="PREFIX")
     parser.add_argument("--text", required=True, metavar="FILE", help="JSON Lines")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(%(default)s)")
-    parser.add_argument("--pairs", type=int, default=5_000_000, metavar="N", help="(%(default)s)")
+    parser.add_argument(
+        "--documents", type=int, default=20_000_000, metavar="N", help="(%(default)s)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     args = parser.parse_args(argv)
     texts = [json.loads(line)["text"] for line in Path(args.text).open("rb")][:_MOST_TEXTS]
     figures = {
         "n-gram rule, million tokens/s": measure_repetition(args.token_file, args.rounds),
         "text": measure_text(texts, args.rounds),
-        "clusters": measure_clusters(args.pairs),
+        "clusters": measure_clusters(args.documents),
     }
     for title, values in figures.items():
         print(title)

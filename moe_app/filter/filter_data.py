@@ -11,13 +11,14 @@ depends on the input and the filters alone. Started again, the command does what
 
 import argparse
 import contextlib
+import errno
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron.trainer.data.tokenizer import TOKENIZER_CHOICES
-from megatron.trainer.errors import ConfigError, UserError, printable
+from megatron.trainer.errors import ConfigError, DataError, UserError, printable
 from moe_app.command_line import program
 from moe_app.filter.filter_plan import make_plan, settle_plan
 from moe_app.filter.filter_recipe import read_filter_recipe
@@ -39,7 +40,8 @@ def run_filters(args: argparse.Namespace) -> None:
     if args.run_stage:
         with _needs_datatrove():
             from moe_app.filter.pipeline.dispatch import run_array_task
-        run_array_task(folder, args.run_stage, jobs=args.tasks)
+        with _names_full_disk(folder.output):
+            run_array_task(folder, args.run_stage, jobs=args.tasks)
         return
     _check_output(args.output, args.input)
     plan = make_plan(
@@ -50,16 +52,18 @@ def run_filters(args: argparse.Namespace) -> None:
         tokenizer_model=args.tokenizer_model,
         max_bad_lines=args.max_bad_lines,
     )
-    folder.output.mkdir(parents=True, exist_ok=True)
-    settle_plan(plan, folder.output)
-    with _needs_datatrove():
-        from moe_app.filter.pipeline.dispatch import run_plan
-    if run_plan(plan, folder, args):
+    with _names_full_disk(folder.output):
+        folder.output.mkdir(parents=True, exist_ok=True)
+        settle_plan(plan, folder.output)
+        with _needs_datatrove():
+            from moe_app.filter.pipeline.dispatch import run_plan
+        is_complete = run_plan(plan, folder, args)
+    if is_complete:
         print(summary_table(json.loads(folder.summary.read_bytes())))
 
 
 def _check_output(output: str, inputs: Sequence[str]) -> None:
-    """Check that no output goes where input is read, or through a link.
+    """Check that the output is a folder, not where input is read, nor behind a link.
 
     Raises:
         ConfigError: It would.
@@ -71,11 +75,31 @@ def _check_output(output: str, inputs: Sequence[str]) -> None:
                 " outside; choose another folder"
             )
     folder = WorkFolder(Path(output))
+    if folder.output.exists() and not folder.output.is_dir():
+        raise ConfigError(f"--output {output} is no folder; name a new or begun one")
     for path in (folder.kept, folder.dropped, folder.work):
         if path.is_symlink():
             raise ConfigError(
                 f"{path} is a link; what is written must stay in --output; remove the link"
             )
+
+
+@contextlib.contextmanager
+def _names_full_disk(output: Path) -> Iterator[None]:
+    """Name the folder where there is no room left: a failed write names no file.
+
+    Raises:
+        DataError: There is none.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(
+                f"--output {output} has no room left ({error.strerror}); make room and start again:"
+                " what is finished stays"
+            ) from error
+        raise
 
 
 @contextlib.contextmanager

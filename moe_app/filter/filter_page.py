@@ -32,6 +32,11 @@ def filter_page(summary: Mapping[str, Any]) -> str:
         for spec in summary["filters"]
         for each in spec["sample"]
     ]
+    met = [
+        [each["item"], each["documents"]]
+        for spec in summary["filters"]
+        for each in spec.get("most_met", ())
+    ]
     bad = [[each["problem"]] for each in summary["bad_line_places"]]
     notes = [[name, count] for name, count in summary["notes"].items()]
     parts = [
@@ -41,6 +46,7 @@ def filter_page(summary: Mapping[str, Any]) -> str:
         _table("Counts", ["what", "number"], notes),
         _table("Files", ["file", "documents", "kept", "dropped", "bad lines"], files),
         _table("Dropped documents, the first of each filter", ["where", "why", "text"], samples),
+        _table("Evaluation texts met, the most frequent", ["text", "documents"], met),
         _table("Bad lines", ["problem"], bad),
     ]
     return "\n".join(part for part in parts if part) + "\n</html>\n"

@@ -14,11 +14,13 @@ from megatron.trainer.data.token_manifest import identify_tokenizer
 from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.io.atomic_write import write_text
 from megatron.trainer.io.bounded_read import read_small
-from moe_app.filter.filter_specs import FilterSpec, make_spec
+from moe_app.filter.filter_specs import FilterSpec, MinhashRule, make_spec
 from moe_app.filter.sources import SourceFile, find_sources
 
 PLAN_FILE = "plan.json"
 _MOST_BYTES = 1 << 28
+_MOST_COMPARED = 100_000
+"""datatrove orders signatures by their files' names, numbers of five digits."""
 _FORMAT = 1
 
 
@@ -76,12 +78,17 @@ def make_plan(
             )
         named = identify_tokenizer(tokenizer_type, tokenizer_model)
         tokenizer = CountingTokenizer(tokenizer_type, str(named.path.absolute()), named.sha256)
+    sources = tuple(find_sources(inputs))
+    if len(sources) > _MOST_COMPARED and any(isinstance(f.options, MinhashRule) for f in filters):
+        raise ConfigError(
+            f"minhash compares {len(sources):,} files; it takes up to {_MOST_COMPARED:,}; join some"
+        )
     evaluation = []
     for spec in filters:
         against = getattr(spec.options, "against", None)
         evaluation.append(tuple(find_sources(against.split("+"))) if against else ())
     return FilterPlan(
-        sources=tuple(find_sources(inputs)),
+        sources=sources,
         text_key=text_key,
         filters=tuple(filters),
         tokenizer=tokenizer,

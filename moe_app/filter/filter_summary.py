@@ -2,14 +2,16 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron.trainer.errors import printable
 from moe_app.filter.filter_plan import FilterPlan
+from moe_app.filter.filter_specs import DecontaminateRule
 
 _SAMPLE_SIZE = 5
 _BAD_LISTED = 100
+_MET_LISTED = 100
 
 Counts = Mapping[str, Any]
 """What the last reading counted in one file."""
@@ -76,8 +78,20 @@ def _filter_counts(
                 "sample": sample[:_SAMPLE_SIZE],
             }
         )
+        if isinstance(spec.options, DecontaminateRule):
+            found[-1] |= _texts_met(each["met"].get(str(position), {}) for each in files)
         documents -= dropped
     return found
+
+
+def _texts_met(files: Iterable[Mapping[str, int]]) -> dict[str, Any]:
+    """Return how many evaluation texts documents hold, and in how many documents each is."""
+    met: Counter[str] = Counter()
+    for each in files:
+        met.update(each)
+    most = sorted(met.items(), key=lambda pair: (-pair[1], pair[0]))[:_MET_LISTED]
+    listed = [{"item": item, "documents": count} for item, count in most]
+    return {"evaluation_texts_met": len(met), "most_met": listed}
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
@@ -97,6 +111,13 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         for row in rows
     ]
     lines += [f"{name}: {count:,}" for name, count in summary["notes"].items()]
+    for each in summary["filters"]:
+        if "evaluation_texts_met" in each:
+            lines.append(f"{each['name']}: evaluation texts met: {each['evaluation_texts_met']:,}")
+            lines += [
+                f"  {met['item']}: in {met['documents']:,} documents"
+                for met in each["most_met"][:_SAMPLE_SIZE]
+            ]
     lines += [each["problem"] for each in summary["bad_line_places"][:_SAMPLE_SIZE]]
     return printable("\n".join(lines))
 

@@ -18,6 +18,7 @@ REMOVAL = np.dtype([("line", "<u8"), ("part", "<u4"), ("first_file", "<u4"), ("f
 Keys = npt.NDArray[np.void]
 Removals = npt.NDArray[np.void]
 
+_STRIDE = 1 << 22
 _BREAK = re.compile(r"(\n(?:[^\S\n]*\n)+)")
 
 
@@ -76,25 +77,41 @@ def later_occurrences(files: list[Keys]) -> list[Removals]:
 
 
 def cluster_firsts(
-    pairs: npt.NDArray[np.uint64],
-) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    parts: Iterable[npt.NDArray[np.uint64]], count: int
+) -> npt.NDArray[np.unsignedinteger]:
     """Join pairs of equal documents to clusters.
 
+    Memory is 4 bytes for each of `count` documents, 8 from 2 ** 32 on, and what one part needs.
+
     Args:
-        pairs: [n, 2] documents, as numbers in their order.
+        parts: [n, 2] documents each, as numbers in their order.
+        count: How many documents there are.
 
     Returns:
-        All documents of the pairs, sorted, and the first of each one's cluster.
+        [count] the first document of each one's cluster.
     """
-    documents, flat = np.unique(pairs, return_inverse=True)
-    edges = flat.reshape(-1, 2)
-    first = np.arange(len(documents))
-    while len(edges):
-        # Hang each cluster below the smallest one that it touches, then shorten the paths.
-        roots = first[edges]
-        edges = edges[roots[:, 0] != roots[:, 1]]
-        roots = roots[roots[:, 0] != roots[:, 1]]
-        np.minimum.at(first, roots.max(axis=1), roots.min(axis=1))
-        while not np.array_equal(first, shorter := first[first]):
-            first = shorter
-    return documents, documents[first]
+    kind = np.dtype(np.uint32 if count <= 1 << 32 else np.uint64)
+    first: npt.NDArray[np.unsignedinteger] = np.arange(count, dtype=kind)
+    for edges in parts:
+        while len(edges):
+            roots = _follow(first, edges)
+            first[edges] = roots
+            edges = roots[roots[:, 0] != roots[:, 1]]
+            # Hang each cluster below the smallest one that it touches, then halve the paths.
+            hung = edges.max(axis=1)
+            np.minimum.at(first, hung, edges.min(axis=1))
+            while not np.array_equal(first[hung], shorter := first[first[hung]]):
+                first[hung] = shorter
+    for start in range(0, count, _STRIDE):
+        first[start : start + _STRIDE] = _follow(first, first[start : start + _STRIDE])
+    return first
+
+
+def _follow(
+    first: npt.NDArray[np.unsignedinteger], documents: npt.NDArray[np.unsignedinteger]
+) -> npt.NDArray[np.unsignedinteger]:
+    """Return where the paths from some documents end."""
+    found = first[documents]
+    while not np.array_equal(found, further := first[found]):
+        found = further
+    return found

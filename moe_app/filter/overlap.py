@@ -77,9 +77,9 @@ class OverlapIndex:
     starts: npt.NDArray[np.int64]
     """[l + 1] where each length's n-grams start."""
     hashes: Hashes
-    """[n] n-grams, sorted within their length."""
+    """[n] n-grams, sorted within their length; once for each evaluation text that holds one."""
     items: npt.NDArray[np.int64]
-    """[n] index of the evaluation text of each, the first that holds it."""
+    """[n] index of the evaluation text of each."""
 
     def match(self, words: Hashes) -> list[tuple[int, int, int]]:
         """Return which evaluation texts a document overlaps, in order, each once.
@@ -97,8 +97,9 @@ class OverlapIndex:
             places = np.searchsorted(known, hashes)
             places[places == len(known)] = 0
             for position in np.flatnonzero(known[places] == hashes):
-                item = int(self.items[start + places[position]])
-                found.setdefault(item, (int(position), int(length)))
+                stop_place = np.searchsorted(known, hashes[position], side="right")
+                for item in self.items[start + places[position] : start + stop_place].tolist():
+                    found.setdefault(item, (int(position), int(length)))
         return [(item, *place) for item, place in sorted(found.items())]
 
 
@@ -126,8 +127,9 @@ def build_index(texts: Iterable[str], rule: OverlapRule) -> tuple[OverlapIndex, 
 
 
 def _sorted_ngrams(found: Sequence[tuple[Hashes, int]]) -> tuple[Hashes, npt.NDArray[np.int64]]:
-    """Return distinct n-grams in order, and the first evaluation text that holds each."""
-    hashes = np.concatenate([each for each, _ in found])
-    items = np.concatenate([np.full(len(each), item, np.int64) for each, item in found])
-    distinct, first = np.unique(hashes, return_index=True)
-    return distinct, items[first]
+    """Return n-grams in order, each once with every evaluation text that holds it."""
+    distinct = [np.unique(each) for each, _ in found]
+    items = np.repeat([item for _, item in found], [len(each) for each in distinct])
+    hashes = np.concatenate(distinct)
+    order = np.lexsort([items, hashes])
+    return hashes[order], items[order]

@@ -3,7 +3,7 @@
 import glob
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -87,10 +87,7 @@ def _expand(text: str, flag: str) -> list[tuple[Path, Kind]]:
     if path.is_file():
         return [(path, _kind(path) or "jsonl")]
     if path.is_dir():
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return [(file, "arrow") for file in _dataset_files(path)]
-        files = sorted(file for file in path.rglob("*") if _kind(file) and not file.is_dir())
-        return [(_inside(file, path), _kind(file) or "jsonl") for file in files]
+        return list(_files_of(path, path))
     if glob.has_magic(text):
         files = sorted(Path(each) for each in glob.glob(text, recursive=True))
         root = Path(*_before_magic(path))
@@ -99,6 +96,23 @@ def _expand(text: str, flag: str) -> list[tuple[Path, Kind]]:
         f"{flag} {text} does not exist or is no regular file; it must be a file, a folder or a"
         " pattern; check the path"
     )
+
+
+def _files_of(folder: Path, root: Path) -> Iterator[tuple[Path, Kind]]:
+    """Yield the files of a folder, in the order of their names; a dataset on disk as a whole."""
+    if _is_dataset(folder):
+        yield from ((file, "arrow") for file in _dataset_files(folder))
+        return
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir():
+            if not entry.is_symlink():
+                yield from _files_of(entry, root)
+        elif kind := _kind(entry):
+            yield _inside(entry, root), kind
+
+
+def _is_dataset(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def _before_magic(path: Path) -> list[str]:
@@ -125,9 +139,15 @@ def _stem(path: Path) -> str:
 
 
 def _inside(path: Path, folder: Path) -> Path:
-    """Return a file found in a folder, unless a link leads out of it."""
-    real, root = os.path.realpath(path), os.path.realpath(folder)
-    if os.path.commonpath([real, root]) != root:
+    """Return a file found in a folder, unless a link leads out of it.
+
+    The blobs of a Hugging Face Hub cache, to which its snapshots link, do not count as outside.
+    """
+    real, roots = Path(os.path.realpath(path)), [Path(os.path.realpath(folder))]
+    for parent in [*roots, *roots[0].parents]:
+        if parent.parent.name == "snapshots":
+            roots.append(parent.parent.parent / "blobs")
+    if not any(real.is_relative_to(root) for root in roots):
         raise DataError(
             f"{path} is a link to {real}, out of {folder}; what is found in a folder must lie in"
             " it; name the file itself if it is meant"

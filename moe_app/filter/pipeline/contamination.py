@@ -22,7 +22,6 @@ from moe_app.filter.sources import SourceFile
 
 _COLUMNS = ("lengths", "starts", "hashes", "items")
 _ITEMS = "items.json"
-_LISTED = 20
 
 
 class OverlapIndexer(PipelineStep):
@@ -100,7 +99,6 @@ class ContaminationFilter(RuleFilter):
         if not found:
             return None
         items = [
-            {"item": places[item], "word": word, "words": words}
-            for item, word, words in found[:_LISTED]
+            {"item": places[item], "word": word, "words": words} for item, word, words in found
         ]
         return Verdict("overlap", {"items": items, "num_items": len(found)})

@@ -56,6 +56,7 @@ class Ledger:
         self._bad: list[BadEntry] = []
         self._dropped: dict[int, Counter[str]] = {}
         self._samples: dict[int, list[dict[str, object]]] = {}
+        self._met: dict[int, Counter[str]] = {}
 
     def __enter__(self) -> "Ledger":
         return self
@@ -78,9 +79,15 @@ class Ledger:
         dropped: Dropped = document.metadata["dropped"]
         entry: Entry = document.metadata["entry"]
         assert self._file is not None
-        self._file.file.write(self._line(entry, dropped))
+        try:
+            line = self._line(entry, dropped)
+        except DataError as error:
+            raise DataError(f"{document.id}: {error}") from error
+        self._file.file.write(line)
         counts = self._dropped.setdefault(dropped.position, Counter())
         counts[dropped.verdict.reason] += 1
+        items: Any = dropped.verdict.detail.get("items", ())
+        self._met.setdefault(dropped.position, Counter()).update(each["item"] for each in items)
         sample = self._samples.setdefault(dropped.position, [])
         if self.is_last and len(sample) < _SAMPLE_SIZE:
             sample.append(
@@ -101,6 +108,9 @@ class Ledger:
         name = self.plan.filters[dropped.position].name
         added = {"reason": f"{name}: {verdict.reason}", "detail": dict(verdict.detail)}
         earlier = {f"input_{key}": entry.value[key] for key in added if key in entry.value}
+        if entry.raw is not None and not earlier:
+            # Read and written again, a number might change: 1.10, or 1e999.
+            return entry.raw.rstrip()[:-1] + b", " + json_line(added)[1:]
         return json_line(entry.value | earlier | added)
 
     def add_bad(self, bad: BadEntry) -> None:
@@ -131,6 +141,7 @@ class Ledger:
             "bad": [[bad.line, bad.problem] for bad in self._bad],
             "notes": dict(sorted(self.notes.items())),
             "dropped": {str(key): dict(value) for key, value in self._dropped.items()},
+            "met": {str(key): dict(value) for key, value in self._met.items() if value},
             "samples": {str(key): value for key, value in self._samples.items()},
         }
         write_text(path, json.dumps(value))

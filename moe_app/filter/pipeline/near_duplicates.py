@@ -5,9 +5,11 @@ a Python dictionary of them; ours keep the first, and hold arrays.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from datatrove.data import Document
 from datatrove.io import DataFolder
 from datatrove.pipeline.base import PipelineStep
@@ -24,6 +26,8 @@ from moe_app.filter.first_occurrences import REMOVAL, cluster_firsts
 from moe_app.filter.pipeline.ledger import Ledger
 from moe_app.filter.pipeline.reading import Documents, ledger_of
 from moe_app.filter.pipeline.removals import load_array, removal_path, save_array
+
+_PAIRS_AT_ONCE = 1 << 20
 
 
 class WordSplitter(WordTokenizer):
@@ -104,23 +108,33 @@ class ClusterFinder(PipelineStep):
 
     def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> None:
         """Write what is removed from each file."""
-        paths = sorted(self.pairs.glob("*.dups"))
-        rows = [np.fromfile(path, "<u4").reshape(-1, 2, 2).astype(np.uint64) for path in paths]
-        found = np.concatenate([np.empty((0, 2, 2), np.uint64), *rows])
-        shift = np.uint64(32)
-        documents, firsts = cluster_firsts((found[..., 0] << shift) | found[..., 1])
-        is_later = documents != firsts
-        later, first = documents[is_later], firsts[is_later]
-        low = np.uint64(0xFFFFFFFF)
         lines = [
             load_array(self.lines / f"{file:05d}.npy", mapped=True) for file in range(self.files)
         ]
-        for file in range(self.files):
-            start, stop = np.searchsorted(later, [np.uint64(file << 32), np.uint64(file + 1 << 32)])
-            removals = np.zeros(stop - start, REMOVAL)
-            removals["line"] = lines[file][later[start:stop] & low]
-            removals["first_file"] = first[start:stop] >> shift
+        starts = np.cumsum([0, *map(len, lines)])
+        firsts = cluster_firsts(_read_pairs(self.pairs, starts), int(starts[-1]))
+        for file, (start, stop) in enumerate(pairwise(starts.tolist())):
+            own = firsts[start:stop]
+            later = np.flatnonzero(own != np.arange(start, stop, dtype=own.dtype))
+            places = own[later].astype(np.int64)
+            removals = np.zeros(len(later), REMOVAL)
+            removals["line"] = lines[file][later]
+            removals["first_file"] = files = np.searchsorted(starts, places, side="right") - 1
             removals["first_line"] = [
-                lines[int(each >> shift)][int(each & low)] for each in first[start:stop]
+                lines[each][place]
+                for each, place in zip(
+                    files.tolist(), (places - starts[files]).tolist(), strict=True
+                )
             ]
             save_array(removal_path(self.removals, 0, file), removals)
+
+
+def _read_pairs(
+    folder: Path, starts: npt.NDArray[np.int64]
+) -> Iterator[npt.NDArray[np.unsignedinteger]]:
+    """Yield [n, 2] documents of all buckets, numbered over all files."""
+    for path in sorted(folder.glob("*.dups")):
+        with path.open("rb") as file:
+            while len(rows := np.fromfile(file, "<u4", count=4 * _PAIRS_AT_ONCE)):
+                pairs = rows.reshape(-1, 2, 2).astype(np.int64)
+                yield (starts[pairs[..., 0]] + pairs[..., 1]).astype(np.uint64)

@@ -6,6 +6,7 @@ Started as a process of its own, which forks: the kills end real processes.
 import hashlib
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,15 @@ def run(command: list[str], kill: int | None = None) -> int:
             kill_at(kill)
         os._exit(main(command))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class Doomed:
+    """Stands for the executor of a stage whose second task runs out of memory."""
+
+    def run_task(self, rank: int) -> None:
+        """End the process as the kernel does."""
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_kills(output: Path, command: list[str]) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from megatron.trainer.errors import DataError
 from moe_app.data import train_tokenizer
 from moe_app.filter import filter_data
 from moe_app.filter.filter_data import main
 from tests.paths import REPO
+from tests.unit.app.filter import kill_worker
 
 SOURCES = sorted((REPO / "megatron/trainer/data").glob("*.py"))
 TEXTS = [path.read_text("utf-8") for path in SOURCES]
@@ -98,6 +100,15 @@ def test_documents_are_kept_as_read_or_dropped_with_a_reason(
     assert re.search(r"^all +7 +4 +3 +0 bad lines skipped$", shown, re.M)
 
 
+def test_dropped_line_is_the_line_that_was_read_with_a_reason(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"text":"a",  "n": 1.10, "m": 1e999}  \r\n')
+    run(tmp_path / "out", [path], "length:min=2")
+    line = (tmp_path / "out/dropped/in.jsonl").read_bytes()
+    added = b', "reason": "length: too-short", "detail": {"characters": 1}}\n'
+    assert line == path.read_bytes().rstrip()[:-1] + added
+
+
 def near_copy(text: str) -> str:
     """Change one word in a hundred."""
     words = text.split(" ")
@@ -126,6 +137,7 @@ def corpus(tmp_path: Path) -> list[Path]:
     first = [{"text": text} for text in TEXTS]
     second = [{"text": TEXTS[3]}, *({"text": near_copy(text)} for text in TEXTS[4:8])]
     second += [{"text": COMPOSED}, {"text": "x " + QUESTION + " y"}]
+    second += [{"text": f"{' '.join(SOURCES[0].parts)} and much else. {QUESTION}"}]
     return [write(tmp_path / "a.jsonl", first), write(tmp_path / "b.jsonl", second)]
 
 
@@ -137,7 +149,8 @@ QUESTION = (
 
 
 def test_comparing_filters_keep_the_first_and_name_it(tmp_path: Path, corpus: list[Path]) -> None:
-    evaluation = write(tmp_path / "eval.jsonl", [{"question": QUESTION.upper()}, {"question": "?"}])
+    questions = [QUESTION.upper(), "?", f"{QUESTION} (as before)"]
+    evaluation = write(tmp_path / "eval.jsonl", [{"question": each} for each in questions])
     out = tmp_path / "out"
     against = f"decontaminate:against={evaluation},key=question"
     run(out, corpus, "exact", "minhash", against, "exact:by=paragraph")
@@ -153,8 +166,13 @@ def test_comparing_filters_keep_the_first_and_name_it(tmp_path: Path, corpus: li
         assert (reason, detail["first"]) == ("minhash: near-duplicate", f"{corpus[0]}:{number + 1}")
     reason, detail = found[f"x {QUESTION} y"]
     assert reason == "decontaminate: overlap"
-    assert detail["items"] == [{"item": f"{evaluation}:1", "word": 1, "words": 13}]
+    places = [f"{evaluation}:{line}" for line in (1, 3)]
+    assert detail["items"] == [{"item": place, "word": 1, "words": 13} for place in places]
     summary = json.loads((out / "summary.json").read_text())
+    assert summary["filters"][2]["evaluation_texts_met"] == 2
+    assert summary["filters"][2]["most_met"] == [
+        {"item": place, "documents": 2} for place in places
+    ]
     assert summary["notes"]["decontaminate: evaluation texts too short to look for"] == 1
     assert not (out / "work/data").exists()
 
@@ -165,6 +183,14 @@ def test_same_bytes_from_one_worker_and_from_two(tmp_path: Path, corpus: list[Pa
         run(out, corpus, "exact", "starcoder", more=["--workers", workers])
     assert digest(tmp_path / "1") == digest(tmp_path / "2")
     assert len(digest(tmp_path / "1")) == 5
+
+
+def test_killed_worker_ends_the_command_instead_of_being_waited_for() -> None:
+    from moe_app.filter.pipeline.executors import TaskProcesses
+
+    doomed: Any = kill_worker.Doomed()
+    with pytest.raises(DataError, match="a worker process was killed"), TaskProcesses(2) as workers:
+        workers.run(doomed, [0, 1, 2])
 
 
 def test_bad_line_stops_with_its_place_or_is_counted(
@@ -253,6 +279,7 @@ def test_folder_with_other_files_is_left_alone(
         (["--filter", "exat"], "no filter is named 'exat'; did you mean 'exact'?"),
         (["--filter", "decontaminate:against=gone"], "--input gone does not exist"),
         (["--filter", "exact", "--input", "{}"], "is in --input {}, whose files are read"),
+        (["--filter", "exact", "--output", "{}/a.jsonl"], "a.jsonl is no folder; name a new"),
     ],
 )
 def test_wrong_command_is_refused_before_anything_is_written(
@@ -285,7 +312,8 @@ def test_full_disk_is_an_error_and_leaves_no_part_of_a_file(
         patched.setattr(reading, "kept_line", fail)
         command = ["--input", *map(str, corpus), "--output", str(out), "--filter", "length:min=1"]
         assert main(command) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"--output {out} has no room left (No space left on device); make room" in error
     assert not list((out / "kept").iterdir()) and not list((out / "dropped").iterdir())
     assert main(command) == 0
 

@@ -103,6 +103,17 @@ def test_each_bad_line_is_located_and_the_others_are_read(
     assert texts == ["first", *["good"] * len(bad), "last"]
 
 
+def test_dataset_library_and_this_reader_agree(tmp_path: Path) -> None:
+    import datasets
+
+    made = datasets.Dataset.from_list(VALUES)
+    made.save_to_disk(tmp_path / "one", num_shards=3)
+    datasets.DatasetDict(train=made, test=made.select([3])).save_to_disk(tmp_path / "two")
+    entries = read(tmp_path / "one") + read(tmp_path / "two")
+    found = [entry.value for entry in entries if isinstance(entry, Entry)]
+    assert found == [*VALUES, *VALUES, VALUES[3]]
+
+
 def test_bad_utf8_in_a_table_costs_one_row(tmp_path: Path) -> None:
     texts = pyarrow.array([b"one", b"t\xffo", b"three"]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
@@ -155,8 +166,34 @@ def test_link_out_of_a_folder_is_refused_unless_it_is_named_itself(tmp_path: Pat
         with pytest.raises(DataError, match=re.escape(f"b.jsonl is a link to {secret}, out of")):
             find_sources([text])
     assert find_sources([f"{folder}/b.jsonl"])[0].name == "b"
+    (folder / "snapshots").mkdir()
+    with pytest.raises(DataError, match="is a link to"):
+        find_sources([str(folder)])
+    (folder / "b.jsonl").unlink()
     with pytest.raises(DataError, match=r"--input names .*inside.jsonl twice, also as .*a.jsonl"):
         find_sources([f"{folder}/a.jsonl", f"{folder}/inside.jsonl"])
+
+
+def test_links_of_a_hub_cache_lead_to_its_blobs_and_nowhere_else(tmp_path: Path) -> None:
+    cache = tmp_path / "hub/datasets--a--b"
+    write(cache / "blobs/0123", LINES)
+    outside = write(tmp_path / "hub/datasets--c--d/blobs/45", LINES)
+    snapshot = cache / "snapshots/main"
+    (snapshot / "data/en").mkdir(parents=True)
+    (snapshot / "data/en/a.jsonl").symlink_to("../../../../blobs/0123")
+    for text in (str(snapshot), f"{snapshot}/data", f"{snapshot}/data/*/*.jsonl"):
+        assert [each.name for each in find_sources([text])] == ["a"]
+    (snapshot / "data/en/b.jsonl").symlink_to(outside)
+    with pytest.raises(DataError, match=r"b.jsonl is a link to .*/45, out of"):
+        find_sources([str(snapshot)])
+
+
+def test_datasets_on_disk_are_found_in_a_folder(tmp_path: Path) -> None:
+    (save_dataset(tmp_path / "all/saved") / "dataset_info.json").write_text("{\n}")
+    write(tmp_path / "all/a.jsonl", LINES)
+    write(tmp_path / "all/z.jsonl", LINES)
+    found = find_sources([str(tmp_path / "all")])
+    assert [each.name for each in found] == ["a", "data-0", "data-1", "z"]
 
 
 @pytest.mark.parametrize(
