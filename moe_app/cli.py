@@ -57,6 +57,14 @@ def filter_data(argv: Argv = None) -> int:
 
 
 @prints_any_text
+def show_data(argv: Argv = None) -> int:
+    """Run `moe_app.chat.show_data`."""
+    from moe_app.chat.show_data import main
+
+    return main(argv)
+
+
+@prints_any_text
 @hide_upstream_warnings()
 @postponed_compile()
 def generate(argv: Argv = None) -> int:
@@ -205,6 +213,11 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             name="preprocess",
             summary="tokenize JSON lines into Megatron's token files",
             run=preprocess_data,
+        ),
+        Command(
+            name="show-data",
+            summary="show conversations as a model sees them, and what counts",
+            run=show_data,
         ),
     ),
     "training": (

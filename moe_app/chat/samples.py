@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megatron.trainer.data.encoding import Span
 from megatron.trainer.data.tokenizer import Tokenizer
 from megatron.trainer.errors import DataError
 from moe_app.chat.chat_config import Overlong
@@ -38,6 +39,26 @@ class Sample:
         if len(self.ids) <= length:
             return self
         return Sample(ids=self.ids[:length], counted=self.counted[:length], is_cut=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Holds a text beside its tokens."""
+
+    text: str
+    """What the template made."""
+    offsets: list[Span]
+    """The characters of each token."""
+    sample: Sample
+    """The tokens."""
+
+    def cut(self, length: int) -> "Reading":
+        """Return the first tokens, with the text as far as they go."""
+        if len(self.offsets) <= length:
+            return self
+        offsets = self.offsets[:length]
+        end = max((last for _, last in offsets), default=0)
+        return Reading(text=self.text[:end], offsets=offsets, sample=self.sample.cut(length))
 
 
 class OverlongError(DataError):
@@ -90,9 +111,18 @@ class DialogueEncoder:
         Raises:
             DataError: It cannot be rendered or encoded.
         """
+        return self.read(dialogue).sample
+
+    def read(self, dialogue: Dialogue) -> Reading:
+        """Return the text of a conversation and its tokens, however many.
+
+        Raises:
+            DataError: It cannot be rendered or encoded.
+        """
         rendered = self.template.render(dialogue.turns)
         encoding = self.tokenizer.encode_written(rendered.text, rendered.as_text)
         spans = counted_spans(rendered, dialogue, self.train_on)
         counted = np.array(is_counted(encoding.offsets, spans), dtype=np.bool_)
         counted[:1] = False
-        return Sample(ids=np.array(encoding.ids, dtype=np.int32), counted=counted)
+        sample = Sample(ids=np.array(encoding.ids, dtype=np.int32), counted=counted)
+        return Reading(text=rendered.text, offsets=encoding.offsets, sample=sample)
