@@ -49,7 +49,7 @@ def measure_repetition(prefix: str, rounds: int) -> dict[str, float]:
     """Return million tokens a second of the n-gram rule."""
     file = open_tokens(prefix)
     tokens = np.asarray(file.tokens)
-    documents = [tokens[start:stop] for start, stop in pairwise([*file.document_starts])]
+    documents = [tokens[start:stop] for start, stop in pairwise(file.document_starts[:])]
     two = np.random.default_rng(1).integers(0, 2, 5_000_000).astype(np.uint16)
     chunks = np.split(tokens[: len(tokens) // 4096 * 4096], len(tokens) // 4096)
     kinds: dict[str, list[npt.NDArray[np.integer]]] = {

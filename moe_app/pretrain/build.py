@@ -8,12 +8,13 @@ from megatron.trainer.config.schedule_lengths import describe_lengths
 from megatron.trainer.config.schema import DataConfig, TrainingConfig
 from megatron.trainer.config.validate import MOE_ACT
 from megatron.trainer.data.batch_views import DocumentRule
-from megatron.trainer.data.build import DataBundle, build_data
+from megatron.trainer.data.build import DataBundle, build_data, token_prefixes
 from megatron.trainer.data.describe import describe
 from megatron.trainer.data.document_borders import check_ends
 from megatron.trainer.data.source import WindowSource
 from megatron.trainer.data.token_manifest import check_manifests
 from megatron.trainer.data.tokenizer import load_tokenizer
+from megatron.trainer.data.verify_once import verify_once
 from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.optim.adamw import describe_groups
 from megatron.trainer.optim.schedules import anneal_schedule, build_schedule
@@ -38,8 +39,8 @@ def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
     documents = on_rank0(
         "looking for the end of documents", lambda: document_rule(cfg.data, cfg.model.vocab_size)
     )
-    data = _open_data(cfg, ctx, documents)
-    notes = on_rank0("checking the data", lambda: _check_data(cfg, data, documents))
+    data = open_data(cfg, ctx, documents)
+    notes = on_rank0("checking the data", lambda: check_data(cfg, data, documents))
     built = build_chunks(cfg, ctx, seed=cfg.training.seed)
     cfg.trainable.apply(built.chunks, cfg.model)
     chunks = wrap_model(cfg, list(built.chunks), built.config)
@@ -129,12 +130,14 @@ def _recompute_settings(training: TrainingConfig) -> dict[str, Any]:
     return {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
 
 
-def _open_data(cfg: PretrainConfig, ctx: RunContext, documents: DocumentRule | None) -> DataBundle:
+def open_data(cfg: PretrainConfig, ctx: RunContext, documents: DocumentRule | None) -> DataBundle:
     """Open the data on every rank; a collective call.
 
     Raises:
         UserError: they are missing or damaged on some rank, or not the same on all of them.
     """
+    prefixes = on_all_ranks("opening the data", lambda: token_prefixes(cfg.data))
+    verified = verify_once(prefixes, vocab_size=cfg.model.vocab_size)
 
     def build() -> DataBundle:
         data = build_data(
@@ -145,6 +148,7 @@ def _open_data(cfg: PretrainConfig, ctx: RunContext, documents: DocumentRule | N
             samples_per_step=cfg.training.global_batch_size,
             gpu=ctx.device if ctx.device.type == "cuda" else None,
             documents=documents,
+            verified=verified,
         )
         _check_validation(cfg, data)
         return data
@@ -197,7 +201,7 @@ def document_rule(data: DataConfig, vocab_size: int) -> DocumentRule | None:
     )
 
 
-def _check_data(cfg: PretrainConfig, data: DataBundle, documents: DocumentRule | None) -> list[str]:
+def check_data(cfg: PretrainConfig, data: DataBundle, documents: DocumentRule | None) -> list[str]:
     """Check on rank 0 that the files are what the run takes them for; return lines for the log."""
     sources = {use: each for use, each in data.sources().items() if isinstance(each, WindowSource)}
     files = {each.prefix: each.facts for each in sources.values() if each.prefix and each.facts}

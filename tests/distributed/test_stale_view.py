@@ -4,6 +4,7 @@ Without rank 0's word they would part ways, one into a collective that the other
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ EVERYTHING = (
 
 def case(flags: list[str], victim: int, hidden: tuple[str, ...], **more: Any) -> dict[str, Any]:
     return {"flags": flags, "victim": victim, "hidden": hidden, **more}
+
+
+def two_sources(root: Path, second: str) -> list[str]:
+    return flags(data_path=f"1 one={root}/c/web 1 two={root}/{second}/web")
 
 
 def cases(root: Path) -> dict[str, dict[str, Any]]:
@@ -69,6 +74,15 @@ def cases(root: Path) -> dict[str, dict[str, Any]]:
         "other_content": case(
             flags(data_path=root / "a" / "web"), 1, (), other_data=str(root / "c" / "web")
         ),
+        "same_data": case(two_sources(root, "a"), 1, (), counts_reads=True),
+        "copied_data": case(
+            flags(data_path=root / "a" / "web"),
+            1,
+            (),
+            other_data=str(root / "copy" / "web"),
+            counts_reads=True,
+        ),
+        "damaged_data": case(two_sources(root, "damaged"), 1, ()),
         "other_settings": case(resumed, 1, (), more_flags=other),
     }
 
@@ -82,10 +96,18 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         "branch": flags(**BRANCH, load=root / "run", save=root / "branch"),
     }
     run_cases(2, before, root / "before")
-    for directory, num_tokens, first in (("a", 400, 0), ("b", 500, 0), ("c", 400, 1)):
+    for directory, num_tokens, first in (
+        ("a", 400, 0),
+        ("b", 500, 0),
+        ("c", 400, 1),
+        ("copy", 400, 0),
+    ):
         with TokenFileWriter(str(root / directory / "web"), vocab_size=120) as writer:
             writer.add_document(np.arange(first, first + num_tokens) % 120)
             writer.finish()
+    shutil.copytree(root / "b", root / "damaged")
+    with open(root / "damaged" / "web.bin", "ab") as file:
+        file.write(b"x")
     listing = [
         {"name": name, "directory": str(root / "run"), "view": "listing", **case}
         for name, case in cases(root).items()
@@ -122,6 +144,8 @@ def begun(event: str, iteration: int, *, pending: bool = False, **more: Any) -> 
         ("branch_rank0_sees_nothing", begun("branch", 2)),
         ("rewind_rank1_lists_nothing", begun("resume", 4, rewound=True)),
         ("rewind_rank0_lists_the_older", begun("resume", 2, rewound=True)),
+        ("same_data", begun("start", 0, reads=[1, 1])),  # of two files, one each
+        ("copied_data", begun("start", 0, reads=[1, 1])),
     ],
 )
 def test_both_ranks_begin_where_rank_0_sees_a_beginning(
@@ -145,6 +169,7 @@ def test_both_ranks_begin_where_rank_0_sees_a_beginning(
             "other_content",
             "DataError: data differ between ranks: content of train web: rank 0 ",
         ),
+        ("damaged_data", "DataError: on rank 1: /damaged/web.bin has 1001 bytes, but "),
         (
             "other_settings",
             "ConfigError: settings differ between ranks: lr: rank 0 0.003, rank 1 0.25;"

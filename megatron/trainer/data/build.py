@@ -1,9 +1,10 @@
 """Builds training samples and validation sets from a DataConfig, every file verified first."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 
 from megatron.trainer.config.schema import DataConfig
@@ -15,7 +16,7 @@ from megatron.trainer.data.data_path import (
     read_mixtures,
     source_names,
 )
-from megatron.trainer.data.indexed import TokenFile, open_tokens
+from megatron.trainer.data.indexed import TokenFacts, TokenFile, open_tokens
 from megatron.trainer.data.read_ahead import Loading
 from megatron.trainer.data.repetition import OLMOE_RULE
 from megatron.trainer.data.sampler import Phase
@@ -49,6 +50,7 @@ def build_data(
     samples_per_step: int = 1,
     gpu: torch.device | None = None,
     documents: DocumentRule | None = None,
+    verified: Mapping[str, TokenFacts] | None = None,
 ) -> DataBundle:
     """Open and verify every file the run will read, and lay out the samples.
 
@@ -60,6 +62,7 @@ def build_data(
         samples_per_step: The global batch size, by which earlier versions rounded phases up.
         gpu: Where batches will be copied to; None leaves them in plain memory.
         documents: How documents are kept apart; None reads windows without their borders.
+        verified: What `verify_once` found, by prefix; other files are verified here.
 
     Raises:
         ConfigError: Flags are missing, contradict each other or make no sense.
@@ -81,10 +84,11 @@ def build_data(
         vocab_size=vocab_size,
         has_starts=documents is not None,
     )
+    known = verified or {}
     train: list[Source] = []
     validation: dict[str, ValidationSet] = {}
     for prefix, name in {prefix_of(part): name for part, name in names.items()}.items():
-        file = open_tokens(prefix, vocab_size=vocab_size)
+        file = open_tokens(prefix, vocab_size=vocab_size, verified=known.get(prefix))
         cut = _split_point(file, train_share)
         train.append(cut_out(file, name, (0, cut)))
         if cut < file.num_tokens:
@@ -96,7 +100,7 @@ def build_data(
                 f"--valid-data-path names a set {name!r}, and --split {cfg.split} holds one back"
                 " under that name; names must differ; rename it"
             )
-        file = open_tokens(prefix, vocab_size=vocab_size)
+        file = open_tokens(prefix, vocab_size=vocab_size, verified=known.get(prefix))
         whole = cut_out(file, name, (0, file.num_tokens))
         validation[name] = ValidationSet(name, whole, loading)
     phases = [
@@ -118,6 +122,19 @@ def build_data(
         repetition=OLMOE_RULE if cfg.mask_repetitions else None,
     )
     return DataBundle(stream, validation)
+
+
+def token_prefixes(cfg: DataConfig) -> list[str]:
+    """Return the prefixes of all token files that a run reads, each once; none for random tokens.
+
+    Raises:
+        ConfigError: Flags are missing, contradict each other or make no sense.
+    """
+    if cfg.mock_data:
+        return []
+    mixtures = read_mixtures(cfg, samples_per_step=1, seq_length=1)
+    parts = [prefix_of(part) for part in source_names(mixtures)]
+    return list(dict.fromkeys([*parts, *parse_valid_data_path(cfg.valid_data_path).values()]))
 
 
 def _mock_data(
@@ -143,14 +160,17 @@ def _split_point(file: TokenFile, train_share: float) -> int:
     if train_share == 1.0:
         return file.num_tokens
     starts = file.document_starts
-    starts = starts[(starts > 0) & (starts < file.num_tokens)]
-    if not starts.size:
+    goal = train_share * file.num_tokens
+    above = starts.first_from(max(1, math.ceil(goal)))
+    around = [starts.bound(n) for n in (above - 1, above) if 0 <= n < len(starts)]
+    inside = [start for start in around if 0 < start < file.num_tokens]
+    if not inside:
         raise DataError(
             f"{file.prefix} has {file.num_documents} document(s) and {file.num_tokens} tokens;"
             " --split cuts between documents, so it needs at least two; hold nothing back with"
             " --split 1,0, or give --valid-data-path"
         )
-    return int(starts[np.argmin(np.abs(starts - train_share * file.num_tokens))])
+    return min(inside, key=lambda start: abs(start - goal))
 
 
 def _window_source(
@@ -165,7 +185,7 @@ def _window_source(
 ) -> WindowSource:
     """Return the source over a range of a file's tokens."""
     start, stop = tokens
-    first, last = np.searchsorted(file.document_starts, [start, stop])
+    first, last = (file.document_starts.first_from(token) for token in (start, stop))
     return WindowSource(
         name=name,
         tokens=file.tokens,
@@ -173,7 +193,7 @@ def _window_source(
         stop_token=stop,
         seq_length=seq_length,
         seed=seed,
-        num_documents=int(last - first),
+        num_documents=last - first,
         vocab_size=vocab_size,
         prefix=file.prefix,
         facts=file.facts,

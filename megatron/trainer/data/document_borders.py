@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megatron.trainer.data.index_file import DocumentStarts
 from megatron.trainer.data.source import WindowSource
 from megatron.trainer.errors import DataError
 
@@ -67,16 +68,18 @@ def check_ends(
     Raises:
         DataError: There is nothing to keep apart, or the id contradicts the index.
     """
-    count = len(_starts(source))
+    starts, documents = _documents(source)
+    count = len(documents)
+    is_single = starts.bound(documents[0]) == starts.bound(documents[-1])
     is_whole_file = (source.start_token, source.stop_token) == (0, len(source.tokens))
-    if count == 1 and is_training and is_whole_file:
+    if is_single and is_training and is_whole_file:
         raise DataError(
             f"source {source.name!r} is one document of {source.num_tokens} tokens by"
             f" {source.prefix}.idx, so --reset-position-ids and --reset-attention-mask would change"
             " nothing in it; they keep documents apart where the index says that they end; write"
             " it again with one document a line of input, leave it out, or drop the two flags"
         )
-    notes = [] if count > 1 else [f"{source.name} is one document, with nothing to keep apart"]
+    notes = [f"{source.name} is one document, with nothing to keep apart"] if is_single else []
     if eod is not None:
         found = look_at_ends(source, eod)
         where = f"of {found.num_sampled} documents looked at, of {count} in {source.prefix}.idx"
@@ -84,7 +87,7 @@ def check_ends(
         if found.num_ended < found.num_sampled or found.num_inside:
             if is_given:
                 _refuse_given(source, eod, found, f"{where}, {said}")
-            if found.num_inside and (count == 1 or found.num_ended < found.num_sampled):
+            if found.num_inside and (is_single or found.num_ended < found.num_sampled):
                 _refuse_tokenizers(source, eod, f"{where}, {said}")
             notes.append(
                 f"{source.name}: the tokenizer ends documents with id {eod}; {where}, {said};"
@@ -112,19 +115,22 @@ def _refuse_tokenizers(source: WindowSource, eod: int, said: str) -> None:
 
 
 def _tails(source: WindowSource) -> list[npt.NDArray[np.integer]]:
-    """Return the last tokens of documents that are evenly spaced over a source."""
-    bounds = np.append(_starts(source), source.stop_token)
-    count = len(bounds) - 1
-    chosen = np.unique(np.linspace(0, count - 1, min(count, _NUM_SAMPLED)).astype(np.int64))
-    return [
-        np.asarray(source.tokens[max(first, stop - _TAIL_TOKENS) : stop])
-        for first, stop in zip(bounds[chosen].tolist(), bounds[chosen + 1].tolist(), strict=True)
-    ]
+    """Return the last tokens of documents evenly spaced over a source; none of empty ones."""
+    starts, documents = _documents(source)
+    count = len(documents)
+    chosen = np.linspace(0, count - 1, min(count, _NUM_SAMPLED)).astype(np.int64)
+    # Empty documents begin where the next one does that is not empty, which stands for them.
+    begins = dict.fromkeys(starts.bound(documents[n]) for n in chosen.tolist())
+    tails = []
+    for first in begins:
+        stop = min(source.stop_token, starts.bound(starts.first_from(first + 1)))
+        tails.append(np.asarray(source.tokens[max(first, stop - _TAIL_TOKENS) : stop]))
+    return tails
 
 
-def _starts(source: WindowSource) -> npt.NDArray[np.int64]:
-    """Return where the documents of a source begin that have a token."""
-    assert source.document_starts is not None, "the source must be read with its documents"
-    begin, end = np.searchsorted(source.document_starts, [source.start_token, source.stop_token])
-    starts = source.document_starts[begin:end]
-    return starts[np.append(starts[1:] > starts[:-1], True)]
+def _documents(source: WindowSource) -> tuple[DocumentStarts, range]:
+    """Return where the file's documents begin, and the numbers of the source's."""
+    starts = source.document_starts
+    assert starts is not None, "the source must be read with its documents"
+    bounds = (starts.first_from(token) for token in (source.start_token, source.stop_token))
+    return starts, range(*bounds)

@@ -1,4 +1,10 @@
-"""Tells a token file from others of its size, without reading all of it."""
+"""Tells a token file from others of its size, without reading all of it.
+
+A fingerprint is the SHA-256 of the whole .idx, which holds the length of every document, and of 64
+blocks of 16,384 tokens, evenly spaced from the first token to the last; the path and times of the
+file do not count. A change of tokens alone that lies between the blocks is not noticed; 2^20 tokens
+and fewer are hashed whole. Checkpoints and manifests keep it, so what it is must not change.
+"""
 
 import hashlib
 from pathlib import Path
@@ -13,20 +19,31 @@ _VERSION = b"token file, fingerprint 1\n"
 
 
 def fingerprint(index: Path, tokens: npt.NDArray[np.integer]) -> str:
-    """Return a digest of a token file's content; its path and its times do not count.
-
-    It is the SHA-256 of the whole .idx, which holds the length of every document, and of 64 blocks
-    of 16,384 tokens, evenly spaced from the first token to the last. A change of tokens alone that
-    lies between the blocks is not noticed; 2^20 tokens and fewer are hashed whole.
+    """Return the fingerprint of a token file that is not being verified.
 
     Args:
         index: The .idx.
         tokens: [num_tokens] the .bin.
     """
-    digest = hashlib.sha256(_VERSION)
+    digest = start_fingerprint()
     with open(index, "rb") as file:
         while block := file.read(_READ_BYTES):
             digest.update(block)
+    return finish_fingerprint(digest, tokens)
+
+
+def start_fingerprint() -> "hashlib._Hash":
+    """Return a digest that every byte of the .idx is to be added to."""
+    return hashlib.sha256(_VERSION)
+
+
+def finish_fingerprint(digest: "hashlib._Hash", tokens: npt.NDArray[np.integer]) -> str:
+    """Return the fingerprint of a token file.
+
+    Args:
+        digest: Of the whole .idx.
+        tokens: [num_tokens] the .bin.
+    """
     last = max(0, len(tokens) - _BLOCK_TOKENS)
     for start in np.unique(np.linspace(0, last, _NUM_BLOCKS).astype(np.int64)).tolist():
         digest.update(tokens[start : start + _BLOCK_TOKENS].tobytes())

@@ -1,40 +1,30 @@
 """Verifies and maps a token file: PREFIX.idx and PREFIX.bin in Megatron's indexed format.
 
-Layout of the .idx, little-endian: 9 bytes of magic, u64 version (1), u8 dtype code, u64 number of
-sequences n, u64 number of document bounds d, int32[n] sequence lengths in tokens, int64[n] byte
-offsets into the .bin, int64[d] document bounds in sequences, from 0 to n. The .bin holds the tokens
-and nothing else. Source: `megatron.core.datasets.indexed_dataset`, read at version 0.16.1; its own
-reader trusts all of this, so a damaged file there ends in an assertion or in wrong tokens.
+The .bin holds the tokens of all documents end to end and nothing else; `index_file` has the layout
+of the .idx.
 """
 
-import struct
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron.trainer.data.fingerprint import fingerprint
+from megatron.trainer.data.fingerprint import finish_fingerprint, start_fingerprint
+from megatron.trainer.data.index_file import (
+    REBUILD,
+    DocumentStarts,
+    IndexHeader,
+    check_places,
+    map_starts,
+    read_blocks,
+    read_header,
+    sum_lengths,
+)
 from megatron.trainer.errors import DataError
 
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-TOKEN_DTYPES: dict[int, type[np.signedinteger[Any] | np.unsignedinteger[Any]]] = {
-    1: np.uint8,
-    2: np.int8,
-    3: np.int16,
-    4: np.int32,
-    5: np.int64,
-    8: np.uint16,
-}
-"""Integer dtypes by the code in the header; 6 and 7 are floats, which no token is."""
-
-_HEADER = struct.Struct("<9sQBQQ")
-_REBUILD = "write it again with tools/preprocess_data.py or copy it again"
-_SCAN_TOKENS = 1 << 24
-# Reading more at start, on every rank, would delay a run by minutes and more.
+_SCAN_TOKENS = 1 << 22
+# Reading more at start, on every node, would delay a run by minutes and more.
 _FULL_SCAN_TOKENS = 1 << 30
 
 
@@ -60,8 +50,10 @@ class TokenFile:
     """Path without .bin and .idx."""
     tokens: npt.NDArray[np.integer]
     """[num_tokens] every token of the file, a memory map."""
-    document_starts: npt.NDArray[np.int64]
-    """[num_documents] position of each document's first token."""
+    document_starts: DocumentStarts
+    """Where documents begin, looked up in a memory map."""
+    facts: TokenFacts
+    """What the file's content is."""
 
     @property
     def num_tokens(self) -> int:
@@ -71,22 +63,12 @@ class TokenFile:
     @property
     def num_documents(self) -> int:
         """Return the documents in the file."""
-        return int(self.document_starts.shape[0])
+        return len(self.document_starts)
 
     @property
     def dtype(self) -> np.dtype[np.integer]:
         """Return how a token is stored."""
         return self.tokens.dtype
-
-    @cached_property
-    def facts(self) -> TokenFacts:
-        """Return what the file's content is, read in part for its fingerprint."""
-        return TokenFacts(
-            dtype=self.dtype.name,
-            num_documents=self.num_documents,
-            num_tokens=self.num_tokens,
-            fingerprint=fingerprint(Path(f"{self.prefix}.idx"), self.tokens),
-        )
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Check every token against the vocabulary.
@@ -100,13 +82,10 @@ class TokenFile:
         info = np.iinfo(self.dtype)
         if info.min == 0 and info.max < vocab_size:
             return
-        for start in range(0, self.num_tokens, _SCAN_TOKENS):
-            check_ids(
-                self.tokens[start : start + _SCAN_TOKENS],
-                vocab_size,
-                file=f"{self.prefix}.bin",
-                first_token=start,
-            )
+        with open(f"{self.prefix}.bin", "rb") as file:
+            blocks = read_blocks(file, self.dtype, self.num_tokens, block=_SCAN_TOKENS)
+            for start, ids in blocks:
+                check_ids(ids, vocab_size, file=file.name, first_token=start)
 
 
 def check_ids(
@@ -133,22 +112,19 @@ def check_ids(
     )
 
 
-@dataclass(frozen=True)
-class _Index:
-    """Holds the content of a verified .idx."""
+def open_tokens(
+    prefix: str, *, vocab_size: int | None = None, verified: TokenFacts | None = None
+) -> TokenFile:
+    """Verify PREFIX.idx and PREFIX.bin against each other and map both.
 
-    dtype: np.dtype[np.integer]
-    lengths: npt.NDArray[np.int32]
-    bounds: npt.NDArray[np.int64]
-
-
-def open_tokens(prefix: str, *, vocab_size: int | None = None) -> TokenFile:
-    """Verify PREFIX.idx and PREFIX.bin against each other and map the tokens.
+    Takes memory that does not depend on the file's size.
 
     Args:
         prefix: Path without .bin and .idx.
         vocab_size: When given, every token must be below it. Files of up to 2^30 tokens are read
             through for this; larger ones are checked as they are drawn from (`WindowSource`).
+        verified: What another process of this machine found in the very files, which are then not
+            read through again: only their sizes and header are compared.
 
     Raises:
         DataError: A file is missing, empty, truncated, too long, of another format or inconsistent,
@@ -157,21 +133,61 @@ def open_tokens(prefix: str, *, vocab_size: int | None = None) -> TokenFile:
     idx_path, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (idx_path, bin_path):
         _require_content(path, prefix)
-    index = _read_index(idx_path)
-    total = int(index.lengths.sum(dtype=np.int64))
-    expected_bytes = total * index.dtype.itemsize
-    actual_bytes = bin_path.stat().st_size
-    if actual_bytes != expected_bytes:
-        raise DataError(
-            f"{bin_path} has {actual_bytes} bytes, but {idx_path} describes {total} tokens of"
-            f" {index.dtype.itemsize} bytes = {expected_bytes} bytes; both must agree; {_REBUILD}"
-        )
-    tokens = np.memmap(bin_path, dtype=index.dtype, mode="r", shape=(total,))
-    ends = np.concatenate([[0], np.cumsum(index.lengths, dtype=np.int64)])  # [n + 1]
-    file = TokenFile(prefix=prefix, tokens=tokens, document_starts=ends[index.bounds[:-1]])
-    if vocab_size is not None and total <= _FULL_SCAN_TOKENS:
+    header = read_header(idx_path)
+    if verified is not None:
+        return _map_verified(prefix, header, verified)
+    digest = start_fingerprint()
+    num_tokens = sum_lengths(header, digest)
+    tokens = _map_tokens(bin_path, header, num_tokens)
+    check_places(header, digest)
+    facts = TokenFacts(
+        dtype=header.dtype.name,
+        num_documents=header.num_documents,
+        num_tokens=num_tokens,
+        fingerprint=finish_fingerprint(digest, tokens),
+    )
+    starts = map_starts(header, num_tokens=num_tokens)
+    file = TokenFile(prefix=prefix, tokens=tokens, document_starts=starts, facts=facts)
+    if vocab_size is not None and num_tokens <= _FULL_SCAN_TOKENS:
         file.check_vocabulary(vocab_size)
     return file
+
+
+def _map_verified(prefix: str, header: IndexHeader, verified: TokenFacts) -> TokenFile:
+    """Map a token file that another process verified, if it can be that one.
+
+    Raises:
+        DataError: It is another one by now.
+    """
+    found = (header.dtype.name, header.num_documents)
+    if found != (verified.dtype, verified.num_documents):
+        raise DataError(
+            f"{header.path} has {found[1]} documents in {found[0]} tokens, but when it was verified"
+            f" it had {verified.num_documents} in {verified.dtype}; a file must not change while a"
+            " run starts; wait until it is written, then start again"
+        )
+    return TokenFile(
+        prefix=prefix,
+        tokens=_map_tokens(Path(f"{prefix}.bin"), header, verified.num_tokens),
+        document_starts=map_starts(header, num_tokens=verified.num_tokens),
+        facts=verified,
+    )
+
+
+def _map_tokens(path: Path, header: IndexHeader, num_tokens: int) -> npt.NDArray[np.integer]:
+    """Map the tokens of a .bin: [num_tokens].
+
+    Raises:
+        DataError: It is not as large as its index says.
+    """
+    itemsize = header.dtype.itemsize
+    size = path.stat().st_size
+    if size != num_tokens * itemsize:
+        raise DataError(
+            f"{path} has {size} bytes, but {header.path} describes {num_tokens} tokens of"
+            f" {itemsize} bytes = {num_tokens * itemsize} bytes; both must agree; {REBUILD}"
+        )
+    return np.memmap(path, dtype=header.dtype, mode="r", shape=(num_tokens,))
 
 
 def _require_content(path: Path, prefix: str) -> None:
@@ -182,79 +198,4 @@ def _require_content(path: Path, prefix: str) -> None:
             " PREFIX.bin and PREFIX.idx; check the path, and give it without .bin or .idx"
         )
     if path.stat().st_size == 0:
-        raise DataError(
-            f"{path} has 0 bytes; a token file must hold at least one token; {_REBUILD}"
-        )
-
-
-def _read_index(path: Path) -> _Index:
-    """Read an .idx and check everything that it says about itself.
-
-    Raises:
-        DataError: Magic, version, dtype code, size, lengths, offsets or bounds are wrong.
-    """
-    raw = np.memmap(path, dtype=np.uint8, mode="r")
-    if raw.size < _HEADER.size:
-        raise DataError(
-            f"{path} has {raw.size} bytes, but the header alone has {_HEADER.size}; {_REBUILD}"
-        )
-    magic, version, code, num_sequences, num_bounds = _HEADER.unpack(raw[: _HEADER.size].tobytes())
-    if magic != MAGIC:
-        raise DataError(
-            f"{path} begins with {magic!r}, but an index begins with {MAGIC!r}; {_REBUILD}"
-        )
-    if version != VERSION:
-        raise DataError(f"{path} has version {version}; only {VERSION} can be read; {_REBUILD}")
-    if code not in TOKEN_DTYPES:
-        codes = ", ".join(f"{key} ({np.dtype(TOKEN_DTYPES[key])})" for key in TOKEN_DTYPES)
-        raise DataError(f"{path} has dtype code {code}; tokens must be one of {codes}; {_REBUILD}")
-    expected = _HEADER.size + 12 * num_sequences + 8 * num_bounds
-    if raw.size != expected:
-        raise DataError(
-            f"{path} has {raw.size} bytes, but {num_sequences} sequences and {num_bounds} document"
-            f" bounds take {expected} bytes; both must agree; {_REBUILD}"
-        )
-    at = _HEADER.size
-    lengths = np.frombuffer(raw, dtype="<i4", count=num_sequences, offset=at)
-    offsets = np.frombuffer(raw, dtype="<i8", count=num_sequences, offset=at + 4 * num_sequences)
-    bounds = np.frombuffer(raw, dtype="<i8", count=num_bounds, offset=at + 12 * num_sequences)
-    dtype: np.dtype[np.integer] = np.dtype(TOKEN_DTYPES[code]).newbyteorder("<")
-    _check_sequences(path, lengths, offsets, dtype.itemsize)
-    _check_bounds(path, bounds, num_sequences)
-    return _Index(dtype=dtype, lengths=lengths, bounds=bounds)
-
-
-def _check_sequences(
-    path: Path, lengths: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], itemsize: int
-) -> None:
-    """Raise DataError unless lengths are >= 0 and offsets are their running sum in bytes."""
-    if lengths.size and int(lengths.min()) < 0:
-        at = int(np.argmax(lengths < 0))
-        raise DataError(
-            f"{path}: sequence {at} has length {int(lengths[at])}; lengths must be >= 0; {_REBUILD}"
-        )
-    expected = (np.cumsum(lengths, dtype=np.int64) - lengths) * itemsize
-    wrong = offsets != expected
-    if wrong.any():
-        at = int(np.argmax(wrong))
-        raise DataError(
-            f"{path}: sequence {at} starts at byte {int(offsets[at])}, but the lengths before it"
-            f" end at byte {int(expected[at])}; both must agree; {_REBUILD}"
-        )
-
-
-def _check_bounds(path: Path, bounds: npt.NDArray[np.int64], num_sequences: int) -> None:
-    """Raise DataError unless document bounds rise from 0 to the number of sequences."""
-    first, last = (int(bounds[0]), int(bounds[-1])) if bounds.size else (None, None)
-    if (first, last) != (0, num_sequences):
-        raise DataError(
-            f"{path}: document bounds go from {first} to {last}; they must go from 0 to the number"
-            f" of sequences, {num_sequences}; {_REBUILD}"
-        )
-    falls = np.flatnonzero(bounds[1:] < bounds[:-1])
-    if falls.size:
-        at = int(falls[0])
-        raise DataError(
-            f"{path}: document {at} goes from sequence {int(bounds[at])} to {int(bounds[at + 1])};"
-            f" document bounds must not fall; {_REBUILD}"
-        )
+        raise DataError(f"{path} has 0 bytes; a token file must hold at least one token; {REBUILD}")

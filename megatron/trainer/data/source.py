@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.trainer.data.batch import Batch, make_batch, mask_rows
+from megatron.trainer.data.index_file import DocumentStarts
 from megatron.trainer.data.indexed import TokenFacts, check_ids
 from megatron.trainer.data.permutation import KeyedPermutation
 from megatron.trainer.data.repetition import RepetitionRule, find_repetition
@@ -138,9 +139,8 @@ class WindowSource:
     """Path of the token file, for messages."""
     facts: TokenFacts | None = None
     """What the whole file is."""
-    document_starts: npt.NDArray[np.int64] | None = None
-    """Position of each document's first token in the file, rising; None where documents are not
-    kept apart."""
+    document_starts: DocumentStarts | None = None
+    """Where documents begin in the file; None where they are not kept apart."""
 
     def __post_init__(self) -> None:
         if self.num_windows < 1:
@@ -200,8 +200,7 @@ class WindowSource:
         if self.document_starts is None:
             return None
         first = self.start_token + n * self.seq_length
-        begin, end = np.searchsorted(self.document_starts, [first + 1, first + self.seq_length])
-        return self.document_starts[begin:end] - first
+        return self.document_starts.between(first + 1, first + self.seq_length) - first
 
 
 @dataclass(frozen=True, kw_only=True)

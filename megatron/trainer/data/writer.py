@@ -15,7 +15,8 @@ from typing import IO, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megatron.trainer.data.indexed import MAGIC, TOKEN_DTYPES, VERSION, TokenFile, open_tokens
+from megatron.trainer.data.index_file import MAGIC, TOKEN_DTYPES, VERSION
+from megatron.trainer.data.indexed import TokenFile, open_tokens
 from megatron.trainer.data.token_manifest import read_manifest, remove_manifest
 from megatron.trainer.errors import DataError
 from megatron.trainer.io.atomic_write import sync_file
@@ -110,7 +111,7 @@ class TokenFileWriter:
 
 
 def write_index(path: Path, lengths: BinaryIO, *, dtype: np.dtype[np.integer]) -> None:
-    """Write the .idx of documents of one sequence each; see `indexed` for the layout.
+    """Write the .idx of documents of one sequence each; see `index_file` for the layout.
 
     Args:
         path: The .idx.

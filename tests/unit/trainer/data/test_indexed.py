@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.trainer.data.indexed import MAGIC, open_tokens
+from megatron.trainer.data.index_file import MAGIC
+from megatron.trainer.data.indexed import open_tokens
 from megatron.trainer.data.writer import TokenFileWriter, token_dtype
 from megatron.trainer.errors import DataError
 
@@ -48,7 +49,7 @@ def craft(
 def test_written_tokens_and_document_starts_read_back(tmp_path: Path) -> None:
     file = open_tokens(write(tmp_path / "a", DOCUMENTS), vocab_size=13)
     assert file.tokens.tolist() == [5, 6, 7, 8, 9, 10, 11, 12]
-    assert file.document_starts.tolist() == [0, 3, 4]
+    assert file.document_starts[:].tolist() == [0, 3, 4]
     assert (file.num_tokens, file.num_documents, file.dtype) == (8, 3, np.uint16)
 
 
@@ -85,7 +86,7 @@ def test_files_are_byte_for_byte_those_of_megatron_core(tmp_path: Path, vocab_si
 
 def test_a_document_of_several_sequences_starts_where_its_first_one_does(tmp_path: Path) -> None:
     file = open_tokens(craft(tmp_path / "a", bounds=(0, 2, 2, 3)))
-    assert file.document_starts.tolist() == [0, 4, 4]
+    assert file.document_starts[:].tolist() == [0, 4, 4]
 
 
 def test_dtype_leaves_uint16_where_megatron_core_does() -> None:
