@@ -22,8 +22,8 @@ from megatron.trainer.errors import UserError, printable
 from moe_app.command_line import argument_text, program
 from moe_app.data.encoding import open_tokenizer
 from moe_app.data.shards import merge_shards
-from moe_app.data.text_inputs import find_inputs
-from moe_app.data.token_work import TokenWork, write_tokens
+from moe_app.data.text_inputs import cut_shard, find_inputs
+from moe_app.data.token_work import TokenWork, digest, write_tokens
 
 
 def preprocess(args: argparse.Namespace) -> None:
@@ -37,6 +37,7 @@ def preprocess(args: argparse.Namespace) -> None:
             merge_shards(f"{args.output_prefix}_{key}_document", count=args.num_shards)
         return
     inputs = find_inputs(args.input)
+    segments = cut_shard(inputs, index=args.shard_index, count=args.num_shards)
     texts = {
         place: TextInput(each.path, is_reread=len(args.json_keys) > 1)
         for place, each in enumerate(inputs)
@@ -51,6 +52,9 @@ def preprocess(args: argparse.Namespace) -> None:
                 args=args,
                 key=key,
                 inputs=inputs,
+                segments=segments,
+                inputs_sha256=digest([[each.path, each.num_bytes, each.sha256] for each in inputs]),
+                num_inputs=len(inputs),
                 texts=texts,
                 tokenizer=tokenizer,
                 identity=identity,

@@ -26,7 +26,7 @@ from moe_app.data.encoding import Encoded, encoded_chunks
 from moe_app.data.progress import ReadProgress
 from moe_app.data.shards import shard_prefix, written_facts
 from moe_app.data.text_chunks import Chunk, Position, read_chunks
-from moe_app.data.text_inputs import Input, Segment, count_lines, cut_shard
+from moe_app.data.text_inputs import Input, Segment, count_lines
 
 _COMMIT_SECONDS = 15.0
 _MOST_LISTED = 20
@@ -50,6 +50,12 @@ class TokenWork:
     key: str
     """Where in an object the text is."""
     inputs: Sequence[Input]
+    segments: Sequence[Segment]
+    """What is read of them."""
+    inputs_sha256: str
+    """What tells the inputs of all shards from others."""
+    num_inputs: int
+    """Of all shards."""
     texts: Mapping[int, TextInput]
     """Those that are not plain, by their place; each may be read once a key."""
     tokenizer: Tokenizer
@@ -73,16 +79,16 @@ class TokenWork:
             "tokenizer": self.identity.sha256,
             "tokenizer_type": self.identity.kind,
             "vocabulary": self.tokenizer.vocab_size,
-            "control_tokens": _digest(self.tokenizer.control_texts()),
+            "control_tokens": digest(self.tokenizer.control_texts()),
             "first_tokens": list(self.tokenizer.prefix),
             "last_token": self.tokenizer.eod if self.args.append_eod else None,
-            "inputs": _digest([[each.path, each.num_bytes, each.sha256] for each in self.inputs]),
+            "inputs": self.inputs_sha256,
         }
 
     def begun(self) -> dict[str, Any]:
         """Return what an unfinished start must have begun with to go on."""
         return self.deciding() | {
-            "input_times": _digest([each.modified_ns for each in self.inputs]),
+            "input_times": digest([each.modified_ns for each in self.inputs]),
             "shard": [self.args.shard_index, self.args.num_shards],
         }
 
@@ -94,8 +100,8 @@ class TokenWork:
             "tokenizer_sha256": self.identity.sha256,
             "vocab_size": self.tokenizer.vocab_size,
             "eod_token_id": self.tokenizer.eod if self.args.append_eod else None,
-            "num_input_files": len(self.inputs),
-            "work_sha256": _digest(self.deciding()),
+            "num_input_files": self.num_inputs,
+            "work_sha256": digest(self.deciding()),
             "num_shards": self.args.num_shards,
             "shard_index": self.args.shard_index,
         }
@@ -121,7 +127,8 @@ class TokenWork:
             return None
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
+    """Return the SHA-256 of a value of JSON's types."""
     return hashlib.sha256(json.dumps(value).encode("ascii")).hexdigest()
 
 
@@ -130,13 +137,12 @@ class TokenRun:
 
     Args:
         work: What is written.
-        segments: What is read of the inputs.
         draft: Where to.
     """
 
-    def __init__(self, work: TokenWork, segments: Sequence[Segment], draft: TokenDraft) -> None:
+    def __init__(self, work: TokenWork, draft: TokenDraft) -> None:
         self._work = work
-        self._segments = segments
+        self._segments = segments = work.segments
         self._draft = draft
         progress = draft.progress
         self._counts = [Counter(each) for each in progress.get("counts", ())]
@@ -255,7 +261,7 @@ def write_tokens(work: TokenWork) -> None:
         DataError: An input or the output is missing or bad. What was committed is kept, and the
             next start goes on from there.
     """
-    args, prefix = work.args, work.prefix
+    prefix = work.prefix
     written = work.written()
     if written is not None and not Path(f"{prefix}.part/state.json").exists():
         shutil.rmtree(f"{prefix}.part", ignore_errors=True)
@@ -264,7 +270,6 @@ def write_tokens(work: TokenWork) -> None:
             f" {written.num_tokens:,} tokens; remove {manifest_path(prefix)} to write it again"
         )
         return
-    segments = cut_shard(work.inputs, index=args.shard_index, count=args.num_shards)
     started = time.monotonic()
     with TokenDraft(
         prefix,
@@ -272,12 +277,12 @@ def write_tokens(work: TokenWork) -> None:
         vocab_size=work.tokenizer.vocab_size,
         is_resumable=work.is_resumable,
     ) as draft:
-        run = TokenRun(work, segments, draft)
+        run = TokenRun(work, draft)
         if run.begun_documents:
             print(f"{prefix}: going on after {run.begun_documents:,} documents")
         if not draft.is_written:
             try:
-                _encode(work, segments, run, draft)
+                _encode(work, run, draft)
             except DataError as error:
                 raise _with_rest(error, draft) from error
         manifest = draft.finish(run.described())
@@ -290,10 +295,10 @@ def _with_rest(error: DataError, draft: TokenDraft) -> DataError:
     return DataError(f"{error}{kept if draft.progress else ''}")
 
 
-def _encode(work: TokenWork, segments: Sequence[Segment], run: TokenRun, draft: TokenDraft) -> None:
-    chunks = read_chunks(work.inputs, segments, work.texts, run.position)
+def _encode(work: TokenWork, run: TokenRun, draft: TokenDraft) -> None:
+    chunks = read_chunks(work.inputs, work.segments, work.texts, run.position)
     progress: ReadProgress | None = None
-    total = _total_bytes(work.inputs, segments) if work.is_resumable else None
+    total = _total_bytes(work.inputs, work.segments) if work.is_resumable else None
     with encoded_chunks(work.args, work.key, work.tokenizer, chunks) as results:
         for chunk, encoded in results:
             if progress is None:

@@ -5,8 +5,9 @@
         --filter repeated-ngram --filter length:min=100 --filter exact --filter minhash
 
 Filters apply in the order given. Kept documents are in OUTPUT/kept/NAME.jsonl, as they were read;
-dropped ones in OUTPUT/dropped/NAME.jsonl with a `reason`; counts in OUTPUT/summary.json. The output
-depends on the input and the filters alone. Started again, the command does what is missing.
+dropped ones in OUTPUT/dropped/NAME.jsonl with a `reason`; token files of the kept ones, if
+`--tokenize` asks for them, in OUTPUT/tokens; counts in OUTPUT/summary.json. The output depends on
+the input and the filters alone. Started again, the command does what is missing.
 """
 
 import argparse
@@ -19,8 +20,8 @@ from pathlib import Path
 
 from megatron.trainer.data.tokenizer import TOKENIZER_CHOICES
 from megatron.trainer.errors import ConfigError, DataError, UserError, printable
-from moe_app.command_line import program
-from moe_app.filter.filter_plan import make_plan, settle_plan
+from moe_app.command_line import argument_text, program
+from moe_app.filter.filter_plan import TokenSettings, make_plan, settle_plan
 from moe_app.filter.filter_recipe import read_filter_recipe
 from moe_app.filter.filter_specs import FILTERS, parse_filter
 from moe_app.filter.filter_summary import summary_table
@@ -51,6 +52,7 @@ def run_filters(args: argparse.Namespace) -> None:
         tokenizer_type=args.tokenizer_type,
         tokenizer_model=args.tokenizer_model,
         max_bad_lines=args.max_bad_lines,
+        tokens=_token_settings(args),
     )
     with _names_full_disk(folder.output):
         folder.output.mkdir(parents=True, exist_ok=True)
@@ -60,6 +62,22 @@ def run_filters(args: argparse.Namespace) -> None:
         is_complete = run_plan(plan, folder, args)
     if is_complete:
         print(summary_table(json.loads(folder.summary.read_bytes())))
+
+
+def _token_settings(args: argparse.Namespace) -> TokenSettings | None:
+    """Return how kept documents are tokenized.
+
+    Raises:
+        ConfigError: They are not, but a flag says how.
+    """
+    if args.tokenize:
+        return TokenSettings(append_eod=args.append_eod, eod_token=args.eod_token)
+    if args.append_eod or args.eod_token is not None:
+        raise ConfigError(
+            "--append-eod and --eod-token say how documents are tokenized, but they are not; add"
+            " --tokenize, or leave them out"
+        )
+    return None
 
 
 def _check_output(output: str, inputs: Sequence[str]) -> None:
@@ -77,7 +95,7 @@ def _check_output(output: str, inputs: Sequence[str]) -> None:
     folder = WorkFolder(Path(output))
     if folder.output.exists() and not folder.output.is_dir():
         raise ConfigError(f"--output {output} is no folder; name a new or begun one")
-    for path in (folder.kept, folder.dropped, folder.work):
+    for path in (folder.kept, folder.dropped, folder.tokens, folder.work):
         if path.is_symlink():
             raise ConfigError(
                 f"{path} is a link; what is written must stay in --output; remove the link"
@@ -149,6 +167,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tokenizer-model", metavar="FILE", help="the .model or .json file that counts tokens"
+    )
+    parser.add_argument(
+        "--tokenize",
+        action="store_true",
+        help="write the kept documents of each file as a shard of token files, too",
+    )
+    parser.add_argument("--append-eod", action="store_true", help="end each with the token for it")
+    parser.add_argument(
+        "--eod-token",
+        metavar="TEXT",
+        type=argument_text,
+        help="that token; without it, the one that the tokenizer's files name",
     )
     parser.add_argument(
         "--max-bad-lines",

@@ -34,6 +34,14 @@ class CountingTokenizer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenSettings:
+    """Says how kept documents are tokenized, as the flags of preprocessing of these names."""
+
+    append_eod: bool
+    eod_token: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class FilterPlan:
     """Describes what is read and which filters it passes, in order."""
 
@@ -43,6 +51,8 @@ class FilterPlan:
     tokenizer: CountingTokenizer | None
     evaluation: tuple[tuple[SourceFile, ...], ...]
     """The evaluation files of each filter; empty for filters that have none."""
+    tokens: TokenSettings | None = None
+    """None where documents are not tokenized."""
     max_bad_lines: int
     """May be raised between two starts."""
 
@@ -59,6 +69,7 @@ def make_plan(
     tokenizer_type: str,
     tokenizer_model: str | None,
     max_bad_lines: int,
+    tokens: TokenSettings | None = None,
 ) -> FilterPlan:
     """Look at the files and check that the filters have what they need.
 
@@ -69,11 +80,12 @@ def make_plan(
     if not filters:
         raise ConfigError("no filter is named; there must be one at least; add --filter NAME")
     tokenizer = None
-    counting = [spec.name for spec in filters if spec.needs_tokenizer]
-    if counting:
+    needing = [f"{spec.name} counts tokens" for spec in filters if spec.needs_tokenizer]
+    needing += ["--tokenize makes tokens"] if tokens is not None else []
+    if needing:
         if not tokenizer_model:
             raise ConfigError(
-                f"{counting[0]} counts tokens, but no tokenizer is named; it must be the model's;"
+                f"{needing[0]}, but no tokenizer is named; it must be the model's;"
                 " add --tokenizer-type and --tokenizer-model"
             )
         named = identify_tokenizer(tokenizer_type, tokenizer_model)
@@ -93,6 +105,7 @@ def make_plan(
         filters=tuple(filters),
         tokenizer=tokenizer,
         evaluation=tuple(evaluation),
+        tokens=tokens,
         max_bad_lines=max_bad_lines,
     )
 
@@ -119,7 +132,7 @@ def read_plan(folder: Path) -> FilterPlan | None:
         value = json.loads(read_small(path, most_bytes=_MOST_BYTES))
         if value["format"] != _FORMAT:
             raise ValueError(f"its format is {value['format']}, not {_FORMAT}")
-        tokenizer = value["tokenizer"]
+        tokenizer, tokens = value["tokenizer"], value.get("tokens")
         return FilterPlan(
             sources=_sources(value["sources"]),
             text_key=str(value["text_key"]),
@@ -130,6 +143,7 @@ def read_plan(folder: Path) -> FilterPlan | None:
             ),
             tokenizer=CountingTokenizer(**tokenizer) if tokenizer else None,
             evaluation=tuple(map(_sources, value["evaluation"])),
+            tokens=TokenSettings(**tokens) if tokens else None,
             max_bad_lines=int(value["max_bad_lines"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:

@@ -18,6 +18,9 @@ _KINDS: dict[str, type] = {
     "text_key": str,
     "tokenizer_type": str,
     "tokenizer_model": str,
+    "tokenize": bool,
+    "append_eod": bool,
+    "eod_token": str,
     "max_bad_lines": int,
     "executor": str,
     "tasks": int,
@@ -25,7 +28,13 @@ _KINDS: dict[str, type] = {
     "slurm": dict,
 }
 """Keys of a recipe: the flags' names, and `filters`."""
-_WORDS = {list: "a list", str: "a text", int: "a whole number", dict: "a mapping"}
+_WORDS = {
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+    dict: "a mapping",
+    bool: "true or false",
+}
 
 
 def read_filter_recipe(path: str) -> dict[str, Any]:
@@ -47,7 +56,7 @@ def read_filter_recipe(path: str) -> dict[str, Any]:
                 f"{path}: no setting is named {key!r}{did_you_mean(str(key), _KINDS)}; it must be"
                 f" one of {', '.join(_KINDS)}"
             )
-        if not isinstance(value, _KINDS[key]) or isinstance(value, bool):
+        if not isinstance(value, _KINDS[key]) or isinstance(value, bool) > (_KINDS[key] is bool):
             raise ConfigError(f"{path}: {key} is {value!r}; it must be {_WORDS[_KINDS[key]]}")
     if not all(isinstance(each, str) for each in values.get("input", ())):
         raise ConfigError(f"{path}: input must be a list of paths")

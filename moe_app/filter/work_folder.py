@@ -24,6 +24,11 @@ class WorkFolder:
         return self.output / "dropped"
 
     @property
+    def tokens(self) -> Path:
+        """Return the folder of token files."""
+        return self.output / "tokens"
+
+    @property
     def summary(self) -> Path:
         """Return the file of counts, which is there when all is done."""
         return self.output / "summary.json"

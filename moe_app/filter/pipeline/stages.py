@@ -26,6 +26,7 @@ from moe_app.filter.pipeline.near_duplicates import ClusterFinder, SignatureWrit
 from moe_app.filter.pipeline.reading import EntryReader, KeptWriter, VerdictReplay
 from moe_app.filter.pipeline.removals import ParagraphFilter, RemovalFilter
 from moe_app.filter.pipeline.summary_step import SummaryStep
+from moe_app.filter.pipeline.token_writer import TokenWriter
 from moe_app.filter.rules import LengthRule, StarcoderRule
 from moe_app.filter.work_folder import WorkFolder
 
@@ -67,6 +68,8 @@ def build_stages(plan: FilterPlan, folder: WorkFolder) -> list[FilterStage]:
         stages.append(FilterStage(f"reading-{number}", steps, len(plan.sources)))
         if not is_last:
             stages += _join(plan, folder, end)
+    if plan.tokens is not None:
+        stages.append(FilterStage("tokens", [TokenWriter(plan, folder)], len(plan.sources)))
     stages.append(FilterStage("summary", [SummaryStep(plan, folder)], 1))
     return stages
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron.trainer.errors import ConfigError
+from moe_app.data import preprocess_data
 from moe_app.filter.filter_data import main
 from moe_app.filter.filter_page import filter_page
 from moe_app.filter.filter_recipe import read_filter_recipe
@@ -18,6 +19,7 @@ from moe_app.filter.pipeline.cluster_executors import parse_slurm
 from tests.distributed.launcher import program
 from tests.paths import REPO
 from tests.unit.app.filter import kill_worker
+from tests.unit.trainer.data.make_tokenizers import make_hf_tokenizer
 
 TEXT = "one two three four five six seven eight nine ten eleven twelve"
 
@@ -65,9 +67,47 @@ def test_recipe_is_the_command_line_it_stands_for(tmp_path: Path, corpus: Path) 
     assert read["filters"] == [parse_filter(flags[1]), parse_filter(flags[3])]
 
 
+def test_recipe_ends_in_the_token_files_of_its_kept_documents(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_hf_tokenizer(tmp_path / "tok", ["<unk>", "</s>"], config={"eos_token_id": 1})
+    flags = ["--tokenizer-type", "HFTokenizer", "--tokenizer-model", model]
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(
+        f"input: [{corpus}]\nfilters: [exact]\ntokenize: true\nappend_eod: true\n"
+        f"tokenizer_type: HFTokenizer\ntokenizer_model: {model}\n"
+    )
+    assert main(["--recipe", str(recipe), "--output", str(out)]) == 0
+    assert (out / "summary.json").exists()
+    prefix = str(out / "tokens/kept")
+    merge = ["--output-prefix", prefix, "--merge", "--num-shards", "2"]
+    assert preprocess_data.main(merge) == 0
+    kept = [str(out / "kept" / name) for name in ("a.jsonl", "b.jsonl")]
+    for name, inputs, shard in (
+        ("all", kept, ""),
+        ("0", kept[:1], ".shard-00000-of-00002"),
+        ("1", kept[1:], ".shard-00001-of-00002"),
+    ):
+        command = ["--input", *inputs, "--output-prefix", str(tmp_path / name), "--append-eod"]
+        assert preprocess_data.main([*command, *flags]) == 0
+        for suffix in (".bin", ".idx"):
+            made = Path(f"{prefix}_text_document{shard}{suffix}").read_bytes()
+            assert made == (tmp_path / f"{name}_text_document{suffix}").read_bytes()
+    manifest = json.loads(Path(f"{prefix}_text_document.json").read_text())
+    assert manifest["num_input_files"] == 2
+    assert [each["path"] for each in manifest["sources"]] == kept
+    capsys.readouterr()
+    common = ["--input", str(corpus), "--output", str(tmp_path / "no"), "--filter", "exact"]
+    assert main([*common, "--tokenize"]) == 2
+    assert "--tokenize makes tokens, but no tokenizer is named" in capsys.readouterr().err
+    assert main([*common, "--append-eod"]) == 2
+    assert "add --tokenize, or leave them out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("tokenize: 1", "tokenize is 1; it must be true or false"),
         ("inputs: [a]", "no setting is named 'inputs'; did you mean 'input'?"),
         ("input: a", "input is 'a'; it must be a list"),
         ("workers: true", "workers is True; it must be a whole number"),
