@@ -27,7 +27,7 @@ from moe_app.chat.jinja_template import TokenizerTemplate
 from moe_app.chat.samples import DialogueEncoder
 from moe_app.chat.templates import TEMPLATES, BuiltinTemplate
 from moe_app.chat.token_store import MANIFEST, VERSION, TokenStore, open_store
-from moe_app.filter.sources import SourceFile
+from moe_app.data.sources import SourceFile
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from megatron.trainer.io.bounded_read import read_small
 from moe_app.chat.chat_config import ChatDataConfig
 from moe_app.chat.chat_rows import MOST_ROW_BYTES, Unit, read_unit
 from moe_app.chat.dialogue import ChatKind
+from moe_app.data.sources import SourceFile, find_sources
 from moe_app.filter.records import read_rows
-from moe_app.filter.sources import SourceFile, find_sources
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from moe_app.chat.dialogue import ChatKind, Dialogue, Turn
 from moe_app.chat.jinja_template import RenderingError
 from moe_app.chat.samples import DialogueEncoder, OverlongError, Sample
 from moe_app.chat.token_store import StoreWriter
-from moe_app.filter.sources import SourceFile
+from moe_app.data.sources import SourceFile
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron.trainer.data.text_input import check_inputs, is_packed, is_pipe
 from megatron.trainer.errors import ConfigError, DataError
-from moe_app.filter.sources import find_sources
+from moe_app.data.sources import find_sources
 
 _ENDS_BYTES = 1 << 16
 _BLOCK_BYTES = 1 << 16

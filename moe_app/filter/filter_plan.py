@@ -14,8 +14,8 @@ from megatron.trainer.data.token_manifest import identify_tokenizer
 from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.io.atomic_write import write_text
 from megatron.trainer.io.bounded_read import read_small
+from moe_app.data.sources import SourceFile, find_sources
 from moe_app.filter.filter_specs import FilterSpec, MinhashRule, make_spec
-from moe_app.filter.sources import SourceFile, find_sources
 
 PLAN_FILE = "plan.json"
 _MOST_BYTES = 1 << 28

@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron.trainer.data.jsonl import parse_object, text_under
 from megatron.trainer.errors import DataError
+from moe_app.data.sources import SourceFile
 from moe_app.filter import binary_lines
-from moe_app.filter.sources import SourceFile
 
 _ROWS_AT_ONCE = 64
 

@@ -10,6 +10,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from megatron.trainer.errors import DataError
 from megatron.trainer.io.atomic_write import write_text
+from moe_app.data.sources import SourceFile
 from moe_app.filter.filter_specs import DecontaminateRule
 from moe_app.filter.overlap import OverlapIndex, WordHasher, build_index
 from moe_app.filter.pipeline.document_filters import RuleFilter
@@ -18,7 +19,6 @@ from moe_app.filter.pipeline.reading import Documents
 from moe_app.filter.pipeline.removals import load_array, save_array
 from moe_app.filter.records import BadEntry, read_entries
 from moe_app.filter.rules import Verdict
-from moe_app.filter.sources import SourceFile
 
 _COLUMNS = ("lengths", "starts", "hashes", "items")
 _ITEMS = "items.json"

@@ -12,9 +12,9 @@ from pyarrow import parquet
 
 from megatron.trainer.data import text_input
 from megatron.trainer.errors import DataError
+from moe_app.data.sources import SourceFile, find_sources
 from moe_app.filter import binary_lines
 from moe_app.filter.records import BadEntry, Entry, json_line, read_entries
-from moe_app.filter.sources import SourceFile, find_sources
 
 VALUES = [{"text": f"text {number} é\u0000", "n": number} for number in range(150)]
 LINES = b"".join(json.dumps(value).encode() + b"\n" for value in VALUES)
