@@ -8,10 +8,12 @@ docs/analysis.md defines every measure.
 """
 
 import argparse
+import functools
 from collections.abc import Sequence
 
 from megatron.trainer.runtime.launch import run_main
-from moe_app.analyze import collect
+from moe_app.analyze import collect, routing_report
+from moe_app.analyze.steps import STEPS, run_step
 from moe_app.command_line import program
 from moe_app.infer import open_model
 
@@ -33,4 +35,26 @@ def make_parser() -> argparse.ArgumentParser:
     step = steps.add_parser("collect", help="run a model over texts and keep its routing")
     collect.add_flags(step)
     step.set_defaults(run=collect.run)
+    for each in STEPS:
+        step = steps.add_parser(each.name, help=each.summary, description=each.meaning)
+        _add_places(step)
+        each.add_flags(step)
+        step.set_defaults(run=functools.partial(run_step, step=each))
+    step = steps.add_parser("report", help="all of them on one page, with figures and tables")
+    _add_places(step)
+    routing_report.add_flags(step)
+    step.set_defaults(run=routing_report.run_report)
     return parser
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="what `collect` wrote; several checkpoints' for saturation",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="of tables and figures; replaced there"
+    )

@@ -10,6 +10,7 @@ from megatron.trainer.errors import DataError
 from moe_app.analyze.collection import Collection, require_comparable
 from moe_app.analyze.manifest import Router
 from moe_app.analyze.tables import Table, from_rows, joined
+from moe_app.analyze.texts import ALL
 from moe_ext.analysis.coactivation import (
     CoActivation,
     JointCounts,
@@ -19,9 +20,6 @@ from moe_ext.analysis.coactivation import (
 )
 from moe_ext.analysis.load import BalanceSums, DomainCounts, load_figures, pooled_loss
 from moe_ext.analysis.saturation import Saturation, random_saturation
-
-ALL = "all"
-"""Stands for all domains together, and for all layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +51,6 @@ def measure_saturation(collections: Sequence[Collection]) -> Measured:
             f"saturation compares checkpoints, and {len(collections)} is given; collect the same"
             " text with an earlier checkpoint of the run (--ckpt-step), and give both"
         )
-    require_comparable(collections)
     ordered = sorted(collections, key=lambda each: each.manifest.iteration)
     iterations = [each.manifest.iteration for each in ordered]
     twice = [str(a) for a, b in itertools.pairwise(iterations) if a == b]
@@ -63,6 +60,7 @@ def measure_saturation(collections: Sequence[Collection]) -> Measured:
             " leave one out"
         )
     *earlier, final = ordered
+    require_comparable([final, *earlier])
     rows = []
     for collection in earlier:
         for router, counts in _compare(collection, final).items():

@@ -60,15 +60,18 @@ def _draw_chart(figure: Any, chart: PanelGrid) -> None:
     figure.suptitle(_plain(chart.title), fontsize=11)
     axes = figure.subplots(num_rows, num_columns, squeeze=False)
     seen: dict[str, Any] = {}
+    image = None
     for row, panels in enumerate(chart.rows):
         for column in range(num_columns):
             axis = axes[row, column]
             if column < len(panels):
-                _draw_panel(figure, axis, panels[column])
+                image = _draw_panel(axis, panels[column])
                 for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
                     seen.setdefault(name, handle)
             else:
                 axis.set_visible(False)
+    if image is not None:
+        figure.colorbar(image, ax=axes[:, -1].tolist(), shrink=0.8, pad=0.02)
     if len(seen) > 1:
         figure.legend(
             list(seen.values()),
@@ -80,9 +83,11 @@ def _draw_chart(figure: Any, chart: PanelGrid) -> None:
         )
 
 
-def _draw_panel(figure: Any, axis: Any, panel: Panel) -> None:
+def _draw_panel(axis: Any, panel: Panel) -> Any:
+    """Draw one pair of axes; return what a colour bar is made from, if it is a heat map."""
+    image = None
     if panel.heat is not None:
-        _draw_heat(figure, axis, panel)
+        image = _draw_heat(axis, panel)
     else:
         _draw_series(axis, panel)
     for level in panel.levels:
@@ -104,6 +109,7 @@ def _draw_panel(figure: Any, axis: Any, panel: Panel) -> None:
     axis.set_title(_plain(panel.title))
     axis.set_xlabel(panel.x_label)
     axis.set_ylabel(panel.y_label)
+    return image
 
 
 def _draw_series(axis: Any, panel: Panel) -> None:
@@ -122,13 +128,14 @@ def _draw_series(axis: Any, panel: Panel) -> None:
             axis.set_xticks(np.arange(len(bars.x)), list(bars.x))
 
 
-def _draw_heat(figure: Any, axis: Any, panel: Panel) -> None:
+def _draw_heat(axis: Any, panel: Panel) -> Any:
+    """Draw a heat map; return what a colour bar is made from."""
     from matplotlib.colors import LinearSegmentedColormap
 
     heat = panel.heat
     assert heat is not None
-    colours = LinearSegmentedColormap.from_list("routing", list(HEAT_COLOURS))
-    colours.set_bad("#e4e7ed")
+    scale = LinearSegmentedColormap.from_list("routing", list(HEAT_COLOURS))
+    colours = scale.with_extremes(bad="#e4e7ed")
     image = axis.imshow(
         np.ma.masked_invalid(heat.values), cmap=colours, vmin=heat.least, vmax=heat.most
     )
@@ -137,7 +144,7 @@ def _draw_heat(figure: Any, axis: Any, panel: Panel) -> None:
     for side in axis.spines.values():
         side.set_visible(False)
     axis.tick_params(length=0)
-    figure.colorbar(image, ax=axis, shrink=0.75, pad=0.02)
+    return image
 
 
 def _draw_flow(figure: Any, flow: Flow) -> None:
@@ -166,7 +173,7 @@ def _draw_flow(figure: Any, flow: Flow) -> None:
     for column, name in enumerate(flow.columns):
         axis.text(column + _NODE_WIDTH / 2, 1.03, _plain(name), ha="center", fontsize=9)
     axis.set_xlim(-0.05, len(flow.columns) - 1 + 0.45)
-    axis.set_ylim(-0.75, 1.08)
+    axis.set_ylim(min(top - height for _, top, height in boxes) - 0.02, 1.08)
 
 
 def _place_nodes(flow: Flow, total: float) -> list[tuple[float, float, float]]:

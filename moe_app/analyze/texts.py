@@ -15,6 +15,8 @@ from megatron.trainer.errors import ConfigError
 
 Tokens = npt.NDArray[np.int32]
 
+ALL = "all"
+"""In tables stands for all domains together, or for all layers."""
 NO_TOKEN = -1
 """What follows the last token of a domain."""
 _BLOCK = 1 << 16
@@ -62,6 +64,8 @@ def parse_domains(texts: Sequence[str], prefixes: Sequence[str]) -> list[Domain]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"the name {twice!r} is given twice; each text has its own name")
+    if ALL in names:
+        raise ConfigError(f"the name {ALL!r} stands for all texts together; give another name")
     if not domains:
         raise ConfigError(
             "no text is given; name at least one with --data NAME=FILE.jsonl or --data-path"

@@ -8,10 +8,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron.trainer.data.writer import TokenFileWriter
+from moe_app.analyze import steps
 from moe_app.analyze.manifest import Manifest, read_manifest
+from moe_app.cli import analyze_routing
 from moe_app.convert import convert_checkpoint
 from moe_app.pretrain import command
 from moe_ext.analysis.ordering import choices_of_outputs
@@ -172,3 +175,28 @@ def test_windows_are_consecutive_and_know_what_follows(runs: Path, truth: dict[s
             chosen = tokens[f"{router.name}.experts"][start:end]
             counts = np.bincount(chosen.ravel(), minlength=router.num_experts)
             np.testing.assert_array_equal(counts, windows[f"{router.name}.counts"][number])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_similarity_is_the_cosine_of_weights(family: str, runs: Path, tmp_path: Path) -> None:
+    tables = {}
+    for form in ("one", "hf"):
+        given = ["--input", str(runs / f"{family}_{form}"), "--output", str(tmp_path / form)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(steps, "draw_static", lambda directory, figures: None)
+            assert analyze_routing(["similarity", *given]) == 0
+        tables[form] = pq.read_table(tmp_path / form / "similarity.parquet")
+    native, hf = (table["cosine"].to_numpy() for table in tables.values())
+    np.testing.assert_allclose(native, hf, rtol=0, atol=1e-6)
+    weights = {}
+    for file in (runs / f"{family}_exported").glob("*.safetensors"):
+        weights |= load_file(file)
+    middle = "gate.weight" if family == "olmoe" else "router.layer.weight"
+    rows = tables["one"].to_pylist()
+    mine = [row for row in rows if (row["kind"], row["weights"]) == ("moe", "router")]
+    assert len(mine) == 4 * 15
+    for row in mine:
+        matrix = weights[f"model.layers.{row['layer']}.mlp.{middle}"].double()
+        cosine = torch.cosine_similarity(matrix[row["i"]], matrix[row["j"]], dim=0)
+        assert row["cosine"] == pytest.approx(float(cosine), abs=1e-6)
+    assert (tmp_path / "one" / "similarity_routers.csv").exists() == (family == "jetmoe")
