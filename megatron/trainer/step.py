@@ -172,6 +172,23 @@ def evaluate(
     return None if is_stopped else _reduce(state, objective, parts)
 
 
+def observe(state: TrainState, objective: Objective, batches: Sequence[Batch]) -> None:
+    """Run a forward pass in evaluation mode, for hooks on modules to observe; a collective call.
+
+    Args:
+        state: of the run.
+        objective: as in training.
+        batches: this rank's micro-batches of a global batch.
+    """
+    for chunk in state.chunks:
+        chunk.eval()
+    with torch.no_grad():
+        placed = objective.prepare(state, _place(state, objective, batches))
+        run_schedule(state, state.chunks, objective.forward, placed, forward_only=True)
+    for chunk in state.chunks:
+        chunk.train()
+
+
 def run_schedule(
     state: TrainState,
     chunks: Sequence[torch.nn.Module],

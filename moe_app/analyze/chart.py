@@ -25,6 +25,8 @@ class Series:
     colour: str
     hover: Sequence[str] = ()
     """What to say of each point besides."""
+    is_named: bool = True
+    """The legend has it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from megatron.trainer.io.bounded_read import read_small
 from megatron.trainer.runtime.collective import gather, on_all_ranks, on_rank0
 from megatron.trainer.runtime.launch import environment_rank
 from megatron.trainer.runtime.log import configure_logging
-from moe_app.analyze.capture import RoutingCapture, ShardPart, find_routers, run_windows
+from moe_app.analyze.capture import RoutingCapture, ShardPart, run_windows
 from moe_app.analyze.hf_source import fill_from_hf, open_hf
 from moe_app.analyze.manifest import TOKENS_NAME, Manifest, Router
 from moe_app.analyze.shard_file import check_pyarrow
@@ -37,6 +37,7 @@ from moe_app.analyze.texts import (
 from moe_app.command_line import program
 from moe_app.infer import open_model
 from moe_app.infer.open_model import LoadedModel, OpenedCheckpoint
+from moe_ext.analysis.model_routers import find_routers
 
 logger = logging.getLogger("analyze")
 

@@ -68,7 +68,7 @@ def _traces(panel: Panel, seen: set[str]) -> list[Any]:
                 "x": list(each.x),
                 "y": [None if value != value else float(value) for value in each.y],
                 "legendgroup": label(each.name),
-                "showlegend": each.name not in seen,
+                "showlegend": each.is_named and each.name not in seen,
                 "text": [label(text) for text in each.hover] or None,
                 "textposition": "none" if kind == "bar" else None,
                 "hovertemplate": f"{label(each.name)} %{{x}}: %{{y:.4~f}} %{{text}}<extra></extra>"

@@ -26,6 +26,8 @@ from moe_app.analyze.texts import ALL
 from moe_ext.analysis.coactivation import JointCounts, random_coactivation
 
 KIND_NAMES = {"moe": "feed-forward experts", "moa": "attention experts"}
+_NAMED = 6
+"""Experts of the most and of the least load that the legend of figure 10 names."""
 _FLOW_FACTOR = 1.5
 """Experts above so many times an even share get a box of their own (figure 35)."""
 
@@ -53,10 +55,10 @@ def saturation_figures(measured: Measured, kinds: Sequence[str]) -> list[PanelGr
             lines = [
                 Series(
                     name=f"layer {layer}",
-                    x=iterations,
+                    x=list(range(len(iterations))),
                     y=[100 * found[layer, each] for each in iterations],
                     colour=colours[layer],
-                    hover=[_tokens(tokens[each]) for each in iterations],
+                    hover=[f"at iteration {each:,}" for each in iterations],
                 )
                 for layer in layers
             ]
@@ -68,7 +70,11 @@ def saturation_figures(measured: Measured, kinds: Sequence[str]) -> list[PanelGr
                     lines=lines,
                     levels=[Level(value=100 * levels[kind, k], name="random router")],
                     y_top=top_of([v for line in lines for v in line.y], most=100),
-                    ticks=[(each, f"{each:,}\n{_tokens(tokens[each])}") for each in iterations],
+                    # As many places as checkpoints, as in the paper, whatever lies between.
+                    ticks=[
+                        (place, f"{each:,}\n{_tokens(tokens[each])}")
+                        for place, each in enumerate(iterations)
+                    ],
                 )
             )
         figures.append(
@@ -139,7 +145,7 @@ def coactivation_figures(measured: Measured, collection: Collection) -> list[Pan
                     " here; dark blocks are groups that work together."
                 ),
                 rows=[panels],
-                panel_size=(4.0, 3.9),
+                panel_size=(4.0, 3.5),
             )
         )
     return figures
@@ -310,12 +316,15 @@ def history_figure(records: Sequence[dict[str, Any]], key: str, layer: int) -> P
     experts = len(records[-1][key][layer])
     colours = layer_colours(experts)
     loads = np.array([record[key][layer] for record in records], dtype=np.float64)
+    order = np.argsort(loads[-1])
+    named = {*order[:_NAMED].tolist(), *order[-_NAMED:].tolist()}
     lines = [
         Series(
             name=f"expert {expert}",
             x=[record["iteration"] for record in records],
             y=(100 * loads[:, expert] / experts).tolist(),
             colour=colours[expert],
+            is_named=expert in named,
         )
         for expert in range(experts)
     ]
@@ -333,7 +342,8 @@ def history_figure(records: Sequence[dict[str, Any]], key: str, layer: int) -> P
         about=(
             "Each expert's share of the assignments in the batches of training, from the run's"
             " records. With a load-balancing loss the lines stay near the dashed one, an even"
-            " share; without it a few experts take nearly all."
+            " share; without it a few experts take nearly all. The legend names those with the"
+            " least and the most in the end."
         ),
         rows=[[panel]],
         panel_size=(7.5, 4.2),

@@ -22,6 +22,9 @@ _STYLE = {
 }
 _DPI = 110
 _MAX_TICKS = 8
+_MARKED = 16
+"""Points up to which a line shows each."""
+_THIN = {"linewidth": 1.0}
 _NODE_WIDTH, _NODE_GAP = 0.06, 0.012
 
 
@@ -114,9 +117,9 @@ def _draw_panel(axis: Any, panel: Panel) -> Any:
 
 def _draw_series(axis: Any, panel: Panel) -> None:
     for line in panel.lines:
-        axis.plot(
-            *(line.x, line.y), color=line.colour, label=line.name, marker="o", ms=3, linewidth=1.3
-        )
+        style = {"marker": "o", "ms": 3, "linewidth": 1.3} if len(line.x) <= _MARKED else _THIN
+        name = line.name if line.is_named else "_nolegend_"
+        axis.plot(line.x, line.y, color=line.colour, label=name, **style)
     count = max(1, len(panel.bars))
     for number, bars in enumerate(panel.bars):
         places = np.arange(len(bars.x)) if panel.is_ordered else np.asarray(bars.x, dtype=float)

@@ -34,6 +34,7 @@ from moe_app.command_line import program
 from moe_app.pretrain.build import build_state
 from moe_app.pretrain.config import PretrainConfig, parse_recipe
 from moe_app.pretrain.hooks import build_hooks
+from moe_app.pretrain.router_saturation import RouterSaturation
 
 logger = logging.getLogger("pretrain")
 
@@ -95,6 +96,8 @@ def _train(
         journal.saved = state.iteration
     hooks: list[Hook] = [journal, watchdog]
     hooks += on_all_ranks("opening the records", lambda: build_hooks(cfg, state))
+    if cfg.logging.log_router_saturation is not None:
+        hooks.append(RouterSaturation(state, cfg.model, NEXT_TOKEN))
     background = BackgroundSaver(ctx.device) if cfg.checkpoint.async_save else None
     upkeep = Upkeep(
         save=checkpoint_writer(state, background, loaded=beginning.loaded),

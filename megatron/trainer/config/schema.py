@@ -226,6 +226,9 @@ class LoggingConfig:
     """Show a progress bar on rank 0 when the output is a terminal."""
     log_straggler: bool = False
     """Record the slowest rank of each log_interval: the one that waits least for the others."""
+    log_router_saturation: str | None = None
+    """Checkpoint of this architecture, a run directory or an iter_... in one: at each evaluation
+    record how many of a fixed batch's experts are the same as its own. None means never."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from megatron.trainer.records.record_file import (
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
 LOAD_NAME = "expert_load.jsonl"
+SATURATION_NAME = "router_saturation.jsonl"
 EVENTS_NAME = "events.jsonl"
 ENDED_NAME = "ended.json"
 PROFILE_NAME = "profile"
