@@ -157,9 +157,8 @@ def measure_similarity(collection: Collection, *, weights: Path | None = None) -
                     )
                 values = cosines(tensor.float())
                 tables.append(_table(router.kind, router.layer, what, values))
-                means.append(
-                    (router.kind, router.layer, what, *_summary(values), tensor[0].numel())
-                )
+                spread = 1 / math.sqrt(tensor[0].numel())
+                means.append((router.kind, router.layer, what, *_summary(values), spread))
     head = ["kind", "layer", "weights"]
     return Measured(
         tables=[

@@ -199,4 +199,10 @@ def test_similarity_is_the_cosine_of_weights(family: str, runs: Path, tmp_path: 
         matrix = weights[f"model.layers.{row['layer']}.mlp.{middle}"].double()
         cosine = torch.cosine_similarity(matrix[row["i"]], matrix[row["j"]], dim=0)
         assert row["cosine"] == pytest.approx(float(cosine), abs=1e-6)
+    cosines = [row["cosine"] for row in mine if row["layer"] == 0]
+    summary = pq.read_table(tmp_path / "one" / "similarity_mean.parquet").to_pylist()
+    first = next(row for row in summary if (row["kind"], row["weights"]) == ("moe", "router"))
+    assert first["mean"] == pytest.approx(np.mean(cosines))
+    assert first["highest"] == max(cosines)
+    assert first["random_deviation"] == pytest.approx(48**-0.5)
     assert (tmp_path / "one" / "similarity_routers.csv").exists() == (family == "jetmoe")
