@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -249,13 +250,16 @@ def _settings(
 ) -> Manifest:
     """Describe the collection that is asked for, without its shards."""
     path = opened.found.path
+    iteration, consumed = opened.found.iteration, _consumed_tokens(path / RUN_NAME)
+    if args.hf is not None:
+        iteration, consumed = position_of_name(path.resolve().name)
     bf16 = opened.saved.training.bf16 if args.bf16 is None else args.bf16
     return Manifest(
         source=str(path),
         source_kind="native" if args.hf is None else "hf",
         model_hash=_hash_files([path / MANIFEST_NAME]) if args.hf is None else _hash_hf(path),
-        iteration=opened.found.iteration,
-        consumed_tokens=_consumed_tokens(path / RUN_NAME) if args.hf is None else -1,
+        iteration=iteration,
+        consumed_tokens=consumed,
         precision="bf16" if bf16 else "fp32",
         vocab_size=opened.saved.model.vocab_size,
         routers=routers,
@@ -281,6 +285,18 @@ def _hash_hf(path: Path) -> str:
     with HFDirectory(path) as source:
         names = sorted(source.files)
     return _hash_files([path / name for name in ("config.json", *names)])
+
+
+def position_of_name(name: str) -> tuple[int, int]:
+    """Return the iteration and tokens that OLMoE's names of checkpoints have; 0 and -1 if none.
+
+    Args:
+        name: of a directory, such as step5000-tokens20B.
+    """
+    found = re.fullmatch(r".*?step(\d{1,15})(?:-tokens(\d{1,9})B)?", name)
+    if found is None:
+        return 0, -1
+    return int(found[1]), -1 if found[2] is None else int(found[2]) * 10**9
 
 
 def _consumed_tokens(path: Path) -> int:

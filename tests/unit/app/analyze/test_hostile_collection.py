@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron.trainer.errors import CheckpointError, ConfigError, DataError
+from moe_app.analyze.collect import position_of_name
 from moe_app.analyze.collection import Collection, require_comparable
 from moe_app.analyze.manifest import NAME, token_path
 from moe_app.analyze.measures import measure_coactivation, measure_saturation
@@ -338,6 +339,20 @@ def test_documents_are_cut_into_windows(tmp_path: Path) -> None:
 def test_wrong_names_of_texts_are_refused(texts: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_domains(texts, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("step5000-tokens20B", (5000, 20_000_000_000)),
+        ("OLMoE-step1220000-tokens5117B", (1_220_000, 5_117_000_000_000)),
+        ("step7", (7, -1)),
+        ("OLMoE-1B-7B-0924", (0, -1)),
+        ("step5-tokens2B-annealed", (0, -1)),
+    ],
+)
+def test_names_of_checkpoints_say_how_far_they_are(name: str, expected: tuple[int, int]) -> None:
+    assert position_of_name(name) == expected
 
 
 def test_pyarrow_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
