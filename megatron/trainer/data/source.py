@@ -69,10 +69,9 @@ class RowSource(Source, Protocol):
     """Declares a source whose samples are texts with masks, not windows of tokens alone.
 
     A sample is one or more rows: packed texts, or one text a row. The batch has `segments` and
-    `texts`: `index`, the text's row in the data, and `role`, what it is in it: 0 rejected or
-    undesirable, 1 chosen or desirable or a conversation, 2 a mismatched completion (KTO). In
-    preference data texts 2i and 2i + 1 are the chosen and the rejected of one row; in KTO's they
-    are a completion and its mismatched one.
+    `texts`: `index` int64, the text's row in the data, and `role` int64, what it is there. Of
+    preferences, texts 2i and 2i + 1 are the chosen (0) and the rejected (1) of one row. Of judged
+    completions (KTO), they are one that is desirable (1) or not (0), and a mismatched one (2).
     """
 
     def read_rows(self, numbers: Sequence[int], *, pin_memory: bool) -> Batch:

@@ -1,0 +1,1 @@
+"""Aligns a model with preferences: DPO and KTO against a frozen reference."""
