@@ -25,6 +25,24 @@ def pretrain(argv: Argv = None) -> int:
 
 
 @prints_any_text
+@hide_upstream_warnings()
+def finetune(argv: Argv = None) -> int:
+    """Run `moe_app.finetune`."""
+    from moe_app.finetune import start
+
+    return start(argv)
+
+
+@prints_any_text
+@hide_upstream_warnings()
+def align(argv: Argv = None) -> int:
+    """Run `moe_app.align`."""
+    from moe_app.align import start
+
+    return start(argv)
+
+
+@prints_any_text
 def build_corpus(argv: Argv = None) -> int:
     """Run `moe_app.data.build_corpus`."""
     from moe_app.data.build_corpus import main
@@ -226,6 +244,8 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             summary="pretrain or anneal a model",
             run=pretrain,
         ),
+        Command(name="finetune", summary="fine-tune a model on conversations", run=finetune),
+        Command(name="align", summary="align a model with preferences", run=align),
         Command(
             name="plan",
             summary="list the layouts that fit a number of GPUs",

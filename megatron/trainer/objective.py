@@ -32,7 +32,10 @@ class Objective(Protocol):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """Return the names of all figures of a report, the loss first."""
+        """Return the names of a report's figures, the loss first."""
+
+    def derive(self, figures: dict[str, float]) -> dict[str, float]:
+        """Return the figures of a global batch with those that follow from others."""
 
     def weigh(self, state: TrainState, batches: Sequence[Batch]) -> list[Batch]:
         """Set what the sum of each micro-batch is divided by; a collective call.
@@ -72,6 +75,10 @@ class TokenObjective:
     reduction: Reduction = "token-mean"
     loss_name = "lm_loss"
     metric_names = ("lm_loss",)
+
+    def derive(self, figures: dict[str, float]) -> dict[str, float]:
+        """Return the figures as they are."""
+        return figures
 
     def weigh(self, state: TrainState, batches: Sequence[Batch]) -> list[Batch]:
         """See `Objective.weigh`."""

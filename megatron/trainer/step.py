@@ -245,10 +245,11 @@ def _reduce(state: TrainState, objective: Objective, parts: Sequence[Report]) ->
     for part in parts:
         total += torch.stack([part[name].double() for name in names])
     dist.all_reduce(total)
-    return {
+    figures = {
         name: float(numerator / denominator) if denominator else math.nan
         for name, (numerator, denominator) in zip(names, total.tolist(), strict=True)
     }
+    return objective.derive(figures)
 
 
 def _bad_samples(

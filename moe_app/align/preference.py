@@ -121,10 +121,12 @@ class PreferenceObjective(ABC):
     def __init__(self, references: References, *, is_average: bool) -> None:
         self._references = references
         self.is_average = is_average
+        self._context_group: dist.ProcessGroup | None = None
 
     def weigh(self, state: TrainState, batches: Sequence[Batch]) -> list[Batch]:
         """See `Objective.weigh`; the sum is divided by the pairs or completions."""
-        sized = [_with_sizes(batch) for batch in batches]
+        self._context_group = state.ctx.groups.cp
+        sized = [with_sizes(batch) for batch in batches]
         counts = [self.num_items(batch) for batch in sized]
         each = share_of(state, sized, counts)
         return [replace(batch, loss_tokens=each) for batch in sized]
@@ -136,6 +138,10 @@ class PreferenceObjective(ABC):
             replace(batch, texts={**batch.texts, "reference": each})
             for batch, each in zip(batches, found, strict=True)
         ]
+
+    def derive(self, figures: dict[str, float]) -> dict[str, float]:
+        """Return the figures with those that follow from others."""
+        return figures
 
     @abstractmethod
     def num_items(self, batch: Batch) -> Tensor:
@@ -159,7 +165,8 @@ class PreferenceObjective(ABC):
 
         def loss(losses: Tensor) -> tuple[Tensor, Report]:
             losses = losses.float()
-            group = _context_group(model)
+            group = self._context_group
+            assert group is not None  # `weigh` sets it
             sums = text_log_probs(losses, batch, group, is_average=self.is_average)
             with torch.enable_grad():
                 leaf = sums.requires_grad_()
@@ -249,7 +256,7 @@ class KTOObjective(PreferenceObjective):
     loss_name = "kto_loss"
     metric_names = (
         "kto_loss",
-        *("rewards_chosen", "rewards_rejected", "rewards_margin", "rewards_accuracy"),
+        *("rewards_chosen", "rewards_rejected", "rewards_accuracy"),
         *("logps_chosen", "logps_rejected", "kl"),
     )
 
@@ -275,14 +282,17 @@ class KTOObjective(PreferenceObjective):
         prepared = super().prepare(state, batches)
         policy = log_probs_of(state, state.chunks, prepared, is_average=self.is_average)
         kl = self._divergence(state, prepared, policy)
-        return [
-            replace(batch, texts={**batch.texts, "kl": kl}) for batch in prepared
-        ]
+        return [replace(batch, texts={**batch.texts, "kl": kl}) for batch in prepared]
+
+    def derive(self, figures: dict[str, float]) -> dict[str, float]:
+        """Add the margin, which is that of the means."""
+        margin = figures["rewards_chosen"] - figures["rewards_rejected"]
+        return {**figures, "rewards_margin": margin}
 
     def _divergence(
         self, state: TrainState, batches: Sequence[Batch], policy: Sequence[Tensor]
     ) -> Tensor:
-        """Return [], the mean log-ratio of mismatched completions of the global batch, at least 0."""
+        """Return [], the mean log-ratio of mismatched completions of the global batch, or 0."""
         total = torch.zeros(2, dtype=torch.float64, device=state.ctx.device)
         for batch, mine in zip(batches, policy, strict=True):
             if len(mine):
@@ -308,16 +318,40 @@ class KTOObjective(PreferenceObjective):
     def figures(
         self, terms: PreferenceTerms, log_probs: Tensor, texts: Mapping[str, Tensor]
     ) -> Report:
-        """Return means over completions; the margin is that of the means."""
-        chosen, rejected = _mean(terms.chosen_rewards), _mean(terms.rejected_rewards)
-        right = torch.cat((terms.chosen_rewards > texts["kl"], terms.rejected_rewards < texts["kl"]))
+        """Return means over completions; one is right on its side of the divergence."""
+        border = self.beta * texts["kl"]
+        right = torch.cat((terms.chosen_rewards > border, terms.rejected_rewards < border))
         one = torch.ones_like(texts["kl"])
         return {
             "kto_loss": _mean(terms.losses),
-            "rewards_chosen": chosen,
-            "rewards_rejected": rejected,
+            "rewards_chosen": _mean(terms.chosen_rewards),
+            "rewards_rejected": _mean(terms.rejected_rewards),
             "rewards_accuracy": _mean(right.float()),
             "logps_chosen": _mean(log_probs[texts["role"] == 1]),
             "logps_rejected": _mean(log_probs[texts["role"] == 0]),
             "kl": torch.stack((texts["kl"], one)),
         }
+
+
+def with_sizes(batch: Batch) -> Batch:
+    """Add each text's number of counted tokens, [n]."""
+    sizes = sum_by_text(torch.ones_like(batch.loss_mask), batch, num_texts(batch))
+    return replace(batch, texts={**batch.texts, "sizes": sizes})
+
+
+def _spread(coefficients: Tensor, batch: Batch) -> Tensor:
+    """Return [b, s], for each counted position the coefficient of its text."""
+    segments = batch.segments
+    assert segments is not None  # `sum_by_text` needs them too
+    spread = coefficients[segments.clamp(min=0)] * batch.loss_mask
+    return torch.where(segments >= 0, spread, 0.0)
+
+
+def _number(count: int, batch: Batch) -> Tensor:
+    return torch.tensor(float(count), dtype=torch.float64, device=batch.tokens.device)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Return a figure of a report, [2]: the sum of values, and how many there are."""
+    count = torch.tensor(float(len(values)), device=values.device)
+    return torch.stack((values.detach().sum(), count))

@@ -29,7 +29,6 @@ from megatron.trainer.checkpoint import (
     layout,
     streamed_checkpoint,
 )
-from megatron.trainer.config.cli import load_config
 from megatron.trainer.data.tokenizer import Tokenizer
 from megatron.trainer.errors import CheckpointError, ConfigError
 from megatron.trainer.hf_files import (
@@ -62,7 +61,7 @@ from moe_app.convert.files import hf_files, native_files, read_auxiliary_files
 from moe_app.convert.surplus import leave_out_surplus
 from moe_app.convert.tokenizer_check import compare_with_transformers
 from moe_app.convert.weights import Progress, TensorDigests, export_weights, import_weights
-from moe_app.pretrain.config import PretrainConfig
+from moe_app.pretrain.config import read_saved_config
 from moe_ext.config import MoEModelConfig
 from moe_ext.convert import ExpertLayout, Family, Piece, family_for_model, family_from_config
 
@@ -209,11 +208,8 @@ def run_export(args: argparse.Namespace) -> Conversion:
     max_bytes = parse_size(args.max_shard_size)
     found = find_checkpoint(Path(args.load), iteration=args.iteration, compare_contents=False)
     check_outside(out, found.path)
-    cfg = load_config(
-        PretrainConfig,
-        ["--config", str(found.path / CONFIG_NAME)],
-        prog=program("convert_checkpoint", command="convert"),
-        description="",
+    cfg = read_saved_config(
+        found.path / CONFIG_NAME, prog=program("convert_checkpoint", command="convert")
     )
     with CheckpointReader(found.path) as reader:
         check_size(cfg.model, reader.num_bytes, config=found.path / CONFIG_NAME)

@@ -19,7 +19,6 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from megatron.trainer.checkpoint import FoundCheckpoint
-from megatron.trainer.config.cli import load_config
 from megatron.trainer.config.schema import ParallelConfig, TrainingConfig
 from megatron.trainer.errors import CheckpointError, ConfigError
 from megatron.trainer.hf_files.directory import read_json
@@ -27,7 +26,7 @@ from megatron.trainer.records.run_dir import CONFIG_NAME
 from megatron.trainer.resume import load_weights
 from megatron.trainer.runtime.launch import initialize, shut_down
 from moe_app.pretrain.build import build_chunks
-from moe_app.pretrain.config import PretrainConfig
+from moe_app.pretrain.config import PretrainConfig, read_saved_config
 from moe_ext.convert import family_from_config
 from moe_ext.counting import count_parameters
 
@@ -99,12 +98,7 @@ def verify(
         CheckpointError: one of the models cannot be loaded.
     """
     transformers = import_transformers()
-    saved = load_config(
-        PretrainConfig,
-        ["--config", str(found.path / CONFIG_NAME)],
-        prog="hf_verify",
-        description="",
-    )
+    saved = read_saved_config(found.path / CONFIG_NAME, prog="hf_verify")
     hf_config = _read_config(hf)
     precision, reason = (
         (precision, "requested")

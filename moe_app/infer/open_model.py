@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from megatron.trainer.checkpoint import FoundCheckpoint, find_checkpoint
-from megatron.trainer.config.cli import load_config
 from megatron.trainer.config.schema import DataConfig, ParallelConfig, TrainingConfig
 from megatron.trainer.data.tokenizer import TOKENIZER_CHOICES, Tokenizer, load_tokenizer
 from megatron.trainer.data.tokenizer_files import TOKENIZER_FILES
@@ -32,7 +31,7 @@ from megatron.trainer.runtime.launch import (
 from moe_app.command_line import argument_text
 from moe_app.convert.checks import check_size
 from moe_app.pretrain.build import build_chunks
-from moe_app.pretrain.config import PretrainConfig
+from moe_app.pretrain.config import PretrainConfig, read_saved_config
 from moe_ext.attention.cache import KeyValueCache
 
 logger = logging.getLogger("inference")
@@ -183,7 +182,7 @@ def open_checkpoint(args: argparse.Namespace, *, prog: str) -> OpenedCheckpoint:
 def _read_config(found: FoundCheckpoint, *, prog: str) -> PretrainConfig:
     """Read the config of the run that wrote a checkpoint, and check it against the files' size."""
     path = found.path / CONFIG_NAME
-    saved = load_config(PretrainConfig, ["--config", str(path)], prog=prog, description="")
+    saved = read_saved_config(path, prog=prog)
     shards = [shard.stat().st_size for shard in found.path.glob("*.distcp")]
     check_size(saved.model, sum(shards), config=path)
     return saved

@@ -1,6 +1,8 @@
 """Builds a training state from a config: data, model, optimizer."""
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,14 +35,41 @@ from moe_ext.layers.transformer import transformer_config
 logger = logging.getLogger(__name__)
 
 
-def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
-    """Build everything that a run needs, at iteration 0; a collective call."""
-    schedule = build_schedule(cfg)
+@dataclass(frozen=True, kw_only=True)
+class OpenedData:
+    """Holds the data of a run."""
+
+    bundle: DataBundle
+    """What it trains on and evaluates on."""
+    documents: DocumentRule | None
+    """How documents, or texts, of one sequence are kept apart; None lets attention cross them."""
+    notes: Sequence[str] = ()
+    """Lines for the log."""
+
+
+def open_token_files(cfg: PretrainConfig, ctx: RunContext) -> OpenedData:
+    """Open and check the token files of a run; a collective call."""
     documents = on_rank0(
         "looking for the end of documents", lambda: document_rule(cfg.data, cfg.model.vocab_size)
     )
     data = open_data(cfg, ctx, documents)
     notes = on_rank0("checking the data", lambda: check_data(cfg, data, documents))
+    return OpenedData(bundle=data, documents=documents, notes=notes)
+
+
+def build_state(
+    cfg: PretrainConfig, ctx: RunContext, opened: OpenedData | None = None
+) -> TrainState:
+    """Build everything that a run needs, at iteration 0; a collective call.
+
+    Args:
+        cfg: of the run.
+        ctx: its ranks.
+        opened: the data; None opens token files.
+    """
+    schedule = build_schedule(cfg)
+    opened = open_token_files(cfg, ctx) if opened is None else opened
+    data = opened.bundle
     built = build_chunks(cfg, ctx, seed=cfg.training.seed)
     cfg.trainable.apply(built.chunks, cfg.model)
     chunks = wrap_model(cfg, list(built.chunks), built.config)
@@ -55,7 +84,7 @@ def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
         anneal=(partial(anneal_schedule, cfg) if cfg.checkpoint.anneal_from is not None else None),
         train_data=data.train,
         validation=data.validation,
-        documents=documents,
+        documents=opened.documents,
         metrics=RouterHealth(built.metrics) if built.metrics else None,
         flops_per_token=training_flops_per_token(cfg.model, cfg.training.seq_length),
     )
@@ -65,7 +94,7 @@ def build_state(cfg: PretrainConfig, ctx: RunContext) -> TrainState:
         *cfg.trainable.describe(),
         *describe_lengths(cfg),
     )
-    for line in (*head, *table, *(f"data: {note}" for note in notes)):
+    for line in (*head, *table, *(f"data: {note}" for note in opened.notes)):
         logger.info(line)
     for line in warnings:
         logger.warning(line)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from megatron.trainer.checkpoint import BackgroundSaver
 from megatron.trainer.health.preflight import preflight
@@ -11,7 +12,7 @@ from megatron.trainer.health.watchdog import Watchdog, start_watchdog, timeout_b
 from megatron.trainer.hooks.base import Hook
 from megatron.trainer.hooks.journal import Journal, open_journal
 from megatron.trainer.loop import Upkeep, planned_end, train
-from megatron.trainer.objective import NEXT_TOKEN
+from megatron.trainer.objective import NEXT_TOKEN, Objective
 from megatron.trainer.resume import (
     check_directories,
     checkpoint_writer,
@@ -30,6 +31,7 @@ from megatron.trainer.runtime.launch import (
 )
 from megatron.trainer.runtime.log import configure_logging
 from megatron.trainer.runtime.upstream_warnings import hide_upstream_warnings
+from megatron.trainer.state import TrainState
 from moe_app.command_line import program
 from moe_app.pretrain.build import build_state
 from moe_app.pretrain.config import PretrainConfig, parse_recipe
@@ -37,6 +39,8 @@ from moe_app.pretrain.hooks import build_hooks
 from moe_app.pretrain.router_saturation import RouterSaturation
 
 logger = logging.getLogger("pretrain")
+
+C = TypeVar("C", bound=PretrainConfig)
 
 
 @hide_upstream_warnings()
@@ -47,7 +51,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
+class Stage(Protocol[C]):
+    """Declares what differs between pretraining and what comes after it."""
+
+    def open(self, cfg: C, ctx: RunContext) -> C:
+        """Open the data; return the config with the lengths that follow from them."""
+
+    def build(self, cfg: C, ctx: RunContext) -> tuple[TrainState, Objective]:
+        """Return the state at iteration 0, and what is minimized; a collective call."""
+
+
+class Pretraining:
+    """Predicts the next token of token files."""
+
+    def open(self, cfg: PretrainConfig, ctx: RunContext) -> PretrainConfig:
+        """Return the config as it is."""
+        return cfg
+
+    def build(self, cfg: PretrainConfig, ctx: RunContext) -> tuple[TrainState, Objective]:
+        """See `Stage.build`."""
+        return build_state(cfg, ctx), NEXT_TOKEN
+
+
 def pretrain(cfg: PretrainConfig) -> int:
+    """Pretrain as `cfg` says; see `run_stage`."""
+    return run_stage(cfg, Pretraining())
+
+
+def run_stage(cfg: C, stage: Stage[C]) -> int:
     """Train as `cfg` says, from scratch or from a checkpoint; returns the exit status."""
     configure_logging(environment_rank())
     if cfg.reliability.exit_signal_handler:
@@ -55,12 +86,12 @@ def pretrain(cfg: PretrainConfig) -> int:
     else:
         signals.stop_deferring()
     try:
-        return _pretrain(cfg)
+        return _run(cfg, stage)
     finally:
         signals.stop_listening()
 
 
-def _pretrain(cfg: PretrainConfig) -> int:
+def _run(cfg: C, stage: Stage[C]) -> int:
     ctx = initialize(cfg)
     if cfg.reliability.preflight:
         save = None if cfg.checkpoint.save is None else Path(cfg.checkpoint.save)
@@ -68,6 +99,7 @@ def _pretrain(cfg: PretrainConfig) -> int:
             logger.info(line)
     watchdog = start_watchdog(ctx, timeout_before(cfg.parallel.distributed_timeout_minutes))
     try:
+        cfg = stage.open(cfg, ctx)
         check_directories(cfg)
         journal = on_all_ranks(
             "opening the run directory",
@@ -76,7 +108,7 @@ def _pretrain(cfg: PretrainConfig) -> int:
             ),
         )
         with journal.recording_errors():
-            stop = _train(cfg, ctx, journal, watchdog)
+            stop = _train(cfg, ctx, stage, journal, watchdog)
             journal.end(stop)
     finally:
         watchdog.stop()
@@ -85,9 +117,9 @@ def _pretrain(cfg: PretrainConfig) -> int:
 
 
 def _train(
-    cfg: PretrainConfig, ctx: RunContext, journal: Journal, watchdog: Watchdog
+    cfg: C, ctx: RunContext, stage: Stage[C], journal: Journal, watchdog: Watchdog
 ) -> Stop | None:
-    state = build_state(cfg, ctx)
+    state, objective = stage.build(cfg, ctx)
     beginning = resume(state, cfg.model)
     for skipped in beginning.skipped:
         journal.on_event(state.iteration, "fallback", skipped)
@@ -105,4 +137,4 @@ def _train(
         rewind=rewind,
         evaluate_first=beginning.is_continued and evaluation_is_pending(state),
     )
-    return train(state, NEXT_TOKEN, hooks=hooks, upkeep=upkeep)
+    return train(state, objective, hooks=hooks, upkeep=upkeep)

@@ -6,6 +6,7 @@ Every tool that trains or loads a model reads it here, so that all mean the same
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron.trainer.config.cli import load_config
 from megatron.trainer.config.durations import resolve_lengths
@@ -28,6 +29,30 @@ class PretrainConfig(RunConfig):
     def own_problems(self) -> list[str]:
         """Return what is wrong with what trains, one message each."""
         return self.trainable.problems(self.model)
+
+
+OTHER_KEYS = frozenset(
+    (
+        *("train_data", "valid_data", "template", "train_on", "overlong", "packing"),
+        *("max_bad_rows", "data_cache", "messages_key", "role_key", "content_key", "prompt_key"),
+        *("chosen_key", "rejected_key", "completion_key", "label_key", "train_epochs"),
+        *("loss_reduction", "method", "beta", "label_smoothing", "average_log_prob"),
+        *("desirable_weight", "undesirable_weight", "reference_load", "reference_ckpt_step"),
+        "reference_cache",
+    )
+)
+"""Names settings of fine-tuning and alignment, which the tools that read a saved config ignore."""
+
+
+def read_saved_config(path: Path, *, prog: str) -> PretrainConfig:
+    """Read the config that a run saved, of pretraining or of a later stage.
+
+    Raises:
+        ConfigError: it is invalid.
+    """
+    return load_config(
+        PretrainConfig, ["--config", str(path)], prog=prog, description="", ignored=OTHER_KEYS
+    )
 
 
 def parse_recipe(argv: Sequence[str] | None, *, prog: str, description: str) -> PretrainConfig:

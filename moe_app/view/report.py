@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.trainer.config.cli import load_config
 from megatron.trainer.data.build import build_data
 from megatron.trainer.data.entropy import token_counts, unigram_entropy
 from megatron.trainer.data.source import MockSource, Source, WindowSource
@@ -31,7 +30,7 @@ from megatron.trainer.records.record_file import Record, read_records
 from megatron.trainer.records.run_dir import CONFIG_NAME, EVENTS_NAME, METRICS_NAME, check_run
 from megatron.trainer.runtime.launch import run_main
 from moe_app.command_line import program
-from moe_app.pretrain.config import PretrainConfig
+from moe_app.pretrain.config import PretrainConfig, read_saved_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,12 +61,7 @@ def run(args: argparse.Namespace) -> int:
     """
     directory = Path(args.run)
     check_run(directory, given_as="--run")
-    cfg = load_config(
-        PretrainConfig,
-        ["--config", str(directory / CONFIG_NAME)],
-        prog=program("report"),
-        description="",
-    )
+    cfg = read_saved_config(directory / CONFIG_NAME, prog=program("report"))
     metrics = read_metrics(directory / METRICS_NAME)
     entropies, problem = validation_entropies(cfg) if metrics.evaluations else ({}, None)
     validation = validation_results(metrics.evaluations, entropies)

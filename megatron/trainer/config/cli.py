@@ -7,7 +7,7 @@ import itertools
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -37,9 +37,11 @@ def load_config(
     description: str,
     presets: Mapping[str, Mapping[str, object]] = types.MappingProxyType({}),
     resolve: Callable[[T, list[frozenset[str]]], T] | None = None,
+    base: Mapping[str, object] = types.MappingProxyType({}),
+    ignored: Collection[str] = (),
     quiet: bool = False,
 ) -> T:
-    """Build a run config with the precedence defaults < preset < recipe < flags.
+    """Build a run config with the precedence defaults < base < preset < recipe < flags.
 
     Three flags belong to no group: `--config FILE` names the recipe, `--preset NAME` the preset
     (a recipe may name it too, as `preset:`; the flag wins), and `--print-config` prints the result
@@ -53,6 +55,8 @@ def load_config(
         presets: named sets of field values.
         resolve: returns the config with alternative spellings of a setting reduced to one, given
             the names that preset, recipe and flags each set (None counts as not set).
+        base: field values that stand for the defaults.
+        ignored: keys of a recipe that are passed over: settings of another kind of run.
         quiet: print nothing; for ranks other than 0.
 
     Raises:
@@ -61,11 +65,13 @@ def load_config(
     """
     schema = schema_of(config_class)
     recipe_path = _single_value(argv, "--config")
-    recipe, named = ({}, None) if recipe_path is None else read_recipe(recipe_path, schema)
+    recipe, named = (
+        ({}, None) if recipe_path is None else read_recipe(recipe_path, schema, ignored=ignored)
+    )
     flagged = _single_value(argv, "--preset")
     preset = named if flagged is None else flagged
     named_values = _preset_values(preset, presets, schema)
-    values = {**named_values, **recipe}
+    values = {**base, **named_values, **recipe}
     with contextlib.ExitStack() as stack:
         if quiet:
             # tyro prints some errors regardless of its console_outputs.

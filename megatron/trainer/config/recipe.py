@@ -14,7 +14,7 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,9 +142,15 @@ _RecipeDumper.add_representer(str, _represent_str)
 
 
 def read_recipe(
-    path: str, schema: Mapping[str, FieldPlace]
+    path: str, schema: Mapping[str, FieldPlace], *, ignored: Collection[str] = ()
 ) -> tuple[dict[str, object], str | None]:
-    """Read the field values of a recipe, and the preset it names."""
+    """Read the field values of a recipe, and the preset it names.
+
+    Args:
+        path: of the recipe.
+        schema: the fields.
+        ignored: keys that are passed over: settings of another kind of run.
+    """
     values: dict[str, object] = {}
     preset: str | None = None
     for key_node, value_node in recipe_nodes(path):
@@ -155,6 +161,8 @@ def read_recipe(
             raise ConfigError(f"key {written!r} is set a second time in {where}; keep one of them")
         if key == "preset":
             preset = typing.cast(str, _convert(value_node, str, key=key, where=where))
+        elif key in ignored and key not in schema:
+            continue
         elif key in schema:
             values[key] = _convert(value_node, schema[key].hint, key=key, where=where)
         else:

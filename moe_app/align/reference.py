@@ -1,0 +1,263 @@
+"""Gives the reference's log-probabilities: of a frozen model in memory, or kept on disk.
+
+The file is one array [rows, 3] of fp32, NaN where a row has no text of that role, and a description
+of what computed it. A file of another reference or of other texts is refused.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor, nn
+
+from megatron.trainer.checkpoint import FoundCheckpoint, find_checkpoint
+from megatron.trainer.checkpoint.manifest import MANIFEST_NAME
+from megatron.trainer.checkpoint.saved_run import check_architecture
+from megatron.trainer.data.batch import Batch
+from megatron.trainer.data.batch_views import separate_documents, shard_positions
+from megatron.trainer.data.source import RowSource
+from megatron.trainer.errors import CheckpointError, DataError
+from megatron.trainer.io.atomic_write import atomic_write, write_text
+from megatron.trainer.io.hashing import file_sha256
+from megatron.trainer.resume import load_weights
+from megatron.trainer.runtime.collective import on_rank0
+from megatron.trainer.state import TrainState
+from moe_app.align.align_config import AlignConfig
+from moe_app.align.preference import References, log_probs_of, with_sizes
+from moe_app.pretrain.build import build_chunks
+
+logger = logging.getLogger("align")
+
+VALUES_NAME, FACTS_NAME = "reference.npy", "reference.json"
+_ROLES = 3
+
+
+def find_reference(cfg: AlignConfig) -> FoundCheckpoint:
+    """Find the checkpoint of the reference; a collective call.
+
+    Raises:
+        CheckpointError: there is none, or it is of another architecture.
+    """
+    align, checkpoint = cfg.align, cfg.checkpoint
+    root = Path(align.reference_load or checkpoint.load or "")
+    is_same = align.reference_load is None
+    step = align.reference_ckpt_step
+    if step is None and is_same:
+        step = checkpoint.ckpt_step
+    if is_same and not cfg.checkpoint.finetune:
+        raise CheckpointError(
+            f"--load {checkpoint.load} is the run itself, which is no reference; name the model"
+            " that it began from with --reference-load"
+        )
+    found = find_checkpoint(root, iteration=step)
+    on_rank0(
+        f"reading the configuration in {found.path}",
+        lambda: check_architecture(found, cfg.model.architecture()),
+    )
+    return found
+
+
+def load_reference(cfg: AlignConfig, state: TrainState, found: FoundCheckpoint) -> list[nn.Module]:
+    """Build the frozen reference in the run's layout and precision; a collective call."""
+    built = build_chunks(cfg, state.ctx, seed=None)
+    modules: list[nn.Module] = list(built.chunks)
+    load_weights(modules, found)
+    for module in modules:
+        module.requires_grad_(False)
+        module.eval()
+    if not cfg.training.bf16:
+        return modules
+    return [Float16Module(built.config, module) for module in modules]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveReference:
+    """Asks a frozen model about each global batch."""
+
+    chunks: Sequence[nn.Module]
+    """This rank's part of it."""
+    is_average: bool
+    """Divide by the number of counted tokens."""
+
+    def __call__(self, state: TrainState, batches: Sequence[Batch]) -> list[Tensor]:
+        """Return [n] log-probabilities of each micro-batch's texts."""
+        return log_probs_of(state, self.chunks, batches, is_average=self.is_average)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptReference:
+    """Looks log-probabilities up by the row and the role of a text."""
+
+    values: Sequence[npt.NDArray[np.float32]]
+    """[rows, 3] sums of log-probabilities, by the number of the set of texts."""
+    is_average: bool
+    """Divide by the number of counted tokens."""
+
+    def __call__(self, state: TrainState, batches: Sequence[Batch]) -> list[Tensor]:
+        """Return [n] log-probabilities of each micro-batch's texts."""
+        return [self._find(batch) for batch in batches]
+
+    def _find(self, batch: Batch) -> Tensor:
+        texts = batch.texts
+        values = self.values[int(texts["set"][0])]
+        kept = values[texts["index"].cpu().numpy(), texts["role"].cpu().numpy()]
+        found = torch.from_numpy(kept).to(batch.tokens.device)
+        return found / texts["sizes"] if self.is_average else found
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumberedSource:
+    """Tells the texts of one set from those of others, in `texts["set"]`."""
+
+    source: RowSource
+    """The set."""
+    number: int
+    """Its number."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the set has."""
+        return getattr(self.source, name)
+
+    def read_rows(self, numbers: Sequence[int], *, pin_memory: bool) -> Batch:
+        """Return a micro-batch, with the number of the set for each text."""
+        batch = self.source.read_rows(numbers, pin_memory=pin_memory)
+        of_set = torch.full_like(batch.texts["role"], self.number)
+        return replace(batch, texts={**batch.texts, "set": of_set})
+
+
+def keep_reference(
+    cfg: AlignConfig, state: TrainState, found: FoundCheckpoint, sources: Mapping[str, RowSource]
+) -> References:
+    """Compute the log-probabilities of all texts, or read them; a collective call.
+
+    Args:
+        cfg: of the run.
+        state: of the run.
+        found: the reference.
+        sources: the sets of texts by name, in the order of their numbers.
+
+    Raises:
+        DataError: the directory has those of another reference or of other texts.
+    """
+    root = Path(cfg.align.reference_cache or "")
+    facts = {
+        name: {
+            "reference": file_sha256(found.path / MANIFEST_NAME),
+            "texts": source.fingerprint,
+            "seq_length": cfg.training.seq_length,
+            "precision": "bf16" if cfg.training.bf16 else "fp32",
+        }
+        for name, source in sources.items()
+    }
+    missing = on_rank0("looking for the reference", lambda: _missing(root, facts))
+    if missing:
+        chunks = load_reference(cfg, state, found)
+        for name in missing:
+            values = _compute(cfg, state, chunks, sources[name])
+            on_rank0(
+                "keeping the reference",
+                partial(_write, root / name, values, facts[name]),
+            )
+    return KeptReference(
+        values=[_read(root / name) for name in sources], is_average=cfg.align.average_log_prob
+    )
+
+
+def _missing(root: Path, facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the sets without values; refuse those of something else."""
+    missing = []
+    for name, wanted in facts.items():
+        path = root / name / FACTS_NAME
+        if not path.is_file():
+            missing.append(name)
+            continue
+        try:
+            kept = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise DataError(
+                f"{path} is no description of a reference: {error}; remove it"
+            ) from error
+        changed = [
+            key for key in wanted if not isinstance(kept, dict) or kept.get(key) != wanted[key]
+        ]
+        if changed:
+            raise DataError(
+                f"{path} is of another reference: its {changed[0]} is"
+                f" {kept.get(changed[0]) if isinstance(kept, dict) else None}, and this run's"
+                f" {wanted[changed[0]]}; log-probabilities are of one model and one set of texts;"
+                " name another --reference-cache, or remove it"
+            )
+    return missing
+
+
+def _compute(
+    cfg: AlignConfig, state: TrainState, chunks: Sequence[nn.Module], source: RowSource
+) -> npt.NDArray[np.float32]:
+    """Return [rows, 3] log-probabilities of a set of texts, on rank 0; a collective call."""
+    ctx, size = state.ctx, cfg.training.micro_batch_size
+    total = int(source.num_windows or 0)
+    per_round = size * ctx.layout.data
+    ask = LiveReference(chunks=chunks, is_average=False)
+    kept: list[tuple[list[int], list[int], list[float]]] = []
+    for start in range(0, total, per_round):
+        first = start + ctx.data_parallel_rank * size
+        # Every rank makes each pass: beyond the end it repeats the last sample.
+        numbers = [min(number, total - 1) for number in range(first, first + size)]
+        batch = with_sizes(source.read_rows(numbers, pin_memory=False).to(ctx.device))
+        assert state.documents is not None  # texts are kept apart
+        whole = separate_documents(batch, state.documents)
+        mine = shard_positions(whole, rank=ctx.groups.cp.rank(), size=ctx.groups.cp.size())
+        (log_probs,) = ask(state, [mine])
+        if len(log_probs):
+            texts = batch.texts
+            kept.append((texts["index"].tolist(), texts["role"].tolist(), log_probs.tolist()))
+    gathered: list[Any] = [None] * ctx.world_size
+    dist.gather_object(kept, gathered if ctx.rank == 0 else None)
+    if ctx.rank != 0:
+        return np.empty((0, _ROLES), np.float32)
+    triples = [each for part in gathered for each in part]
+    rows = 1 + max(max(index) for index, _, _ in triples)
+    values = np.full((rows, _ROLES), np.nan, np.float32)
+    for index, role, log_prob in triples:
+        values[index, role] = log_prob
+    return values
+
+
+def _write(folder: Path, values: npt.NDArray[np.float32], facts: Mapping[str, Any]) -> None:
+    """Write values, and last what they are of."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / VALUES_NAME, durable=True) as file:
+            np.save(file, values, allow_pickle=False)
+        named = {**facts, "sha256": file_sha256(folder / VALUES_NAME)}
+        write_text(folder / FACTS_NAME, json.dumps(named, indent=2), durable=True)
+    except OSError as error:
+        raise DataError(
+            f"--reference-cache {folder} cannot be written: {error.strerror}; free some space, or"
+            " name another directory"
+        ) from error
+    logger.info("kept the reference's log-probabilities of %d rows in %s", len(values), folder)
+
+
+def _read(folder: Path) -> npt.NDArray[np.float32]:
+    """Read values and check that they are what was written."""
+    path = folder / VALUES_NAME
+    facts = json.loads((folder / FACTS_NAME).read_text("utf-8"))
+    try:
+        if file_sha256(path) != facts.get("sha256"):
+            raise ValueError(f"its SHA-256 is not that in {FACTS_NAME}")
+        values: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
+        if values.ndim != 2 or values.shape[1] != _ROLES or values.dtype != np.float32:
+            raise ValueError(f"has shape {values.shape} and type {values.dtype}")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged: {error}; remove {folder}") from error
+    return values
