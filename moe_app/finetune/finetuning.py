@@ -10,7 +10,6 @@ from megatron.trainer.data.read_ahead import Loading
 from megatron.trainer.data.sampler import Phase
 from megatron.trainer.data.source import RowSource
 from megatron.trainer.data.stream import SampleStream
-from megatron.trainer.data.tokenizer import load_tokenizer
 from megatron.trainer.data.validation import ValidationSet
 from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.objective import Objective, TokenObjective
@@ -18,6 +17,7 @@ from megatron.trainer.runtime.collective import on_all_ranks, require_same
 from megatron.trainer.runtime.launch import RunContext, run_main
 from megatron.trainer.runtime.upstream_warnings import hide_upstream_warnings
 from megatron.trainer.state import TrainState
+from moe_app.chat.chat_cache import TokenizerChoice
 from moe_app.chat.dialogue import ChatKind
 from moe_app.chat.text_source import open_chat_data
 from moe_app.command_line import program
@@ -130,7 +130,12 @@ def _open(cfg: TuningConfig, kind: ChatKind, files: Sequence[str], name: str) ->
             "tokenizer_model (None) must name a tokenizer, because the checkpoint carries none;"
             " give --tokenizer-model"
         )
-    tokenizer = load_tokenizer(data.tokenizer_type, data.tokenizer_model, eod_token=data.eod_token)
+    choice = TokenizerChoice(
+        tokenizer_type=data.tokenizer_type,
+        tokenizer_model=data.tokenizer_model,
+        eod_token=data.eod_token,
+    )
+    tokenizer = choice.load()
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids, but the model's vocab_size is"
@@ -142,8 +147,7 @@ def _open(cfg: TuningConfig, kind: ChatKind, files: Sequence[str], name: str) ->
         kind,
         files=files,
         name=name,
-        tokenizer=tokenizer,
-        tokenizer_model=data.tokenizer_model,
+        tokenizer=choice,
         seq_length=cfg.training.seq_length,
         seed=cfg.training.seed,
     )
