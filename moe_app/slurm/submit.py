@@ -20,6 +20,7 @@ from megatron.trainer.config.validate import validate
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.io.atomic_write import write_text
 from megatron.trainer.records.history import PlannedEnd, planned_end
+from megatron.trainer.records.losses import loss_name
 from megatron.trainer.records.record_file import Record
 from megatron.trainer.records.run_dir import EVENTS_NAME, METRICS_NAME, RecordTail, read_ended
 from megatron.trainer.runtime.launch import run_main
@@ -258,7 +259,7 @@ def follow(job_id: str, request: JobRequest, cfg: PretrainConfig, *, poll_s: flo
             shown = str(job)
             print(f"job {job_id}: {shown}", flush=True)
         end = planned_end(events.read_new()[1]) or end
-        steps = [record for record in tail.read_new()[1] if "lm_loss" in record]
+        steps = [record for record in tail.read_new()[1] if loss_name(record) is not None]
         if steps:
             print(f"  {progress(steps[-1], cfg, end)}", flush=True)
     log = request.run / "logs" / f"{request.name}-{job_id}.out"
@@ -280,8 +281,9 @@ def progress(record: Record, cfg: PretrainConfig, end: PlannedEnd | None = None)
     if end is not None and "consumed_tokens" in record:
         last, tokens = end.train_iters, end.train_tokens - record["consumed_tokens"]
     line = f"step {step:,} of {last:,} ({step / last:.0%})"
-    if record["lm_loss"] is not None:
-        line += f", lm_loss {record['lm_loss']:.4f}"
+    name = loss_name(record) or "lm_loss"
+    if record[name] is not None:
+        line += f", {name} {record[name]:.4f}"
     speed = record.get("tokens_per_second")
     if speed:
         line += f", {speed:,.0f} tokens/s, {_clock(tokens / speed)} left"

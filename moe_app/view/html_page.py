@@ -112,7 +112,7 @@ def _answers(history: RunHistory, state: RunState) -> dict[str, str]:
         "state": state.text,
         "iterations": f"{history.iteration:,}{planned}",
         "tokens": _formatted(steps.last("consumed_tokens"), ",.0f"),
-        "training loss": _formatted(steps.last("lm_loss"), ".4f"),
+        "training loss": _formatted(steps.last(history.loss_name), ".4f"),
         "median speed": _median(steps["tokens_per_second"], ",.0f", " tokens/s"),
         "median model FLOPs": _median(steps["model_tflops"], ",.4g", " TFLOP/s per rank"),
         "training time": _time(history.training_seconds()),

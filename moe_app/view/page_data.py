@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.trainer.records.history import Event, RunHistory, finite, thin
+from megatron.trainer.records.losses import LOSSES
 from megatron.trainer.records.record_file import Record
 from megatron.trainer.records.run_dir import (
     LOAD_NAME,
@@ -53,9 +54,27 @@ class Chart:
     """Whether the highest few may lie above the axis: those before training has settled."""
 
 
+def _loss_chart(name: str) -> str:
+    """Return the key of the chart of a loss."""
+    return "loss" if name == "lm_loss" else name
+
+
 CHARTS = (
+    *(
+        Chart(key=_loss_chart(name), title="Loss", unit=unit, columns={"training": name}, cuts=True)
+        for name, unit in LOSSES.items()
+    ),
     Chart(
-        key="loss", title="Loss", unit="nats per token", columns={"training": "lm_loss"}, cuts=True
+        key="rewards",
+        title="Rewards",
+        unit="beta x log-ratio",
+        columns={"chosen": "rewards_chosen", "rejected": "rewards_rejected"},
+    ),
+    Chart(
+        key="accuracy",
+        title="Preferences met",
+        unit="share",
+        columns={"training": "rewards_accuracy"},
     ),
     Chart(key="rate", title="Learning rate", unit="", columns={"learning rate": "learning_rate"}),
     Chart(
@@ -189,7 +208,7 @@ def _validation_curves(history: RunHistory) -> list[dict[str, Any]]:
         kept = thin([math.nan if loss is None else loss for loss in losses], MAX_POINTS)
         curves.append(
             {
-                "chart": "loss",
+                "chart": _loss_chart(history.loss_name),
                 "label": f"validation: {name}",
                 "iteration": [points[index]["iteration"] for index in kept],
                 "tokens": [finite(points[index].get("consumed_tokens")) for index in kept],

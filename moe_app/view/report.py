@@ -26,6 +26,7 @@ from megatron.trainer.records.history import (
     planned_end,
     validation_results,
 )
+from megatron.trainer.records.losses import LOSSES, loss_name
 from megatron.trainer.records.record_file import Record, read_records
 from megatron.trainer.records.run_dir import CONFIG_NAME, EVENTS_NAME, METRICS_NAME, check_run
 from megatron.trainer.runtime.launch import run_main
@@ -98,7 +99,7 @@ def read_metrics(path: Path) -> Metrics:
     for record in read_records(path):
         if "valid_loss" in record:
             metrics.evaluations.append(record)
-        if "lm_loss" in record:
+        if loss_name(record) is not None:
             metrics.last = record
             metrics.speeds.append(record["tokens_per_second"])
     return metrics
@@ -169,9 +170,10 @@ def describe_training(
         ]
     done = last["iteration"]
     speed = statistics.median(metrics.speeds)
+    name = loss_name(last) or "lm_loss"
     rows = [
         ["iterations", f"{done:,} of {planned:,}, {last['consumed_tokens']:,} tokens"],
-        ["training loss", f"{_number(last['lm_loss'])} nats per token"],
+        ["training loss", f"{_number(last[name])} {LOSSES[name]}"],
         ["speed", f"{speed:,.0f} tokens/s, median of {len(metrics.speeds)} records"],
     ]
     rows += _source_rows(last)

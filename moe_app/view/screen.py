@@ -165,7 +165,7 @@ def _progress(run: RunSnapshot, screen: Screen) -> Text:
 def _numbers(history: RunHistory) -> list[str]:
     """List losses, tokens and other key metrics."""
     steps = history.steps
-    told = [f"loss {_decimals(steps.last('lm_loss'))}"]
+    told = [f"loss {_decimals(steps.last(history.loss_name))}"]
     results = validation_results(history.evaluations, {})
     told += [f"valid {_printable_line(each.name)} {_decimals(each.last)}" for each in results]
     told.append(f"tokens {_short(steps.last('consumed_tokens'))}")
@@ -204,7 +204,7 @@ def _run_table(runs: Sequence[RunSnapshot], screen: Screen) -> list[Text]:
             [
                 run.name,
                 f"{short_number(history.iteration)}{share}",
-                _decimals(steps.last("lm_loss"), 3),
+                _decimals(steps.last(history.loss_name), 3),
                 _decimals(sum(known) / len(known) if known else None, 3),
                 _short(steps.last("tokens_per_second")),
                 _short(steps.last("learning_rate"), ".1e"),
@@ -240,7 +240,7 @@ def _charts(runs: Sequence[RunSnapshot], screen: Screen, height: int) -> list[Te
     curves = [
         Curve(
             xs=run.history.steps[screen.x],
-            ys=run.history.steps["lm_loss"],
+            ys=run.history.steps[run.history.loss_name],
             style=_run_style(number),
         )
         for number, run in enumerate(runs)

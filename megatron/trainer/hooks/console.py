@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from megatron.trainer.hooks.base import Hook
+from megatron.trainer.records.losses import loss_name
 from megatron.trainer.records.record_file import Record
 
 logger = logging.getLogger(__name__)
@@ -63,10 +64,11 @@ class Console(Hook):
         if self._bar is not None:
             self._bar.update(self._task, speed=speed)
             return
+        loss = record[loss_name(record) or "lm_loss"]
         norm = record["grad_norm"]  # NaN where a step was skipped for its loss
         parts = [
             f"iteration {record['iteration']}/{self._train_iters}",
-            f"loss {record['lm_loss']:.4f}",
+            f"loss {loss:.4f}",
             "grad norm " + (f"{norm:.3f}" if math.isfinite(norm) else "-"),
             f"lr {record['learning_rate']:.3e}",
             speed,

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron.trainer.hooks.base import Hook
 from megatron.trainer.io.atomic_write import atomic_write
+from megatron.trainer.records.losses import LOSSES, loss_name
 from megatron.trainer.records.record_file import Record
 from megatron.trainer.records.run_dir import RecordTail
 from megatron.trainer.records.thinned_curve import ThinnedCurve
@@ -22,9 +23,11 @@ class RunCurves:
 
     def __init__(self) -> None:
         self.loss = ThinnedCurve()
-        """Training loss, nats per token."""
+        """Training loss."""
+        self.unit = LOSSES["lm_loss"]
+        """Of the losses."""
         self.validation: dict[str, ThinnedCurve] = {}
-        """Validation loss by set, nats per token."""
+        """Validation loss by set."""
         self.learning_rate = ThinnedCurve()
         self.sources: dict[str, ThinnedCurve] = {}
         """Tokens that each source has given."""
@@ -37,18 +40,20 @@ class RunCurves:
         tokens = record["consumed_tokens"]
         for name, loss in record.get("valid_loss", {}).items():
             self.validation.setdefault(name, ThinnedCurve()).add(tokens, _number(loss))
-        if "lm_loss" not in record:
+        name = loss_name(record)
+        if name is None:
             return
+        self.unit = LOSSES[name]
         before, self._before = self._before, record
         if before is not None and before.get("phase") != record.get("phase"):
             self.phases.append((before["consumed_tokens"], str(record["phase"])))
         given = record.get("consumed_tokens_per_source", {})
-        for name in given:
-            if name not in self.sources:  # until now it has given nothing
-                self.sources[name] = self.loss.at(0.0)
-        for name, curve in self.sources.items():
-            curve.add(tokens, given.get(name, 0))
-        self.loss.add(tokens, _number(record["lm_loss"]))
+        for source in given:
+            if source not in self.sources:  # until now it has given nothing
+                self.sources[source] = self.loss.at(0.0)
+        for source, curve in self.sources.items():
+            curve.add(tokens, given.get(source, 0))
+        self.loss.add(tokens, _number(record[name]))
         if "learning_rate" in record:
             self.learning_rate.add(tokens, _number(record["learning_rate"]))
 
@@ -99,7 +104,7 @@ def plot_losses(curves: RunCurves, path: Path) -> None:
             markersize=4,
             label=f"validation: {name}",
         )
-    _label(axes, curves, "loss (nats per token)")
+    _label(axes, curves, f"loss ({curves.unit})")
     axes.legend(frameon=False)
     write_figure(figure, path)
 

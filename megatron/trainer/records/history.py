@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron.trainer.errors import ConfigError
+from megatron.trainer.records.losses import LOSSES, loss_name
 from megatron.trainer.records.record_file import Record, scalars
 from megatron.trainer.records.run_dir import (
     CONFIG_NAME,
@@ -302,11 +303,16 @@ class RunHistory:
         length = self._whole_number("seq_length")
         return batch * length if batch and length else None
 
+    @property
+    def loss_name(self) -> str:
+        """Return the name of the loss of the steps' records."""
+        return next((name for name in LOSSES if len(self.steps[name])), "lm_loss")
+
     def _add(self, record: Record) -> None:
         if isinstance(record.get("valid_loss"), Mapping):
             losses = {name: finite(loss) for name, loss in record["valid_loss"].items()}
             self.evaluations.append({**record, "valid_loss": losses})
-        if "lm_loss" not in record:
+        if loss_name(record) is None:
             return
         phase = record.get("phase")
         if phase is not None and (not self.phases or self.phases[-1][1] != phase):
