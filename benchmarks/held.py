@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.trainer.objective import NEXT_TOKEN
+from megatron.trainer.objective import TokenObjective
 from megatron.trainer.state import TrainState
 from moe_ext.experts.slots import ExpertOrder
 
@@ -52,7 +52,7 @@ class _Held:
         self.tensor = tensor
 
 
-class Kept:
+class Kept(TokenObjective):
     """Runs forward steps and counts the bytes they save for backward, with the orders of rows.
 
     Weights, the batch and temporaries are not counted.
@@ -62,6 +62,7 @@ class Kept:
     """
 
     def __init__(self, state: TrainState) -> None:
+        super().__init__()
         self._chunks = state.chunks
         self._others = set(storages(each for chunk in state.chunks for each in chunk.parameters()))
         self._held: list[weakref.ref[_Held]] = []
@@ -71,15 +72,15 @@ class Kept:
         self.highest = 0
         """Peak of the bytes saved by passes whose backward is pending."""
 
-    def __call__(self, batches: Iterator[Any], model: torch.nn.Module) -> Any:
-        """Run a `NEXT_TOKEN`."""
+    def forward(self, batches: Iterator[Any], model: torch.nn.Module) -> Any:
+        """Run the forward step."""
         batch = next(batches)
-        given = [each for each in vars(batch).values() if each is not None]
+        given = [each for each in vars(batch).values() if isinstance(each, Tensor)]
         self._others |= storages(given).keys()
         self._held = []
         earlier = _orders()
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: held.tensor):
-            result = NEXT_TOKEN(iter([batch]), model)
+            result = super().forward(iter([batch]), model)
         size = self._size(earlier)
         chunk = [each is model for each in self._chunks].index(True)
         self.passes.append((chunk, size))

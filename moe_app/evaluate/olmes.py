@@ -185,7 +185,7 @@ def score_items(
         ]
     values = list(log_probs(pairs))
     half = len(values) // 2 if has_bare else len(values)
-    records = []
+    records: list[dict[str, Any]] = []
     start = 0
     for item in items:
         stop = start + len(item.choices)

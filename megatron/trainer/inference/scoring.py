@@ -27,6 +27,15 @@ class Scorer(Protocol):
         """Return logits [b, n, v], or None on a rank without logits."""
         ...
 
+
+class PickedScorer(Protocol):
+    """Computes log-probabilities after some positions only."""
+
+    @property
+    def is_output_rank(self) -> bool:
+        """Return whether this rank returns the results of the ranks that share a batch."""
+        ...
+
     def picked_log_probs(
         self, tokens: Tensor, position_ids: Tensor, picked: tuple[Tensor, Tensor], labels: Tensor
     ) -> tuple[Tensor, Tensor] | None:
@@ -126,7 +135,7 @@ def compute_logits(
 
 
 def score_continuations(
-    model: Scorer,
+    model: PickedScorer,
     requests: Mapping[int, Continuation],
     *,
     tokens_per_batch: int,

@@ -11,6 +11,7 @@ from megatron.trainer.config.schema import DataConfig
 from megatron.trainer.data.batch import Batch, mask_rows
 from megatron.trainer.data.build import build_data
 from megatron.trainer.data.writer import TokenFileWriter
+from megatron.trainer.objective import NEXT_TOKEN
 from megatron.trainer.state import TrainState
 from megatron.trainer.step import _place
 
@@ -57,11 +58,11 @@ def test_denominator_is_that_of_all_positions(
     )
     positions = batches[0].tokens.numel()
     first = mask_rows(batches[0], [row in masked for row in range(2)])
-    for batch in _place(state, [first, *batches[1:]]):
+    for batch in _place(state, NEXT_TOKEN, [first, *batches[1:]]):
         assert batch.loss_tokens is not None and batch.loss_tokens.item() == positions
     dropped = first.loss_mask.numel() - int(first.loss_mask.sum())
     assert dropped == len(masked) * positions // 2
     # A mask without the count divides by what is left, as it did before.
     left = torch.stack([batch.loss_mask.sum() for batch in batches]).mean().item()
-    for batch in _place(state, batches):
+    for batch in _place(state, NEXT_TOKEN, batches):
         assert batch.loss_tokens is not None and batch.loss_tokens.item() == left
