@@ -1,4 +1,4 @@
-# make env | train | test | test-upstream | test-gpu | container-test | check | format | clean.
+# make env | train | data-demo | test | test-upstream | test-gpu | container-test | check | format | clean.
 # Needs python3 >= 3.10 and make.
 
 PYTHON ?= python3
@@ -22,7 +22,7 @@ STAMP := .venv/.made
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: env train test test-upstream test-gpu container-test check format clean
+.PHONY: env train data-demo test test-upstream test-gpu container-test check format clean
 
 env: $(STAMP)
 
@@ -36,6 +36,9 @@ $(STAMP): pyproject.toml setup.py
 
 train: env
 	bash examples/quickstart/run.sh
+
+data-demo: env
+	bash examples/data_demo/run.sh
 
 # Distributes whole files over single-threaded processes, because the tests of a file share fixtures.
 test: env
