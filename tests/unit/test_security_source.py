@@ -59,6 +59,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "render_jinja_template": "the same",
     },
     # Tests that compare with transformers.
+    "tests/unit/app/chat/make_chat.py": {"apply_chat_template": "the tests' and the project's own"},
     "tests/unit/app/chat/test_jinja_template.py": {"apply_chat_template": "the test's templates"},
     "tests/unit/app/chat/test_templates.py": {"apply_chat_template": "the project's templates"},
     # Tests that prove a payload is live, or read back what they wrote.
@@ -84,6 +85,10 @@ ALLOWED: dict[str, dict[str, str]] = {
     "tests/recipes/test_earlier_run.py": {"extractall": "the repository's own archive"},
     "tests/unit/trainer/test_compat.py": {"extractall": "the repository's own archive"},
     "tests/distributed/fork_server.py": {"runpy.run_path": "a test's own worker"},
+    "tests/unit/trainer/runtime/cpu_backend_worker.py": {
+        "eval": "expressions of its own test",
+        "exec": "the same",
+    },
     "tests/unit/trainer/health/test_watchdog.py": {
         "compile": "a function of the test's own in another file",
         "exec": "the same",

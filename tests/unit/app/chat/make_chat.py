@@ -51,6 +51,19 @@ def make_tokenizer(directory: Path, **files: Any) -> tuple[Tokenizer, PreTrained
     return load_tokenizer("HFTokenizer", path), theirs
 
 
+def transformers_reads(
+    theirs: PreTrainedTokenizerFast, turns: Turns, source: str
+) -> tuple[list[int], list[bool]]:
+    """What transformers makes of a conversation: its tokens, and the mask of the assistant's."""
+    found: Any = theirs.apply_chat_template(
+        as_messages(turns),
+        chat_template=source,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    return found["input_ids"], [bool(each) for each in found["assistant_masks"]]
+
+
 def as_messages(turns: Turns) -> list[dict[str, str]]:
     return [{"role": turn.role, "content": turn.content} for turn in turns]
 

@@ -32,7 +32,7 @@ def chat(answer: str, question: str = "the lazy fox") -> dict[str, Any]:
 
 
 CHATS = [chat(word) for word in WORDS]
-KTO = [
+KTO: list[dict[str, Any]] = [
     {"prompt": f"fox {n // 2}", "completion": word, "label": n % 2 == 0}
     for n, word in enumerate(WORDS)
 ]

@@ -13,7 +13,13 @@ from moe_app.chat.dialogue import Dialogue, Turn, Turns, counted_spans, is_count
 from moe_app.chat.samples import DialogueEncoder, Sample
 from moe_app.chat.templates import TEMPLATES, BuiltinTemplate, jinja_source
 from moe_app.convert.sentencepiece_json import to_tokenizer_json
-from tests.unit.app.chat.make_chat import END, ODD, as_messages, make_tokenizer
+from tests.unit.app.chat.make_chat import (
+    END,
+    ODD,
+    as_messages,
+    make_tokenizer,
+    transformers_reads,
+)
 from tests.unit.trainer.data.make_tokenizers import make_sentencepiece
 
 Both = tuple[Tokenizer, PreTrainedTokenizerFast]
@@ -54,15 +60,9 @@ def test_tokens_and_mask_are_those_of_transformers(
 ) -> None:
     ours, theirs = tokenizers[kind]
     sample = encode(template, ours, ODD[name])
-    source = jinja_source(template, ours)
-    expected = theirs.apply_chat_template(
-        as_messages(ODD[name]),
-        chat_template=source,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
-    assert sample.ids.tolist() == expected["input_ids"]
-    assert sample.counted.tolist() == [bool(each) for each in expected["assistant_masks"]]
+    ids, mask = transformers_reads(theirs, ODD[name], jinja_source(template, ours))
+    assert sample.ids.tolist() == ids
+    assert sample.counted.tolist() == mask
     has_assistant = any(turn.role == "assistant" for turn in ODD[name])
     assert (sample.num_counted > 0) == has_assistant
 
