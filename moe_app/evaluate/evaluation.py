@@ -24,7 +24,7 @@ from megatron.trainer.runtime.launch import environment_rank, run_main
 from megatron.trainer.runtime.log import configure_logging
 from moe_app.command_line import program
 from moe_app.evaluate.answers import AnswerFile
-from moe_app.evaluate.suites import SUITES, Suite
+from moe_app.evaluate.suites import OLMES, SUITES, Suite
 from moe_app.evaluate.workers import Workers
 from moe_app.infer import open_model
 from moe_app.infer.stop import collect_stops
@@ -249,6 +249,7 @@ def _evaluate(
 ) -> None:
     """Run the harness; on rank 0 alone."""
     from moe_app.evaluate.harness.model import HarnessModel
+    from moe_app.evaluate.harness.olmes_run import evaluate_olmes
     from moe_app.evaluate.harness.run import RESULTS_NAME, evaluate_suite, summary_lines
 
     length = args.max_length or opened.saved.training.seq_length
@@ -267,7 +268,10 @@ def _evaluate(
         "iteration": opened.found.iteration,
         "max_length": length,
     }
-    found = evaluate_suite(model, suite, args, info)
+    is_olmes = args.suite == OLMES
+    found = (
+        evaluate_olmes(model, args, info) if is_olmes else evaluate_suite(model, suite, args, info)
+    )
     for line in summary_lines(found):
         logger.info("%s", line)
     logger.info("wrote %s", Path(args.output) / RESULTS_NAME)

@@ -14,7 +14,11 @@ class Suite:
     """Examples in a prompt by task; others use the task's own number."""
 
 
+OLMES = "olmes"
+"""Names the suite that is read from published requests, not from tasks of the harness."""
+
 SUITES: dict[str, Suite] = {
+    OLMES: Suite(tasks=()),
     # Open LLM Leaderboard, version 1, as JetMoE's Table 3 reports it.
     "openllm": Suite(
         tasks=("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k"),
