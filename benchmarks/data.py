@@ -14,13 +14,14 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -44,27 +45,52 @@ class Corpus:
     folder: str
 
 
-def run_command(corpus: Corpus) -> float:
-    """Return the seconds that the command takes."""
+@dataclass(frozen=True)
+class Cost:
+    """Holds what a visit took."""
+
+    seconds: float
+    cpu_seconds: float
+    """Of all its processes and threads; what other load on the machine leaves alone."""
+
+
+class Clock:
+    """Measures from its making on."""
+
+    def __init__(self) -> None:
+        self._start, self._cpu = time.perf_counter(), _cpu_seconds()
+
+    def cost(self) -> Cost:
+        """Return what has been spent."""
+        return Cost(time.perf_counter() - self._start, _cpu_seconds() - self._cpu)
+
+
+def _cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def run_command(corpus: Corpus) -> Cost:
+    """Return what the command takes."""
     prefix = Path(corpus.folder) / "command"
     for path in prefix.parent.glob("command_*"):
         path.unlink()
     command = [sys.executable, "tools/preprocess_data.py", "--input", corpus.text, "--append-eod"]
     command += ["--tokenizer-type", corpus.kind, "--tokenizer-model", corpus.model]
     command += ["--output-prefix", str(prefix), "--workers", str(corpus.cores)]
-    start = time.perf_counter()
+    clock = Clock()
     subprocess.run(command, cwd=REPO, check=True, capture_output=True)
-    return time.perf_counter() - start
+    return clock.cost()
 
 
-def run_library(corpus: Corpus) -> float:
-    """Return the seconds that the library takes to encode all texts as one batch."""
+def run_library(corpus: Corpus) -> Cost:
+    """Return what the library takes to encode all texts as one batch."""
     texts = [json.loads(line)["text"] for line in Path(corpus.text).open("rb")]
     encode = _batch_encoder(corpus)
     encode(texts[:50])
-    start = time.perf_counter()
+    clock = Clock()
     encode(texts)
-    return time.perf_counter() - start
+    return clock.cost()
 
 
 def _batch_encoder(corpus: Corpus) -> Callable[[Sequence[str]], object]:
@@ -97,9 +123,9 @@ class _PoolEncoder:
         return [*cls.tokenizer.encode(json.loads(line)["text"]), cls.tokenizer.eod]
 
 
-def run_pool(corpus: Corpus) -> float:
-    """Return the seconds that a pool over lines takes, and write the tokens it finds."""
-    start = time.perf_counter()
+def run_pool(corpus: Corpus) -> Cost:
+    """Return what a pool over lines takes, and write the tokens it finds."""
+    clock = Clock()
     with (
         multiprocessing.get_context("fork").Pool(
             corpus.cores, initializer=_PoolEncoder.start, initargs=(corpus,)
@@ -109,17 +135,17 @@ def run_pool(corpus: Corpus) -> float:
     ):
         for ids in pool.imap(_PoolEncoder.encode, lines, _LINES_AT_ONCE):
             file.write(np.array(ids, dtype=np.uint16).tobytes())
-    return time.perf_counter() - start
+    return clock.cost()
 
 
-def measure(corpus: Corpus, rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each subject, by round.
+def measure(corpus: Corpus, rounds: int) -> dict[str, list[Cost]]:
+    """Return what each subject took, by round.
 
     Raises:
         SystemExit: Command and pool write other tokens.
     """
     calls = {"command": run_command, "library": run_library, "pool": run_pool}
-    found: dict[str, list[float]] = {name: [] for name in _SUBJECTS}
+    found: dict[str, list[Cost]] = {name: [] for name in _SUBJECTS}
     context = multiprocessing.get_context("spawn")
     for _, name in interleave(_SUBJECTS, rounds):
         # A process of its own for each visit: threads of a library do not outlive it.
@@ -132,15 +158,17 @@ def measure(corpus: Corpus, rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def report(kind: str, size: int, found: dict[str, list[float]]) -> Iterator[str]:
+def report(kind: str, size: int, found: dict[str, list[Cost]]) -> Iterator[str]:
     """Yield the lines of a tokenizer's table."""
     yield f"{kind}, {size / 1e6:,.1f} MB"
-    for name in _SUBJECTS:
-        rate = summarize([size / 1e6 / seconds for seconds in found[name]])
-        yield f"  {name:10} {_written(rate)} MB/s"
-    for name in _SUBJECTS[1:]:
-        ratio = paired_ratio(found[name], found["command"])
-        yield f"  command / {name:8} {_written(ratio)}"
+    for what in ("seconds", "cpu_seconds"):
+        spent = {name: [getattr(each, what) for each in found[name]] for name in _SUBJECTS}
+        unit = "MB/s" if what == "seconds" else "MB a CPU second"
+        for name in _SUBJECTS:
+            rate = summarize([size / 1e6 / each for each in spent[name]])
+            yield f"  {name:17} {_written(rate)} {unit}"
+        for name in _SUBJECTS[1:]:
+            yield f"  command / {name:7} {_written(paired_ratio(spent[name], spent['command']))}"
 
 
 def _written(summary: Summary) -> str:
@@ -170,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if model is not None:
                 corpus = Corpus(str(text), kind, str(Path(model).absolute()), cores, folder)
                 found = measure(corpus, args.rounds)
-                figures[kind] = {"bytes": size, "cores": cores, "seconds": found}
+                costs = {name: [asdict(each) for each in found[name]] for name in found}
+                figures[kind] = {"bytes": size, "cores": cores, "costs": costs}
                 print("\n".join(report(kind, size, found)), flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
