@@ -188,7 +188,7 @@ def test_similarity_is_the_cosine_of_weights(family: str, runs: Path, tmp_path: 
         tables[form] = pq.read_table(tmp_path / form / "similarity.parquet")
     native, hf = (table["cosine"].to_numpy() for table in tables.values())
     np.testing.assert_allclose(native, hf, rtol=0, atol=1e-6)
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for file in (runs / f"{family}_exported").glob("*.safetensors"):
         weights |= load_file(file)
     middle = "gate.weight" if family == "olmoe" else "router.layer.weight"
