@@ -61,6 +61,8 @@ rename() {
 
 submit() {
     local shown job shards=${SHARDS:-16} last=() kept
+    local merge=("$PYTHON" "$REPO/tools/preprocess_data.py" --output-prefix "$prefix" --json-keys "$text_key")
+    [[ $shards -ge 2 ]] || die "SHARDS is $shards; it must be at least 2"
     shown=$("${filter[@]}" --executor slurm ${WORKERS:+--workers "$WORKERS"} "${filter_options[@]}")
     echo "$shown"
     kept=$(sed -n 's/^summary: job \([0-9]*\)$/\1/p' <<< "$shown")
@@ -68,12 +70,15 @@ submit() {
     mkdir -p "$data/logs"
     job=$(sbatch --parsable --job-name="tokenize-$name" --array="0-$((shards - 1))" \
         --output="$data/logs/tokenize-$name-%a.log" "${last[@]}" "${options[@]}" \
-        --wrap "exec ${tokenize[*]@Q} --num-shards $shards --shard-index \$SLURM_ARRAY_TASK_ID --workers \${SLURM_CPUS_PER_TASK:-1}")
+        <<< $'#!/bin/bash\n'"exec ${tokenize[*]@Q} --num-shards $shards --workers \${SLURM_CPUS_PER_TASK:-1} \
+            --shard-index \$SLURM_ARRAY_TASK_ID")
     job=${job%%;*}
     say "$name: tokenize in $shards parts: job $job"
     job=$(sbatch --parsable --job-name="merge-$name" --output="$data/logs/merge-$name.log" \
         --dependency="afterok:$job" --kill-on-invalid-dep=yes "${options[@]}" \
-        --wrap "set -eu; $(declare -f rename); ${tokenize[*]@Q} --num-shards $shards --merge; rename ${made@Q} ${wanted@Q}")
+        <<< $'#!/bin/bash\nset -eu\n'"$(declare -f rename)
+            ${merge[*]@Q} --num-shards $shards --merge
+            rename ${made@Q} ${wanted@Q}")
     say "$name: merge: job ${job%%;*}"
 }
 

@@ -5,7 +5,9 @@ import re
 import sys
 from pathlib import Path
 
+from moe_app.data import train_tokenizer
 from moe_app.filter.filter_data import main
+from tests.paths import REPO
 from tests.slurm.cluster import Cluster
 
 FILES = 4
@@ -37,3 +39,34 @@ def test_arrays_on_two_nodes_make_what_one_process_makes(cluster: Cluster, tmp_p
         for name in ("arrays", "alone")
     ]
     assert len(outputs[0]) == 2 * FILES + 2 and outputs[0] == outputs[1]
+
+
+def test_data_recipe_on_two_nodes_makes_the_token_files_of_one_process(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe"
+    (recipe / "filters").mkdir(parents=True)
+    (recipe / "filters/text.yaml").write_text(
+        "filters: [{length: {min: 5}}]\ntokenizer_type: HFTokenizer\n"
+    )
+    (recipe / "sources.tsv").write_text("toy\ta/b\t*\tcontent\ttext\tas-is\t1\n")
+    lines = [json.dumps({"content": f"{'word ' * n}{n}"}) + "\n" for n in range(60)]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(lines).replace("content", "text"))
+    arguments = ["--input", str(corpus), "--output-dir", str(tmp_path), "--vocab-size", "300"]
+    assert train_tokenizer.main([*arguments, "--tokenizer-type", "HFTokenizer"]) == 0
+    made = []
+    for executor in ("slurm", "local"):
+        data = tmp_path / executor
+        (data / "raw/toy").mkdir(parents=True)
+        for part in range(2):
+            (data / f"raw/toy/{part}.jsonl").write_text("".join(lines[part::2]))
+        script = ["bash", str(REPO / "examples/slurm/prepare_sources.sh"), str(recipe), str(data)]
+        done = cluster.call(*script, f"{tmp_path}/tokenizer.json", EXECUTOR=executor, SHARDS="2")
+        assert done.returncode == 0, done.stdout + done.stderr
+        if executor == "slurm":
+            (job,) = re.findall(r"toy: merge: job (\d+)$", done.stdout, re.M)
+            assert cluster.wait(job) == "COMPLETED 0:0"
+        paths = [data / f"toy_text_document.{suffix}" for suffix in ("bin", "idx")]
+        made.append([path.read_bytes() for path in paths])
+    assert made[0] == made[1]
