@@ -102,18 +102,21 @@ def make_rendering(template: str, variables: dict[str, str]) -> Rendering:
 
     # Data must not depend on the day on which they are made.
     date = datetime(*_FIXED_DATE)
+    others: dict[str, Any] = dict(variables)
     _compile_jinja_template(template).environment.globals["strftime_now"] = date.strftime
 
     def render(
         messages: list[Message], has_prompt: bool, has_marks: bool
     ) -> tuple[str, list[list[int]]]:
-        texts, spans = render_jinja_template(
+        # Its declared types are narrower than what it takes and gives.
+        found: Any = render_jinja_template(
             conversations=[messages],
             chat_template=template,
             return_assistant_tokens_mask=has_marks,
             add_generation_prompt=has_prompt,
-            **variables,
+            **others,
         )
+        texts, spans = found
         return texts[0], [list(span) for span in spans[0]] if has_marks else []
 
     return render
