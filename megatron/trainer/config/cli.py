@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import itertools
 import sys
@@ -185,7 +186,11 @@ def _parse_flags(
         members.append((group.name, type(default), default))
     command_line = dataclasses.make_dataclass(
         "CommandLine",
-        [(name, kind, dataclasses.field(default=default)) for name, kind, default in members],
+        [
+            # Without the help, tyro would look for each group in the source of this class.
+            (name, Annotated[kind, tyro.conf.arg(help=inspect.getdoc(kind))], default)
+            for name, kind, default in members
+        ],
         frozen=True,
     )
     parsed: Any = tyro.cli(
