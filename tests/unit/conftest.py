@@ -1,5 +1,7 @@
 """One gloo rank on the CPU: for blocks that megatron-core builds with process groups, for runs."""
 
+import multiprocessing
+import multiprocessing.forkserver
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,30 @@ from moe_app.pretrain.build import build_state
 from moe_app.pretrain.config import parse_recipe
 from moe_ext.compat import without_cuda_graphs
 from tests.distributed.launcher import flags
+
+OF_BENCHMARKS = (
+    "benchmarks.layer_megatron",
+    "benchmarks.layer_transformers",
+    "benchmarks.moe_layer",
+    "benchmarks.step_peers",
+    "benchmarks.train_step",
+    "transformers.models.jetmoe.modeling_jetmoe",
+    "transformers.models.olmoe.modeling_olmoe",
+)
+
+
+@pytest.fixture(scope="module")
+def forked_workers() -> Iterator[None]:
+    """Forks the workers of benchmarks from a process that has imported what they need."""
+    context = multiprocessing.get_context("forkserver")
+    server: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    server._stop()  # another test's has other imports
+    context.set_forkserver_preload(list(OF_BENCHMARKS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.workers.multiprocessing.get_context", lambda _method: context)
+        yield
+    server._stop()
+    context.set_forkserver_preload([])
 
 
 @pytest.fixture

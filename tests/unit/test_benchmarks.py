@@ -23,6 +23,8 @@ from benchmarks.workers import Entry, Worker
 from moe_ext.counting import training_flops_per_token
 from tests.paths import REPO
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 CPU = torch.device("cpu")
 
 

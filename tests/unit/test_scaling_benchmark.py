@@ -18,6 +18,8 @@ from moe_app.pretrain.config import parse_recipe
 from moe_ext.counting import count_parameters, training_flops_per_token
 from tests.paths import REPO
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 def test_finer_experts_change_only_the_cost_of_the_router() -> None:
     shapes = points("experts", BLOCK, (8, 64, 256))
