@@ -34,7 +34,8 @@ srun --ntasks 1 --nodes 1 {judge} single
 srun --ntasks 2 env RANK=1 {judge} rank
 """
     )
-    number = cluster.submit("--nodes=2", "--ntasks=2", job)
+    # srun's own notices, such as that a node is still busy with the step before, go elsewhere.
+    number = cluster.submit("--nodes=2", "--ntasks=2", "--error=judge.err", job)
     assert cluster.wait(number) == "COMPLETED 0:0", cluster.log(number)
     assert sorted(cluster.log(number).splitlines()) == [
         "batch alone",
