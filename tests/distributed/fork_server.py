@@ -107,6 +107,7 @@ def await_all(children: list[int], *, timeout: float) -> dict[str, Any]:
             failed, kill_at = True, min(deadline, time.monotonic() + GRACE_S)
             for child in set(children) - set(codes):
                 os.kill(child, signal.SIGTERM)
+                os.kill(child, signal.SIGCONT)  # or a frozen one would not hear it
         if time.monotonic() > kill_at:
             timed_out = kill_at == deadline
             for child in set(children) - set(codes):

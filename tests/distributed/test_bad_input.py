@@ -12,7 +12,7 @@ import pytest
 from megatron.trainer.checkpoint import find_checkpoint
 from megatron.trainer.checkpoint.manifest import verify_manifest
 from megatron.trainer.data.writer import TokenFileWriter
-from tests.distributed.launcher import REPO, flags, ranks, torchrun
+from tests.distributed.launcher import REPO, flags, ranks
 
 PRETRAIN = REPO / "tools" / "pretrain.py"
 JOURNAL = {".lock", "ended.json", "events.jsonl"}
@@ -31,9 +31,7 @@ def assert_refused(done: Done, message: str) -> None:
     assert done.returncode != 0
     said = done.stdout + done.stderr
     assert said.count(message) == 1, said[-6000:]
-    # torchrun prints one traceback of its own; a second would be ours.
-    of_torchrun = said.count("ChildFailedError:")
-    assert said.count("Traceback (most recent call last)") == of_torchrun, said[-6000:]
+    assert "Traceback (most recent call last)" not in said, said[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +67,8 @@ def copy_tokens(tokens: Path, target: Path, *suffixes: str) -> Path:
 
 
 def test_unknown_flag_names_the_nearest(tmp_path: Path) -> None:
-    done = torchrun(2, PRETRAIN, *flags(save=tmp_path / "run"), "--train-iter", "3")
+    done = pretrain(*flags(save=tmp_path / "run"), "--train-iter", "3")
     assert_refused(done, "Unrecognized options: --train-iter")
-    assert "ChildFailedError:" in done.stderr
     assert (done.stdout + done.stderr).count("--train-iters INT") == 1
     assert list(tmp_path.iterdir()) == []
 

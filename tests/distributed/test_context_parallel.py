@@ -57,13 +57,20 @@ FOUR_RANKS: dict[str, tuple[str, dict[str, object]]] = {
 TOLERANCES = {"lm_loss": 1e-5, "load_balancing_loss": 1e-5, "z_loss": 1e-5, "grad_norm": 1e-4}
 
 
+STEPS = 3
+
+
+def short(**overrides: object) -> list[str]:
+    return flags(**{"train-iters": STEPS, **overrides})
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     out = tmp_path_factory.mktemp("context")
-    single = {"plain": flags(), "documents": flags(**DOCUMENTS), "together": flags(**PACKED)}
-    single |= {"jetmoe": flags(**JETMOE), "jetmoe_documents": flags(**JETMOE, **DOCUMENTS)}
-    two = {name: flags(**case) for name, (_, case) in TWO_RANKS.items()}
-    four = {name: flags(**case) for name, (_, case) in FOUR_RANKS.items()}
+    single = {"plain": short(), "documents": short(**DOCUMENTS), "together": short(**PACKED)}
+    single |= {"jetmoe": short(**JETMOE), "jetmoe_documents": short(**JETMOE, **DOCUMENTS)}
+    two = {name: short(**case) for name, (_, case) in TWO_RANKS.items()}
+    four = {name: short(**case) for name, (_, case) in FOUR_RANKS.items()}
     return {
         **run_cases(1, single, out / "1"),
         **run_cases(2, two, out / "2"),
@@ -78,7 +85,7 @@ def test_layout_trains_like_a_single_process(name: str, outcomes: dict[str, Outc
     assert found.error is None, found.error
     for key, tolerance in TOLERANCES.items():
         expected = truth.series(key)
-        assert len(expected) == 5
+        assert len(expected) == STEPS
         assert found.series(key) == pytest.approx(expected, rel=tolerance), key
     assert found.series("valid_loss")[0] == pytest.approx(truth.series("valid_loss")[0], rel=1e-5)
     assert found.weights.keys() == truth.weights.keys()

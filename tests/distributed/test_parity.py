@@ -128,15 +128,22 @@ MOA_TOLERANCES = {"lm_loss": 1e-5, "moa_load_balancing_loss": 1e-5, "moa_z_loss"
 TOLERANCES = {"lm_loss": 1e-5, "load_balancing_loss": 1e-5, "z_loss": 1e-5, "grad_norm": 1e-4}
 
 
+STEPS = 3
+
+
+def short(**overrides: object) -> list[str]:
+    return flags(**{"train-iters": STEPS, **overrides})
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     out = tmp_path_factory.mktemp("parity")
-    single = {"single": flags(), "dense": flags(**DENSE)}
-    single["untrained"] = flags(**{"lr": 1e-30, "min-lr": 1e-30})
-    single |= {name: flags(**case) for name, case in ONE_RANK.items()}
-    two = {name: flags(**case) for name, case in TWO_RANKS.items()}
-    two["dense_tp2"] = flags(**DENSE, **{"tensor-model-parallel-size": 2})
-    four = {name: flags(**case) for name, case in FOUR_RANKS.items()}
+    single = {"single": short(), "dense": short(**DENSE)}
+    single["untrained"] = short(**{"lr": 1e-30, "min-lr": 1e-30})
+    single |= {name: short(**case) for name, case in ONE_RANK.items()}
+    two = {name: short(**case) for name, case in TWO_RANKS.items()}
+    two["dense_tp2"] = short(**DENSE, **{"tensor-model-parallel-size": 2})
+    four = {name: short(**case) for name, case in FOUR_RANKS.items()}
     return {
         **run_cases(1, single, out / "1"),
         **run_cases(2, two, out / "2"),
@@ -148,14 +155,14 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
 def jetmoe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     out = tmp_path_factory.mktemp("jetmoe")
     cases = {
-        ranks: {name: flags(**JETMOE, **case) for name, case in layouts.items()}
+        ranks: {name: short(**JETMOE, **case) for name, case in layouts.items()}
         for ranks, layouts in JETMOE_LAYOUTS.items()
     }
-    cases[1]["single"] = flags(**JETMOE)
-    cases[1]["untrained"] = flags(**JETMOE, **{"lr": 1e-30, "min-lr": 1e-30})
-    cases[1]["moa_dense"] = flags(**MOA_DENSE)
+    cases[1]["single"] = short(**JETMOE)
+    cases[1]["untrained"] = short(**JETMOE, **{"lr": 1e-30, "min-lr": 1e-30})
+    cases[1]["moa_dense"] = short(**MOA_DENSE)
     for name, case in MOA_DENSE_LAYOUTS.items():
-        cases[2][name] = flags(**MOA_DENSE, **case)
+        cases[2][name] = short(**MOA_DENSE, **case)
     found: dict[str, Outcome] = {}
     for ranks, listing in cases.items():
         found |= run_cases(ranks, listing, out / str(ranks))
@@ -167,7 +174,7 @@ def compare(found: Outcome, truth: Outcome, keys: list[str]) -> None:
     tolerances = TOLERANCES | MOA_TOLERANCES
     for key in keys:
         expected = truth.series(key)
-        assert len(expected) == 5
+        assert len(expected) == STEPS
         assert found.series(key) == pytest.approx(expected, rel=tolerances[key]), key
     evaluations: list[Any] = truth.series("valid_loss")
     assert len(evaluations) == 1
@@ -178,7 +185,7 @@ def compare(found: Outcome, truth: Outcome, keys: list[str]) -> None:
         difference = torch.linalg.vector_norm((found.weights[key] - weight).double())
         # AdamW divides by the gradient's own size, so rounding of gradients near 0 moves single
         # weights by up to a learning rate; a wrong gradient moves all of a matrix by that much.
-        # Five steps of 3e-3 move a weight of 0.02 by about its own size.
+        # Three steps of up to 3e-3 move a weight of 0.02 by a part of its own size.
         assert difference <= 1e-4 * torch.linalg.vector_norm(weight.double()), key
 
 

@@ -1,6 +1,6 @@
 """A rank that hangs among real processes is named in time, and the job ends; steps are left alone.
 
-Every launch begins with steps of all lengths, of which a report would fail the test.
+Every launch begins with steps of which a report would fail the test, one launch with long ones.
 """
 
 import os
@@ -16,8 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.distributed.launcher import HERE, REPO, program
-from tests.distributed.ports import free_port
+from tests.distributed.launcher import HERE, REPO, program, ranks
 from tests.distributed.worker_watchdog import TIMEOUT_S
 
 WORKER = HERE / "worker_watchdog.py"
@@ -111,26 +110,7 @@ def test_sleeping_rank_is_named_with_its_line_and_torchrun_starts_again(tmp_path
 @pytest.mark.timeout(120)
 def test_rank_that_serves_the_store_is_named_by_its_silence(tmp_path: Path) -> None:
     """Without torchrun rank 0 serves the store, so no heartbeat can be read when it is frozen."""
-    port = free_port()
-    ranks = []
-    for rank in (0, 1):
-        names = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, *program(WORKER), "stop", "0", str(tmp_path)],
-                env={**environment(), **names, "MASTER_PORT": str(port)},
-                cwd=REPO,
-                text=True,
-                stderr=subprocess.PIPE,
-            )
-        )
-    try:
-        _, said = ranks[1].communicate(timeout=60)
-    finally:
-        for each in ranks:
-            each.kill()
-            each.communicate()
-    assert "watchdog: rank 1 on" in said, said[-4000:]
-    assert "the job's store has not answered" in said
-    assert ranks[1].returncode == 1
-    assert ranks[0].returncode == -signal.SIGKILL
+    done = ranks(2, WORKER, "stop", "0", str(tmp_path), timeout=60)
+    assert "watchdog: rank 1 on" in done.stderr, done.stderr[-4000:]
+    assert "the job's store has not answered" in done.stderr
+    assert done.codes == [-signal.SIGTERM, 1]

@@ -2,9 +2,10 @@
 
 Usage: torchrun ... worker_watchdog.py FAULT RANK OUT
 
-First comes what must not be taken for a hang: steps shorter than the time-out, then one twice as
-long, of products and collectives within one stage. FAULT then befalls rank RANK in step 6: `stop`
-freezes its process, `sleep` lets it sleep while it reads data, once; `none` never happens. Writes
+First comes what must not be taken for a hang: steps shorter than the time-out, then, unless FAULT
+is `stop` or has been, one twice as long, of products and collectives within one stage. FAULT then
+befalls rank RANK in step 6: `stop` freezes its process, `sleep` lets it sleep while it reads data,
+once; `none` never happens. Writes
 OUT/rankR.pid and, when the fault begins, OUT/fault with the time.
 """
 
@@ -58,7 +59,7 @@ def main() -> None:
         if fault != "none" and iteration == 6 and rank == victim:
             read_data(fault, out)
         watchdog.on_stage("train", iteration)
-        if iteration == 3:
+        if iteration == 3 and fault != "stop" and not (out / "fault").exists():
             long_step()
         time.sleep(0.1)
         dist.all_reduce(torch.ones(1))
