@@ -38,7 +38,7 @@ OF_BENCHMARKS = (
 def forked_workers() -> Iterator[None]:
     """Forks the workers of benchmarks from a process that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
-    server: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = multiprocessing.forkserver._forkserver
     server._stop()  # another test's has other imports
     context.set_forkserver_preload(list(OF_BENCHMARKS))
     with pytest.MonkeyPatch.context() as patch:

@@ -22,7 +22,7 @@ def postponed_compile() -> Iterator[None]:
             return functools.partial(postponed, **options)
         return _compiled_when_called(original, model, options)
 
-    torch.compile = postponed  # type: ignore[assignment]  # the signature is narrower
+    torch.compile = postponed
     try:
         yield
     finally:
