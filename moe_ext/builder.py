@@ -8,10 +8,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_ext.config import MoEModelConfig
 from moe_ext.experts import BackendChoice, ExpertBackend, choose_backend, use_of_model
-from moe_ext.init import initialize_weights
+from moe_ext.init import initialize_adapters, initialize_weights
+from moe_ext.layers.linear import ColumnParallelLinear
+from moe_ext.layers.lora import LoRA
 from moe_ext.layers.parameters import parameter_device_type
 from moe_ext.metrics import MOA, MOE, RouterMetrics
 from moe_ext.model import LanguageModel
+from moe_ext.parameter_groups import group_of
 from moe_ext.specs import block_spec
 
 
@@ -37,6 +40,7 @@ def build_model(
     seq_length: int,
     seed: int | None,
     recompute_activation: bool = False,
+    lora: LoRA | None = None,
 ) -> BuiltModel:
     """Builds this rank's chunks of the model.
 
@@ -47,11 +51,12 @@ def build_model(
         seq_length: longest sequence the model will see (s).
         seed: draws the initial weights; None leaves them undefined, to be loaded.
         recompute_activation: refuse expert backends that keep their activation for backward.
+        lora: gives some weights adapters of low rank; None builds none.
 
     Raises:
         ValueError: a block is named that nobody registered, or no expert backend can be used.
     """
-    backend = _choose_backend(model, config, recompute_activation=recompute_activation)
+    backend = _choose_backend(model, config, recompute_activation=recompute_activation, lora=lora)
     experts = {MOE: model.num_experts, MOA: model.attention_experts}
     metrics = {
         kind: RouterMetrics(model.num_layers, number)
@@ -70,10 +75,14 @@ def build_model(
         )
         for stage in range(config.virtual_pipeline_model_parallel_size or 1)
     ]
+    if lora is not None:
+        for chunk in chunks:
+            _add_adapters(chunk, model, config, lora)
     if seed is not None:
         initialize_weights(
             list(chunks), seed=seed, std=model.init_method_std, cutoff=model.init_method_cutoff
         )
+        initialize_adapters(list(chunks), seed=seed)
     return BuiltModel(chunks=chunks, config=config, metrics=metrics, backend=backend)
 
 
@@ -114,8 +123,27 @@ def _build_chunk(
     )
 
 
+def _add_adapters(
+    chunk: LanguageModel, model: MoEModelConfig, config: TransformerConfig, lora: LoRA
+) -> None:
+    """Gives adapters to the layers of the groups that `lora` names."""
+    heads = config.num_attention_heads // config.num_query_groups
+    qkv = tuple(config.kv_channels * number for number in (heads, 1, 1))
+    for name, module in list(chunk.named_modules()):
+        if not hasattr(module, "add_lora") or group_of(name, model) not in lora.targets:
+            continue
+        if isinstance(module, ColumnParallelLinear):
+            module.add_lora(lora, parts=qkv)
+        else:
+            module.add_lora(lora)
+
+
 def _choose_backend(
-    model: MoEModelConfig, config: TransformerConfig, *, recompute_activation: bool
+    model: MoEModelConfig,
+    config: TransformerConfig,
+    *,
+    recompute_activation: bool,
+    lora: LoRA | None,
 ) -> BackendChoice | None:
     use = use_of_model(
         model,
@@ -124,5 +152,6 @@ def _choose_backend(
         tensor=config.tensor_model_parallel_size,
         expert_tensor=config.expert_tensor_parallel_size or 1,
         recompute_activation=recompute_activation,
+        lora=lora,
     )
     return choose_backend(model.expert_backend, use) if use.widths else None

@@ -148,7 +148,7 @@ def resume(state: TrainState, model_config: Architecture) -> Beginning:
         logger.info("no checkpoint in %s yet: starting from iteration 0", load)
         return Beginning(event="start", detail="from initial weights")
     found = find_checkpoint(load, iteration=cfg.anneal_from if is_branching else cfg.ckpt_step)
-    run = on_rank0(
+    run, lacking = on_rank0(
         f"reading the configuration in {found.path}",
         lambda: _read_run(
             found,
@@ -159,7 +159,7 @@ def resume(state: TrainState, model_config: Architecture) -> Beginning:
     )
     skipped = tuple(f"{path.name}: {problems[0]}" for path, problems in found.skipped)
     if run is None or run.get(WEIGHTS_ONLY) is True:
-        _take_weights(state, found)
+        _take_weights(state, found, lacking)
         return Beginning(
             event="start",
             detail=f"from the weights of {found.path}",
@@ -272,7 +272,7 @@ def check_directories(cfg: RunConfig) -> None:
     decide_origin(cfg)
 
 
-def _take_weights(state: TrainState, found: FoundCheckpoint) -> None:
+def _take_weights(state: TrainState, found: FoundCheckpoint, lacking: tuple[str, ...]) -> None:
     """Start a run from weights alone."""
     if state.anneal is not None:
         raise CheckpointError(
@@ -280,7 +280,7 @@ def _take_weights(state: TrainState, found: FoundCheckpoint) -> None:
             " learning rate with them; branch from a checkpoint of a training run, or start a new"
             " schedule without --anneal-from"
         )
-    load_weights(state.modules, found)
+    load_weights(state.modules, found, lacking=lacking)
     state.optimizer.reload_model_params()
     logger.info("loaded the weights of %s; iteration, optimizer and data start afresh", found.path)
 
@@ -301,12 +301,26 @@ def _branch_schedule(
     return state.anneal(rate_of_branch(run["schedule"], anneal_from=start, where=found.path))
 
 
-def load_weights(modules: list[torch.nn.Module], found: FoundCheckpoint) -> None:
-    """Fill unwrapped model chunks from a checkpoint, for tools that do not train."""
-    loaded = load_checkpoint(
-        found.path, model_state(modules), unread_prefixes=(OPTIMIZER_PREFIX, RNG_PREFIX)
-    )
-    load_model(modules, loaded)
+def load_weights(
+    modules: list[torch.nn.Module], found: FoundCheckpoint, *, lacking: tuple[str, ...] = ()
+) -> None:
+    """Fill unwrapped model chunks from a checkpoint, for tools that do not train.
+
+    Args:
+        modules: this rank's chunks.
+        found: the checkpoint.
+        lacking: weights with one of these in their names are not in it, and stay as they are.
+    """
+    request = {
+        chunk: {
+            name: value
+            for name, value in weights.items()
+            if not any(part in name for part in lacking)
+        }
+        for chunk, weights in model_state(modules).items()
+    }
+    loaded = load_checkpoint(found.path, request, unread_prefixes=(OPTIMIZER_PREFIX, RNG_PREFIX))
+    load_model(modules, loaded, lacking=lacking)
 
 
 def _read_run(
@@ -314,12 +328,16 @@ def _read_run(
     architecture: Mapping[str, Any],
     *,
     finetune: bool,
-    check_saved: Callable[[Mapping[str, Any], bool], None] | None,
-) -> dict[str, Any] | None:
-    """Check that a checkpoint fits, and return its run.json; None where only weights are wanted."""
+    check_saved: Callable[[Mapping[str, Any], bool], tuple[str, ...]] | None,
+) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """Check that a checkpoint fits.
+
+    Returns:
+        Its run.json, None where only weights are wanted; and what `check_saved` says it lacks.
+    """
     check_architecture(found, architecture)
     run = None if finetune else read_run(found)
-    if check_saved is not None:
-        is_continued = run is not None and run.get(WEIGHTS_ONLY) is not True
-        check_saved(saved_config(found), is_continued)
-    return run
+    if check_saved is None:
+        return run, ()
+    is_continued = run is not None and run.get(WEIGHTS_ONLY) is not True
+    return run, check_saved(saved_config(found), is_continued)

@@ -69,9 +69,10 @@ class TrainState:
     """How documents within a sequence are kept apart; None lets them run together."""
     metrics: ModelMetrics | None = None
     """The model's own measurements."""
-    check_saved: Callable[[Mapping[str, Any], bool], None] | None = None
+    check_saved: Callable[[Mapping[str, Any], bool], tuple[str, ...]] | None = None
     """Refuses a checkpoint, given the flat config of its run and whether more than weights is
-    taken; beyond the comparison of architectures."""
+    taken; beyond the comparison of architectures. Returns parts of the names of weights that it
+    lacks, which stay as they were drawn."""
     flops_per_token: float = 0.0
     """Model FLOPs of a token's forward and backward pass."""
     iteration: int = 0
@@ -256,10 +257,17 @@ def apply_state(state: TrainState, loaded: Mapping[str, Any], run: Mapping[str, 
         _load_rng_state(loaded["rng"])
 
 
-def load_model(modules: list[torch.nn.Module], loaded: Mapping[str, Any]) -> None:
-    """Load the weights of every chunk."""
+def load_model(
+    modules: list[torch.nn.Module], loaded: Mapping[str, Any], *, lacking: tuple[str, ...] = ()
+) -> None:
+    """Load the weights of every chunk; those with a part of `lacking` in their names stay."""
     for index, module in enumerate(modules):
-        module.load_state_dict(loaded[f"model{index}"], strict=True)
+        kept = {
+            name: value
+            for name, value in module.state_dict().items()
+            if any(part in name for part in lacking)
+        }
+        module.load_state_dict({**kept, **loaded[f"model{index}"]}, strict=True)
 
 
 def _layout(ctx: RunContext) -> dict[str, int | str]:

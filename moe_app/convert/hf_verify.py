@@ -113,6 +113,7 @@ def verify(
         "comparing logits of %d x %d random tokens in %s (%s)", *tokens.shape, precision, reason
     )
     cfg = PretrainConfig(
+        trainable=saved.trainable,
         model=replace(saved.model, moe_token_dispatcher_type="alltoall", expert_backend="auto"),
         parallel=ParallelConfig(device=device),
         training=TrainingConfig(

@@ -257,6 +257,7 @@ def load_model(
     saved = opened.saved
     bf16 = saved.training.bf16 if args.bf16 is None else args.bf16
     cfg = PretrainConfig(
+        trainable=saved.trainable,
         # The other dispatchers need equal batch shapes on all data parallel ranks.
         model=dataclasses.replace(
             saved.model, moe_token_dispatcher_type="alltoall", expert_backend="auto"

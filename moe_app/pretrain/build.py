@@ -133,6 +133,7 @@ def build_chunks(cfg: PretrainConfig, ctx: RunContext, *, seed: int | None) -> B
             seq_length=training.seq_length,
             seed=seed,
             recompute_activation=_recomputes_activation(training),
+            lora=cfg.trainable.lora,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -10,6 +10,7 @@ from megatron.trainer.config.near_names import did_you_mean
 from megatron.trainer.errors import CheckpointError
 from megatron.trainer.optim.groups import GroupRates
 from moe_ext.config import MoEModelConfig
+from moe_ext.layers.lora import LORA_PREFIX, TARGETS, LoRA, is_adapter
 from moe_ext.parameter_groups import GROUPS, group_of, groups_of_model
 
 
@@ -24,12 +25,29 @@ class TrainableConfig:
     """GROUP=FACTOR for each group whose learning rate is not the run's."""
     weight_decay_multipliers: tuple[str, ...] = ()
     """GROUP=FACTOR for each group whose weight decay is not the run's."""
+    lora_rank: int | None = None
+    """Freeze every weight, and train products of this rank that are added to those of lora_targets;
+    None trains the weights themselves."""
+    lora_alpha: float | None = None
+    """The products are multiplied by lora_alpha / lora_rank; None means twice the rank."""
+    lora_targets: tuple[str, ...] = ("attention", "experts")
+    """Groups of weights that get such products: attention, experts, router."""
 
     @property
     def frozen(self) -> tuple[str, ...]:
         """Return the groups to freeze, in the order of `GROUPS`."""
         named = {name for text in self.freeze for name in text.split(",")}
         return tuple(group for group in GROUPS if group in named)
+
+    @property
+    def lora(self) -> LoRA | None:
+        """Return what adapters the model has; None for none."""
+        if self.lora_rank is None:
+            return None
+        alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        named = {name for text in self.lora_targets for name in text.split(",")}
+        targets = tuple(name for name in TARGETS if name in named)
+        return LoRA(rank=self.lora_rank, alpha=alpha, targets=targets)
 
     def problems(self, model: MoEModelConfig) -> list[str]:
         """Return what is wrong for this model, one message each."""
@@ -45,6 +63,33 @@ class TrainableConfig:
             )
         for field in ("lr_multipliers", "weight_decay_multipliers"):
             found += self._multiplier_problems(field, model)
+        return found + self._lora_problems(model)
+
+    def _lora_problems(self, model: MoEModelConfig) -> list[str]:
+        if self.lora_rank is None:
+            if self.lora_alpha is None:
+                return []
+            return [f"lora_alpha ({self.lora_alpha:g}) needs lora_rank (None); set it too"]
+        found = []
+        if self.lora_rank < 1:
+            found.append(f"lora_rank ({self.lora_rank}) must be at least 1; 8 to 64 is usual")
+        if self.lora_alpha is not None and not 0.0 < self.lora_alpha < float("inf"):
+            found.append(f"lora_alpha ({self.lora_alpha}) must be above 0; twice the rank is usual")
+        if self.freeze:
+            found.append(
+                f"freeze ({', '.join(self.freeze)}) says nothing beside lora_rank"
+                f" ({self.lora_rank}), which freezes every weight; drop one of the two"
+            )
+        there = [name for name in TARGETS if name in groups_of_model(model)]
+        named = [name for text in self.lora_targets for name in text.split(",") if name]
+        for name in named:
+            if name not in there:
+                found.append(
+                    f"lora_targets ({name!r}) is nothing that this model can have adapters on"
+                    f"{did_you_mean(name, there)}; use some of {', '.join(there)}"
+                )
+        if not named:
+            found.append(f"lora_targets is empty; use some of {', '.join(there)}")
         return found
 
     def _multiplier_problems(self, field: str, model: MoEModelConfig) -> list[str]:
@@ -100,12 +145,18 @@ class TrainableConfig:
         frozen = self.frozen
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
-                if group_of(name, model) in frozen:
+                is_fixed = not is_adapter(name) and self.lora_rank is not None
+                if is_fixed or group_of(name, model) in frozen:
                     parameter.requires_grad_(False)
 
     def describe(self) -> list[str]:
         """Return lines for the head of the log."""
         lines = [f"frozen: {', '.join(self.frozen)}"] if self.frozen else []
+        if (lora := self.lora) is not None:
+            lines.append(
+                f"frozen: every weight; LoRA of rank {lora.rank} times {lora.scale:g} on"
+                f" {', '.join(lora.targets)} trains"
+            )
         for field, what in (
             ("lr_multipliers", "learning rate"),
             ("weight_decay_multipliers", "weight decay"),
@@ -116,17 +167,31 @@ class TrainableConfig:
                 lines.append(f"{what}: {told}")
         return lines
 
-    def check_saved(self, saved: Mapping[str, Any], is_continued: bool) -> None:
-        """Refuse a checkpoint whose optimizer state is of other weights than this run trains.
+    def check_saved(self, saved: Mapping[str, Any], is_continued: bool) -> tuple[str, ...]:
+        """Refuse a checkpoint of other adapters, or with optimizer state of other weights.
 
         Args:
             saved: flat config of the run that wrote it.
             is_continued: whether more than the weights is taken.
 
+        Returns:
+            Parts of the names of weights that the checkpoint lacks: adapters that start here.
+
         Raises:
-            CheckpointError: they differ.
+            CheckpointError: it does not fit.
         """
-        before = TrainableConfig(freeze=tuple(saved.get("freeze") or ()))
+        before = saved_trainable(saved)
+        if before.lora is not None and before.lora != self.lora:
+            raise CheckpointError(
+                f"the checkpoint holds {_told(before.lora)}, and this run has {_told(self.lora)};"
+                " give the same --lora-rank, --lora-alpha and --lora-targets to go on with them, or"
+                " export the checkpoint, which merges them into the weights, and import that"
+            )
+        if is_continued and before.lora != self.lora:
+            raise CheckpointError(
+                f"the checkpoint is of a run without adapters, and this one has {_told(self.lora)};"
+                " start from its weights alone with --finetune"
+            )
         if is_continued and before.frozen != self.frozen:
             raise CheckpointError(
                 f"the run in the checkpoint froze {', '.join(before.frozen) or 'nothing'}, this one"
@@ -134,6 +199,23 @@ class TrainableConfig:
                 " the weights that it trained; give the same groups, or start from its weights"
                 " alone with --finetune"
             )
+        return () if before.lora == self.lora else (f".{LORA_PREFIX}",)
+
+
+def saved_trainable(saved: Mapping[str, Any]) -> TrainableConfig:
+    """Return what trained in the run of a flat config; runs before these settings trained all."""
+    fields = ("freeze", "lora_targets")
+    return TrainableConfig(
+        **{name: tuple(saved[name]) for name in fields if saved.get(name) is not None},
+        lora_rank=saved.get("lora_rank"),
+        lora_alpha=saved.get("lora_alpha"),
+    )
+
+
+def _told(lora: LoRA | None) -> str:
+    if lora is None:
+        return "no adapters"
+    return f"adapters of rank {lora.rank} and alpha {lora.alpha:g} on {', '.join(lora.targets)}"
 
 
 def _unknown(name: str, model: MoEModelConfig) -> str:

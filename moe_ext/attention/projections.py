@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_ext.experts.interface import ExpertBackend
 from moe_ext.experts.slots import ExpertOrder
+from moe_ext.layers.lora import Adapter, LoRA
 from moe_ext.layers.parameters import new_parameter
 from moe_ext.layers.products import accumulating_linear
 
@@ -46,7 +47,7 @@ class _HeadParallel(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Describes each parameter, split over tensor parallel ranks by head."""
+        """Describes each parameter, split over tensor parallel ranks by head, and adapters."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         parameters = dict(self.named_parameters(recurse=False))
         sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
@@ -57,6 +58,9 @@ class _HeadParallel(MegatronModule):
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],
         )
+        for name, adapter in self.named_children():
+            own = f"{prefix}{name}."
+            sharded |= adapter.sharded_state_dict(own, sharded_offsets, metadata)  # type: ignore[operator]
         return sharded
 
 
@@ -71,6 +75,8 @@ class KeyValueProjection(_HeadParallel):
         pg_collection: this rank's groups; tp is used.
     """
 
+    lora: Adapter | None
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -79,14 +85,24 @@ class KeyValueProjection(_HeadParallel):
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config, pg_collection=pg_collection)
+        self.lora = None
         self.num_groups = num_groups
         width = 2 * num_groups * config.kv_channels
         self.weight = new_parameter(width, config.hidden_size, config=config)
         self._mark_and_initialize()
 
+    def add_lora(self, lora: LoRA) -> None:
+        """Gives the weight an adapter."""
+        rows, columns = self.weight.shape
+        a, b = (lora.rank, columns), (rows, lora.rank)
+        self.lora = Adapter(self.config, lora, a=a, b=b, split={"b": 0}, tp_group=self.tp_group)
+
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Computes key and value [s, b, ng, hn] of this rank's heads from [s, b, h]."""
         both = accumulating_linear(hidden, self.weight)  # [s, b, 2 ng hn]
+        if self.lora is not None:
+            low = accumulating_linear(hidden, self.lora.whole(self.lora.a)) * self.lora.scale
+            both = both + accumulating_linear(low, self.lora.b)
         key, value = both.unflatten(2, (self.num_groups, -1)).chunk(2, dim=-1)
         return key, value
 
@@ -105,6 +121,9 @@ class AttentionExperts(_HeadParallel):
         pg_collection: this rank's groups; tp is used.
     """
 
+    lora_q: Adapter | None
+    lora_o: Adapter | None
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -115,6 +134,7 @@ class AttentionExperts(_HeadParallel):
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config, pg_collection=pg_collection)
+        self.lora_q = self.lora_o = None
         self.backend = backend
         width = num_groups * config.kv_channels
         self.weight_q = new_parameter(num_experts, width, config.hidden_size, config=config)
@@ -133,6 +153,35 @@ class AttentionExperts(_HeadParallel):
             Queries [t * k, ng * hn] by token and slot; or [t, h], this rank's heads' addend of the
             output, summed over the slots.
         """
+        backend = self.backend
         if is_output:
-            return self.backend.project_and_combine(operand, self.weight_o, order)
-        return self.backend.project_slots(operand, self.weight_q, order)
+            output = backend.project_and_combine(operand, self.weight_o, order)
+            if (lora := self.lora_o) is not None:
+                low = backend.project_rows(operand, lora.a, order) * lora.scale  # [t * k, r]
+                output = output + backend.project_and_combine(low, lora.whole(lora.b), order)
+            return output
+        queries = backend.project_slots(operand, self.weight_q, order)
+        if (lora := self.lora_q) is not None:
+            low = backend.project_slots(operand, lora.whole(lora.a), order) * lora.scale
+            queries = queries + backend.project_rows(low, lora.b, order)
+        return queries
+
+    def add_lora(self, lora: LoRA) -> None:
+        """Gives both weights adapters."""
+        number, width, hidden = self.weight_q.shape
+        self.lora_q = Adapter(
+            self.config,
+            lora,
+            a=(number, lora.rank, hidden),
+            b=(number, width, lora.rank),
+            split={"b": 1},
+            tp_group=self.tp_group,
+        )
+        self.lora_o = Adapter(
+            self.config,
+            lora,
+            a=(number, lora.rank, width),
+            b=(number, hidden, lora.rank),
+            split={"a": 2},
+            tp_group=self.tp_group,
+        )

@@ -9,6 +9,7 @@ from moe_ext import registry
 from moe_ext.config import MoEModelConfig
 from moe_ext.experts.backends import AUTO, EXPERT_BACKENDS
 from moe_ext.experts.interface import ExpertBackend, Use
+from moe_ext.layers.lora import LoRA
 
 _HOPPER = (9, 0)
 """Compute capability of H100 and H200."""
@@ -85,6 +86,7 @@ def use_of_model(
     tensor: int,
     expert_tensor: int,
     recompute_activation: bool = False,
+    lora: LoRA | None = None,
 ) -> Use:
     """Says what a rank needs a backend for.
 
@@ -95,11 +97,17 @@ def use_of_model(
         tensor: ranks per attention matrix.
         expert_tensor: ranks per expert.
         recompute_activation: whether backward must compute the experts' activation again.
+        lora: the adapters; None without.
     """
+    widths = model.expert_widths(tensor=tensor, expert_tensor=expert_tensor)
+    has_adapters = lora is not None and "experts" in lora.targets
+    if lora is not None and widths and {"attention", "experts"} & set(lora.targets):
+        widths = (*widths, lora.rank)
     return Use(
         device_type=device_type,
         dtype=dtype,
-        widths=model.expert_widths(tensor=tensor, expert_tensor=expert_tensor),
+        widths=widths,
+        has_adapters=has_adapters and model.num_experts is not None,
         has_attention=model.attention_experts is not None,
         recompute_activation=recompute_activation and model.num_experts is not None,
         capability=_capability(device_type),
@@ -128,6 +136,17 @@ def _problem(backend: ExpertBackend, use: Use) -> str | None:
         return (
             "has no projection, which moa attention is made of; give one to"
             f" register_expert_backend, or use expert_backend {able}"
+        )
+    if use.has_adapters and backend.projection is None:
+        able = _names(lambda each: each.projection is not None)
+        return (
+            "has no projection, which experts with adapters are made of; give one to"
+            f" register_expert_backend, or use expert_backend {able}"
+        )
+    if use.has_adapters and use.recompute_activation:
+        return (
+            "keeps its activation where experts have adapters (lora_targets), but"
+            " recompute_modules names moe_act; name moe instead, or drop it"
         )
     if use.recompute_activation and backend.keeps_activation:
         able = _names(lambda each: not each.keeps_activation)

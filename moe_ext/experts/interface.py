@@ -43,6 +43,8 @@ class Use:
     """Of the rows that are multiplied, on this rank; none without experts."""
     has_attention: bool = False
     """Whether moa attention uses the backend, too."""
+    has_adapters: bool = False
+    """Whether the experts have adapters of low rank, which are made of projections."""
     recompute_activation: bool = False
     """Whether the gated activation must be computed again in backward, not kept."""
     capability: tuple[int, int] | None = None
@@ -140,6 +142,19 @@ class ExpertBackend:
         if self.fused_project_and_combine is not None:
             return self.fused_project_and_combine(rows, weight, order)
         return unpermute_tokens(self._project(sort_rows(rows, order), weight, order), order)
+
+    def project_rows(self, rows: Tensor, weight: Tensor, order: ExpertOrder) -> Tensor:
+        """Multiplies each slot's row by its expert's matrix.
+
+        Args:
+            rows: [t * k, n] by token and slot.
+            weight: [el, m, n].
+            order: of the rows.
+
+        Returns:
+            [t * k, m] by token and slot.
+        """
+        return unsort_rows(self._project(sort_rows(rows, order), weight, order), order)
 
     def _project(self, rows: Tensor, weight: Tensor, order: ExpertOrder) -> Tensor:
         if self.projection is None:

@@ -16,7 +16,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from moe_ext.experts.interface import ExpertBackend
-from moe_ext.experts.slots import ExpertOrder
+from moe_ext.experts.lora import ExpertAdapter, adapted_experts, add_expert_lora
+from moe_ext.experts.slots import ExpertOrder, permute_tokens, sort_rows, unpermute_tokens
+from moe_ext.layers.lora import LoRA
 from moe_ext.layers.parameters import new_parameter
 
 # The f dimension of weight1 [el, 2, f, h] and of weight2 [el, h, f].
@@ -31,7 +33,7 @@ class ExpertMLP(MegatronModule):
 
     Both weights are always marked `allreduce=False` (reduce over the expert data parallel group)
     and `tensor_model_parallel=True` (count in the gradient norm on every rank): see
-    `_mark_expert_weight`.
+    `mark_expert_weight`.
 
     Args:
         num_local_experts: experts on this rank (el).
@@ -43,6 +45,9 @@ class ExpertMLP(MegatronModule):
     Raises:
         ValueError: the config describes other experts than these.
     """
+
+    lora1: ExpertAdapter | None
+    lora2: ExpertAdapter | None
 
     def __init__(
         self,
@@ -60,12 +65,14 @@ class ExpertMLP(MegatronModule):
         self.tp_group = pg_collection.expt_tp
         self.dp_group = pg_collection.expt_dp
         self.backend = backend
+        self._groups = pg_collection
+        self.lora1 = self.lora2 = None
         ffn = _local_ffn_size(config, self.tp_group.size())
         width = config.hidden_size
         self.weight1 = new_parameter(num_local_experts, 2, ffn, width, config=config)
         self.weight2 = new_parameter(num_local_experts, width, ffn, config=config)
         for weight in (self.weight1, self.weight2):
-            _mark_expert_weight(weight)
+            mark_expert_weight(weight)
         if config.perform_initialization:
             with _expert_rng():
                 config.init_method(self.weight1)
@@ -88,6 +95,10 @@ class ExpertMLP(MegatronModule):
             [t, h] of the hidden states' dtype, a partial sum under expert tensor parallelism; and
             None, for there is no bias.
         """
+        if self.lora1 is not None:
+            return self._adapted(
+                permuted_local_hidden_states, tokens_per_expert, permuted_probs
+            ), None
         output = self.backend.experts(
             permuted_local_hidden_states,
             self.weight1,
@@ -108,7 +119,30 @@ class ExpertMLP(MegatronModule):
         Returns:
             [t, h].
         """
+        if self.lora1 is not None:
+            probs = sort_rows(gates.flatten(), order)
+            rows = self._adapted(permute_tokens(tokens, order), order.tokens_per_expert, probs)
+            return unpermute_tokens(rows, order)
         return self.backend.routed_experts(tokens, self.weight1, self.weight2, order, gates)
+
+    def add_lora(self, lora: LoRA) -> None:
+        """Gives both weights adapters."""
+        weights = (self.weight1, self.weight2)
+        self.lora1, self.lora2 = add_expert_lora(
+            self.config, lora, weights, pg_collection=self._groups
+        )
+
+    def _adapted(self, rows: Tensor, sizes: Tensor, probs: Tensor) -> Tensor:
+        """Computes experts with adapters over sorted rows [t, h]."""
+        assert self.lora1 is not None and self.lora2 is not None
+        return adapted_experts(
+            rows,
+            (self.weight1, self.weight2),
+            (self.lora1, self.lora2),
+            sizes,
+            probs,
+            backend=self.backend,
+        )
 
     def sharded_state_dict(
         self,
@@ -116,7 +150,7 @@ class ExpertMLP(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, ShardedTensor]:
-        """Describes both weights as parts of [e, 2, f, h] and [e, h, f].
+        """Describes both weights as parts of [e, 2, f, h] and [e, h, f], and their adapters.
 
         A checkpoint can be loaded under any other expert and expert tensor parallel size.
 
@@ -126,7 +160,15 @@ class ExpertMLP(MegatronModule):
             metadata: not needed.
         """
         axes = len(sharded_offsets)
-        return {
+        adapters = {
+            name: value
+            for lora in ("lora1", "lora2")
+            if getattr(self, lora) is not None
+            for name, value in getattr(self, lora)
+            .sharded_state_dict(f"{prefix}{lora}.", sharded_offsets, metadata)
+            .items()
+        }
+        return adapters | {
             f"{prefix}{name}": ShardedTensor.from_rank_offsets(
                 f"{prefix}{name}",
                 weight,
@@ -158,7 +200,7 @@ def _local_ffn_size(config: TransformerConfig, tensor_parallel_size: int) -> int
     return whole // tensor_parallel_size
 
 
-def _mark_expert_weight(weight: nn.Parameter) -> None:
+def mark_expert_weight(weight: nn.Parameter) -> None:
     """Tells megatron-core how to reduce and how to count the gradient of an expert's weight.
 
     * allreduce=False: reduce over the expert data parallel group. megatron-core's own experts say

@@ -18,6 +18,7 @@ from moe_ext.functional import (
     routing_entropy,
     sort_choices,
 )
+from moe_ext.layers.lora import Adapter, LoRA
 from moe_ext.layers.parameters import new_parameter
 from moe_ext.metrics import RouterMetrics
 
@@ -46,6 +47,9 @@ class MoERouter(MegatronModule, ABC):
         ValueError: the config asks for what this router does not do.
     """
 
+    lora: Adapter | None
+    """What is added to the gate's product."""
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -71,6 +75,7 @@ class MoERouter(MegatronModule, ABC):
         super().__init__(config=config)
         self.num_experts: int = config.num_moe_experts if num_experts is None else num_experts
         self.topk: int = config.moe_router_topk if topk is None else topk
+        self.lora = None
         self.aux_loss_coeff = aux_loss_coeff
         self.z_loss_coeff = z_loss_coeff
         self.router_dtype = router_dtype
@@ -83,6 +88,17 @@ class MoERouter(MegatronModule, ABC):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         if config.perform_initialization:
             config.init_method(self.weight)
+
+    def add_lora(self, lora: LoRA) -> None:
+        """Gives the gate an adapter."""
+        self.lora = Adapter(
+            self.config,
+            lora,
+            a=(lora.rank, self.config.hidden_size),
+            b=(self.num_experts, lora.rank),
+            split={},
+            tp_group=self.tp_group,
+        )
 
     @abstractmethod
     def select(self, logits: Tensor) -> Routing:
@@ -104,6 +120,9 @@ class MoERouter(MegatronModule, ABC):
         """Computes router logits [t, e] of hidden states [s, b, h]."""
         dtype = self.router_dtype or hidden.dtype
         logits = F.linear(hidden.to(dtype), self.weight.to(dtype))  # [s, b, e]
+        if self.lora is not None:
+            low = F.linear(hidden.to(dtype), self.lora.a.to(dtype)) * self.lora.scale  # [s, b, r]
+            logits = logits + F.linear(low, self.lora.b.to(dtype))
         return logits.reshape(-1, self.num_experts)  # [t, e]
 
     def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> Routing:
