@@ -53,6 +53,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="export without a tokenizer, where none gives the ids that the model was trained on",
     )
     exporting.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the adapters of a run with --lora-rank as peft loads them, not the model; else"
+        " they are merged into its weights",
+    )
+    exporting.add_argument(
+        "--base", metavar="NAME", help="with --adapter: the model below, a directory or Hub id"
+    )
+    exporting.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of a file (%(default)s)"
     )
     for command in (importing, exporting):

@@ -5,7 +5,7 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from megatron.trainer.errors import CheckpointError
 from megatron.trainer.hf_files import HFDirectory
 from megatron.trainer.optim.sharded_state import MASTER_PREFIX
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert import Piece
 from moe_ext.counting import count_parameters
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -97,16 +96,26 @@ def check_tensors(
 
 
 def choose_weights(
-    reader: CheckpointReader, pieces: Sequence[Piece], requested: str | None
+    reader: CheckpointReader,
+    shapes: Mapping[str, tuple[int, ...]],
+    requested: str | None,
+    *,
+    is_frozen: Callable[[str], bool],
 ) -> tuple[dict[str, str], torch.dtype, str]:
     """Return the checkpoint tensor for each native one, the dtype to write, and a description.
 
-    fp32 weights come from the fp32 master weights if present: a bf16 run's own are rounded.
+    fp32 weights come from the fp32 master weights if present: a bf16 run's own are rounded. What a
+    run froze has none, and is exact as it is.
+
+    Args:
+        reader: the checkpoint.
+        shapes: of the native tensors by name.
+        requested: value of --dtype.
+        is_frozen: whether the run left a tensor as it was, by its name.
 
     Raises:
         CheckpointError: the checkpoint lacks a weight, or has it in another shape or type.
     """
-    shapes = {piece.key: piece.shape for piece in pieces}
     wrong = [
         key
         for key, shape in shapes.items()
@@ -132,13 +141,19 @@ def choose_weights(
         and stored is torch.bfloat16
         and set(masters.values()) & reader.tensors.keys()
     ):
-        lacking = [key for key, master in masters.items() if master not in reader.tensors]
+        frozen = {key for key in shapes if is_frozen(key)}
+        lacking = [
+            key
+            for key, master in masters.items()
+            if master not in reader.tensors and key not in frozen
+        ]
         if lacking:
             raise CheckpointError(
                 f"{reader.path} has fp32 master weights, but none of {_join_names(lacking)}; take"
                 " another checkpoint, or the bf16 weights without --dtype"
             )
-        return masters, dtype, "fp32 master weights of a bf16 run"
+        chosen = {key: key if key in frozen else masters[key] for key in shapes}
+        return chosen, dtype, "fp32 master weights of a bf16 run"
     return {key: key for key in shapes}, dtype, f"{stored} weights"
 
 

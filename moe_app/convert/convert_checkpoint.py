@@ -46,6 +46,7 @@ from megatron.trainer.runtime.launch import environment_world_size, run_main
 from megatron.trainer.runtime.log import configure_logging
 from megatron.trainer.runtime.malloc import keep_freed_memory
 from moe_app.command_line import program
+from moe_app.convert.adapters import WeightReader, export_adapter
 from moe_app.convert.arguments import parse_args
 from moe_app.convert.checks import (
     can_represent,
@@ -64,6 +65,7 @@ from moe_app.convert.weights import Progress, TensorDigests, export_weights, imp
 from moe_app.pretrain.config import read_saved_config
 from moe_ext.config import MoEModelConfig
 from moe_ext.convert import ExpertLayout, Family, Piece, family_for_model, family_from_config
+from moe_ext.convert.peft_form import adapter_tensors
 
 logger = logging.getLogger("convert")
 
@@ -214,7 +216,9 @@ def run_export(args: argparse.Namespace) -> Conversion:
     with CheckpointReader(found.path) as reader:
         check_size(cfg.model, reader.num_bytes, config=found.path / CONFIG_NAME)
         family, form, pieces = _plan_export(cfg.model, args.layout, found)
-        keys, dtype, weights_source = choose_weights(reader, pieces, args.dtype)
+        weights, dtype, weights_source = _open_weights(cfg, reader, pieces, args.dtype)
+        if args.adapter:
+            return _export_adapter(args, weights, family, dtype, found)
         logger.info("%s: exporting the %s", found.path, weights_source)
         exported = hf_files(
             family,
@@ -243,7 +247,8 @@ def run_export(args: argparse.Namespace) -> Conversion:
                     check,
                     pieces,
                     writer,
-                    keys=keys,
+                    keys=weights.keys,
+                    read=weights.read,
                     dtype=dtype,
                     digests=digests,
                     progress=progress,
@@ -260,9 +265,54 @@ def run_export(args: argparse.Namespace) -> Conversion:
         report_path=out / REPORT_NAME,
         native=found,
         hf=out,
-        is_exact=can_represent(dtype, stored) and all(key == kept for key, kept in keys.items()),
+        is_exact=can_represent(dtype, stored)
+        and all(key == kept for key, kept in weights.keys.items())
+        and (weights.lora is None or dtype is torch.float32),
         tokenizer=exported.tokenizer,
         num_rows=cfg.model.vocab_size,
+    )
+
+
+def _open_weights(
+    cfg: PretrainConfig, reader: CheckpointReader, pieces: list[Piece], requested: str | None
+) -> tuple[WeightReader, torch.dtype, str]:
+    """Return what reads the weights to export, the dtype to write, and a description."""
+    lora = cfg.trainable.lora
+    shapes = {piece.key: piece.shape for piece in pieces}
+    shapes |= adapter_tensors(shapes, cfg.model, lora)
+    keys, dtype, source = choose_weights(
+        reader,
+        shapes,
+        requested,
+        is_frozen=lambda name: cfg.trainable.is_frozen(name, cfg.model),
+    )
+    told = source if lora is None else f"{source} with LoRA of rank {lora.rank} merged into them"
+    return WeightReader(reader=reader, keys=keys, model=cfg.model, lora=lora), dtype, told
+
+
+def _export_adapter(
+    args: argparse.Namespace,
+    weights: WeightReader,
+    family: Family,
+    dtype: torch.dtype,
+    found: FoundCheckpoint,
+) -> Conversion:
+    """Export the adapters alone.
+
+    Raises:
+        UserError: there are none, or a flag or the disk is unsuitable.
+    """
+    if args.verify:
+        raise ConfigError(
+            "--verify compares whole models, and --adapter exports none; export without --adapter"
+            " to compare the model with its adapters merged"
+        )
+    out = Path(args.hf)
+    done = export_adapter(weights, out, family=family.name, dtype=dtype, base=args.base)
+    report = _report("export", family, family.layouts[0], dtype, **done)
+    report |= {"iteration": found.iteration, "weights": "adapters for peft"}
+    return Conversion(
+        report=report, report_path=out / REPORT_NAME, native=found, hf=out, is_exact=True
     )
 
 

@@ -4,7 +4,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -159,6 +159,7 @@ def export_weights(
     writer: HFWriter,
     *,
     keys: Mapping[str, str],
+    read: Callable[[Piece], torch.Tensor],
     dtype: torch.dtype,
     digests: TensorDigests,
     progress: Progress,
@@ -174,6 +175,7 @@ def export_weights(
         pieces: of the model, in the output layout.
         writer: the files.
         keys: checkpoint name of each native tensor: its own, or that of its fp32 master weights.
+        read: the block of a piece, with what an adapter adds.
         dtype: of the files.
         digests: collects those of the written tensors.
         progress: counts written bytes.
@@ -189,7 +191,7 @@ def export_weights(
     for places, _, piece in sorted(placed, key=lambda entry: entry[:2]):
         for place in places:
             check.reach(place)
-        block = reader.read(keys[piece.key], piece.offset, piece.block).to(dtype)
+        block = read(piece).to(dtype)
         check_finite(block, piece.key)
         for part, rows in zip(piece.sources, piece.to_hf(block), strict=True):
             region = writer.write(part.name, part.start, rows)

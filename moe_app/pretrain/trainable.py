@@ -142,12 +142,16 @@ class TrainableConfig:
             chunks: this rank's, unwrapped; a stage may hold none of a group.
             model: the architecture.
         """
-        frozen = self.frozen
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
-                is_fixed = not is_adapter(name) and self.lora_rank is not None
-                if is_fixed or group_of(name, model) in frozen:
+                if self.is_frozen(name, model):
                     parameter.requires_grad_(False)
+
+    def is_frozen(self, name: str, model: MoEModelConfig) -> bool:
+        """Return whether a weight keeps its values, by its name in its chunk or a checkpoint."""
+        if self.lora_rank is not None:
+            return not is_adapter(name)
+        return group_of(name, model) in self.frozen
 
     def describe(self) -> list[str]:
         """Return lines for the head of the log."""
