@@ -15,8 +15,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from moe_ext.experts.interface import ExpertBackend
 from moe_ext.experts.expert_adapter import ExpertAdapter, adapted_experts, add_expert_lora
+from moe_ext.experts.interface import ExpertBackend
 from moe_ext.experts.slots import ExpertOrder, permute_tokens, sort_rows, unpermute_tokens
 from moe_ext.layers.lora import LoRA
 from moe_ext.layers.parameters import new_parameter
