@@ -62,7 +62,7 @@ from moe_app.convert.files import hf_files, native_files, read_auxiliary_files
 from moe_app.convert.surplus import leave_out_surplus
 from moe_app.convert.tokenizer_check import compare_with_transformers
 from moe_app.convert.weights import Progress, TensorDigests, export_weights, import_weights
-from moe_app.pretrain.config import read_saved_config
+from moe_app.pretrain.config import PretrainConfig, read_saved_config
 from moe_ext.config import MoEModelConfig
 from moe_ext.convert import ExpertLayout, Family, Piece, family_for_model, family_from_config
 from moe_ext.convert.peft_form import adapter_tensors
