@@ -18,7 +18,7 @@ def main() -> int:
     roots = [Path("/usr/share/doc"), Path(sysconfig.get_path("purelib"))]
     paths = [path for root in roots if root.is_dir() for path in root.rglob("*")]
     wanted = [path for path in paths if path.name == "copyright" or path.suffix in SUFFIXES]
-    found = []
+    found: list[dict[str, str]] = []
     for path in sorted(wanted):
         if path.is_file() and 0 < path.stat().st_size < 60_000 and len(found) < MOST_FILES:
             found.append({"text": path.read_bytes().decode("utf-8", "replace"), "path": str(path)})

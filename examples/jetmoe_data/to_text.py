@@ -15,8 +15,8 @@ from typing import Any
 
 from megatron.trainer.errors import DataError, UserError
 from megatron.trainer.io.atomic_write import atomic_write
+from moe_app.data.sources import find_sources
 from moe_app.filter.records import json_line, read_rows
-from moe_app.filter.sources import find_sources
 
 Row = Mapping[str, Any]
 Text = Callable[[Row], str | None]
