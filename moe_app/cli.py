@@ -75,6 +75,14 @@ def filter_data(argv: Argv = None) -> int:
 
 
 @prints_any_text
+def report_data(argv: Argv = None) -> int:
+    """Run `moe_app.filter.report_data`."""
+    from moe_app.filter.report_data import main
+
+    return main(argv)
+
+
+@prints_any_text
 def show_data(argv: Argv = None) -> int:
     """Run `moe_app.chat.show_data`."""
     from moe_app.chat.show_data import main
@@ -231,6 +239,11 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             name="preprocess",
             summary="tokenize JSON lines into Megatron's token files",
             run=preprocess_data,
+        ),
+        Command(
+            name="report-data",
+            summary="report what data hold: lengths, duplicates, languages",
+            run=report_data,
         ),
         Command(
             name="show-data",
