@@ -129,6 +129,10 @@ def outcomes(root: Path) -> dict[str, Outcome]:
     two["lora_from_lora"] = flags(**{**lora, "load": root / "lora", "finetune": True})
     two["lora_continues_full"] = flags(**{**lora, "load": root / "bf16"})
     two["full_from_lora"] = flags(**{**SHORT, "load": root / "lora", "finetune": True})
+    rmsprop = {**SHORT, "optimizer": "rmsprop", "use-distributed-optimizer": True}
+    two["rmsprop"] = flags(**{**rmsprop, "train-iters": 4})
+    two["rmsprop_stopped"] = flags(**{**rmsprop, "save": root / "rmsprop"})
+    two["rmsprop_resumed"] = flags(**{**rmsprop, "train-iters": 4, "load": root / "rmsprop"})
     two["bf16_other"] = flags(**{**BF16, "freeze": "router", "load": root / "bf16"})
     return {**run_cases(1, one, root / "1"), **run_cases(2, two, root / "2")}
 

@@ -17,11 +17,19 @@ from megatron.trainer.config.schema import RunConfig
 from megatron.trainer.config.validate import validate
 from megatron.trainer.records.record_file import Record
 from megatron.trainer.step import StepResult
+from moe_app.align.preference import DPOObjective, KTOObjective
 from moe_app.cli import COMMANDS, main
 from moe_app.pretrain.config import PretrainConfig, parse_recipe
 from moe_app.pretrain.hooks import RouterHealth
 from moe_ext.metrics import RouterMetrics
 from tests.paths import REPO
+
+OBJECTIVE_KEYS = (
+    "lm_loss",
+    *DPOObjective.metric_names,
+    *KTOObjective.metric_names,
+    "rewards_margin",
+)
 
 RECIPES = sorted(
     path for path in (REPO / "examples").rglob("*.yaml") if path.parent.name != "filters"
@@ -199,7 +207,11 @@ def written_records() -> list[Record]:
         iteration=1,
     )
     result = StepResult(
-        loss=2.0, metrics={"lm_loss": 2.0}, grad_norm=1.0, learning_rate=0.1, global_batch_size=8
+        loss=2.0,
+        metrics=dict.fromkeys(OBJECTIVE_KEYS, 2.0),
+        grad_norm=1.0,
+        learning_rate=0.1,
+        global_batch_size=8,
     )
     straggler = {"straggler_rank": 0, "straggler_ratio": 1.0}
     return [

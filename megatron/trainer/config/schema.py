@@ -76,7 +76,11 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Sets AdamW, the learning-rate schedule and gradient clipping."""
+    """Sets the optimizer, the learning-rate schedule and gradient clipping."""
+
+    optimizer: Literal["adam", "rmsprop"] = "adam"
+    """adam: AdamW; rmsprop: torch's RMSprop without momentum (OLMoE's KTO), whose weight decay is
+    added to the gradient."""
 
     lr: float = 4.0e-4
     """Peak learning rate."""
@@ -115,7 +119,9 @@ class OptimizerConfig:
     adam_beta2: float = 0.95
     """AdamW's second-moment decay."""
     adam_eps: float = 1.0e-8
-    """AdamW's epsilon."""
+    """Epsilon of AdamW or RMSprop."""
+    rmsprop_alpha: float = 0.99
+    """RMSprop's decay of squared gradients."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 means no clipping."""
 

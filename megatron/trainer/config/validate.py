@@ -312,6 +312,7 @@ def _optimizer_problems(optimizer: OptimizerConfig) -> list[str]:
         for name, value in (
             ("adam_beta1", optimizer.adam_beta1),
             ("adam_beta2", optimizer.adam_beta2),
+            ("rmsprop_alpha", optimizer.rmsprop_alpha),
         )
         if not 0 <= value < 1
     ]

@@ -1,7 +1,8 @@
-"""Builds megatron-core's optimizer over an AdamW of our own, and its parameter groups."""
+"""Builds megatron-core's optimizer over AdamW or RMSprop of our own, and its parameter groups."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import megatron.core.optimizer as mcore_optimizer
@@ -13,6 +14,7 @@ from megatron.core.optimizer.optimizer_config import (
     OptimizerConfig as McoreOptimizerConfig,
 )
 from torch.optim.adamw import adamw
+from torch.optim.rmsprop import rmsprop
 
 from megatron.trainer.config.schema import OptimizerConfig
 from megatron.trainer.optim.groups import GroupRates, decay_overrides
@@ -97,6 +99,42 @@ class AdamW(torch.optim.Optimizer):
         )
 
 
+class RMSprop(AdamW):
+    """Implements torch's RMSprop, without momentum, in the checkpoint form of AdamW.
+
+    `exp_avg_sq` is the mean of squared gradients, whose decay is the second beta; `exp_avg` stays
+    zero, for megatron-core's distributed optimizer stores both. Weight decay is added to the
+    gradient. Tieleman and Hinton, "Lecture 6.5: RMSProp" (2012).
+    """
+
+    def _update(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
+        rmsprop(
+            parameters,
+            [p.grad for p in parameters],  # type: ignore[misc]
+            [self.state[p]["exp_avg_sq"] for p in parameters],
+            [],
+            [],
+            [torch.tensor(float(group["step"])) for _ in parameters],
+            lr=group["lr"],
+            alpha=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            momentum=0.0,
+            centered=False,
+        )
+
+
+@contextmanager
+def _building(optimizer_class: type[AdamW]) -> Iterator[None]:
+    """Let megatron-core build an optimizer of ours where it would build Adam."""
+    kept = mcore_optimizer.Adam, distrib_optimizer.Adam
+    mcore_optimizer.Adam = distrib_optimizer.Adam = optimizer_class
+    try:
+        yield
+    finally:
+        mcore_optimizer.Adam, distrib_optimizer.Adam = kept
+
+
 def use_adamw() -> None:
     """Make megatron-core build our AdamW where neither TE nor Apex is installed.
 
@@ -121,24 +159,27 @@ def build_optimizer(
 ) -> ChainedOptimizer:
     """Build megatron-core's optimizer over what trains of DDP-wrapped model chunks."""
     use_adamw()
-    optimizer = mcore_optimizer.get_megatron_optimizer(
-        McoreOptimizerConfig(
-            optimizer="adam",
-            lr=cfg.lr,
-            min_lr=cfg.min_lr,
-            weight_decay=cfg.weight_decay,
-            adam_beta1=cfg.adam_beta1,
-            adam_beta2=cfg.adam_beta2,
-            adam_eps=cfg.adam_eps,
-            clip_grad=cfg.clip_grad,
-            bf16=bf16,
-            params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            use_distributed_optimizer=use_distributed_optimizer,
-        ),
-        chunks,
-        config_overrides=decay_overrides(cfg.weight_decay_on, rates),
-        use_gloo_process_groups=False,
+    is_rmsprop = cfg.optimizer == "rmsprop"
+    settings = McoreOptimizerConfig(
+        optimizer="adam",
+        lr=cfg.lr,
+        min_lr=cfg.min_lr,
+        weight_decay=cfg.weight_decay,
+        adam_beta1=cfg.adam_beta1,
+        adam_beta2=cfg.rmsprop_alpha if is_rmsprop else cfg.adam_beta2,
+        adam_eps=cfg.adam_eps,
+        clip_grad=cfg.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=use_distributed_optimizer,
     )
+    with _building(RMSprop) if is_rmsprop else nullcontext():
+        optimizer = mcore_optimizer.get_megatron_optimizer(
+            settings,
+            chunks,
+            config_overrides=decay_overrides(cfg.weight_decay_on, rates),
+            use_gloo_process_groups=False,
+        )
     assert isinstance(optimizer, ChainedOptimizer)
     for inner in optimizer.chained_optimizers:
         if isinstance(inner.optimizer, AdamW):

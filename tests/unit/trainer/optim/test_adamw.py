@@ -10,7 +10,13 @@ import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron.trainer.config.schema import OptimizerConfig
-from megatron.trainer.optim.adamw import AdamW, apply_schedule, build_optimizer, describe_groups
+from megatron.trainer.optim.adamw import (
+    AdamW,
+    RMSprop,
+    apply_schedule,
+    build_optimizer,
+    describe_groups,
+)
 from megatron.trainer.optim.wrap import wrap_model
 from megatron.trainer.runtime.launch import initialize, shut_down
 from megatron.trainer.state import unwrap
@@ -51,6 +57,22 @@ def set_gradients(groups: list[dict[str, Any]], step: int) -> None:
 
 def ours(groups: list[dict[str, Any]]) -> AdamW:
     return AdamW(groups, lr=0.0, weight_decay=0.0, **SETTINGS)
+
+
+def test_twenty_steps_of_rmsprop_equal_torchs_bit_for_bit() -> None:
+    mine, theirs = new_groups(), new_groups()
+    optimizers = [
+        RMSprop(mine, lr=0.0, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8),
+        torch.optim.RMSprop(theirs, lr=0.0),
+    ]
+    start = [p.detach().clone() for p in parameters(mine)]
+    for step in range(20):
+        for groups, optimizer in zip((mine, theirs), optimizers, strict=True):
+            set_gradients(groups, step)
+            optimizer.step()
+    pairs = zip(parameters(mine), parameters(theirs), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not any(torch.equal(a, b) for a, b in zip(parameters(mine), start, strict=True))
 
 
 def test_twenty_steps_equal_torchs_fused_adamw_bit_for_bit() -> None:
