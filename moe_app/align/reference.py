@@ -4,6 +4,7 @@ The file is one array [rows, 3] of fp32, NaN where a row has no text of that rol
 of what computed it. A file of another reference or of other texts is refused.
 """
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from megatron.trainer.checkpoint import FoundCheckpoint, find_checkpoint
 from megatron.trainer.checkpoint.manifest import MANIFEST_NAME
-from megatron.trainer.checkpoint.saved_run import check_architecture
+from megatron.trainer.checkpoint.saved_run import check_architecture, saved_config
 from megatron.trainer.data.batch import Batch
 from megatron.trainer.data.batch_views import separate_documents, shard_positions
 from megatron.trainer.data.source import RowSource
@@ -34,6 +35,7 @@ from megatron.trainer.state import TrainState
 from moe_app.align.align_config import AlignConfig
 from moe_app.align.preference import References, log_probs_of, with_sizes
 from moe_app.pretrain.build import build_chunks
+from moe_app.pretrain.trainable import saved_trainable
 
 logger = logging.getLogger("align")
 
@@ -68,7 +70,9 @@ def find_reference(cfg: AlignConfig) -> FoundCheckpoint:
 
 def load_reference(cfg: AlignConfig, state: TrainState, found: FoundCheckpoint) -> list[nn.Module]:
     """Build the frozen reference in the run's layout and precision; a collective call."""
-    built = build_chunks(cfg, state.ctx, seed=None)
+    # The reference has its own adapters, or none, whatever the policy trains.
+    saved = on_rank0("reading what trained", lambda: saved_trainable(saved_config(found)))
+    built = build_chunks(dataclasses.replace(cfg, trainable=saved), state.ctx, seed=None)
     modules: list[nn.Module] = list(built.chunks)
     load_weights(modules, found)
     for module in modules:

@@ -1,0 +1,165 @@
+"""Fine-tune and align through the commands: records, resume, and what is refused."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.trainer.config.recipe import schema_of
+from megatron.trainer.runtime.launch import shut_down
+from moe_app.align import alignment
+from moe_app.align.align_config import AlignConfig
+from moe_app.convert import convert_checkpoint
+from moe_app.finetune import finetuning
+from moe_app.finetune.tuning_config import FinetuneConfig
+from moe_app.pretrain.config import OTHER_KEYS, PretrainConfig
+from tests.distributed.convert_models import make_hf
+from tests.unit.trainer.data.make_tokenizers import make_hf_tokenizer
+
+# From torch when it reads a checkpoint, and from megatron-core about its embedding and loss.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Please use DTensor:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning"),
+]
+
+END = "<|endoftext|>"
+WORDS = ("quick", "brown", "fox", "lazy", "dog", "over", "jumps", "the")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with its tokenizer, and rows of each kind."""
+    torch.utils._device._device_constructors()  # filled before factories are patched
+    where = tmp_path_factory.mktemp("stages")
+    hf, _ = make_hf(
+        where / "hf", "olmoe", "fused", dtype=torch.float32, vocab_size=289, bos_token_id=0
+    )
+    make_hf_tokenizer(hf, [END], tokenizer_config={"eos_token": END, "bos_token": END})
+    run = str(where / "base")
+    assert convert_checkpoint.main(["import", "--hf", str(hf), "--save", run]) == 0
+    rows: dict[str, list[dict[str, Any]]] = {"sft": [], "preference": [], "kto": []}
+    for number, word in enumerate(WORDS):
+        prompt, bad = f"say {word}", f"no {WORDS[number - 3]} no"
+        good = " ".join([word] * (1 + number % 3))
+        user, right = {"role": "user", "content": prompt}, {"role": "assistant", "content": good}
+        rows["sft"].append({"messages": [user, right]})
+        rows["preference"].append({"prompt": prompt, "chosen": good, "rejected": bad})
+        is_good = number % 2 == 0
+        answer = good if is_good else bad
+        rows["kto"].append({"prompt": prompt, "completion": answer, "label": is_good})
+    for kind, each in rows.items():
+        (where / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
+    return where
+
+
+def run(folder: Path, stage: Any, kind: str, save: Path, *more: str) -> int:
+    flags = ["--load", str(folder / "base"), "--save", str(save), "--template", "olmoe"]
+    flags += ["--train-data", str(folder / f"{kind}.jsonl"), "--seq-length", "64"]
+    flags += ["--global-batch-size", "4", "--micro-batch-size", "2", "--lr", "1e-2"]
+    flags += ["--log-interval", "1", "--train-iters", "4", "--device", "cpu"]
+    status = int(stage.main([*flags, *more]))
+    if status and dist.is_initialized():  # a process that fails ends without leaving its groups
+        shut_down()
+    return status
+
+
+def records(save: Path) -> list[dict[str, Any]]:
+    """Return the records of steps, without what depends on speed."""
+    lines = (save / "metrics.jsonl").read_text().splitlines()
+    dropped = ("tokens_per_second", "model_tflops")
+    found = [json.loads(line) for line in lines]
+    return [{key: each[key] for key in each if key not in dropped} for each in found]
+
+
+def test_reductions_scale_the_gradient_and_report_one_loss(folder: Path, tmp_path: Path) -> None:
+    found = {}
+    for reduction in ("token-mean", "sum", "sample-mean"):
+        save = tmp_path / reduction
+        more = ("--loss-reduction", reduction, "--no-packing", "--clip-grad", "0")
+        assert run(folder, finetuning, "sft", save, *more, "--train-iters", "1") == 0
+        (found[reduction],) = records(save)
+    losses = {each["lm_loss"] for each in found.values()}
+    assert len(losses) == 1
+    norms = {name: each["grad_norm"] for name, each in found.items()}
+    # The answers of this batch have so many tokens that count, end of text included.
+    ratio = norms["sum"] / norms["token-mean"]
+    assert ratio == pytest.approx(round(ratio), rel=1e-5) and ratio > 4
+    assert norms["sample-mean"] != pytest.approx(norms["token-mean"], rel=1e-3)
+
+
+def test_dpo_begins_at_log_2_and_learns(folder: Path, tmp_path: Path) -> None:
+    more = ("--method", "dpo", "--beta", "0.5", "--train-iters", "8", "--weight-decay", "0")
+    assert run(folder, alignment, "preference", tmp_path, *more) == 0
+    found = records(tmp_path)
+    assert found[0]["dpo_loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert found[0]["rewards_margin"] == pytest.approx(0.0, abs=1e-5)
+    assert found[-1]["dpo_loss"] < 0.9 * found[0]["dpo_loss"]
+    assert found[-1]["rewards_margin"] > 0.1
+    assert found[-1]["rewards_chosen"] - found[-1]["rewards_rejected"] == pytest.approx(
+        found[-1]["rewards_margin"], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(("method", "kind"), [("dpo", "preference"), ("kto", "kto")])
+def test_kept_reference_equals_the_live_one_and_no_other_is_taken(
+    folder: Path, tmp_path: Path, method: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live, kept, again = (tmp_path / name for name in ("live", "kept", "again"))
+    cache = ("--reference-cache", str(tmp_path / "cache"))
+    assert run(folder, alignment, kind, live, "--method", method) == 0
+    assert run(folder, alignment, kind, kept, "--method", method, *cache) == 0
+    for one, other in zip(records(live), records(kept), strict=True):
+        for key in (f"{method}_loss", "rewards_chosen", "rewards_rejected", "grad_norm"):
+            assert one[key] == pytest.approx(other[key], rel=1e-5, abs=1e-6), key
+    reference = ("--reference-load", str(live))
+    assert run(folder, alignment, kind, again, "--method", method, *cache, *reference) == 2
+    told = capsys.readouterr().err
+    assert "is of another reference: its reference is" in told
+    assert not (again / "iter_0000004").exists()
+
+
+def test_a_run_that_was_stopped_goes_on_bitwise(folder: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = ("--method", "kto", "--save-interval", "2")
+    assert run(folder, alignment, "kto", whole, *more) == 0
+    stopped = (*more, "--exit-interval", "2")
+    assert run(folder, alignment, "kto", parts, *stopped) == 0
+    assert [each["iteration"] for each in records(parts)] == [1, 2]
+    # The very same command: it goes on with the run that it began.
+    assert run(folder, alignment, "kto", parts, *stopped) == 0
+    assert records(parts) == records(whole)
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "more", "message"),
+    [
+        (finetuning, "sft", ["--load", "nowhere"], "--load nowhere holds no checkpoint; name the"),
+        (finetuning, "sft", ["--train-epochs", "0.1"], "are 0 sequences, but a step takes 4"),
+        (finetuning, "sft", ["--mock-data"], "data_path, phases and mock_data are for pretraining"),
+        (finetuning, "preference", [], "messages"),
+        (alignment, "preference", ["--beta", "0"], "beta (0) must be above 0; use 0.1"),
+        (alignment, "kto", ["--label-smoothing", "0.1", "--method", "kto"], "is DPO's; drop it"),
+        (alignment, "preference", ["--train-on", "all"], "--train-on is all, but alignment"),
+    ],
+)
+def test_bad_input_is_named(
+    folder: Path,
+    tmp_path: Path,
+    stage: Any,
+    kind: str,
+    more: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(folder, stage, kind, tmp_path / "run", *more) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_tools_of_pretraining_know_the_settings_of_the_other_stages() -> None:
+    stages = {*schema_of(FinetuneConfig), *schema_of(AlignConfig)}
+    assert stages - set(schema_of(PretrainConfig)) == set(OTHER_KEYS)
