@@ -60,7 +60,7 @@ class _HeadParallel(MegatronModule):
         )
         for name, adapter in self.named_children():
             own = f"{prefix}{name}."
-            sharded |= adapter.sharded_state_dict(own, sharded_offsets, metadata)  # type: ignore[operator]
+            sharded |= adapter.sharded_state_dict(own, sharded_offsets, metadata)
         return sharded
 
 

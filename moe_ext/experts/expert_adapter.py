@@ -54,10 +54,10 @@ class ExpertAdapter(MegatronModule):
         nn.init.zeros_(self.b)
         for name, weight in self.named_parameters():
             # As the experts' own weights, see `mlp.mark_expert_weight`.
-            weight.allreduce = False  # type: ignore[attr-defined]
+            weight.allreduce = False
             set_tensor_model_parallel_attributes(weight, True, split[1], 1)
             if name != split[0]:
-                weight.shared = self.tp_group.rank() > 0  # type: ignore[attr-defined]
+                weight.shared = self.tp_group.rank() > 0
 
     def forward(self, rows: Tensor, sizes: Tensor, project: ProjectionFunction) -> Tensor:
         """Computes B A x times the scale for rows sorted by expert.

@@ -94,7 +94,7 @@ class Adapter(MegatronModule):
             if name in split:
                 set_tensor_model_parallel_attributes(weight, True, split[name], 1)
             else:
-                weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+                weight.sequence_parallel = config.sequence_parallel
         torch.nn.init.zeros_(self.b)
 
     def whole(self, weight: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def truths(tmp_path_factory: pytest.TempPathFactory) -> Truths:
 def taken(truths: Truths) -> dict[str, Step]:
     """Return the steps of every case."""
     out = truths.out
-    found = {}
+    found: dict[str, Step] = {}
     for num_ranks, layouts in LAYOUTS.items():
         cases = [
             {

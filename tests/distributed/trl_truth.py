@@ -40,15 +40,15 @@ class TextsAsTheyAre:
         return dataset
 
 
-class Dpo(TextsAsTheyAre, DPOTrainer):  # type: ignore[misc]
+class Dpo(TextsAsTheyAre, DPOTrainer):
     """trl's trainer on token ids."""
 
 
-class Kto(TextsAsTheyAre, KTOTrainer):  # type: ignore[misc]
+class Kto(TextsAsTheyAre, KTOTrainer):
     """trl's trainer on token ids."""
 
 
-class Sft(TextsAsTheyAre, SFTTrainer):  # type: ignore[misc]
+class Sft(TextsAsTheyAre, SFTTrainer):
     """trl's trainer on token ids."""
 
 
@@ -206,7 +206,7 @@ def _log_prob(model: PreTrainedModel, text: Text, is_average: bool) -> Tensor:
 
 
 @contextmanager
-def _gradients(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+def _gradients(model: Any) -> Iterator[dict[str, Tensor]]:
     """Yield what will hold the gradients of the backward passes within."""
     model.zero_grad(set_to_none=True)
     found: dict[str, Tensor] = {}

@@ -12,7 +12,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -68,7 +68,7 @@ def take_step(
     result = train_step(state, objective_of(name, references))
     assert result.skipped is None, result.skipped
     gradients = {
-        parameter.data_ptr(): parameter.main_grad
+        parameter.data_ptr(): cast(Any, parameter).main_grad
         for module in state.modules
         for parameter in module.parameters()
     }

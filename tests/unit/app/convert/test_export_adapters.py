@@ -133,8 +133,9 @@ def test_peft_loads_adapters_with_equal_logits_and_gradients(made: Any) -> None:
     }
     assert found.keys() == results["gradients"].keys()
     for name, gradient in results["gradients"].items():
-        assert found[name] is not None and gradient.any(), name
-        close(found[name], gradient)
+        mine = found[name]
+        assert mine is not None and gradient.any(), name
+        close(mine, gradient)
 
 
 def test_an_adapter_needs_a_run_with_adapters(made: Any, tmp_path: Path) -> None:
