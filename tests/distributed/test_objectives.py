@@ -16,7 +16,11 @@ from tests.distributed.trl_truth import BETA, Truth, trainers_of, truths_of
 
 FAMILIES = ("olmoe", "jetmoe")
 LAYOUTS: dict[int, dict[str, list[str]]] = {
-    1: {"one": []},
+    1: {
+        "one": [],
+        "pairs": ["--micro-batch-size", "2"],
+        "recompute": ["--recompute-granularity", "full"],
+    },
     2: {
         "tp2": ["--tensor-model-parallel-size", "2"],
         "pp2": ["--pipeline-model-parallel-size", "2"],

@@ -160,10 +160,11 @@ def _taken(trainer: Any, rows: list[dict[str, Any]], loss_name: str) -> Truth:
 def _tuned(trainers: Trainers, batches: list[list[dict[str, Any]]]) -> Truth:
     """Ask trl about batches; the loss is the mean of theirs."""
     losses = []
-    with _gradients(trainers.sft.model) as gradients:
+    model: Any = trainers.sft.model
+    with _gradients(model) as gradients:
         for rows in batches:
             inputs = trainers.sft.data_collator(rows)
-            loss = trainers.sft.compute_loss(trainers.sft.model, inputs)
+            loss = trainers.sft.compute_loss(model, inputs)
             (loss / len(batches)).backward()
             losses.append(loss.item())
     return Truth({"lm_loss": sum(losses) / len(losses)}, gradients)
