@@ -89,10 +89,11 @@ def parse_tuning(
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
 
-    def parse(base: dict[str, object], *, quiet: bool) -> C:
+    def parse(base: dict[str, object], *, quiet: bool, is_first: bool = False) -> C:
+        # The first time only looks for the checkpoint; there is nothing to print yet.
         return load_config(
             config_class,
-            arguments,
+            [each for each in arguments if not (is_first and each == "--print-config")],
             presets=PRESETS,
             resolve=resolve_lengths,
             base=base,
@@ -118,7 +119,7 @@ def parse_tuning(
 def _parse_quietly(parse: Any) -> Any:
     """Parse once to learn where the checkpoint is; what is wrong is told by the second time."""
     try:
-        return parse({}, quiet=True)
+        return parse({}, quiet=True, is_first=True)
     except SystemExit:
         return parse({}, quiet=environment_rank() != 0)
 

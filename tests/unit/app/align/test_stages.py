@@ -163,3 +163,13 @@ def test_bad_input_is_named(
 def test_tools_of_pretraining_know_the_settings_of_the_other_stages() -> None:
     stages = {*schema_of(FinetuneConfig), *schema_of(AlignConfig)}
     assert stages - set(schema_of(PretrainConfig)) == set(OTHER_KEYS)
+
+
+def test_printed_config_has_the_checkpoints_own_architecture(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(folder, finetuning, "sft", tmp_path / "run", "--print-config")
+    assert end.value.code == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert {"num_experts: 6", "num_layers: 2", "vocab_size: 289"} <= set(printed)
