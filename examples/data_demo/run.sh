@@ -45,4 +45,4 @@ echo "--data-path ${blend[*]}"
     --config examples/quickstart/olmoe_tiny.yaml --tokenizer-type HFTokenizer \
     --tokenizer-model "$tokenizer" --data-path "${blend[@]}" --split 1,0 --mask-repetitions \
     --seq-length 128 --train-iters 6 --log-interval 1 --lr-warmup-fraction None --lr-warmup-iters 2 \
-    --save "$work/run"
+    --save "$work/run" --load "$work/run"

@@ -88,8 +88,11 @@ def convert(name: str, data: Path) -> None:
     folder = data / "raw" / name
     folder.mkdir(parents=True, exist_ok=True)
     for hub_id, text in SOURCES[name].items():
-        for number, source in enumerate(find_sources([str(data / "hub" / hub_id)])):
-            path = folder / f"{hub_id.replace('/', '-')}-{number:05d}.jsonl"
+        root = (data / "hub" / hub_id).absolute()
+        for source in find_sources([str(root)]):
+            # By its own name, which files that are fetched later do not change.
+            name_there = Path(source.path).relative_to(root).as_posix().replace("/", "-")
+            path = folder / f"{hub_id.replace('/', '-')}-{name_there}.jsonl"
             if path.exists():
                 continue
             with atomic_write(path) as file:

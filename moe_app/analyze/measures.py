@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron.trainer.errors import DataError
 from moe_app.analyze.collection import Collection, require_comparable
-from moe_app.analyze.manifest import Router
+from moe_app.analyze.manifest import Manifest, Router
 from moe_app.analyze.tables import Table, from_rows, joined
 from moe_app.analyze.texts import ALL
 from moe_ext.analysis.coactivation import (
@@ -40,6 +40,14 @@ def ks_of(router: Router) -> list[int]:
     return sorted({1, router.topk})
 
 
+def _has_no_place(manifest: Manifest) -> bool:
+    """Return whether nothing says which checkpoint of its run a model is."""
+    return manifest.source_kind == "hf" and (manifest.iteration, manifest.consumed_tokens) == (
+        0,
+        -1,
+    )
+
+
 def measure_saturation(collections: Sequence[Collection]) -> Measured:
     """Compare every checkpoint with the one of the most iterations.
 
@@ -50,6 +58,13 @@ def measure_saturation(collections: Sequence[Collection]) -> Measured:
         raise DataError(
             f"saturation compares checkpoints, and {len(collections)} is given; collect the same"
             " text with an earlier checkpoint of the run (--ckpt-step), and give both"
+        )
+    unknown = [m.source for m in (each.manifest for each in collections) if _has_no_place(m)]
+    if unknown:
+        raise DataError(
+            f"{unknown[0]} does not say how far its model was trained, so it has no place among"
+            " checkpoints; give its directory a name like step5000-tokens20B (a link will do) and"
+            " collect from that"
         )
     ordered = sorted(collections, key=lambda each: each.manifest.iteration)
     iterations = [each.manifest.iteration for each in ordered]

@@ -130,7 +130,7 @@ def _cut(inputs: Sequence[Input], index: int, count: int) -> Iterator[Segment]:
             )
             if start < stop:
                 yield Segment(source, start, stop)
-        elif low <= before + each.weight // 2 < high:
+        elif not each.is_plain and low <= before + each.weight // 2 < high:
             yield Segment(source, 0, None)
         before += each.weight
 

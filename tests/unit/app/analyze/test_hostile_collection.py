@@ -241,6 +241,10 @@ def test_checkpoints_of_another_architecture_cannot_be_compared(
             require_comparable([Collection(place), Collection(tmp_path / name)])
     with pytest.raises(DataError, match="compares checkpoints, and 1 is given"):
         measure_saturation([Collection(place)])
+    place_less: dict[str, Any] = {"source_kind": "hf", "consumed_tokens": -1}
+    write_collection(tmp_path / "main", iteration=0, **place_less)
+    with pytest.raises(DataError, match="has no place among checkpoints; give its directory"):
+        measure_saturation([Collection(tmp_path / "main"), Collection(place)])
     with pytest.raises(DataError, match="two collections are of iteration 5"):
         measure_saturation([Collection(place), Collection(place)])
 

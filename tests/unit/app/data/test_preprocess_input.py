@@ -13,6 +13,7 @@ from megatron.trainer.data import jsonl, text_input
 from megatron.trainer.data.indexed import open_tokens
 from megatron.trainer.data.tokenizer import Tokenizer
 from moe_app.data import text_chunks, token_work
+from moe_app.data.text_inputs import cut_shard, find_inputs
 from tests.unit.app.data.token_files import GOOD, files
 
 BAD = [
@@ -24,6 +25,14 @@ BAD = [
     b"not JSON",
     b'{"text": "spells <unk>"}x',
 ]
+
+
+def test_empty_file_among_others_is_in_no_shard(tmp_path: Path) -> None:
+    for name, content in (("a", GOOD), ("b", b""), ("c", GOOD)):
+        (tmp_path / f"{name}.jsonl").write_bytes(content)
+    inputs = find_inputs([str(tmp_path / f"{name}.jsonl") for name in "abc"])
+    cuts = [cut_shard(inputs, index=index, count=2) for index in range(2)]
+    assert [[each.source for each in cut] for cut in cuts] == [[0], [2]]
 
 
 @pytest.mark.parametrize("line", BAD)

@@ -157,6 +157,15 @@ def test_questions_and_answers_become_texts(tmp_path: Path, to_text: ModuleType)
     assert texts(tmp_path / "raw/code-sft") == ["a\n\nb"] * 5
 
 
+def test_files_that_are_fetched_later_are_added(tmp_path: Path, to_text: ModuleType) -> None:
+    folder = tmp_path / "hub/math-ai/StackMathQA"
+    write(folder / "b.jsonl", {"Q": "b", "A": "2"})
+    assert to_text.main(["stack-math-qa", str(tmp_path)]) == 0
+    write(folder / "a.jsonl", {"Q": "a", "A": "1"})
+    assert to_text.main(["stack-math-qa", str(tmp_path)]) == 0
+    assert sorted(texts(tmp_path / "raw/stack-math-qa")) == ["a\n\n1", "b\n\n2"]
+
+
 def test_parts_of_the_pile_are_parted(
     tmp_path: Path, to_text: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
