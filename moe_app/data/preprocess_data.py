@@ -11,6 +11,7 @@ Started again after a kill, the command does what is missing. Many nodes write a
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from megatron.trainer.data.text_input import TextInput
 from megatron.trainer.data.token_manifest import identify_tokenizer
 from megatron.trainer.data.tokenizer import TOKENIZER_CHOICES, describe_ends
-from megatron.trainer.errors import UserError, printable
+from megatron.trainer.errors import ConfigError, UserError, printable
 from moe_app.command_line import argument_text, program
 from moe_app.data.encoding import open_tokenizer
 from moe_app.data.shards import merge_shards
@@ -36,6 +37,7 @@ def preprocess(args: argparse.Namespace) -> None:
         for key in args.json_keys:
             merge_shards(f"{args.output_prefix}_{key}_document", count=args.num_shards)
         return
+    _check_place(args.output_prefix, args.input)
     inputs = find_inputs(args.input)
     segments = cut_shard(inputs, index=args.shard_index, count=args.num_shards)
     texts = {
@@ -60,6 +62,22 @@ def preprocess(args: argparse.Namespace) -> None:
                 identity=identity,
             )
         )
+
+
+def _check_place(output_prefix: str, inputs: Sequence[str]) -> None:
+    """Refuse to write into a folder whose files are read: what is written would be input next time.
+
+    Raises:
+        ConfigError: The output is in an input folder.
+    """
+    output = os.path.realpath(os.path.dirname(os.path.abspath(output_prefix)))
+    for each in inputs:
+        folder = os.path.realpath(each)
+        if os.path.isdir(folder) and os.path.commonpath([folder, output]) == folder:
+            raise ConfigError(
+                f"--output-prefix {output_prefix} is in --input {each}, whose files are read; the"
+                " output must be outside; choose another folder"
+            )
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

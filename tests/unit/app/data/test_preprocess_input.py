@@ -27,6 +27,17 @@ BAD = [
 ]
 
 
+def test_output_in_a_folder_that_is_read_is_refused(
+    tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.jsonl").write_bytes(GOOD)
+    (tmp_path / "out").mkdir()
+    for prefix in (tmp_path / "corpus", tmp_path / "out" / "corpus"):
+        assert run(prefix, "--input", str(tmp_path)) == 2
+        assert "whose files are read; the output must be outside" in capsys.readouterr().err
+    assert run(tmp_path / "corpus", "--input", str(tmp_path / "in.jsonl")) == 0
+
+
 def test_empty_file_among_others_is_in_no_shard(tmp_path: Path) -> None:
     for name, content in (("a", GOOD), ("b", b""), ("c", GOOD)):
         (tmp_path / f"{name}.jsonl").write_bytes(content)
