@@ -19,6 +19,7 @@ from megatron.trainer.errors import ConfigError
 from megatron.trainer.hf_files import HFDirectory
 from megatron.trainer.io.atomic_write import write_text
 from megatron.trainer.io.bounded_read import read_small
+from megatron.trainer.io.hashing import add_file, file_sha256
 from megatron.trainer.runtime.collective import gather, on_all_ranks, on_rank0
 from megatron.trainer.runtime.launch import environment_rank
 from megatron.trainer.runtime.log import configure_logging
@@ -43,7 +44,6 @@ from moe_ext.analysis.model_routers import find_routers
 logger = logging.getLogger("analyze")
 
 SHARD_TOKENS = 1 << 17
-_BLOCK_BYTES = 1 << 22
 _MOST_JSON_BYTES = 1 << 27
 
 
@@ -257,7 +257,8 @@ def _settings(
     return Manifest(
         source=str(path),
         source_kind="native" if args.hf is None else "hf",
-        model_hash=_hash_files([path / MANIFEST_NAME]) if args.hf is None else _hash_hf(path),
+        # A checkpoint's manifest holds the digests of its other files.
+        model_hash=file_sha256(path / MANIFEST_NAME) if args.hf is None else _hash_hf(path),
         iteration=iteration,
         consumed_tokens=consumed,
         precision="bf16" if bf16 else "fp32",
@@ -271,20 +272,15 @@ def _settings(
     )
 
 
-def _hash_files(paths: list[Path]) -> str:
-    """Compute the SHA-256 of files' contents; a checkpoint's manifest holds those of the others."""
-    found = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                found.update(block)
-    return found.hexdigest()
-
-
 def _hash_hf(path: Path) -> str:
+    """Compute the SHA-256 of the config and the weights of a Hugging Face directory."""
     with HFDirectory(path) as source:
         names = sorted(source.files)
-    return _hash_files([path / name for name in ("config.json", *names)])
+    found = hashlib.sha256()
+    for name in ("config.json", *names):
+        with (path / name).open("rb") as file:
+            add_file(found, file)
+    return found.hexdigest()
 
 
 def position_of_name(name: str) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.io.atomic_write import atomic_write
 from megatron.trainer.io.bounded_read import open_regular
+from megatron.trainer.io.hashing import add_file
 
 MOST_ROWS = 1 << 24
 """Of a file; `collect` writes far fewer."""
@@ -107,9 +108,8 @@ def describe_file(path: Path) -> dict[str, Any]:
     """Return size and SHA-256 of a file that was just written."""
     found = hashlib.sha256()
     with open(open_regular(path), "rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            found.update(block)
-    return {"bytes": path.stat().st_size, "sha256": found.hexdigest()}
+        size = add_file(found, file)
+    return {"bytes": size, "sha256": found.hexdigest()}
 
 
 class ShardFile:

@@ -19,6 +19,7 @@ from megatron.trainer.data.tokenizer import Tokenizer, load_tokenizer
 from megatron.trainer.errors import DataError
 from megatron.trainer.io.atomic_write import sync_directory
 from megatron.trainer.io.bounded_read import open_regular
+from megatron.trainer.io.hashing import add_file
 from moe_app.chat.chat_config import ChatDataConfig
 from moe_app.chat.chat_files import check_bad_rows, find_chat_files
 from moe_app.chat.chat_tokens import write_tokens
@@ -34,7 +35,6 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".chat-cache"
 """What the name of the first input ends with to name the folder of its tokens."""
 
-_BLOCK_BYTES = 1 << 20
 _WAIT_S = 0.2
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -155,8 +155,7 @@ def _digest_of(path: str) -> str:
     digest = hashlib.sha256()
     try:
         with open(open_regular(Path(path)), "rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
+            add_file(digest, file)
     except OSError as error:
         raise DataError(
             f"{path} cannot be read: {error.strerror or error}; check its permissions"

@@ -19,6 +19,7 @@ from megatron.trainer.data.indexed import check_ids
 from megatron.trainer.errors import DataError
 from megatron.trainer.io.atomic_write import sync_file, write_durably
 from megatron.trainer.io.bounded_read import open_regular, read_small
+from megatron.trainer.io.hashing import add_file
 
 FORMAT = "conversation tokens"
 VERSION = 1
@@ -188,10 +189,7 @@ def _map(path: Path, dtype: str, described: Mapping[str, Any]) -> tuple[npt.NDAr
     digest = hashlib.sha256()
     try:
         with open(open_regular(path), "rb") as file:
-            size = 0
-            while block := file.read(_BLOCK):
-                digest.update(block)
-                size += len(block)
+            size = add_file(digest, file)
     except OSError as error:
         raise _damaged(path.parent, f"{path.name} cannot be read: {error.strerror}") from error
     if (size, digest.hexdigest()) != (described.get("bytes"), described.get("sha256")):

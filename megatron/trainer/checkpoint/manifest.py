@@ -16,11 +16,11 @@ from typing import Any
 from megatron.trainer.errors import CheckpointError
 from megatron.trainer.io.atomic_write import sync_directory, write_durably
 from megatron.trainer.io.bounded_read import is_plain_name, read_small
+from megatron.trainer.io.hashing import add_file
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 
-_BLOCK_BYTES = 1 << 20
 _MOST_BYTES = 1 << 26
 """Of a manifest: room for half a million files."""
 
@@ -198,9 +198,8 @@ def _record(name: str, entry: Any) -> FileRecord:
 def _digest(path: Path) -> FileRecord:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-        return FileRecord(size_bytes=file.tell(), sha256=digest.hexdigest())
+        size = add_file(digest, file)
+    return FileRecord(size_bytes=size, sha256=digest.hexdigest())
 
 
 def _size_bytes(path: Path) -> int | None:

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron.trainer.io.hashing import add_file
+
 _NUM_BLOCKS = 64
 _BLOCK_TOKENS = 1 << 14
-_READ_BYTES = 1 << 20
 _VERSION = b"token file, fingerprint 1\n"
 
 
@@ -27,8 +28,7 @@ def fingerprint(index: Path, tokens: npt.NDArray[np.integer]) -> str:
     """
     digest = start_fingerprint()
     with open(index, "rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
+        add_file(digest, file)
     return finish_fingerprint(digest, tokens)
 
 

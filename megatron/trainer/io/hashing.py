@@ -1,4 +1,4 @@
-"""Computes SHA-256 of file regions in a second thread.
+"""Computes SHA-256 of files, and of their regions in a second thread.
 
 hashlib and reading let go of Python's lock, so on two cores the digests cost no time of their own.
 The bytes are read from the file, where they still are in the system's memory when they have just
@@ -11,6 +11,7 @@ import queue
 import threading
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from megatron.trainer.errors import CheckpointError
 
@@ -20,12 +21,20 @@ _WAITING = 64
 _Job = tuple["Digest", int, int, int]
 
 
+def add_file(digest: "hashlib._Hash", file: BinaryIO) -> int:
+    """Add the rest of an open file to a digest; return how many bytes that is."""
+    count = 0
+    while block := file.read(_BLOCK_BYTES):
+        digest.update(block)
+        count += len(block)
+    return count
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a whole file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
+        add_file(digest, file)
     return digest.hexdigest()
 
 
