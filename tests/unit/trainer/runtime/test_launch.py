@@ -111,7 +111,14 @@ def test_torchruns_own_single_thread_is_not_taken_for_the_users(
     of_rank = {"OMP_NUM_THREADS": "1", **user_sets, "TORCHELASTIC_RUN_ID": "x"}
     for name, value in {**of_rank, "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    with subprocess.Popen(["cat"], env=environment, stdin=subprocess.PIPE) as torchrun:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(["cat"], env=environment, stdin=pipe, stdout=pipe) as torchrun:
+        assert torchrun.stdin is not None
+        assert torchrun.stdout is not None
+        # Popen returns while the kernel still sets the program up, with an empty environment.
+        torchrun.stdin.write(b"started\n")
+        torchrun.stdin.flush()
+        assert torchrun.stdout.readline() == b"started\n"
         monkeypatch.setattr(os, "getppid", lambda: torchrun.pid)
         assert launch._resolve_threads(ParallelConfig()) == expected
 
