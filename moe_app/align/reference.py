@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ from megatron.trainer.errors import CheckpointError, DataError
 from megatron.trainer.io.atomic_write import atomic_write, write_text
 from megatron.trainer.io.hashing import file_sha256
 from megatron.trainer.resume import load_weights
-from megatron.trainer.runtime.collective import on_rank0
+from megatron.trainer.runtime.collective import gather_on_rank0, on_rank0
 from megatron.trainer.state import TrainState
 from moe_app.align.align_config import AlignConfig
 from moe_app.align.preference import References, log_probs_of, with_sizes
@@ -224,11 +223,9 @@ def _compute(
         if len(log_probs):
             texts = batch.texts
             kept.append((texts["index"].tolist(), texts["role"].tolist(), log_probs.tolist()))
-    gathered: list[Any] = [None] * ctx.world_size
-    dist.gather_object(kept, gathered if ctx.rank == 0 else None)
+    triples = [each for part in gather_on_rank0(kept) for each in part]
     if ctx.rank != 0:
         return np.empty((0, _ROLES), np.float32)
-    triples = [each for part in gathered for each in part]
     rows = 1 + max(max(index) for index, _, _ in triples)
     values = np.full((rows, _ROLES), np.nan, np.float32)
     for index, role, log_prob in triples:

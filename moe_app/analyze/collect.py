@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron.trainer.checkpoint.manifest import MANIFEST_NAME
 from megatron.trainer.checkpoint.saved_run import RUN_NAME
 from megatron.trainer.errors import ConfigError
@@ -20,7 +18,12 @@ from megatron.trainer.hf_files import HFDirectory
 from megatron.trainer.io.atomic_write import write_text
 from megatron.trainer.io.bounded_read import read_small
 from megatron.trainer.io.hashing import add_file, file_sha256
-from megatron.trainer.runtime.collective import gather, on_all_ranks, on_rank0
+from megatron.trainer.runtime.collective import (
+    gather,
+    gather_on_rank0,
+    on_all_ranks,
+    on_rank0,
+)
 from megatron.trainer.runtime.launch import environment_rank
 from megatron.trainer.runtime.log import configure_logging
 from moe_app.analyze.capture import RoutingCapture, ShardPart, run_windows
@@ -88,13 +91,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the routing is kept; an interrupted collection there is continued",
     )
-    data.add_argument(
-        "--tokens-per-batch",
-        type=open_model.positive,
-        default=4096,
-        metavar="N",
-        help="tokens of a forward pass of one data parallel rank (%(default)s)",
-    )
+    open_model.add_tokens_per_batch(data, default=4096)
     data.add_argument(
         "--shard-tokens",
         type=open_model.positive,
@@ -167,7 +164,7 @@ def _collect(
             size=model.ctx.layout.data,
             is_kept=is_kept,
         )
-        parts = _gather_on_rank0(part)
+        parts = gather_on_rank0(part)
         done += sum(len(window.tokens) for window in windows)
         on_rank0("writing the shard", functools.partial(_write, writer, windows, parts))
         logger.info(
@@ -179,15 +176,6 @@ def _collect(
 
 def _write(writer: ShardWriter, windows: list[Window], parts: list[ShardPart]) -> None:
     writer.write(windows, parts)
-
-
-def _gather_on_rank0(part: ShardPart) -> list[ShardPart]:
-    if dist.get_world_size() == 1:
-        return [part]
-    is_first = dist.get_rank() == 0
-    parts = [ShardPart() for _ in range(dist.get_world_size())]
-    dist.gather_object(part, parts if is_first else None)  # all ranks
-    return parts if is_first else []
 
 
 def _pending(
@@ -253,7 +241,6 @@ def _settings(
     iteration, consumed = opened.found.iteration, _consumed_tokens(path / RUN_NAME)
     if args.hf is not None:
         iteration, consumed = position_of_name(path.resolve().name)
-    bf16 = opened.saved.training.bf16 if args.bf16 is None else args.bf16
     return Manifest(
         source=str(path),
         source_kind="native" if args.hf is None else "hf",
@@ -261,7 +248,7 @@ def _settings(
         model_hash=file_sha256(path / MANIFEST_NAME) if args.hf is None else _hash_hf(path),
         iteration=iteration,
         consumed_tokens=consumed,
-        precision="bf16" if bf16 else "fp32",
+        precision=open_model.precision(args, opened.saved),
         vocab_size=opened.saved.model.vocab_size,
         routers=routers,
         domains=tuple(domain.name for domain in domains),

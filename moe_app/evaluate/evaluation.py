@@ -113,20 +113,8 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="ID",
         help="stands before a text without context (the tokenizer's BOS or end of document)",
     )
-    work.add_argument(
-        "--tokens-per-batch",
-        type=open_model.positive,
-        default=8192,
-        metavar="N",
-        help="tokens of a forward pass of one data parallel rank, with padding (%(default)s)",
-    )
-    work.add_argument(
-        "--batch-size",
-        type=open_model.positive,
-        default=16,
-        metavar="N",
-        help="prompts to continue side by side, for each data parallel rank (%(default)s)",
-    )
+    open_model.add_tokens_per_batch(work)
+    open_model.add_batch_size(work)
     return parser
 
 
@@ -204,8 +192,8 @@ def _open_tokenizer(
 ) -> tuple[Tokenizer, Mapping[int, str]]:
     """Return the tokenizer, and the ids that end a text."""
     tokenizer = open_model.open_tokenizer(args, opened)
-    args.stop, args.stop_token_id = [], []
-    return tokenizer, collect_stops(args, tokenizer, opened.found.path).ids
+    nothing_more = argparse.Namespace(stop=[], stop_token_id=[])
+    return tokenizer, collect_stops(nothing_more, tokenizer, opened.found.path).ids
 
 
 @contextlib.contextmanager
@@ -221,11 +209,10 @@ def _open_answers(
     args: argparse.Namespace, opened: open_model.OpenedCheckpoint, tokenizer: Tokenizer
 ) -> AnswerFile:
     """Open the file of answers, which are those of one model."""
-    precision = opened.saved.training.bf16 if args.bf16 is None else args.bf16
     identity = {
         "checkpoint": file_sha256(opened.found.path / MANIFEST_NAME),
         "tokenizer": _tokenizer_digest(tokenizer),
-        "precision": "bf16" if precision else "fp32",
+        "precision": open_model.precision(args, opened.saved),
     }
     return AnswerFile(Path(args.output) / ANSWERS_NAME, identity)
 

@@ -10,6 +10,7 @@ from megatron.trainer.data.read_ahead import Loading
 from megatron.trainer.data.sampler import Phase
 from megatron.trainer.data.source import RowSource
 from megatron.trainer.data.stream import SampleStream
+from megatron.trainer.data.tokenizer import check_embedding
 from megatron.trainer.data.validation import ValidationSet
 from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.objective import Objective, TokenObjective
@@ -136,12 +137,7 @@ def _open(cfg: TuningConfig, kind: ChatKind, files: Sequence[str], name: str) ->
         eod_token=data.eod_token,
     )
     tokenizer = choice.load()
-    if tokenizer.vocab_size > cfg.model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, but the model's vocab_size is"
-            f" {cfg.model.vocab_size}; every id needs an embedding; name the model's own with"
-            " --tokenizer-model"
-        )
+    check_embedding(tokenizer, cfg.model.vocab_size)
     return open_chat_data(
         cfg.chat,
         kind,

@@ -99,13 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write the objects here, with what was added, instead of printing text",
     )
-    text.add_argument(
-        "--batch-size",
-        type=open_model.positive,
-        default=16,
-        metavar="N",
-        help="prompts to continue side by side, for each data parallel rank (%(default)s)",
-    )
+    open_model.add_batch_size(text)
     add_sampling_flags(parser)
     add_stop_flags(parser)
     return parser

@@ -8,12 +8,18 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from megatron.trainer.checkpoint import FoundCheckpoint, find_checkpoint
 from megatron.trainer.config.schema import DataConfig, ParallelConfig, TrainingConfig
-from megatron.trainer.data.tokenizer import TOKENIZER_CHOICES, Tokenizer, load_tokenizer
+from megatron.trainer.data.tokenizer import (
+    TOKENIZER_CHOICES,
+    Tokenizer,
+    check_embedding,
+    load_tokenizer,
+)
 from megatron.trainer.data.tokenizer_files import TOKENIZER_FILES
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.inference.parallel_model import ParallelModel
@@ -142,6 +148,28 @@ def add_model_flags(parser: argparse.ArgumentParser, *, with_hf: bool = False) -
     )
 
 
+def add_tokens_per_batch(group: "argparse._ArgumentGroup", *, default: int = 8192) -> None:
+    """Add the flag for the size of a forward pass over whole texts."""
+    group.add_argument(
+        "--tokens-per-batch",
+        type=positive,
+        default=default,
+        metavar="N",
+        help="tokens of a forward pass of one data parallel rank, with padding (%(default)s)",
+    )
+
+
+def add_batch_size(group: "argparse._ArgumentGroup") -> None:
+    """Add the flag for how many prompts are continued at once."""
+    group.add_argument(
+        "--batch-size",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="prompts to continue side by side, for each data parallel rank (%(default)s)",
+    )
+
+
 def positive(text: str) -> int:
     """Parse an integer of at least 1, for argparse."""
     if not text.isdecimal() or int(text) < 1:
@@ -196,13 +224,7 @@ def open_tokenizer(args: argparse.Namespace, opened: OpenedCheckpoint) -> Tokeni
         DataError: its file is missing or of another kind.
     """
     tokenizer = find_tokenizer(opened.saved.data, opened.found, args)
-    known = opened.saved.model.vocab_size
-    if tokenizer.vocab_size > known:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, but the model's vocab_size is"
-            f" {known}; every id needs an embedding; name the tokenizer that made"
-            " the training data with --tokenizer-model"
-        )
+    check_embedding(tokenizer, opened.saved.model.vocab_size)
     return tokenizer
 
 
@@ -255,7 +277,7 @@ def load_model(
         CheckpointError: the weights do not fit.
     """
     saved = opened.saved
-    bf16 = saved.training.bf16 if args.bf16 is None else args.bf16
+    working = precision(args, saved)
     cfg = PretrainConfig(
         trainable=saved.trainable,
         # The other dispatchers need equal batch shapes on all data parallel ranks.
@@ -265,17 +287,17 @@ def load_model(
         parallel=parallel_config(args),
         training=TrainingConfig(
             seq_length=saved.training.seq_length,
-            bf16=bf16,
+            bf16=working == "bf16",
             global_batch_size=environment_world_size(),  # a multiple of DP under any layout
         ),
     )
     ctx = initialize(cfg, is_training=False)
     (module,) = build_chunks(cfg, ctx, seed=None).chunks
-    if bf16:
+    if working == "bf16":
         module.bfloat16()  # every parameter, as in training
     fill([module], opened.found)
     module.eval()
-    logger.info("loaded the weights of %s, computing in %s", opened.found.path, _precision(bf16))
+    logger.info("loaded the weights of %s, computing in %s", opened.found.path, working)
     parallel = ParallelModel(module, ctx, vocab_size=saved.model.vocab_size)
     return LoadedModel(module=module, parallel=parallel, ctx=ctx)
 
@@ -286,5 +308,6 @@ def parallel_config(args: argparse.Namespace) -> ParallelConfig:
     return ParallelConfig(device=args.device, sequence_parallel=False, **sizes)
 
 
-def _precision(bf16: bool) -> str:
-    return "bf16" if bf16 else "fp32"
+def precision(args: argparse.Namespace, saved: PretrainConfig) -> Literal["bf16", "fp32"]:
+    """Return what to compute in: as asked, or as the model was trained."""
+    return "bf16" if (saved.training.bf16 if args.bf16 is None else args.bf16) else "fp32"

@@ -19,13 +19,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatron.trainer.data.jsonl import TextLines
 from megatron.trainer.errors import CheckpointError, ConfigError
 from megatron.trainer.inference.lines import Line, OutputFile, read_tokens
 from megatron.trainer.inference.scoring import compute_logits, score
-from megatron.trainer.runtime.collective import on_all_ranks, on_rank0
+from megatron.trainer.runtime.collective import gather_on_rank0, on_all_ranks, on_rank0
 from megatron.trainer.runtime.launch import environment_rank, run_main
 from megatron.trainer.runtime.log import configure_logging
 from moe_app.command_line import program
@@ -82,13 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="write all logits too, fp32 [lines, longest line - 1, vocabulary], NaN after a line's"
         f" end; at most {LOGITS_LIMIT_BYTES >> 20} MiB",
     )
-    data.add_argument(
-        "--tokens-per-batch",
-        type=open_model.positive,
-        default=8192,
-        metavar="N",
-        help="tokens of a forward pass of one data parallel rank, with padding (%(default)s)",
-    )
+    open_model.add_tokens_per_batch(data)
     return parser
 
 
@@ -285,10 +278,7 @@ def _next_group(lines: Iterator[Line]) -> list[Line]:
 
 def gather_on_rank_0(found: dict[int, T]) -> dict[int, T]:
     """Gather the results of all ranks on rank 0; empty elsewhere. A collective call."""
-    is_first = dist.get_rank() == 0
-    gathered: list[dict[int, T]] = [{} for _ in range(dist.get_world_size())]
-    dist.gather_object(found, gathered if is_first else None)
-    return {number: value for each in gathered for number, value in each.items()}
+    return {number: value for each in gather_on_rank0(found) for number, value in each.items()}
 
 
 def check_logits(args: argparse.Namespace, stats: InputStats, vocab_size: int) -> None:

@@ -9,6 +9,7 @@ from megatron.trainer.data.encoding import Encoding, Span
 from megatron.trainer.data.hf_tokenizer import HFTokenizer
 from megatron.trainer.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron.trainer.data.tokenizer_files import TYPE_ALIASES, locate_tokenizer
+from megatron.trainer.errors import ConfigError
 
 __all__ = [
     "END_OF_DOCUMENT",
@@ -17,6 +18,7 @@ __all__ = [
     "HFTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
+    "check_embedding",
     "describe_ends",
     "load_tokenizer",
 ]
@@ -104,6 +106,20 @@ def load_tokenizer(
     tokenizer = TOKENIZERS[file.kind](str(file.path), eod_token=eod_token)
     logger.info(describe_ends(tokenizer))
     return tokenizer
+
+
+def check_embedding(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Check that a model has an embedding for every id of its tokenizer.
+
+    Raises:
+        ConfigError: It has not.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, but the model's vocab_size is"
+            f" {vocab_size}; every id needs an embedding; name the tokenizer that made"
+            " the training data with --tokenizer-model"
+        )
 
 
 def describe_ends(tokenizer: Tokenizer) -> str:

@@ -43,6 +43,16 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return values
 
 
+def gather_on_rank0(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return every rank's `value` in rank order on rank 0, and [] elsewhere; it must pickle."""
+    if size_of(group) == 1:
+        return [value]
+    is_first = rank_of(group) == 0
+    values = [value] * size_of(group)
+    dist.gather_object(value, values if is_first else None, group=group, group_dst=0)
+    return values if is_first else []
+
+
 def broadcast(value: T, group: dist.ProcessGroup | None = None) -> T:
     """Return rank 0's `value` on every rank; it must pickle."""
     if not dist.is_initialized():
