@@ -22,6 +22,8 @@ from megatron.trainer.checkpoint.saved_run import (
     RUN_NAME,
     WEIGHTS_ONLY,
     check_architecture,
+    check_fixed,
+    check_optimizer,
     read_run,
     saved_config,
 )
@@ -155,6 +157,8 @@ def resume(state: TrainState, model_config: Architecture) -> Beginning:
             model_config.architecture(),
             finetune=cfg.finetune,
             check_saved=state.check_saved,
+            optimizer=state.cfg.optimizer.optimizer,
+            fixed=state.fixed,
         ),
     )
     skipped = tuple(f"{path.name}: {problems[0]}" for path, problems in found.skipped)
@@ -329,6 +333,8 @@ def _read_run(
     *,
     finetune: bool,
     check_saved: Callable[[Mapping[str, Any], bool], tuple[str, ...]] | None,
+    optimizer: str,
+    fixed: Mapping[str, Mapping[str, str]],
 ) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
     """Check that a checkpoint fits.
 
@@ -337,7 +343,11 @@ def _read_run(
     """
     check_architecture(found, architecture)
     run = None if finetune else read_run(found)
-    if check_saved is None:
-        return run, ()
+    saved = saved_config(found)
     is_continued = run is not None and run.get(WEIGHTS_ONLY) is not True
-    return run, check_saved(saved_config(found), is_continued)
+    if is_continued:
+        check_optimizer(saved, optimizer)
+    lacking = () if check_saved is None else check_saved(saved, is_continued)
+    if run is not None:
+        check_fixed(run, fixed)
+    return run, lacking

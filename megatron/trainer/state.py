@@ -73,6 +73,9 @@ class TrainState:
     """Refuses a checkpoint, given the flat config of its run and whether more than weights is
     taken; beyond the comparison of architectures. Returns parts of the names of weights that it
     lacks, which stay as they were drawn."""
+    fixed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """What must stay as it is as long as the run goes on, such as the reference of an alignment: by
+    name its `path`, and the `sha256` that tells it from others; in run.json."""
     flops_per_token: float = 0.0
     """Model FLOPs of a token's forward and backward pass."""
     iteration: int = 0
@@ -163,6 +166,11 @@ def run_state(state: TrainState) -> dict[str, Any]:
         "learning_rate": float(state.learning_rate),
         "global_batch_size": state.plan.batches.size_at(state.progress.samples),
         "guard": state.guard.state_dict(),
+        **(
+            {"fixed": {name: dict(each) for name, each in state.fixed.items()}}
+            if state.fixed
+            else {}
+        ),
     }
 
 

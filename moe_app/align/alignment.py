@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron.trainer.objective import Objective
+from megatron.trainer.runtime.collective import on_rank0
 from megatron.trainer.runtime.launch import RunContext, run_main
 from megatron.trainer.runtime.upstream_warnings import hide_upstream_warnings
 from megatron.trainer.state import TrainState
@@ -14,6 +15,7 @@ from moe_app.align.reference import (
     LiveReference,
     NumberedSource,
     find_reference,
+    identity_of,
     keep_reference,
     load_reference,
 )
@@ -75,6 +77,7 @@ class Alignment:
     def _references(self, cfg: AlignConfig, state: TrainState) -> tuple[References, str]:
         """Return what gives the reference's log-probabilities, and what it is."""
         found = find_reference(cfg)
+        state.fixed = {"reference": on_rank0("reading the reference", lambda: identity_of(found))}
         if cfg.align.reference_cache is None:
             chunks = load_reference(cfg, state, found)
             live = LiveReference(chunks=chunks, is_average=cfg.align.average_log_prob)

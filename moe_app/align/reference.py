@@ -67,6 +67,11 @@ def find_reference(cfg: AlignConfig) -> FoundCheckpoint:
     return found
 
 
+def identity_of(found: FoundCheckpoint) -> dict[str, str]:
+    """Return where a checkpoint is, and what tells it from others."""
+    return {"path": str(found.path), "sha256": file_sha256(found.path / MANIFEST_NAME)}
+
+
 def load_reference(cfg: AlignConfig, state: TrainState, found: FoundCheckpoint) -> list[nn.Module]:
     """Build the frozen reference in the run's layout and precision; a collective call."""
     # The reference has its own adapters, or none, whatever the policy trains.
@@ -154,7 +159,7 @@ def keep_reference(
     root = Path(cfg.align.reference_cache or "")
     facts = {
         name: {
-            "reference": file_sha256(found.path / MANIFEST_NAME),
+            "reference": identity_of(found)["sha256"],
             "texts": source.fingerprint,
             "seq_length": cfg.training.seq_length,
             "precision": "bf16" if cfg.training.bf16 else "fp32",

@@ -79,7 +79,7 @@ def build_state(
         chunks=chunks,
         transformer_config=built.config,
         optimizer=prepare_training(cfg, chunks, built.config, rates=cfg.trainable.rates(cfg.model)),
-        check_saved=cfg.trainable.check_saved,
+        check_saved=cfg.check_saved,
         schedule=schedule,
         anneal=(partial(anneal_schedule, cfg) if cfg.checkpoint.anneal_from is not None else None),
         train_data=data.train,

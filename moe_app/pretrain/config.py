@@ -4,15 +4,18 @@ Every tool that trains or loads a model reads it here, so that all mean the same
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron.trainer.config.cli import load_config
 from megatron.trainer.config.durations import resolve_lengths
+from megatron.trainer.config.recipe import flatten
 from megatron.trainer.config.schema import RunConfig
 from megatron.trainer.runtime.launch import environment_rank
-from moe_app.pretrain.trainable import TrainableConfig
+from moe_app.pretrain.continued import check_stage
+from moe_app.pretrain.trainable import TrainableConfig, check_rates
 from moe_ext.config import MoEModelConfig
 from moe_ext.presets import PRESETS
 
@@ -29,6 +32,25 @@ class PretrainConfig(RunConfig):
     def own_problems(self) -> list[str]:
         """Return what is wrong with what trains, one message each."""
         return self.trainable.problems(self.model)
+
+    def check_saved(self, saved: Mapping[str, Any], is_continued: bool) -> tuple[str, ...]:
+        """Refuse a checkpoint that this run cannot begin with, or go on from.
+
+        Args:
+            saved: flat config of the run that wrote it.
+            is_continued: whether more than the weights is taken.
+
+        Returns:
+            Parts of the names of weights that the checkpoint lacks: adapters that start here.
+
+        Raises:
+            CheckpointError: it is of another stage, or of other settings that have to stay.
+        """
+        if is_continued:
+            check_stage(saved, flatten(self))
+            if not self.checkpoint.override_schedule:
+                check_rates(saved, self.trainable)
+        return self.trainable.check_saved(saved, is_continued)
 
 
 OTHER_KEYS = frozenset(

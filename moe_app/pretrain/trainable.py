@@ -216,6 +216,34 @@ def saved_trainable(saved: Mapping[str, Any]) -> TrainableConfig:
     )
 
 
+def check_rates(saved: Mapping[str, Any], wanted: TrainableConfig) -> None:
+    """Refuse to go on with other learning rates of groups.
+
+    Args:
+        saved: flat config of the run in the checkpoint.
+        wanted: what trains now.
+
+    Raises:
+        CheckpointError: some group's differs.
+    """
+    before = {
+        group: _as_number(factor) or 1.0
+        for text in saved.get("lr_multipliers") or ()
+        for group, _, factor in [str(text).partition("=")]
+    }
+    now = _factors(wanted.lr_multipliers)
+    changed = [
+        f"{group} had {was:g} x the learning rate and has {is_now:g}"
+        for group in GROUPS
+        if (was := before.get(group, 1.0)) != (is_now := now.get(group, 1.0))
+    ]
+    if changed:
+        raise CheckpointError(
+            f"the checkpoint's learning rates are others: {', '.join(changed)} (--lr-multipliers);"
+            " give the same factors, or follow this run's from here on with --override-schedule"
+        )
+
+
 def _told(lora: LoRA | None) -> str:
     if lora is None:
         return "no adapters"

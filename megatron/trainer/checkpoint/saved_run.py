@@ -58,6 +58,51 @@ def check_architecture(found: FoundCheckpoint, wanted: Mapping[str, Any]) -> Non
         raise config_mismatch(found.path, differences)
 
 
+def check_optimizer(saved: Mapping[str, Any], wanted: str) -> None:
+    """Refuse the optimizer state of another optimizer.
+
+    All optimizers keep theirs in one form, so that it could be loaded, and would be taken for what
+    it is not.
+
+    Args:
+        saved: flat config of the run in the checkpoint; without an optimizer it is of before there
+            was a choice.
+        wanted: optimizer of the run that goes on.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    before = saved.get("optimizer", "adam")
+    if before != wanted:
+        raise CheckpointError(
+            f"the checkpoint holds the optimizer state of --optimizer {before}, and this run has"
+            f" --optimizer {wanted}, to which it means something else; give --optimizer {before},"
+            " or start from the weights alone with --finetune and another --save"
+        )
+
+
+def check_fixed(run: Mapping[str, Any], wanted: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse to go on beside other files than those that a run began with.
+
+    Args:
+        run: what `state.run_state` said; a run of before this was noted is not compared.
+        wanted: `TrainState.fixed` of the run that goes on.
+
+    Raises:
+        CheckpointError: some file is another.
+    """
+    noted = run.get("fixed")
+    for name, now in wanted.items():
+        before = noted.get(name) if isinstance(noted, dict) else None
+        if isinstance(before, dict) and before.get("sha256") != now["sha256"]:
+            raise CheckpointError(
+                f"the {name} of the run in the checkpoint is {before.get('path')!r:.300}, with a"
+                f" manifest of SHA-256 {before.get('sha256')!s:.12}, and this run's is"
+                f" {now['path']}, with {now['sha256']:.12}; name the one that it began with, or"
+                " begin a new run with another --save"
+            )
+
+
 def read_run(found: FoundCheckpoint) -> dict[str, Any]:
     """Read run.json, which `state.run_state` made when the checkpoint was written.
 

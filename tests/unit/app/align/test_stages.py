@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.trainer.config.recipe import schema_of
+from megatron.trainer.config.recipe import dump_config, schema_of
 from megatron.trainer.runtime.launch import shut_down
 from moe_app.align import alignment
 from moe_app.align.align_config import AlignConfig
 from moe_app.convert import convert_checkpoint
 from moe_app.finetune import finetuning
 from moe_app.finetune.tuning_config import FinetuneConfig
-from moe_app.pretrain.config import OTHER_KEYS, PretrainConfig
+from moe_app.pretrain import command
+from moe_app.pretrain.config import OTHER_KEYS, PretrainConfig, read_saved_config
 from tests.distributed.convert_models import make_hf
 from tests.unit.trainer.data.make_tokenizers import make_hf_tokenizer
 
@@ -132,6 +134,85 @@ def test_a_run_that_was_stopped_goes_on_bitwise(folder: Path, tmp_path: Path) ->
     # The very same command: it goes on with the run that it began.
     assert run(folder, alignment, "kto", parts, *stopped) == 0
     assert records(parts) == records(whole)
+
+
+@pytest.fixture(scope="module")
+def begun(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of DPO that was stopped after 2 of 4 steps."""
+    save = tmp_path_factory.mktemp("begun") / "run"
+    more = ("--exit-interval", "2", "--freeze", "router", "--seq-length", "128")
+    assert run(folder, alignment, "preference", save, *more) == 0
+    return save
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "more", "message"),
+    [
+        (alignment, "preference", ["--optimizer", "rmsprop"], "give --optimizer adam, or start"),
+        (alignment, "kto", ["--method", "kto"], "method was dpo and is kto"),
+        (alignment, "preference", ["--beta", "0.2"], "beta was 0.1 and is 0.2"),
+        (alignment, "preference", ["--average-log-prob"], "was False and is True; give the"),
+        (alignment, "preference", ["--moe-aux-loss-coeff", "0.1"], "was 0.0 and is 0.1"),
+        (alignment, "preference", ["--template", "zephyr"], "source 'train' holds other"),
+        (alignment, "preference", ["--packing"], "was trained on other data"),
+        (alignment, "preference", ["--lora-rank", "2"], "a run without adapters"),
+        (alignment, "preference", ["--freeze", "norm"], "froze router, this one norm"),
+        (
+            alignment,
+            "preference",
+            ["--lr-multipliers", "head=2"],
+            "head had 1 x the learning rate and has 2",
+        ),
+        (alignment, "preference", ["--reference-load", "SELF"], "the reference of the run in the"),
+        (finetuning, "sft", [], "is of a run of alignment, and this is one of fine-tuning"),
+        (command, "sft", ["--mock-data"], "is of a run of alignment, and this is one of pretrain"),
+    ],
+)
+def test_a_run_goes_on_with_what_it_minimizes_and_its_optimizer_alone(
+    folder: Path,
+    begun: Path,
+    stage: Any,
+    kind: str,
+    more: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--load", str(begun), "--seq-length", "128"]
+    flags += [] if {"--freeze", "--lora-rank"} & set(more) else ["--freeze", "router"]
+    if stage is alignment:
+        flags += ["--reference-load", str(folder / "base")]
+    more = [str(begun) if each == "SELF" else each for each in more]
+    if stage is command:
+        config = begun / "iter_0000002" / "config.yaml"
+        recipe = begun.parent / "pretrain.yaml"
+        kept = read_saved_config(config, prog="test")
+        recipe.write_text(dump_config(kept))
+        status = command.main(["--config", str(recipe), "--no-finetune", *flags, *more])
+        shut_down()
+    else:
+        status = run(folder, stage, kind, begun, *flags, *more)
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert [each["iteration"] for each in records(begun)] == [1, 2]
+
+
+def test_what_may_change_in_a_run_that_goes_on(folder: Path, begun: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    shutil.copytree(begun, save)
+    more = ["--load", str(save), "--reference-load", str(folder / "base"), "--freeze", "router"]
+    more += ["--weight-decay-multipliers", "head=0", "--adam-eps", "1e-6", "--micro-batch-size"]
+    more += [
+        "1",
+        "--seq-length",
+        "128",
+        "--reference-cache",
+        str(tmp_path / "cache"),
+        "--clip-grad",
+        "0.5",
+    ]
+    more += ["--lr-multipliers", "head=2", "--override-schedule"]
+    assert run(folder, alignment, "preference", save, *more) == 0
+    assert [each["iteration"] for each in records(save)] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
