@@ -70,6 +70,13 @@ class ChatTemplate(Protocol):
             DataError: The template does not take it, or does not say what the assistant wrote.
         """
 
+    def announce(self, turns: Turns) -> Rendered:
+        """Return the text of a conversation up to where an assistant's next turn begins.
+
+        Raises:
+            DataError: The template does not take it.
+        """
+
     def close(self) -> None:
         """Give back what rendering holds."""
 

@@ -75,7 +75,7 @@ class TokenizerTemplate:
         assistant = [number for number, turn in enumerate(turns) if turn.role == ASSISTANT]
         reply = self._ask(turns, [] if self._has_marks else _cuts(turns, assistant))
         text: str = reply["text"]
-        as_text = self._find_spelled(turns, text)
+        as_text = self._find_spelled(turns, text, self._whole)
         marked = [(int(first), int(last)) for first, last in reply["spans"]]
         if self._has_marks and len(marked) == len(assistant):
             pairs = list(zip(assistant, marked, strict=True))
@@ -92,6 +92,29 @@ class TokenizerTemplate:
             pairs = list(zip(assistant, spans, strict=True))
         targets = tuple(Target(turn=turn, span=span) for turn, span in pairs)
         return Rendered(text=text, targets=targets, as_text=as_text)
+
+    def announce(self, turns: Turns) -> Rendered:
+        """Return the text of a conversation up to where an assistant's next turn begins.
+
+        Raises:
+            DataError: The template refuses it, or takes too long.
+        """
+        text = self._announced(turns)
+        return Rendered(
+            text=text, targets=(), as_text=self._find_spelled(turns, text, self._announced)
+        )
+
+    def _announced(self, turns: Turns) -> str:
+        (text,) = self._ask(turns, [(len(turns), True)])["cuts"]
+        if text is None:
+            raise DataError(
+                f"the template of {self._directory} fails where it is to begin an assistant's turn"
+                " (add_generation_prompt); correct it, or use another --template"
+            )
+        return str(text)
+
+    def _whole(self, turns: Turns) -> str:
+        return str(self._ask(turns, [])["text"])
 
     def close(self) -> None:
         """End the process that renders."""
@@ -134,8 +157,10 @@ class TokenizerTemplate:
             return first, ends[-1]
         return span
 
-    def _find_spelled(self, turns: Turns, text: str) -> tuple[Span, ...]:
-        """Return where the text has control tokens that a turn spells.
+    def _find_spelled(
+        self, turns: Turns, text: str, render: Callable[[Turns], str]
+    ) -> tuple[Span, ...]:
+        """Return where the text that `render` made of turns has control tokens that one spells.
 
         They are marked, by characters that the conversation does not have, and rendered again.
 
@@ -149,7 +174,7 @@ class TokenizerTemplate:
             Turn(turn.role, self._spelled.sub(rf"{begin}\g<0>{end}", turn.content))
             for turn in turns
         )
-        pieces = re.split(f"([{begin}{end}])", self._ask(marked, [])["text"])
+        pieces = re.split(f"([{begin}{end}])", render(marked))
         spans, at, opened = [], 0, None
         for piece in pieces:
             if piece == begin:

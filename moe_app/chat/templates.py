@@ -100,6 +100,17 @@ class BuiltinTemplate:
         Raises:
             DataError: It has a role that the template does not know.
         """
+        return self._write(turns, is_announced=False)
+
+    def announce(self, turns: Turns) -> Rendered:
+        """Return the text of a conversation up to where an assistant's next turn begins.
+
+        Raises:
+            DataError: It has a role that the template does not know.
+        """
+        return self._write(turns, is_announced=True)
+
+    def _write(self, turns: Turns, *, is_announced: bool) -> Rendered:
         text = self._bos if self._rule.begins_with_bos else ""
         targets: list[Target] = []
         contents: list[Span] = []
@@ -117,7 +128,9 @@ class BuiltinTemplate:
             if turn.role == ASSISTANT:
                 targets.append(Target(turn=number, span=(begin, len(text))))
             text += "\n"
-        if self._rule.strips:
+        if is_announced:
+            text += f"<|{ASSISTANT}|>\n"
+        elif self._rule.strips:
             text = text.rstrip()
         spans = tuple(
             span

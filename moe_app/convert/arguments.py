@@ -3,7 +3,9 @@
 import argparse
 from collections.abc import Sequence
 
+from moe_app.chat.prompting import TEMPLATE_NAMES
 from moe_app.command_line import program
+from moe_app.convert.chat_template import NO_TEMPLATE
 from moe_app.convert.checks import DTYPES
 
 
@@ -53,6 +55,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="export without a tokenizer, where none gives the ids that the model was trained on",
     )
     exporting.add_argument(
+        "--chat-template",
+        choices=(*TEMPLATE_NAMES, NO_TEMPLATE),
+        help="write this template for conversations, or the tokenizer's own, or none (that which"
+        " the run was fine-tuned with; others keep what the tokenizer has)",
+    )
+    exporting.add_argument(
         "--adapter",
         action="store_true",
         help="write the adapters of a run with --lora-rank as peft loads them, not the model; else"
@@ -79,4 +87,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             help="run both models on the same tokens and compare their logits; for exports,"
             " the tokenizers, too; needs transformers; implies --checksums",
         )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.command == "export" and args.chat_template and (args.no_tokenizer or args.adapter):
+        exporting.error(
+            "--chat-template goes with a tokenizer; drop it, or --no-tokenizer and --adapter"
+        )
+    return args

@@ -48,6 +48,7 @@ from megatron.trainer.runtime.malloc import keep_freed_memory
 from moe_app.command_line import program
 from moe_app.convert.adapters import WeightReader, export_adapter
 from moe_app.convert.arguments import parse_args
+from moe_app.convert.chat_template import with_chat_template
 from moe_app.convert.checks import (
     can_represent,
     check_new_run,
@@ -228,6 +229,7 @@ def run_export(args: argparse.Namespace) -> Conversion:
             dtype=str(dtype).removeprefix("torch."),
             with_tokenizer=not args.no_tokenizer,
         )
+        exported = with_chat_template(exported, args.chat_template, found.path)
         shapes = {part.name: part.shape for piece in pieces for part in piece.sources}
         total = total_bytes(shapes, dtype)
         with (

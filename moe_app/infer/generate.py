@@ -11,17 +11,15 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron.trainer.data.jsonl import TextLines
 from megatron.trainer.data.tokenizer import Tokenizer
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.inference.decode import Prompt, cache_capacity, generate
-from megatron.trainer.inference.lines import OutputFile, read_tokens
+from megatron.trainer.inference.lines import OutputFile
 from megatron.trainer.inference.sampling import (
     TokenSampler,
     check_sampling,
@@ -33,38 +31,16 @@ from megatron.trainer.runtime.launch import environment_rank, run_main
 from megatron.trainer.runtime.log import configure_logging
 from moe_app.command_line import argument_text, program
 from moe_app.infer import open_model
-from moe_app.infer.stop import Ending, Stops, add_stop_flags, check_utf8, collect_stops
+from moe_app.infer.conversations import add_template_flag
+from moe_app.infer.prompts import GenerationInput, GenerationTask, read_input
+from moe_app.infer.stop import Ending, Stops, add_stop_flags
 from moe_ext.attention.cache import KeyValueCache
 from moe_ext.attention.core import use_cache
 
 logger = logging.getLogger("generate")
 
-OUTPUT_KEYS = ("completion", "completion_tokens", "finish_reason", "stop_reason")
-"""The keys that `--output` adds to each object."""
 _LARGEST_SEED = 1 << 62
 _DUMMY_PROMPT = Prompt(ids=[0], sample=greedy_token, max_new_tokens=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationTask:
-    """Holds a prompt, and the record its continuation is added to."""
-
-    ids: list[int]
-    """Tokens of the prompt, at least one."""
-    record: dict[str, Any]
-    """What the output keeps."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationInput:
-    """Holds what rank 0 reads and all ranks need."""
-
-    tasks: list[GenerationTask]
-    """In the order of the input."""
-    stops: Stops
-    """What ends a text."""
-    vocab_size: int
-    """Ids of the tokenizer; no others are drawn."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,14 +62,15 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         type=argument_text,
         metavar="TEXT",
-        help="text to continue; may be given several times",
+        help="text to continue, or with --template what a user says; may be given several times",
     )
     source.add_argument(
         "--input",
         metavar="FILE",
-        help='JSON Lines, each {"prompt": TEXT} or {"tokens": [ID, ...]}; gzip and zstd, too; - is'
-        " standard input",
+        help='JSON Lines, each {"prompt": TEXT}, {"messages": [{"role": R, "content": TEXT}, ...]}'
+        ' or {"tokens": [ID, ...]}; gzip and zstd, too; - is standard input',
     )
+    add_template_flag(text)
     text.add_argument(
         "--output",
         metavar="FILE",
@@ -232,7 +209,7 @@ def write_round(
             if output is None:
                 if number > 1:
                     print("---")
-                print(ending.prompt + ending.text, flush=True)
+                print(("" if task.is_conversation else ending.prompt) + ending.text, flush=True)
             else:
                 output.write_record({**task.record, **outcome(new, ending)})
             logger.info(
@@ -272,52 +249,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
 
 
-def read_input(
-    args: argparse.Namespace, opened: open_model.OpenedCheckpoint, tokenizer: Tokenizer
-) -> GenerationInput:
-    """Read every prompt.
-
-    Raises:
-        ConfigError: a prompt is empty, or too long to be continued within the length that the
-            model was trained on.
-        DataError: the same for a line of `--input`, or it is not a prompt.
-    """
-    seq_length = opened.saved.training.seq_length
-    if args.input is None:
-        tasks = [
-            GenerationTask(
-                ids=encode_prompt(args, tokenizer, number, seq_length=seq_length),
-                record={"prompt": text},
-            )
-            for number, text in enumerate(args.prompt, start=1)
-        ]
-    else:
-        source = TextLines(args.input)
-        lines = list(
-            read_tokens(
-                source,
-                text_key="prompt",
-                encode=tokenizer.encode_document,
-                vocab_size=tokenizer.vocab_size,
-                max_tokens=seq_length - args.max_new_tokens,
-                rule=f"because with --max-new-tokens {args.max_new_tokens} they must fit into"
-                f" {seq_length}, the --seq-length of training",
-                written_keys=OUTPUT_KEYS,
-            )
-        )
-        source.log_blank(logger)
-        if not lines:
-            raise ConfigError(
-                f"{source.name} has no lines; there is nothing to continue; name another --input"
-            )
-        tasks = [GenerationTask(ids=line.ids, record=line.record) for line in lines]
-    return GenerationInput(
-        tasks=tasks,
-        stops=collect_stops(args, tokenizer, opened.found.path),
-        vocab_size=tokenizer.vocab_size,
-    )
-
-
 def make_prompts(args: argparse.Namespace, given: GenerationInput) -> list[Prompt]:
     """Give every task a generator of its own."""
     return [
@@ -329,27 +260,6 @@ def make_prompts(args: argparse.Namespace, given: GenerationInput) -> list[Promp
         )
         for index, task in enumerate(given.tasks)
     ]
-
-
-def encode_prompt(
-    args: argparse.Namespace, tokenizer: Tokenizer, number: int, *, seq_length: int
-) -> list[int]:
-    """Return the tokens of `--prompt` number `number`, counted from 1; see `read_input`."""
-    text = args.prompt[number - 1]
-    check_utf8(text, what=f"--prompt number {number} ({text!r})", kind="prompts")
-    ids = tokenizer.encode_document(text)
-    if not ids:
-        raise ConfigError(
-            f"--prompt number {number} ({text!r}) has no tokens; the model continues at"
-            " least one; give it some text"
-        )
-    if len(ids) + args.max_new_tokens > seq_length:
-        raise ConfigError(
-            f"--prompt number {number} has {len(ids)} tokens and --max-new-tokens is"
-            f" {args.max_new_tokens}; together they must be at most {seq_length}, the"
-            " --seq-length of training; shorten the prompt or lower --max-new-tokens"
-        )
-    return ids
 
 
 def make_sampler(args: argparse.Namespace, generator: torch.Generator) -> TokenSampler:

@@ -105,11 +105,13 @@ def add_stop_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def collect_stops(args: argparse.Namespace, tokenizer: Tokenizer, checkpoint: Path) -> Stops:
+def collect_stops(
+    args: argparse.Namespace, tokenizer: Tokenizer, checkpoint: Path, *, turn_end: int | None = None
+) -> Stops:
     """Return what ends a continuation; on rank 0, which reads the files.
 
     These are the end of a document, what the files in the checkpoint name as `eos_token` and
-    `eos_token_id`, and what the command line adds.
+    `eos_token_id`, what ends an answer in a conversation, and what the command line adds.
 
     Raises:
         ConfigError: `--stop` or `--stop-token-id` is invalid.
@@ -121,6 +123,8 @@ def collect_stops(args: argparse.Namespace, tokenizer: Tokenizer, checkpoint: Pa
     named = settings.named_text("eos")
     if named is not None and (token_id := tokenizer.token_id(named[1])) is not None:
         sources.append((f"the eos_token of {named[0]}", token_id))
+    if turn_end is not None:
+        sources.append(("which ends an answer", turn_end))
     sources += [("--stop-token-id", _checked_id(each, tokenizer)) for each in args.stop_token_id]
     for source, token_id in sources:
         if token_id >= tokenizer.vocab_size:

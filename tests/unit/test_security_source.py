@@ -62,6 +62,10 @@ ALLOWED: dict[str, dict[str, str]] = {
     "tests/unit/app/chat/make_chat.py": {"apply_chat_template": "the tests' and the project's own"},
     "tests/unit/app/chat/test_jinja_template.py": {"apply_chat_template": "the test's templates"},
     "tests/unit/app/chat/test_templates.py": {"apply_chat_template": "the project's templates"},
+    "tests/unit/app/convert/test_export_chat_template.py": {
+        "apply_chat_template": "the project's templates, exported"
+    },
+    "tests/unit/app/infer/test_chat_answers.py": {"apply_chat_template": "the same"},
     # Tests that prove a payload is live, or read back what they wrote.
     "tests/distributed/test_hostile_checkpoint.py": {
         "allow_pickle not False": "payloads in an index cache",

@@ -1,7 +1,7 @@
 """Read texts or tokens from JSON Lines, and write files that appear only when complete."""
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +37,7 @@ def read_tokens(
     max_tokens: int,
     rule: str,
     written_keys: Collection[str],
+    others: Mapping[str, Callable[[dict[str, Any], str], list[int]]] | None = None,
 ) -> Iterator[Line]:
     """Yield each line of an input as tokens; blank ones are passed over.
 
@@ -49,10 +50,19 @@ def read_tokens(
         max_tokens: longest line allowed.
         rule: why there is a limit, for the message.
         written_keys: keys that will be added to the object, which it must not have.
+        others: more keys, one of which an object may have instead; each with what makes tokens of
+            the object, given also where it is for messages.
 
     Raises:
         DataError: the input cannot be read or a line is invalid; names the line.
     """
+    encoders: dict[str, Callable[[dict[str, Any], str], list[int]]] = {
+        text_key: lambda record, where: encode(valid_text(record, text_key, where=where)),
+        TOKENS_KEY: lambda record, where: _checked_ids(
+            record[TOKENS_KEY], vocab_size=vocab_size, where=where
+        ),
+        **(others or {}),
+    }
     for number, line in lines:
         where = f"{lines.name}, line {number}"
         record = parse_object(line, path=lines.name, number=number)
@@ -62,17 +72,13 @@ def read_tokens(
                 f"{where}: has the key {taken[0]!r}, which the output adds; keys are not"
                 " overwritten; remove or rename it"
             )
-        given = [key for key in (text_key, TOKENS_KEY) if key in record]
+        given = [key for key in encoders if key in record]
         if len(given) != 1:
             raise DataError(
                 f"{where}: has {' and '.join(repr(key) for key in given) or 'neither key'}; each"
-                f" object needs one of {text_key!r} (text) and {TOKENS_KEY!r} (ids); repair or"
-                " remove the line"
+                f" object needs one of {_named(text_key, others)}; repair or remove the line"
             )
-        if given == [text_key]:
-            ids = encode(valid_text(record, text_key, where=where))
-        else:
-            ids = _checked_ids(record[TOKENS_KEY], vocab_size=vocab_size, where=where)
+        ids = encoders[given[0]](record, where)
         if not ids:
             raise DataError(
                 f"{where}: {given[0]!r} has no tokens; the model needs at least one; repair or"
@@ -84,6 +90,12 @@ def read_tokens(
                 f" {rule}; shorten or split it"
             )
         yield Line(where=where, record=record, ids=ids)
+
+
+def _named(text_key: str, others: Collection[str] | None) -> str:
+    """Return the keys of which an object needs one, for a message."""
+    first = ", ".join([f"{text_key!r} (text)", *map(repr, others or ())])
+    return f"{first} and {TOKENS_KEY!r} (ids)"
 
 
 def _checked_ids(value: object, *, vocab_size: int, where: str) -> list[int]:
