@@ -48,9 +48,10 @@ class PretrainConfig(RunConfig):
         """
         if is_continued:
             check_stage(saved, flatten(self))
-            if not self.checkpoint.override_schedule:
-                check_rates(saved, self.trainable)
-        return self.trainable.check_saved(saved, is_continued)
+        lacking = self.trainable.check_saved(saved, is_continued)
+        if is_continued and not self.checkpoint.override_schedule:
+            check_rates(saved, self.trainable)
+        return lacking
 
 
 OTHER_KEYS = frozenset(
