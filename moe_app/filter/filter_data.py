@@ -25,6 +25,7 @@ from moe_app.filter.filter_plan import TokenSettings, make_plan, settle_plan
 from moe_app.filter.filter_recipe import read_filter_recipe
 from moe_app.filter.filter_specs import FILTERS, parse_filter
 from moe_app.filter.filter_summary import summary_table
+from moe_app.filter.submissions import refuse_queued
 from moe_app.filter.work_folder import WorkFolder
 
 EXECUTORS = ("local", "slurm", "ray")
@@ -42,7 +43,7 @@ def run_filters(args: argparse.Namespace) -> None:
         with _needs_datatrove():
             from moe_app.filter.pipeline.dispatch import run_array_task
         with _names_full_disk(folder.output):
-            run_array_task(folder, args.run_stage, jobs=args.tasks)
+            run_array_task(folder, args)
         return
     _check_output(args.output, args.input)
     plan = make_plan(
@@ -56,6 +57,7 @@ def run_filters(args: argparse.Namespace) -> None:
     )
     with _names_full_disk(folder.output):
         folder.output.mkdir(parents=True, exist_ok=True)
+        refuse_queued(folder)
         settle_plan(plan, folder.output)
         with _needs_datatrove():
             from moe_app.filter.pipeline.dispatch import run_plan
@@ -209,7 +211,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="an option of sbatch, such as partition=cpu",
     )
-    parser.add_argument("--run-stage", help=argparse.SUPPRESS)
+    for flag in ("--run-stage", "--submission"):
+        parser.add_argument(flag, default="", help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=int, default=0, help=argparse.SUPPRESS)
     parser.set_defaults(filters=[])
     return parser
 

@@ -48,6 +48,11 @@ class WorkFolder:
         """Return the folder of what stages hand on, removed when all is done."""
         return self.work / "data"
 
+    @property
+    def submission(self) -> Path:
+        """Return the note of what was submitted to SLURM last."""
+        return self.work / "submission.json"
+
     def stage(self, name: str) -> Path:
         """Return the folder of a stage's log and of the marks of its finished tasks."""
         return self.work / "stages" / name

@@ -152,6 +152,21 @@ def query_job(job_id: str) -> Job | None:
     return parse_job(shown)
 
 
+def has_ended(job_id: str) -> bool:
+    """Return whether a job has ended, all elements of an array included, or SLURM has purged it.
+
+    Raises:
+        SlurmError: SLURM does not respond.
+    """
+    try:
+        shown = _slurm("scontrol", "show", "job", "--oneliner", job_id)
+    except SlurmError as error:
+        if "Invalid job id" in str(error):
+            return True
+        raise
+    return all(parse_job(line).has_ended for line in shown.splitlines() if line.strip())
+
+
 def parse_job(shown: str) -> Job:
     """Parse the line that `scontrol show job --oneliner` prints.
 

@@ -4,7 +4,6 @@ datatrove's SLURM executor hands itself to its tasks as a pickle, which they wou
 starts this command again in each task, which reads plan.json and builds its stage from it.
 """
 
-import json
 import math
 import re
 import shlex
@@ -13,14 +12,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datatrove.executor.ray import RayPipelineExecutor
-from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.utils.stats import PipelineStats
 
 from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.io.atomic_write import write_text
-from moe_app.filter.pipeline.executors import quiet
+from moe_app.filter.pipeline.executors import LocalExecutor, quiet
 from moe_app.filter.pipeline.near_duplicates import local_folder
 from moe_app.filter.pipeline.stages import FilterStage
+from moe_app.filter.submissions import (
+    Submission,
+    add_job,
+    begin_submission,
+    read_ranks,
+    write_ranks,
+)
 from moe_app.filter.work_folder import WorkFolder
 from moe_app.slurm.jobs import submit
 
@@ -28,30 +33,37 @@ _MOST_JOBS = 1000
 """Of one array; SLURM's default of MaxArraySize allows one more."""
 
 
-class ArrayTask(SlurmPipelineExecutor):
-    """Runs, inside a task of a SLURM array, the tasks of a stage that are its share."""
-
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
-        with quiet():
-            return super()._run_for_rank(rank, local_rank, node_rank)
-
-
 def tasks_per_job(stage: FilterStage, jobs: int | None) -> int:
     """Return how many tasks of a stage each job of at most `jobs` takes; None for one each."""
     return math.ceil(stage.tasks / min(jobs or _MOST_JOBS, _MOST_JOBS))
 
 
-def array_task(stage: FilterStage, folder: WorkFolder, jobs: int | None) -> ArrayTask:
-    """Return the executor of one stage on SLURM."""
-    return ArrayTask(
-        list(stage.steps),
-        tasks=stage.tasks,
-        tasks_per_job=tasks_per_job(stage, jobs),
-        logging_dir=local_folder(folder.stage(stage.name)),
-        time="",
-        partition="",
-        max_array_size=_MOST_JOBS + 1,
-    )
+def run_share(
+    stage: FilterStage, folder: WorkFolder, *, submission: str, share: int, jobs: int | None
+) -> None:
+    """Run, inside an element of a SLURM array, the tasks of a stage that are its share.
+
+    Args:
+        stage: The stage.
+        folder: Where it works.
+        submission: What the array was submitted with.
+        share: The element's place in the array.
+        jobs: Jobs of the array at most, as when it was submitted.
+
+    Raises:
+        DataError: A later submission does this work.
+        UserError: As the steps.
+    """
+    ranks = read_ranks(folder, stage.name, submission)
+    count = tasks_per_job(stage, jobs)
+    executor = _executor(stage, folder)
+    for rank in ranks[share * count : (share + 1) * count]:
+        executor.run_task(rank)
+
+
+def _executor(stage: FilterStage, folder: WorkFolder) -> LocalExecutor:
+    logs = local_folder(folder.stage(stage.name))
+    return LocalExecutor(list(stage.steps), tasks=stage.tasks, logging_dir=logs)
 
 
 def parse_slurm(settings: Sequence[str]) -> dict[str, str]:
@@ -82,6 +94,8 @@ def submit_stages(
 ) -> dict[str, str]:
     """Submit an array for each stage that is not done, each after the one before.
 
+    No job of an earlier submission may be queued: `refuse_queued`.
+
     Args:
         stages: All stages, in order.
         folder: Where they work, on a file system of all nodes.
@@ -93,19 +107,19 @@ def submit_stages(
         The job of each stage that was submitted.
 
     Raises:
+        DataError: Another command submits the same stages.
         SlurmError: sbatch is not there, or refuses.
     """
-    submitted: dict[str, str] = {}
+    submission = None
     before = ""
     for stage in stages:
-        task = array_task(stage, folder, jobs)
-        missing = task.get_incomplete_ranks()
+        missing = _executor(stage, folder).get_incomplete_ranks()
         if not missing:
             continue
+        submission = submission or begin_submission(folder)
         place = folder.stage(stage.name)
-        place.mkdir(parents=True, exist_ok=True)
-        write_text(place / "ranks_to_run.json", json.dumps(missing))
-        elements = math.ceil(len(missing) / task.tasks_per_job)
+        write_ranks(folder, stage.name, submission, missing)
+        elements = math.ceil(len(missing) / tasks_per_job(stage, jobs))
         array = f"0-{elements - 1}" + (f"%{workers}" if workers else "")
         settings = {
             "job-name": f"filter-{stage.name}",
@@ -115,21 +129,30 @@ def submit_stages(
         }
         if before:
             settings |= {"dependency": f"afterok:{before}", "kill-on-invalid-dep": "yes"}
-        write_text(place / "array.sbatch", _script(settings, stage, folder, jobs))
-        before = submitted[stage.name] = submit(place / "array.sbatch")
-    return submitted
+        command = _command(stage, folder, submission, jobs)
+        script = place / f"array-{submission.name}.sbatch"
+        write_text(script, _script(settings, command))
+        before = submit(script)
+        submission = add_job(folder, submission, stage.name, before)
+    return submission.jobs if submission else {}
 
 
-def _script(
-    settings: Mapping[str, str], stage: FilterStage, folder: WorkFolder, jobs: int | None
+def _command(
+    stage: FilterStage, folder: WorkFolder, submission: Submission, jobs: int | None
 ) -> str:
+    """Return what an element of an array runs."""
     command = [sys.executable, "-m", "moe_app", "filter", "--output", str(folder.output)]
-    command += ["--run-stage", stage.name, *(["--tasks", str(jobs)] if jobs else [])]
+    command += ["--run-stage", stage.name, "--submission", submission.name]
+    command += ["--tasks", str(jobs)] if jobs else []
+    return f'{shlex.join(command)} --share "$SLURM_ARRAY_TASK_ID"'
+
+
+def _script(settings: Mapping[str, str], command: str) -> str:
     directives = "".join(
         f"#SBATCH --{name}{f'={shlex.quote(value)}' if value else ''}\n"
         for name, value in settings.items()
     )
-    return f"#!/bin/bash\n{directives}set -eu\nexec {shlex.join(command)}\n"
+    return f"#!/bin/bash\n{directives}set -eu\nexec {command}\n"
 
 
 class RayExecutor(RayPipelineExecutor):

@@ -5,9 +5,9 @@ import argparse
 from megatron.trainer.errors import ConfigError
 from moe_app.filter.filter_plan import FilterPlan, read_plan
 from moe_app.filter.pipeline.cluster_executors import (
-    array_task,
     parse_slurm,
     run_on_ray,
+    run_share,
     submit_stages,
 )
 from moe_app.filter.pipeline.document_filters import check_tokenizer
@@ -46,18 +46,19 @@ def run_plan(plan: FilterPlan, folder: WorkFolder, args: argparse.Namespace) -> 
     return True
 
 
-def run_array_task(folder: WorkFolder, name: str, *, jobs: int | None) -> None:
-    """Run the share of one stage that a task of a SLURM array has.
+def run_array_task(folder: WorkFolder, args: argparse.Namespace) -> None:
+    """Run the share of one stage that an element of a SLURM array has.
 
     Raises:
         ConfigError: There is no such stage.
+        DataError: A later submission does this work.
         UserError: As the steps.
     """
-    plan = read_plan(folder.output)
+    name, plan = args.run_stage, read_plan(folder.output)
     stages = {stage.name: stage for stage in build_stages(plan, folder)} if plan else {}
     if name not in stages:
         raise ConfigError(
             f"--run-stage {name}: {folder.output} has no such stage; it has"
             f" {', '.join(stages) or 'none'}; the script of --executor slurm names the right one"
         )
-    array_task(stages[name], folder, jobs).run()
+    run_share(stages[name], folder, submission=args.submission, share=args.share, jobs=args.tasks)

@@ -10,6 +10,7 @@ import pytest
 
 from megatron.trainer.errors import ConfigError
 from moe_app.data import preprocess_data
+from moe_app.filter import submissions
 from moe_app.filter.filter_data import main
 from moe_app.filter.filter_page import filter_page
 from moe_app.filter.filter_recipe import read_filter_recipe
@@ -147,11 +148,14 @@ def test_arrays_wait_for_each_other_and_hold_no_pickle(
     assert "#SBATCH --dependency" not in scripts["reading-0"]
     assert "#SBATCH --dependency=afterok:103\n" in scripts["summary"]
     assert all("#SBATCH --partition=cpu\n" in script for script in scripts.values())
-    assert f"moe_app filter --output {out} --run-stage reading-1\n" in scripts["reading-1"]
+    command_line = f"moe_app filter --output {out} --run-stage reading-1 --submission "
+    assert command_line in scripts["reading-1"]
+    assert scripts["reading-1"].endswith(' --share "$SLURM_ARRAY_TASK_ID"\n')
     assert not list(out.rglob("*.pik"))
     shown = capsys.readouterr().out
     assert "reading-0: job 101\n" in shown
     # What is done is not submitted again, and the rest no longer waits for it.
+    monkeypatch.setattr(submissions, "has_ended", lambda job: True)
     assert main(command[:6]) == 0
     scripts.clear()
     assert main(command) == 0 and scripts == {}
