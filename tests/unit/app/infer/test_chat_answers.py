@@ -44,7 +44,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """Fine-tune a random model until it knows some answers, export it, and import that."""
     torch.utils._device._device_constructors()  # filled before factories are patched
     where = tmp_path_factory.mktemp(request.param)
-    sizes: dict[str, Any] = {"dtype": torch.float32, "vocab_size": 289, "eos_token_id": 0, "bos_token_id": 0}
+    ids = {"eos_token_id": 0, "bos_token_id": 0}
+    sizes: dict[str, Any] = {"dtype": torch.float32, "vocab_size": 289, **ids}
     hf, _ = make_hf(where / "hf", request.param, "fused", tie_word_embeddings=False, **sizes)
     make_hf_tokenizer(hf, [END], tokenizer_config={"eos_token": END, "bos_token": END})
     load(["import", "--hf", str(hf), "--save", str(where / "base")])
