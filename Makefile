@@ -1,4 +1,5 @@
-# make env | train | data-demo | test | test-upstream | test-gpu | container-test | check | format | clean.
+# make env | train | data-demo | test | test-failed | test-upstream | test-gpu | container-test | check |
+# format | clean.
 # Needs python3 >= 3.10 and make.
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ STAMP := .venv/.made
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: env train data-demo test test-upstream test-gpu container-test check format clean
+.PHONY: env train data-demo test test-failed test-upstream test-gpu container-test check format clean
 
 env: $(STAMP)
 
@@ -44,6 +45,11 @@ data-demo: env
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -m "not gpu and not container" \
 		-n $(JOBS) --dist loadfile
+
+# What failed last, one after another, with nothing beside it.
+test-failed:
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -rs -m "not gpu and not container" \
+		--last-failed --last-failed-no-failures none
 
 # make test-upstream PYTHON=python3.12. The first time installs torch, for these Pythons maybe a CUDA
 # build of gigabytes.

@@ -41,8 +41,10 @@ def main() -> None:
         # The second save of the attempt, so that a step was trained in between.
         deadline = time.monotonic() + 60
         first = await_save(run, older, deadline)
+        begun = time.monotonic()
         during = await_save(run, {*older, first}, deadline)
-        time.sleep(moments.uniform(0.0, 0.06))
+        # Within a step and a save, or the run would end before all kills on a fast machine.
+        time.sleep(moments.uniform(0.0, 0.8) * (time.monotonic() - begun))
         victim = attempt % 2
         os.kill(children[victim], signal.SIGKILL)
         time.sleep(0.2)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.launcher import HERE, flags, ranks
+from tests.distributed.worker_stragglers import TOLERANCE
 
 CASES = {
     "data": flags(global_batch_size=8),
@@ -35,8 +36,7 @@ def test_slow_rank_is_named_with_how_slow_it_is(name: str, found: dict[str, Any]
     truth = case["truth"][1] / case["truth"][0]
     assert truth > 2, "the ranks sleep too little to show anything"
     assert case["found"]["straggler_rank"] == 1
-    # On a crowded machine a rank also waits for a core, which makes both a little busier.
-    assert case["found"]["straggler_ratio"] == pytest.approx(truth, rel=0.35), case
+    assert case["found"]["straggler_ratio"] == pytest.approx(truth, rel=TOLERANCE), case
 
 
 def test_no_steps_give_no_figures(found: dict[str, Any]) -> None:

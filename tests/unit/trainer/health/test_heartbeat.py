@@ -1,5 +1,6 @@
 """What a heartbeat says of the thread that trains: idle or busy, waiting for others or not."""
 
+import sys
 import threading
 import time
 import types
@@ -17,12 +18,30 @@ CPU = torch.device("cpu")
 
 
 class Parked:
-    """A thread that runs `action` while the test looks at it."""
+    """A thread that runs `action`, and has begun with it, while the test looks at it."""
 
     def __init__(self, action: Callable[[], Any]) -> None:
         self.thread = threading.Thread(target=action, daemon=True)
         self.thread.start()
+        until = time.monotonic() + 30
+        while not self._is_at(action) and time.monotonic() < until:
+            time.sleep(0.01)
         time.sleep(0.05)
+
+    def _is_at(self, action: Callable[[], Any]) -> bool:
+        assert self.thread.ident is not None
+        frame = sys._current_frames().get(self.thread.ident)
+        while frame is not None and frame.f_code is not action.__code__:
+            frame = frame.f_back
+        return frame is not None
+
+
+def becomes_idle(look: TrainingThread) -> bool:
+    """Whether a thread comes to be idle over several samples."""
+    until = time.monotonic() + 30
+    while look.sample()[0] < 0.39 and time.monotonic() < until:
+        time.sleep(0.1)
+    return look.sample()[0] >= 0.39
 
 
 def test_wait_for_work_that_was_begun_before_is_known_by_its_name() -> None:
@@ -47,11 +66,10 @@ def test_sleeping_thread_is_idle_and_computing_one_is_not() -> None:
 
     parked = [Parked(lambda: done.wait()), Parked(compute)]
     looks = [TrainingThread(each.thread, CPU) for each in parked]
-    for _ in range(4):
-        time.sleep(0.1)
-        (sleeping_s, _), (computing_s, _) = [each.sample() for each in looks]
+    assert becomes_idle(looks[0])
+    time.sleep(0.1)
+    computing_s, _ = looks[1].sample()
     done.set()
-    assert sleeping_s >= 0.39
     assert computing_s == 0.0
 
 
@@ -93,13 +111,9 @@ def test_thread_that_waits_for_a_batch_is_as_idle_as_the_thread_that_reads_it() 
         time.sleep(0.1)
         reading_s, _ = look.sample()
     finish.set()
-    time.sleep(0.1)
-    look.sample()
-    for _ in range(4):
-        time.sleep(0.1)
-        waiting_s, _ = look.sample()
+    idle = becomes_idle(look)
     done.set()
     parked.thread.join()
     reader.close()
     assert reading_s == 0.0
-    assert waiting_s >= 0.39
+    assert idle
