@@ -9,13 +9,14 @@ import datetime
 import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from megatron.trainer.data.tokenizer import Tokenizer
+from megatron.trainer.errors import CheckpointError
 from megatron.trainer.inference.decode import Prompt
 from megatron.trainer.inference.sampling import greedy_token, next_token
 from megatron.trainer.inference.scoring import Continuation, score, score_continuations
@@ -109,18 +110,35 @@ class Workers:
             self._compute(work)
 
     def continuations(self, requests: Mapping[int, Continuation]) -> dict[int, tuple[float, bool]]:
-        """Return the log-probability of each continuation, and whether it is greedy."""
-        return self._run(Continuations(requests=requests))
+        """Return the log-probability of each continuation, and whether it is greedy.
+
+        Raises:
+            CheckpointError: one is not finite.
+        """
+        found = self._run(Continuations(requests=requests))
+        _check_finite(value for value, _ in found.values())
+        return found
 
     def texts(self, requests: Mapping[int, Continuation]) -> dict[int, float]:
-        """Return the log-probability of each continuation."""
-        return self._run(Texts(requests=requests))
+        """Return the log-probability of each continuation.
+
+        Raises:
+            CheckpointError: one is not finite.
+        """
+        found = self._run(Texts(requests=requests))
+        _check_finite(found.values())
+        return found
 
     def generations(
         self, prompts: Mapping[int, tuple[Sequence[int], Sampling, int]]
     ) -> dict[int, list[int]]:
         """Return the new tokens of each prompt."""
         return self._run(Generations(prompts=prompts))
+
+    @property
+    def stop_ids(self) -> Collection[int]:
+        """Return the ids that end a text."""
+        return self._stop_ids.keys()
 
     @property
     def prompts_per_round(self) -> int:
@@ -191,3 +209,13 @@ class Workers:
         return Prompt(
             ids=list(ids), sample=sample, max_new_tokens=sampling.max_new_tokens, ends=ends
         )
+
+
+def _check_finite(log_probs: Iterable[float]) -> None:
+    """Refuse scores from which the harness would choose answers all the same."""
+    for value in log_probs:
+        if not math.isfinite(value):
+            raise CheckpointError(
+                f"the model gives a log-probability of {value}; a valid model gives finite ones;"
+                " load a checkpoint from before the weights diverged (--ckpt-step)"
+            )

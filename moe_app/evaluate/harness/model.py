@@ -102,6 +102,8 @@ class HarnessModel(TemplateLM):
                 "a task asks for the probability of a continuation without tokens; each must have"
                 " one; repair the task's doc_to_choice or doc_to_target"
             )
+        # The harness moves white space to the continuation, so a blank context has no token left.
+        context = context or [self.prefix_token_id]
         ids = (context + continuation)[-(self.max_length + 1) :]
         if len(context) + len(continuation) > len(ids):
             logger.warning(
@@ -151,10 +153,11 @@ class HarnessModel(TemplateLM):
             name = request_key("prompt", [ids, dataclasses.asdict(sampling)])
             times[name] = times.get(name, -1) + 1
             wanted.append((tuple(ids), sampling, self._seed + times[name]))
+        ends = sorted(self._workers.stop_ids)
         found = self._answer(
             "generation",
             wanted,
-            describe=lambda each: [each[0], dataclasses.asdict(each[1]), each[2]],
+            describe=lambda each: [each[0], dataclasses.asdict(each[1]), each[2], ends],
             cost=lambda each: 1,
             per_round=self._workers.prompts_per_round,
             compute=self._workers.generations,
@@ -194,7 +197,8 @@ class HarnessModel(TemplateLM):
 
     def _text(self, sampling: Sampling, new: list[int]) -> str:
         """Return the text of new tokens, up to what it stopped at."""
-        ends = [index for index, token in enumerate(new) if token == self.eot_token_id]
+        stop_ids = self._workers.stop_ids
+        ends = [index for index, token in enumerate(new) if token in stop_ids]
         text = self._own_tokenizer.decode(new[: ends[0]] if ends else new)
         cut: str = postprocess_generated_text(text, list(sampling.stops), None)
         return cut

@@ -113,7 +113,7 @@ def _run_tasks(
             fewshot_random_seed=args.seed,
             confirm_run_unsafe_code=False,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"the harness could not evaluate {', '.join(tasks)}: {type(error).__name__}: {error};"
             " look at the YAML and the data of the task"

@@ -1,0 +1,101 @@
+"""What the harness is told of a model, with ranks that answer what a test says."""
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from lm_eval.api.instance import Instance
+
+from megatron.trainer.data.tokenizer import Tokenizer, load_tokenizer
+from megatron.trainer.errors import CheckpointError
+from megatron.trainer.inference.scoring import Continuation
+from moe_app.evaluate.answers import AnswerFile
+from moe_app.evaluate.harness.model import HarnessModel
+from moe_app.evaluate.workers import Workers
+from tests.unit.trainer.data.make_tokenizers import make_hf_tokenizer
+
+# From the packages of the harness.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+END, TURN_END = "<|endoftext|>", "<|im_end|>"
+
+
+class Ranks:
+    """Stand for the ranks: each continuation gets -1 a token, each prompt the same tokens."""
+
+    tokens_per_round, prompts_per_round = 100, 4
+
+    def __init__(self, stop_ids: Collection[int], new: list[int]) -> None:
+        self.stop_ids = stop_ids
+        self.new = new
+        self.asked: list[Continuation] = []
+
+    def continuations(self, requests: Mapping[int, Continuation]) -> dict[int, tuple[float, bool]]:
+        self.asked += requests.values()
+        return {number: (-float(each.count), True) for number, each in requests.items()}
+
+    def generations(self, prompts: Mapping[int, Any]) -> dict[int, list[int]]:
+        return dict.fromkeys(prompts, self.new)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    settings = {"eos_token": END, "bos_token": END}
+    path = make_hf_tokenizer(tmp_path, [END, TURN_END], tokenizer_config=settings)
+    return load_tokenizer("HFTokenizer", path)
+
+
+@contextlib.contextmanager
+def model(tokenizer: Tokenizer, ranks: Ranks, path: Path) -> Iterator[HarnessModel]:
+    with AnswerFile(path, {}) as answers:
+        yield HarnessModel(
+            cast(Workers, ranks),
+            tokenizer,
+            answers,
+            max_length=40,
+            max_gen_toks=8,
+            prefix_token_id=tokenizer.eod,
+            seed=1,
+        )
+
+
+def test_an_answer_ends_before_whichever_token_ends_a_text(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    turn_end = tokenizer.token_id(TURN_END)
+    assert turn_end is not None
+    ranks = Ranks({tokenizer.eod, turn_end}, [*tokenizer.encode("the dog"), turn_end])
+    prompt = Instance("generate_until", {}, ("fox", {"until": []}), 0)
+    with model(tokenizer, ranks, tmp_path / "kept") as asked:
+        assert asked.generate_until([prompt], disable_tqdm=True) == ["the dog"]
+    # Answers that may end at other tokens are others.
+    ranks.stop_ids, ranks.new = {tokenizer.eod}, tokenizer.encode("fox")
+    with model(tokenizer, ranks, tmp_path / "kept") as asked:
+        assert asked.generate_until([prompt], disable_tqdm=True) == ["fox"]
+
+
+@pytest.mark.parametrize("context", [" ", "\n"])
+def test_all_of_a_continuation_counts_after_a_blank_context(
+    context: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    ranks = Ranks((), [])
+    request = Instance("loglikelihood", {}, (context, "the dog"), 0)
+    with model(tokenizer, ranks, tmp_path / "kept") as asked:
+        found = asked.loglikelihood([request], disable_tqdm=True)
+    ids = tokenizer.encode(context + "the dog")
+    assert found == [(-float(len(ids)), True)]
+    (scored,) = ranks.asked
+    assert scored.ids == (tokenizer.eod, *ids)
+
+
+@pytest.mark.parametrize("kind", ["continuations", "texts"])
+def test_scores_that_are_not_finite_are_refused(kind: str) -> None:
+    value: Any = (float("nan"), False) if kind == "continuations" else float("-inf")
+    with pytest.raises(CheckpointError, match="gives a log-probability of"):
+        getattr(Workers, kind)(SimpleNamespace(_run=lambda work: {0: value}), {})
