@@ -6,7 +6,8 @@
 #
 # RECIPE is a directory with sources.tsv and filters/, such as examples/olmoe_mix. DATA/raw/NAME holds a
 # source's files. Kept documents go to DATA/filtered/NAME/kept, token files to DATA/NAME_text_document.
-# Started again, it does what is missing. Variables, all optional:
+# Started again, it does what is missing, and refuses token files that are not this recipe's. Variables,
+# all optional:
 #
 #   EXECUTOR   local (default) or slurm
 #   WORKERS    processes of this machine (1), or array tasks at the same time
@@ -37,49 +38,71 @@ prepare() {
         --output "$filtered" --text-key "$text_key" --tokenizer-model "$tokenizer"
         --max-bad-lines "${MAX_BAD_LINES:-100}")
     local tokenize=("$PYTHON" "$REPO/tools/preprocess_data.py" --input "$filtered/kept"
-        --output-prefix "$prefix" --json-keys "$text_key" --append-eod
+        --output-prefix "$prefix" --json-keys "$text_key" --output-key text --append-eod
         --tokenizer-type "$kind" --tokenizer-model "$tokenizer")
-    local made=${prefix}_${text_key}_document wanted=${prefix}_text_document
-    if [[ -f $wanted.idx ]]; then
-        say "$name: $wanted is there"
-    elif [[ ${EXECUTOR:-local} == local ]]; then
+    local made=${prefix}_text_document queued
+    queued=$(queued_jobs)
+    if [[ -n $queued ]]; then
+        say "$name: being made by jobs $queued"
+        return
+    fi
+    if [[ -e $made.idx && ! -e $filtered/summary.json ]]; then
+        die "$made is there, but $filtered, which it must be made of, is not finished: remove one, or name other sources"
+    fi
+    if [[ ${EXECUTOR:-local} == local ]]; then
         say "$name: filter"
         "${filter[@]}" --workers "${WORKERS:-1}"
-        say "$name: tokenize"
-        "${tokenize[@]}" --workers "${WORKERS:-1}"
-        rename "$made" "$wanted"
+        if ! is_finished; then
+            say "$name: tokenize"
+            "${tokenize[@]}" --workers "${WORKERS:-1}"
+        fi
     else
         submit
     fi
 }
 
-# Gives token files of another key than `text` the name that the training recipes have.
-rename() {
-    [[ $1 != "$2" ]] || return 0
-    for suffix in bin json idx; do mv "$1.$suffix" "$2.$suffix"; done
+# Whether the token files are there and are what this recipe makes; ends the script where others are.
+is_finished() {
+    local shown
+    # A killed start leaves the folder .part; the next one goes on from it.
+    [[ -e $made.idx && ! -d $made.part ]] || return 1
+    shown=$("${tokenize[@]}" --check) || die "$shown; move or remove $made.bin, .idx and .json, or name another DATA"
+    say "$name: $made is there"
+}
+
+# The jobs of an earlier start that SLURM still has.
+queued_jobs() {
+    [[ -s $data/logs/$name.jobs ]] || return 0
+    squeue --noheader --format=%i --jobs="$(paste -sd, "$data/logs/$name.jobs")" 2> /dev/null | paste -sd' ' || true
 }
 
 submit() {
     local shown job shards=${SHARDS:-16} last=() kept
-    local merge=("$PYTHON" "$REPO/tools/preprocess_data.py" --output-prefix "$prefix" --json-keys "$text_key")
+    local merge=("$PYTHON" "$REPO/tools/preprocess_data.py" --output-prefix "$prefix" --json-keys "$text_key"
+        --output-key text --merge)
     [[ $shards -ge 2 ]] || die "SHARDS is $shards; it must be at least 2"
     shown=$("${filter[@]}" --executor slurm ${WORKERS:+--workers "$WORKERS"} "${filter_options[@]}")
     echo "$shown"
     kept=$(sed -n 's/^summary: job \([0-9]*\)$/\1/p' <<< "$shown")
-    [[ -z $kept ]] || last=(--dependency="afterok:$kept" --kill-on-invalid-dep=yes)
+    if [[ -n $kept ]]; then
+        last=(--dependency="afterok:$kept" --kill-on-invalid-dep=yes)
+    elif is_finished; then
+        return
+    fi
     mkdir -p "$data/logs"
     job=$(sbatch --parsable --job-name="tokenize-$name" --array="0-$((shards - 1))" \
         --output="$data/logs/tokenize-$name-%a.log" "${last[@]}" "${options[@]}" \
         <<< $'#!/bin/bash\n'"exec ${tokenize[*]@Q} --num-shards $shards --workers \${SLURM_CPUS_PER_TASK:-1} \
             --shard-index \$SLURM_ARRAY_TASK_ID")
     job=${job%%;*}
+    echo "$job" > "$data/logs/$name.jobs"
     say "$name: tokenize in $shards parts: job $job"
     job=$(sbatch --parsable --job-name="merge-$name" --output="$data/logs/merge-$name.log" \
         --dependency="afterok:$job" --kill-on-invalid-dep=yes "${options[@]}" \
-        <<< $'#!/bin/bash\nset -eu\n'"$(declare -f rename)
-            ${merge[*]@Q} --num-shards $shards --merge
-            rename ${made@Q} ${wanted@Q}")
-    say "$name: merge: job ${job%%;*}"
+        <<< $'#!/bin/bash\n'"exec ${merge[*]@Q} --num-shards $shards")
+    job=${job%%;*}
+    echo "$job" >> "$data/logs/$name.jobs"
+    say "$name: merge: job $job"
 }
 
 while IFS=$'\t' read -r name _ _ text_key filters _; do

@@ -13,6 +13,8 @@ from typing import Any
 
 from megatron.trainer.checkpoint.manifest import MANIFEST_NAME
 from megatron.trainer.checkpoint.saved_run import RUN_NAME
+from megatron.trainer.data.indexed import open_tokens
+from megatron.trainer.data.token_manifest import check_manifests
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.hf_files import HFDirectory
 from megatron.trainer.io.atomic_write import write_text
@@ -123,6 +125,8 @@ def collect(args: argparse.Namespace) -> None:
     is_hf = args.hf is not None
     opened = open_hf(args) if is_hf else open_model.open_checkpoint(args, prog=program("analyze"))
     _check_flags(args, opened)
+    for note in on_rank0("checking the token files", lambda: _check_files(args, opened, domains)):
+        logger.info("%s", note)
     tokenizer = functools.cache(lambda: open_model.open_tokenizer(args, opened))
     model = open_model.load_model(args, opened, **({"fill": fill_from_hf} if is_hf else {}))
     routers = find_routers(model.module)
@@ -222,6 +226,29 @@ def _check_flags(args: argparse.Namespace, opened: OpenedCheckpoint) -> None:
             f"--seq-length is {args.seq_length}, but the model was trained on sequences of"
             f" {trained}; longer ones are not seen as in training; give at most {trained}"
         )
+
+
+def _check_files(
+    args: argparse.Namespace, opened: OpenedCheckpoint, domains: list[Domain]
+) -> list[str]:
+    """Check token files against their manifests, and these against the model and its tokenizer.
+
+    Returns:
+        What is worth a line in the log.
+    """
+    size = opened.saved.model.vocab_size
+    paths = [domain.path for domain in domains if domain.is_tokens]
+    try:
+        kind, tokenizer = open_model.place_tokenizer(opened.saved.data, opened.found, args)
+    except ConfigError:  # none to compare with; `_finish` logs it
+        kind, tokenizer = opened.saved.data.tokenizer_type, None
+    return check_manifests(
+        {path: open_tokens(path, vocab_size=size).facts for path in paths},
+        tokenizer_type=kind,
+        tokenizer_model=tokenizer,
+        vocab_size=size,
+        eod=None,
+    )
 
 
 def _all_routers(mine: Any) -> dict[tuple[str, int], tuple[int, int]]:

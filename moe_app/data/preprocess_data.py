@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 
 from megatron.trainer.data.text_input import TextInput
-from megatron.trainer.data.token_manifest import identify_tokenizer
+from megatron.trainer.data.token_manifest import identify_tokenizer, read_manifest
 from megatron.trainer.data.tokenizer import TOKENIZER_CHOICES, describe_ends
 from megatron.trainer.errors import ConfigError, UserError, printable
 from moe_app.command_line import argument_text, program
@@ -27,16 +27,17 @@ from moe_app.data.text_inputs import cut_shard, find_inputs
 from moe_app.data.token_work import TokenWork, digest, write_tokens
 
 
-def preprocess(args: argparse.Namespace) -> None:
-    """Write or merge the token files of all keys.
+def preprocess(args: argparse.Namespace) -> bool:
+    """Write, merge or check the token files of all keys; return whether they are there now.
 
     Raises:
         UserError: The input, the tokenizer or the output is missing or bad.
     """
     if args.merge:
         for key in args.json_keys:
-            merge_shards(f"{args.output_prefix}_{key}_document", count=args.num_shards)
-        return
+            whole = f"{args.output_prefix}_{args.output_key or key}_document"
+            merge_shards(whole, count=args.num_shards)
+        return True
     _check_place(args.output_prefix, args.input)
     inputs = find_inputs(args.input)
     segments = cut_shard(inputs, index=args.shard_index, count=args.num_shards)
@@ -48,20 +49,37 @@ def preprocess(args: argparse.Namespace) -> None:
     identity = identify_tokenizer(args.tokenizer_type, args.tokenizer_model)
     tokenizer = open_tokenizer(args)
     print(describe_ends(tokenizer))
-    for key in args.json_keys:
-        write_tokens(
-            TokenWork(
-                args=args,
-                key=key,
-                inputs=inputs,
-                segments=segments,
-                inputs_sha256=digest([[each.path, each.num_bytes, each.sha256] for each in inputs]),
-                num_inputs=len(inputs),
-                texts=texts,
-                tokenizer=tokenizer,
-                identity=identity,
-            )
+    works = [
+        TokenWork(
+            args=args,
+            key=key,
+            inputs=inputs,
+            segments=segments,
+            inputs_sha256=digest([[each.path, each.num_bytes, each.sha256] for each in inputs]),
+            num_inputs=len(inputs),
+            texts=texts,
+            tokenizer=tokenizer,
+            identity=identity,
         )
+        for key in args.json_keys
+    ]
+    if args.check:
+        return all(map(_is_written, works))
+    for work in works:
+        write_tokens(work)
+    return True
+
+
+def _is_written(work: TokenWork) -> bool:
+    """Print and return whether a token file is finished and is what this command would write.
+
+    Raises:
+        DataError: Where the manifest belongs is a file that is none.
+    """
+    manifest = read_manifest(work.prefix)
+    missing = work.missing(manifest) if manifest is not None else "there is no finished one"
+    print(f"{work.prefix}: {f'not what this command writes: {missing}' if missing else 'complete'}")
+    return missing is None
 
 
 def _check_place(output_prefix: str, inputs: Sequence[str]) -> None:
@@ -104,6 +122,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="one token file for each",
     )
     parser.add_argument(
+        "--output-key",
+        type=argument_text,
+        metavar="NAME",
+        help="name the token files PREFIX_NAME_document; for one key",
+    )
+    parser.add_argument(
         "--output-prefix",
         required=True,
         metavar="PREFIX",
@@ -144,6 +168,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--merge", action="store_true", help="join the N finished parts, which stay as they are"
     )
     parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; end with 0 where this command's token files are finished, else with 1",
+    )
+    parser.add_argument(
         "--max-bad-lines",
         type=int,
         default=0,
@@ -161,11 +190,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _check_shards(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with a usage message where flags do not fit together."""
+    if args.output_key is not None and len(args.json_keys) > 1:
+        parser.error(
+            f"--output-key {args.output_key} is a name for the token files of one key, but"
+            f" --json-keys has {len(args.json_keys)}; leave one of the flags out"
+        )
     if args.merge:
-        if args.input or args.shard_index is not None or args.num_shards == 1:
+        if args.input or args.shard_index is not None or args.num_shards == 1 or args.check:
             parser.error(
                 "--merge takes --output-prefix, --json-keys and --num-shards, at least 2, as the"
-                " shards were written with; leave --input and --shard-index out"
+                " shards were written with; leave --input, --shard-index and --check out"
             )
         return
     for name in ("input", "tokenizer_model"):
@@ -186,10 +220,10 @@ def _check_shards(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; return 0, or 2 after printing what is wrong."""
+    """Run the tool; return 0, 1 where a check found less, or 2 after printing what is wrong."""
     args = parse_args(argv)
     try:
-        preprocess(args)
+        return 0 if preprocess(args) else 1
     except BrokenProcessPool as error:
         print(f"error: a worker process died ({error}); use fewer --workers", file=sys.stderr)
         return 2
@@ -199,4 +233,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; started again, the command does what is missing", file=sys.stderr)
         return 130
-    return 0

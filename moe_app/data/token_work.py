@@ -64,7 +64,7 @@ class TokenWork:
     @property
     def prefix(self) -> str:
         """Return the path without .bin and .idx."""
-        whole = f"{self.args.output_prefix}_{self.key}_document"
+        whole = f"{self.args.output_prefix}_{self.args.output_key or self.key}_document"
         return shard_prefix(whole, index=self.args.shard_index, count=self.args.num_shards)
 
     @property
@@ -113,18 +113,28 @@ class TokenWork:
             DataError: Where the manifest belongs is a file that is none.
         """
         manifest = read_manifest(self.prefix)
-        if manifest is None or not self.is_resumable:
-            return None
+        return manifest if manifest is not None and self.missing(manifest) is None else None
+
+    def missing(self, manifest: TokenManifest) -> str | None:
+        """Return why files with this manifest are not what is to be written; None if they are."""
+        if not self.is_resumable:
+            return "an input is a pipe"
         mine = self.described()
-        if any(getattr(manifest, name) != value for name, value in mine.items()):
-            return None
+        differing = [name for name, value in mine.items() if getattr(manifest, name) != value]
+        if differing:
+            return (
+                "it was written by another command or of other inputs: its manifest differs in"
+                f" {', '.join(differing)}"
+            )
         when = manifest_path(self.prefix).stat().st_mtime_ns
-        if any((each.modified_ns or 0) > when for each in self.inputs):
-            return None
+        newer = [each.path for each in self.inputs if (each.modified_ns or 0) > when]
+        if newer:
+            return f"{newer[0]} was changed after it was written"
         try:
-            return manifest if written_facts(self.prefix, manifest) == manifest.facts else None
-        except DataError:
-            return None
+            is_whole = written_facts(self.prefix, manifest) == manifest.facts
+        except DataError as error:
+            return str(error)
+        return None if is_whole else "its files are not those of its manifest"
 
 
 def digest(value: object) -> str:

@@ -53,6 +53,7 @@ def run_filters(args: argparse.Namespace) -> None:
         tokenizer_type=args.tokenizer_type,
         tokenizer_model=args.tokenizer_model,
         max_bad_lines=args.max_bad_lines,
+        eod_token=args.eod_token,
         tokens=_token_settings(args),
     )
     with _names_full_disk(folder.output):
@@ -74,10 +75,10 @@ def _token_settings(args: argparse.Namespace) -> TokenSettings | None:
     """
     if args.tokenize:
         return TokenSettings(append_eod=args.append_eod, eod_token=args.eod_token)
-    if args.append_eod or args.eod_token is not None:
+    if args.append_eod:
         raise ConfigError(
-            "--append-eod and --eod-token say how documents are tokenized, but they are not; add"
-            " --tokenize, or leave them out"
+            "--append-eod says how documents are tokenized, but they are not; add --tokenize, or"
+            " leave it out"
         )
     return None
 

@@ -31,6 +31,8 @@ class CountingTokenizer:
     type: str
     model: str
     sha256: str
+    eod_token: str | None = None
+    """As --eod-token: what ends documents, which no text becomes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +71,14 @@ def make_plan(
     tokenizer_type: str,
     tokenizer_model: str | None,
     max_bad_lines: int,
+    eod_token: str | None = None,
     tokens: TokenSettings | None = None,
 ) -> FilterPlan:
     """Look at the files and check that the filters have what they need.
 
     Raises:
-        ConfigError: There is no filter, or one needs a tokenizer and none is named.
+        ConfigError: There is no filter, one needs a tokenizer and none is named, or none does, and
+            the end of documents is named.
         DataError: An input or the tokenizer is missing or bad.
     """
     if not filters:
@@ -89,7 +93,13 @@ def make_plan(
                 " add --tokenizer-type and --tokenizer-model"
             )
         named = identify_tokenizer(tokenizer_type, tokenizer_model)
-        tokenizer = CountingTokenizer(tokenizer_type, str(named.path.absolute()), named.sha256)
+        path = str(named.path.absolute())
+        tokenizer = CountingTokenizer(tokenizer_type, path, named.sha256, eod_token)
+    elif eod_token is not None:
+        raise ConfigError(
+            f"--eod-token {eod_token!r} is a token of the tokenizer, but no filter counts tokens"
+            " and none are made; add --tokenize, or leave the flag out"
+        )
     sources = tuple(find_sources(inputs))
     if len(sources) > _MOST_COMPARED and any(isinstance(f.options, MinhashRule) for f in filters):
         raise ConfigError(

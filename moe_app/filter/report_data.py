@@ -22,7 +22,7 @@ from megatron.trainer.data.token_manifest import check_facts, read_manifest
 from megatron.trainer.data.tokenizer import TOKENIZER_CHOICES, Tokenizer, load_tokenizer
 from megatron.trainer.errors import DataError, UserError, printable
 from megatron.trainer.io.atomic_write import write_text
-from moe_app.command_line import program
+from moe_app.command_line import argument_text, program
 from moe_app.data.sources import find_sources
 from moe_app.filter.data_counts import DataCounts, count_repeated
 from moe_app.filter.records import BadEntry, read_entries
@@ -92,7 +92,9 @@ def make_report(args: argparse.Namespace) -> list[dict[str, Any]]:
     """
     tokenizer = None
     if args.tokenizer_model is not None:
-        tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
+        tokenizer = load_tokenizer(
+            args.tokenizer_type, args.tokenizer_model, eod_token=args.eod_token
+        )
     found = []
     for is_text, name in chain(
         ((False, each) for each in args.token_file), ((True, each) for each in args.input)
@@ -188,6 +190,12 @@ def parse_report_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="what wrote --tokenizer-model",
     )
     parser.add_argument("--tokenizer-model", metavar="PATH", help="counts tokens of texts too")
+    parser.add_argument(
+        "--eod-token",
+        type=argument_text,
+        metavar="TEXT",
+        help="the token that ends a document, where the tokenizer's files name none",
+    )
     args = parser.parse_args(argv)
     if not args.token_file and not args.input:
         parser.error("neither --token-file nor --input is given; name at least one source")

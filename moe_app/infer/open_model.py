@@ -240,23 +240,39 @@ def find_tokenizer(data: DataConfig, found: FoundCheckpoint, args: argparse.Name
         ConfigError: there is neither.
         DataError: its file is missing or of another kind.
     """
-    kind = args.tokenizer_type or data.tokenizer_type
+    kind, path = place_tokenizer(data, found, args)
+    is_given = args.tokenizer_model is not None
+    eod_token = args.eod_token if is_given else args.eod_token or data.eod_token
+    return load_tokenizer(kind, path, eod_token=eod_token)
+
+
+def place_tokenizer(
+    data: DataConfig, found: FoundCheckpoint, args: argparse.Namespace
+) -> tuple[str, str]:
+    """Return type and path of the requested tokenizer, or else of the one in the checkpoint.
+
+    Args:
+        data: of the run that wrote the checkpoint.
+        found: the checkpoint.
+        args: the command line.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    kind: str = args.tokenizer_type or data.tokenizer_type
     if args.tokenizer_model is not None:
-        return load_tokenizer(kind, args.tokenizer_model, eod_token=args.eod_token)
-    eod_token = args.eod_token or data.eod_token
+        return kind, args.tokenizer_model
     has_own = data.tokenizer_model is not None and not data.mock_data
     if not has_own and any((found.path / name).is_file() for name in TOKENIZER_FILES.values()):
         # Carried from an import that the run continued; the first type is an import's choice.
-        first = args.tokenizer_type or next(iter(TOKENIZER_FILES))
-        return load_tokenizer(first, str(found.path), eod_token=eod_token)
+        return args.tokenizer_type or next(iter(TOKENIZER_FILES)), str(found.path)
     if not has_own:
         why = "its data were --mock-data" if data.mock_data else "its run had no --tokenizer-model"
         raise ConfigError(
             f"{found.path} has no tokenizer, because {why}; text needs"
             " one; name the tokenizer that made the training data with --tokenizer-model"
         )
-    path = found.path / Path(data.tokenizer_model or "").name
-    return load_tokenizer(kind, str(path), eod_token=eod_token)
+    return kind, str(found.path / Path(data.tokenizer_model or "").name)
 
 
 def load_model(

@@ -228,10 +228,11 @@ def check_tokenizer(prefix: str, manifest: TokenManifest, tokenizer: TokenizerId
     if manifest.tokenizer_sha256 != tokenizer.sha256:
         raise DataError(
             f"{prefix} was written with {manifest.tokenizer_file} ({manifest.tokenizer_type},"
-            f" SHA-256 {_shown(manifest.tokenizer_sha256)}), but --tokenizer-model is"
+            f" SHA-256 {_shown(manifest.tokenizer_sha256)}), but the model's tokenizer is"
             f" {tokenizer.path} ({tokenizer.kind}, SHA-256 {_shown(tokenizer.sha256)}); ids mean"
-            " what the tokenizer that wrote them says; give that one, or preprocess the data with"
-            f" this one; if both give the same ids, remove {manifest_path(prefix)}"
+            " what the tokenizer that wrote them says; give that one with --tokenizer-model, or"
+            " preprocess the data with this one; if both give the same ids, remove"
+            f" {manifest_path(prefix)}"
         )
 
 

@@ -56,7 +56,7 @@ class RuleFilter(BaseFilter):
 
 @functools.lru_cache(maxsize=1)
 def _load(file: CountingTokenizer) -> Tokenizer:
-    return load_tokenizer(file.type, file.model)
+    return load_tokenizer(file.type, file.model, eod_token=file.eod_token)
 
 
 class RepetitionFilter(RuleFilter):

@@ -44,6 +44,7 @@ class TokenWriter(PipelineStep):
         args = argparse.Namespace(
             input=[str(path)],
             output_prefix=str(self.folder.tokens / "kept"),
+            output_key=None,
             tokenizer_type=tokenizer.type,
             tokenizer_model=tokenizer.model,
             append_eod=tokens.append_eod,

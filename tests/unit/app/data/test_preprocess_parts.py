@@ -158,6 +158,8 @@ def test_more_shards_than_lines_leave_some_empty(
         ("--num-shards 0", "--num-shards is 0; it must be at least 1"),
         ("--merge --num-shards 2", "--merge takes --output-prefix, --json-keys and --num-shards"),
         ("--max-bad-lines -1", "--max-bad-lines is -1; it must be at least 0"),
+        ("--output-key a --json-keys b c", "--output-key a is a name for the token files of one"),
+        ("--merge --check --num-shards 2", "leave --input, --shard-index and --check out"),
     ],
 )
 def test_flags_that_do_not_fit_together_are_refused(
@@ -190,6 +192,25 @@ def test_finished_work_is_done_again_only_where_something_changed(
     Path(f"{out}_text_document.bin").write_bytes(files(out)[0][:-2])
     assert "complete already" not in report("--append-eod")
     assert files(out) != before
+
+
+def test_check_tells_finished_work_from_other_work_and_writes_nothing(
+    tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out"
+    source.write_bytes(GOOD.replace(b'"text"', b'"content"'))
+    work = ["--input", str(source), "--json-keys", "content", "--output-key", "text"]
+    assert run(out, *work, "--check") == 1
+    assert "there is no finished one" in capsys.readouterr().out
+    assert [each.name for each in tmp_path.iterdir()] == ["in.jsonl"]
+    assert run(out, *work) == 0
+    before = files(out)
+    assert run(out, *work, "--check") == 0
+    assert run(out, *work, "--append-eod", "--check") == 1
+    assert "its manifest differs in eod_token_id, work_sha256" in capsys.readouterr().out
+    Path(f"{out}_text_document.bin").write_bytes(before[0][:-2])
+    assert run(out, *work, "--check") == 1
+    assert run(out, *work) == 0 and files(out) == before
 
 
 def test_draft_of_other_work_and_of_another_process_is_refused(

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -182,3 +184,58 @@ def test_parts_of_the_pile_are_parted(
     write(path.with_name("01.jsonl"), {"text": "a"})
     assert to_text.main(["pile-arxiv", str(tmp_path)]) == 2
     assert "01.jsonl, line 1: KeyError 'meta'" in capsys.readouterr().err
+
+
+STAND_IN = """#!/bin/bash
+# Stands for the tools: finds finished what the file `checked` says, and makes empty files.
+cd "$(dirname "$0")"
+echo "$*" >> calls
+case "$*" in
+*--check*) echo "its manifest differs"; exit "$(cat checked)" ;;
+*filter_data.py*) mkdir -p data/filtered/a; touch data/filtered/a/summary.json ;;
+*) touch data/a_text_document.idx ;;
+esac
+"""
+
+
+def test_token_files_of_other_work_are_not_taken_for_finished(tmp_path: Path) -> None:
+    (tmp_path / "recipe/filters").mkdir(parents=True)
+    (tmp_path / "recipe/filters/text.yaml").write_text("tokenizer_type: HFTokenizer\n")
+    (tmp_path / "recipe/sources.tsv").write_text("a\tb/c\t*\tcontent\ttext\tas-is\t1\n")
+    (tmp_path / "data/raw/a").mkdir(parents=True)
+    (tmp_path / "tokenizer.json").touch()
+    (tmp_path / "tool").write_text(STAND_IN)
+    (tmp_path / "tool").chmod(0o755)
+
+    def prepare(checked: int) -> tuple[int, list[str], str]:
+        (tmp_path / "checked").write_text(f"{checked}\n")
+        (tmp_path / "calls").write_text("")
+        done = subprocess.run(
+            [
+                "bash",
+                str(EXAMPLES / "slurm/prepare_sources.sh"),
+                "recipe",
+                "data",
+                "tokenizer.json",
+            ],
+            cwd=tmp_path,
+            env={"PATH": os.defpath, "REPO": str(REPO), "PYTHON": str(tmp_path / "tool")},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        calls = (tmp_path / "calls").read_text().splitlines()
+        return done.returncode, [Path(each.split()[0]).stem for each in calls], done.stderr
+
+    index = tmp_path / "data/a_text_document.idx"
+    index.touch()
+    status, called, said = prepare(0)
+    assert (status, called) == (2, []) and "which it must be made of, is not finished" in said
+    index.unlink()
+    assert prepare(0)[:2] == (0, ["filter_data", "preprocess_data"])
+    assert prepare(0)[:2] == (0, ["filter_data", "preprocess_data"])  # the second is a check
+    status, called, said = prepare(1)
+    assert (status, called) == (2, ["filter_data", "preprocess_data"])
+    assert "its manifest differs; move or remove data/a_text_document.bin" in said
+    (tmp_path / "data/a_text_document.part").mkdir()  # a start that was killed goes on
+    assert prepare(1)[:2] == (0, ["filter_data", "preprocess_data"])

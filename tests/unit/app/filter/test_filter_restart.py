@@ -102,7 +102,7 @@ def test_recipe_ends_in_the_token_files_of_its_kept_documents(
     assert main([*common, "--tokenize"]) == 2
     assert "--tokenize makes tokens, but no tokenizer is named" in capsys.readouterr().err
     assert main([*common, "--append-eod"]) == 2
-    assert "add --tokenize, or leave them out" in capsys.readouterr().err
+    assert "add --tokenize, or leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from megatron.trainer.data.writer import TokenFileWriter
-from moe_app.filter import data_counts
+from moe_app.filter import data_counts, filter_data
 from moe_app.filter.data_counts import extension_of
 from moe_app.filter.report_data import main
+from tests.unit.trainer.data.make_tokenizers import make_hf_tokenizer
 
 TEXTS: list[dict[str, Any]] = [
     {"text": "a b", "path": "src/x.py"},
@@ -90,3 +91,20 @@ def test_extensions_are_of_paths_alone_and_bounded(monkeypatch: pytest.MonkeyPat
     for suffix in "abcad":
         counts.add_language({"path": f"x.{suffix}"}, 1)
     assert counts.languages == {".a": [2, 2], ".b": [1, 1], "(other)": [2, 2]}
+
+
+def test_flag_that_messages_name_names_the_end_of_documents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_hf_tokenizer(tmp_path / "tokenizer", ["<unk>", "<x>"])
+    texts = write_texts(tmp_path / "in.jsonl")
+    flags = ["--tokenizer-type", "HFTokenizer", "--tokenizer-model", model, "--input", texts]
+    rule = ["--filter", "length:min=1,unit=tokens", "--output", str(tmp_path / "kept")]
+    for tool, more in ((main, ["--output", str(tmp_path / "out")]), (filter_data.main, rule)):
+        assert tool([*flags, *more]) == 2
+        assert "name the token with --eod-token" in capsys.readouterr().err
+        more[-1] += "-named"
+        assert tool([*flags, *more, "--eod-token", "<x>"]) == 0
+    no_tokens = ["--input", texts, "--filter", "length:min=1", "--output", str(tmp_path / "other")]
+    assert filter_data.main([*no_tokens, "--eod-token", "<x>"]) == 2
+    assert "no filter counts tokens and none are made" in capsys.readouterr().err

@@ -100,9 +100,10 @@ def test_another_tokenizer_is_refused(tmp_path: Path, tokenizer: str) -> None:
     Path(tokenizer).write_text("other")
     message = (
         f"{prefix} was written with tokenizer.json (HFTokenizer, SHA-256 {SHA[:16]}), but"
-        f" --tokenizer-model is {tokenizer} (HFTokenizer, SHA-256 d9298a10d1b07358); ids mean what"
-        " the tokenizer that wrote them says; give that one, or preprocess the data with this one;"
-        f" if both give the same ids, remove {prefix}.json"
+        f" the model's tokenizer is {tokenizer} (HFTokenizer, SHA-256 d9298a10d1b07358); ids mean"
+        " what the tokenizer that wrote them says; give that one with --tokenizer-model, or"
+        " preprocess the data with this one; if both give the same ids, remove"
+        f" {prefix}.json"
     )
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         check(prefix, tokenizer_model=tokenizer)
