@@ -58,6 +58,10 @@ ALLOWED: dict[str, dict[str, str]] = {
         "_compile_jinja_template": "a process of its own, with limits, in transformers' sandbox",
         "render_jinja_template": "the same",
     },
+    "moe_app/evaluate/execution/boot.py": {
+        "compile": "a generated program, in the sandbox, within limits",
+        "exec": "the same",
+    },
     # Tests that compare with transformers.
     "tests/unit/app/chat/make_chat.py": {"apply_chat_template": "the tests' and the project's own"},
     "tests/unit/app/chat/test_jinja_template.py": {"apply_chat_template": "the test's templates"},
