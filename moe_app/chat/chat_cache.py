@@ -28,12 +28,9 @@ from moe_app.chat.jinja_template import TokenizerTemplate
 from moe_app.chat.samples import DialogueEncoder
 from moe_app.chat.templates import TEMPLATES, BuiltinTemplate
 from moe_app.chat.token_store import MANIFEST, VERSION, TokenStore, open_store
-from moe_app.data.sources import SourceFile
+from moe_app.data.sources import CACHE_SUFFIX, SourceFile
 
 logger = logging.getLogger(__name__)
-
-SUFFIX = ".chat-cache"
-"""What the name of the first input ends with to name the folder of its tokens."""
 
 _WAIT_S = 0.2
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -107,7 +104,10 @@ def open_tokens_of(
             overlong=cfg.overlong,
         )
         key = _key(files, kind, cfg, choice, encoder)
-        root = Path(cfg.data_cache) if cfg.data_cache else Path(f"{files[0].path}{SUFFIX}")
+        # By its name nobody takes it for data, wherever it is.
+        root = Path(f"{files[0].path}{CACHE_SUFFIX}")
+        if cfg.data_cache:
+            root = Path(cfg.data_cache) / root.name
         path = root / key[:32]
         if not (path / MANIFEST).exists():
             with _writing(root, path) as is_missing:

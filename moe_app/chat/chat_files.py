@@ -16,6 +16,8 @@ from moe_app.filter.records import read_rows
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5
+_MOST_CHARACTERS = 1000
+"""Of what is wrong with a row."""
 _MOST_STATE_BYTES = 1 << 20
 
 
@@ -40,6 +42,8 @@ class BadRows:
             DataError: There are more than may be skipped.
         """
         self.count += 1
+        if len(problem) > _MOST_CHARACTERS:  # it quotes a row
+            problem = f"{problem[:_MOST_CHARACTERS]}..."
         if len(self.shown) < _SHOWN:
             self.shown.append(problem)
             if self.count <= self._most:

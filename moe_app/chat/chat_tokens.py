@@ -66,7 +66,11 @@ def encoded_units(
             if len(samples) > 1 and all(
                 np.array_equal(samples[0].ids, each.ids) for each in samples[1:]
             ):
-                raise OverlongError("has two texts whose first tokens are the same")
+                if any(each.is_cut for each in samples):
+                    raise OverlongError("has two texts whose first tokens are the same")
+                raise DataError(
+                    "has two answers that the template writes alike; a pair must differ; remove it"
+                )
         except RenderingError as error:
             raise DataError(f"{where}: {error}") from error
         except OverlongError as error:

@@ -63,8 +63,12 @@ class ChatTemplate(Protocol):
     def identity(self) -> str:
         """Return what tells its texts from those of other templates."""
 
-    def render(self, turns: Turns) -> Rendered:
+    def render(self, turns: Turns, *, has_targets: bool = True) -> Rendered:
         """Return the text of a conversation.
+
+        Args:
+            turns: Of it.
+            has_targets: Say what the assistant wrote; where all of the text counts, nobody asks.
 
         Raises:
             DataError: The template does not take it, or does not say what the assistant wrote.

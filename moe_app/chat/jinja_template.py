@@ -65,7 +65,7 @@ class TokenizerTemplate:
         self._renderer: Renderer | None = None
         self.identity: str = json.dumps([self._source, self._variables])
 
-    def render(self, turns: Turns) -> Rendered:
+    def render(self, turns: Turns, *, has_targets: bool = True) -> Rendered:
         """Return the text of a conversation.
 
         Raises:
@@ -73,23 +73,20 @@ class TokenizerTemplate:
                 assistant wrote begins and ends.
         """
         assistant = [number for number, turn in enumerate(turns) if turn.role == ASSISTANT]
-        reply = self._ask(turns, [] if self._has_marks else _cuts(turns, assistant))
+        needs_cuts = has_targets and not self._has_marks
+        reply = self._ask(turns, _cuts(turns, assistant) if needs_cuts else [])
         text: str = reply["text"]
         as_text = self._find_spelled(turns, text, self._whole)
         marked = [(int(first), int(last)) for first, last in reply["spans"]]
-        if self._has_marks and len(marked) == len(assistant):
-            pairs = list(zip(assistant, marked, strict=True))
-        elif self._has_marks:
-            # Several marks in a turn, or turns without: borders tell which mark is whose.
-            borders = self._borders(turns, assistant, self._ask(turns, _cuts(turns, assistant)))
-            whose = zip(assistant, borders, strict=True)
-            pairs = [
-                (turn, span) for turn, own in whose for span in marked if overlaps(span, [own])
-            ]
-        else:
+        pairs: list[tuple[int, Span]] = []
+        if needs_cuts:
             borders = self._borders(turns, assistant, reply)
             spans = [self._without_space(text, border, as_text) for border in borders]
             pairs = list(zip(assistant, spans, strict=True))
+        elif has_targets and len(marked) == len(assistant) <= 1:
+            pairs = list(zip(assistant, marked, strict=True))
+        elif has_targets:
+            pairs = self._owners(turns, assistant, marked)
         targets = tuple(Target(turn=turn, span=span) for turn, span in pairs)
         return Rendered(text=text, targets=targets, as_text=as_text)
 
@@ -121,6 +118,38 @@ class TokenizerTemplate:
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
+
+    def _check_roles(self, turns: Turns) -> None:
+        """Refuse roles that a template would write as control tokens.
+
+        Raises:
+            DataError: One spells such a token.
+        """
+        for number, turn in enumerate(turns, 1):
+            if self._spelled.search(turn.role):
+                raise DataError(
+                    f"turn {number} has the role {turn.role!r:.80}, which spells a control token of"
+                    " the tokenizer; only the template may place one; rename the role, or remove"
+                    " the row"
+                )
+
+    def _owners(
+        self, turns: Turns, assistant: Sequence[int], marked: Sequence[Span]
+    ) -> list[tuple[int, Span]]:
+        """Return which turn each mark is of: a turn may have several, or none.
+
+        Raises:
+            DataError: Borders do not tell, and there are not as many marks as turns.
+        """
+        reply = self._ask(turns, _cuts(turns, assistant))
+        try:
+            borders = self._borders(turns, assistant, reply)
+        except DataError:
+            if len(marked) != len(assistant):
+                raise
+            return list(zip(assistant, marked, strict=True))
+        whose = zip(assistant, borders, strict=True)
+        return [(turn, span) for turn, own in whose for span in marked if overlaps(span, [own])]
 
     def _borders(self, turns: Turns, assistant: Sequence[int], reply: Message) -> list[Span]:
         """Return what lies between the text before each turn of an assistant and that with it."""
@@ -197,6 +226,7 @@ class TokenizerTemplate:
         Raises:
             DataError: It fails on the conversation.
         """
+        self._check_roles(turns)
         if self._renderer is None:
             self._renderer = self._start(self._source, self._variables, str(self._directory))
         return self._renderer.ask(

@@ -119,7 +119,7 @@ class DialogueEncoder:
         Raises:
             DataError: It cannot be rendered or encoded.
         """
-        rendered = self.template.render(dialogue.turns)
+        rendered = self.template.render(dialogue.turns, has_targets=self.train_on != "all")
         encoding = self.tokenizer.encode_written(rendered.text, rendered.as_text)
         spans = counted_spans(rendered, dialogue, self.train_on)
         counted = np.array(is_counted(encoding.offsets, spans), dtype=np.bool_)

@@ -94,7 +94,7 @@ class BuiltinTemplate:
         self._spelled = control_pattern(tokenizer)
         self.identity: str = f"{name} {self._bos!r} {self._eos!r} {self._rule.jinja}"
 
-    def render(self, turns: Turns) -> Rendered:
+    def render(self, turns: Turns, *, has_targets: bool = True) -> Rendered:
         """Return the text of a conversation.
 
         Raises:

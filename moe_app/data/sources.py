@@ -19,6 +19,8 @@ _KINDS: dict[str, Kind] = {
     ".json": "jsonl",
     ".parquet": "parquet",
 }
+CACHE_SUFFIX = ".chat-cache"
+"""Ends the names of folders in which tokens are kept, beside what they were made of."""
 _PACKED = (".gz", ".zst")
 _MOST_STATE_BYTES = 1 << 26
 
@@ -41,7 +43,8 @@ def find_sources(inputs: Sequence[str], *, flag: str = "--input") -> list[Source
 
     Args:
         inputs: Files; folders, all of whose files with a known suffix are taken, in subfolders
-            too; patterns such as `data/*.jsonl.zst`; directories of `Dataset.save_to_disk`.
+            too, but not from caches of tokens; patterns such as `data/*.jsonl.zst`; directories of
+            `Dataset.save_to_disk`.
         flag: What names the inputs, for messages.
 
     Raises:
@@ -89,8 +92,9 @@ def _expand(text: str, flag: str) -> list[tuple[Path, Kind]]:
     if path.is_dir():
         return list(_files_of(path, path))
     if glob.has_magic(text):
-        files = sorted(Path(each) for each in glob.glob(text, recursive=True))
         root = Path(*_before_magic(path))
+        matches = (Path(each) for each in glob.glob(text, recursive=True))
+        files = sorted(each for each in matches if not _is_cached(each, root))
         return [(_inside(file, root), _kind(file) or "jsonl") for file in files if file.is_file()]
     raise DataError(
         f"{flag} {text} does not exist or is no regular file; it must be a file, a folder or a"
@@ -105,7 +109,8 @@ def _files_of(folder: Path, root: Path) -> Iterator[tuple[Path, Kind]]:
         return
     for entry in sorted(folder.iterdir()):
         if entry.is_dir():
-            if not entry.is_symlink():
+            # A cache may be written, and renamed, while others look.
+            if not entry.is_symlink() and not entry.name.endswith(CACHE_SUFFIX):
                 yield from _files_of(entry, root)
         elif kind := _kind(entry):
             yield _inside(entry, root), kind
@@ -113,6 +118,11 @@ def _files_of(folder: Path, root: Path) -> Iterator[tuple[Path, Kind]]:
 
 def _is_dataset(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _is_cached(path: Path, root: Path) -> bool:
+    """Return whether a file that a pattern found is in a cache of tokens below its root."""
+    return any(part.endswith(CACHE_SUFFIX) for part in path.parts[len(root.parts) : -1])
 
 
 def _before_magic(path: Path) -> list[str]:

@@ -17,11 +17,12 @@ from pyarrow import parquet
 
 from megatron.trainer.errors import DataError
 from moe_app.chat import chat_cache, chat_rows
-from moe_app.chat.chat_cache import SUFFIX, TokenizerChoice, open_tokens_of
+from moe_app.chat.chat_cache import TokenizerChoice, open_tokens_of
 from moe_app.chat.chat_config import ChatDataConfig
 from moe_app.chat.dialogue import ChatKind
 from moe_app.chat.token_store import MANIFEST, TokenStore
-from tests.unit.app.chat.make_chat import END, make_tokenizer, write_rows
+from moe_app.data.sources import CACHE_SUFFIX
+from tests.unit.app.chat.make_chat import END, MARKED, make_tokenizer, write_rows
 
 WORDS = [f"{'over ' * n}dog" for n in range(1, 9)]
 
@@ -198,8 +199,40 @@ def test_tokens_are_made_once_for_what_they_follow_from(
     file.write_text(file.read_text() + "\n")
     prints |= {read(path, choice).fingerprint}
     assert len(made) == len(prints) == 6
-    names = {each.name for each in Path(f"{path}{SUFFIX}").iterdir()}
+    names = {each.name for each in Path(f"{path}{CACHE_SUFFIX}").iterdir()}
     assert sum(name.endswith(".lock") for name in names) == 6 and len(names) == 12
+
+
+@pytest.mark.parametrize("cache", [None, "data"])
+def test_tokens_in_a_folder_of_data_are_no_data(
+    cache: str | None, tmp_path: Path, choice: TokenizerChoice
+) -> None:
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "a.jsonl", CHATS)
+    settings = {} if cache is None else {"data_cache": str(tmp_path / cache)}
+    for path in (tmp_path / "data", tmp_path / "data" / "**" / "*.json*"):
+        found = [read(str(path), choice, **settings).fingerprint for _ in range(2)]
+        assert found[0] == found[1]
+
+
+def test_a_bad_row_is_quoted_in_brief(tmp_path: Path, choice: TokenizerChoice) -> None:
+    long = "A" * (2 << 20)  # more than a manifest may have
+    turns = [{"role": long, "content": "x"}, {"role": "assistant", "content": "y"}]
+    path = write_rows(tmp_path / "a.jsonl", [*CHATS, {long: 1}, {"messages": turns}])
+    for _ in range(2):
+        facts = read(path, choice, max_bad_rows=2).facts
+        assert facts["bad"] == 2 and max(map(len, facts["shown"])) < 2000
+
+
+def test_answers_that_the_template_writes_alike_are_a_bad_row(
+    tmp_path: Path, choice: TokenizerChoice
+) -> None:
+    source = MARKED.replace("message['content']", "message['content'] | trim")
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(source)
+    rows = [{"prompt": "x", "chosen": "a", "rejected": other} for other in ("a ", "b")]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    store = read(path, choice, "preference", template="tokenizer", overlong="error", max_bad_rows=1)
+    assert (store.facts["rows"], store.facts["bad"], store.facts["overlong"]) == (1, 1, 0)
 
 
 def test_what_a_killed_process_left_is_taken_away(tmp_path: Path, choice: TokenizerChoice) -> None:
@@ -293,7 +326,7 @@ def test_place_that_cannot_be_written_is_named_with_a_remedy(
     tmp_path: Path, choice: TokenizerChoice
 ) -> None:
     path = write_rows(tmp_path / "a.jsonl", CHATS)
-    Path(f"{path}{SUFFIX}").write_text("a file is in the way")
+    Path(f"{path}{CACHE_SUFFIX}").write_text("a file is in the way")
     with pytest.raises(DataError, match=r"tokens cannot be kept in .*--data-cache"):
         read(path, choice)
     assert read(path, choice, data_cache=str(tmp_path / "elsewhere")).num_texts == 8

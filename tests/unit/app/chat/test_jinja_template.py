@@ -102,6 +102,29 @@ def test_several_marks_in_a_turn_belong_to_it(tmp_path: Path) -> None:
         assert sample.ids[sample.counted].tolist() == expected
 
 
+def test_marks_belong_to_the_turn_that_they_are_in(tmp_path: Path) -> None:
+    # Two marks in the last turn and none before: as many as there are assistant's turns.
+    source = CHATML.replace(
+        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}",
+        "{{ '<|im_start|>' + message['role'] + '\n' }}{% if loop.last %}"
+        "{% generation %}{{ message['content'] }}{% endgeneration %}\n"
+        "{% generation %}{{ '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}",
+    )
+    turns = (Turn("user", "q"), Turn("assistant", "a"), Turn("user", "r"), Turn("assistant", "c"))
+    ours, _ = make_tokenizer(tmp_path)
+    last = [*ours.encode("c"), ours.token_id("<|im_end|>")]
+    for train_on in ("assistant", "last"):
+        sample = encode(tmp_path, source, turns, train_on)  # type: ignore[arg-type]
+        assert sample.ids[sample.counted].tolist() == last
+
+
+def test_role_that_spells_a_control_token_is_refused(tmp_path: Path) -> None:
+    turns = (Turn("user<|IM_END|>", "x"), Turn("assistant", "y"))
+    with pytest.raises(DataError, match=r"turn 1 has the role 'user<.*spells a control token"):
+        encode(tmp_path, CHATML, turns)
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -117,6 +140,9 @@ def test_unknown_borders_are_refused(source: str, tmp_path: Path) -> None:
     turns = (*CHAT, *CHAT)
     with pytest.raises(DataError, match=r"does not say where turn 2, an assistant's"):
         encode(tmp_path, source, turns)
+    # The remedy of the message: where all tokens count, no border is needed.
+    sample = encode(tmp_path, source, turns, "all")
+    assert sample.num_counted == len(sample.ids) - 1
 
 
 def test_template_that_changes_with_spelled_tokens_is_refused(tmp_path: Path) -> None:
