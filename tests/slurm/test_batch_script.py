@@ -44,9 +44,9 @@ def call(run: Path, *, restart: int, node: str = "n0") -> dict[str, Any]:
     return found
 
 
-def trainer_flags(run: Path, *, restart: int = 0) -> list[str]:
+def trainer_flags(run: Path, *, restart: int = 0, tool: str = "pretrain") -> list[str]:
     arguments = called(run, restart=restart)
-    return arguments[arguments.index(str(REPO / "tools" / "pretrain.py")) + 1 :]
+    return arguments[arguments.index(str(REPO / "tools" / f"{tool}.py")) + 1 :]
 
 
 def test_torchrun_gets_the_same_arguments_on_every_node(cluster: Cluster) -> None:
@@ -92,8 +92,11 @@ BEGINNINGS: dict[str, tuple[str, list[str], list[str]]] = {
     # RUN replaces the recipe's own directory; null means none.
     "own": ("load: mine\nsave: mine\n", [], ["--load", "RUN"]),
     "null": ("load: null\n", [], ["--load", "RUN"]),
+    "tuned": ("load: other\ntrain_data: [a]\n", [], []),
 }
 """Recipe, flags, and the flags that are added if the run directory is empty."""
+STAGES = {"tuned": "finetune"}
+"""Of those that are not pretraining."""
 
 
 def test_run_starts_as_configured_and_resumes_its_own_checkpoint(cluster: Cluster) -> None:
@@ -101,7 +104,7 @@ def test_run_starts_as_configured_and_resumes_its_own_checkpoint(cluster: Cluste
         (cluster.work / f"{name}.yaml").write_text(recipe)
     for is_first in (True, False):
         jobs = [
-            start(cluster, name, *flags, mode="finish")
+            start(cluster, name, *flags, mode="finish", STAGE=STAGES.get(name, ""))
             for name, (_, flags, _) in BEGINNINGS.items()
         ]
         finish(cluster, *jobs)
@@ -110,7 +113,8 @@ def test_run_starts_as_configured_and_resumes_its_own_checkpoint(cluster: Cluste
             end = added if is_first else ["--load", "RUN", "--no-finetune"]
             own = ["--config", f"{name}.yaml", "--save", str(run), *flags]
             expected = own + [str(run) if each == "RUN" else each for each in end]
-            assert trainer_flags(run) == expected, (name, is_first)
+            tool = STAGES.get(name, "pretrain")
+            assert trainer_flags(run, tool=tool) == expected, (name, is_first)
 
 
 def test_stopped_job_is_requeued_and_resumes_its_newest_checkpoint(cluster: Cluster) -> None:
