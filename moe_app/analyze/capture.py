@@ -14,7 +14,7 @@ from megatron.trainer.inference.scoring import plan_batches
 from moe_app.analyze.texts import Tokens, Window
 from moe_ext.analysis.model_routers import RouterId
 from moe_ext.analysis.ordering import by_gate
-from moe_ext.functional import Routing, count_tokens, routing_entropy
+from moe_ext.functional import Routing, routing_entropy
 from moe_ext.routers import MoERouter
 
 
@@ -72,25 +72,36 @@ class RouterPart:
             routing: of [s * b] tokens, those of a position one after the other.
             lengths: of the b windows; what lies behind is padding.
         """
-        rows, topk = routing.experts.shape
-        num_experts = routing.scores.shape[1]
+        batch, num_experts = len(lengths), routing.scores.shape[1]
         choices = by_gate(routing)
-        shape = (rows // len(lengths), len(lengths))
-        experts = choices.experts.view(*shape, topk).transpose(0, 1)  # [b, s, k]
-        gates = choices.gates.view(*shape, topk).transpose(0, 1).cpu()
-        scores = routing.scores.view(*shape, num_experts).transpose(0, 1)  # [b, s, e]
-        entropy = routing_entropy(routing.scores.double()).view(*shape).transpose(0, 1)  # [b, s]
-        for number, length in enumerate(lengths):
-            mine = experts[number, :length]
-            self.counts.append(_host(count_tokens(mine, num_experts=num_experts), np.int32))
-            self.scores.append(_host(scores[number, :length].double().sum(dim=0), np.float64))
-            self.entropy.append(float(entropy[number, :length].sum()))
-            self.experts.append(_host(mine, np.int16))
-            self.gates.append(_host(gates[number, :length], np.float32))
+        shape = (-1, batch)
+        experts = choices.experts.view(*shape, choices.experts.shape[1])  # [s, b, k]
+        scores = routing.scores.view(*shape, num_experts).double()  # [s, b, e]
+        entropy = routing_entropy(routing.scores.double()).view(shape)  # [s, b]
+        if min(lengths) < len(entropy):
+            ends = torch.tensor(lengths, device=entropy.device)
+            is_padding = torch.arange(len(entropy), device=entropy.device)[:, None] >= ends
+            scores = scores.masked_fill(is_padding[..., None], 0.0)
+            entropy = entropy.masked_fill(is_padding, 0.0)
+        self.scores += list(_host(scores.sum(dim=0), np.float64))
+        self.entropy += entropy.sum(dim=0).tolist()
+        mine = _by_window(experts, lengths, np.int16)
+        self.experts += mine
+        self.gates += _by_window(choices.gates.view_as(experts), lengths, np.float32)
+        self.counts += [
+            np.bincount(each.reshape(-1), minlength=num_experts).astype(np.int32) for each in mine
+        ]
 
 
 def _host(tensor: Tensor, dtype: Any) -> Any:
     return np.ascontiguousarray(tensor.cpu().numpy().astype(dtype))
+
+
+def _by_window(values: Tensor, lengths: Sequence[int], dtype: Any) -> list[Any]:
+    """Return what [s, b, ...] has of each window, without padding."""
+    # One array a batch: many small ones would lie scattered between the tensors of the passes.
+    rows = _host(values.transpose(0, 1), dtype)  # [b, s, ...]
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
 
 @dataclass(kw_only=True)
@@ -108,10 +119,10 @@ class ShardPart:
 
 
 class Model(Protocol):
-    """Computes logits, on one rank or many."""
+    """Predicts tokens, on one rank or many."""
 
-    def logits(self, tokens: Tensor, position_ids: Tensor) -> Tensor | None:
-        """Return logits [b, n, v], or None on a rank without logits."""
+    def likeliest(self, tokens: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the likeliest next tokens [b, n] and their logits; None without a head."""
         ...
 
 
@@ -148,16 +159,17 @@ def run_windows(
         for row, number in enumerate(mine):
             tokens[row, : lengths[row]] = torch.from_numpy(windows[number].tokens.astype(np.int64))
         position_ids = torch.arange(tokens.shape[1]).expand(*tokens.shape)
-        logits = model.logits(tokens, position_ids)
+        best = model.likeliest(tokens, position_ids)
         if not mine or not is_kept:
             continue
         part.windows += mine
         for name, routing in capture.last.items():
             part.routers.setdefault(name, RouterPart()).add(routing, lengths)
-        if logits is not None:
-            best = logits.max(dim=-1)  # [b, s]
-            values, ids = best.values.cpu(), _host(best.indices, np.int32)
-            for row, length in enumerate(lengths):
-                part.num_broken += int((~values[row, :length].isfinite()).sum())
-                part.predicted.append(ids[row, :length])
+        if best is not None:
+            ids, values = best
+            part.predicted += _by_window(ids.T, lengths, np.int32)
+            part.num_broken += sum(
+                int((~row[:length].isfinite()).sum())
+                for row, length in zip(values, lengths, strict=True)
+            )
     return part

@@ -10,6 +10,11 @@ from torch import Tensor, nn
 
 from megatron.trainer.runtime.launch import RunContext
 
+_MOST_LOGITS = 1 << 22
+"""Numbers that `likeliest` lets the head compute at a time: 16 MiB of fp32."""
+_LEAST_HEAD_ROWS = 64
+"""Positions that are worth a matrix product, however large the vocabulary."""
+
 
 class ParallelModel:
     """Runs forward passes of this rank's part of a model together with the other ranks.
@@ -65,6 +70,47 @@ class ParallelModel:
         """Return logits [b, n, v] of all tokens [b, n] on the last stage, None before it."""
         output = self._forward(tokens, position_ids, runtime_gather_output=True)
         return None if output is None else output[..., : self.vocab_size]
+
+    def likeliest(self, tokens: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the likeliest token after each of a batch, and its logit.
+
+        The head runs over a part of the positions at a time: logits of a whole batch would be the
+        largest tensor of a pass by far.
+
+        Args:
+            tokens: [b, n] int64.
+            position_ids: [b, n] int64.
+
+        Returns:
+            [b, n] int64 ids, the lowest among equals, and [b, n] fp32 logits, NaN where any of a
+            position's is NaN, both on the CPU on the last stage; None before it.
+        """
+        kept: dict[str, Any] = {}
+
+        def keep(
+            _module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            kept.update(hidden=args[0], options=options)
+            return (args[0][:1, :1], *args[1:]), options  # [1, 1, h]; its logits are not used
+
+        with self._before_output_layer(keep, with_kwargs=True):
+            output = self._forward(tokens, position_ids, runtime_gather_output=True)
+        if output is None:
+            return None
+        ids, values = self._likeliest_of(kept["hidden"], kept["options"])  # [n, b]
+        return ids.T.contiguous(), values.T.contiguous()
+
+    @torch.no_grad()
+    def _likeliest_of(self, hidden: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return ids and logits of the likeliest tokens [n, b] after hidden states [n, b, h]."""
+        head = cast(nn.Module, self.model.output_layer)
+        rows = max(_LEAST_HEAD_ROWS, _MOST_LOGITS // self.vocab_size)
+        found: list[tuple[Tensor, Tensor]] = []
+        for part in hidden.flatten(0, 1).split(rows):
+            logits, _ = head(part[None], **options)  # [1, rows, padded v]
+            found.append(_largest(logits[0, :, : self.vocab_size]))
+        ids, values = (torch.cat(each).view(hidden.shape[:2]) for each in zip(*found, strict=True))
+        return ids, values
 
     def log_probs(self, tokens: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor | None:
         """Return natural-log probabilities of labels.
@@ -124,12 +170,16 @@ class ParallelModel:
         return [int(value) for value in largest.tolist()]
 
     @contextlib.contextmanager
-    def _before_output_layer(self, hook: Callable[..., Any]) -> Iterator[None]:
+    def _before_output_layer(
+        self, hook: Callable[..., Any], *, with_kwargs: bool = False
+    ) -> Iterator[None]:
         """Install a pre-forward hook on the output layer of the last stage within the context."""
         if not self.is_last:
             yield
             return
-        handle = cast(nn.Module, self.model.output_layer).register_forward_pre_hook(hook)
+        handle = cast(nn.Module, self.model.output_layer).register_forward_pre_hook(
+            hook, with_kwargs=with_kwargs
+        )
         try:
             yield
         finally:
@@ -156,3 +206,13 @@ class ParallelModel:
             return output
         dist.send(output.contiguous(), group=self._pp, group_dst=stage + 1)
         return None
+
+
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return index and value of the largest logit of each row [m, v], on the CPU."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        # NumPy's is several times as fast as torch's on a CPU, and treats NaN alike.
+        ids = torch.from_numpy(logits.numpy().argmax(axis=1))
+        return ids, logits.gather(1, ids[:, None])[:, 0]
+    best = logits.max(dim=1)
+    return best.indices.cpu(), best.values.float().cpu()
