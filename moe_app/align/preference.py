@@ -73,7 +73,7 @@ def text_log_probs(
     sums = sum_by_text(-losses.detach().float(), batch, num_texts(batch))
     if group.size() > 1:
         dist.all_reduce(sums, group=group)
-    return sums / batch.texts["sizes"] if is_average else sums
+    return sums / batch.texts["sizes"].clamp(min=1.0) if is_average else sums
 
 
 def log_probs_of(
@@ -176,7 +176,7 @@ class PreferenceObjective(ABC):
                 total = terms.losses.sum() / denominator
                 (coefficients,) = torch.autograd.grad(total, leaf)
             if self.is_average:
-                coefficients = coefficients / batch.texts["sizes"]
+                coefficients = coefficients / batch.texts["sizes"].clamp(min=1.0)
             surrogate = (_spread(coefficients, batch) * -losses).sum()
             with torch.no_grad():
                 report = self.figures(terms, sums, batch.texts)
@@ -296,7 +296,8 @@ class KTOObjective(PreferenceObjective):
         total = torch.zeros(2, dtype=torch.float64, device=state.ctx.device)
         for batch, mine in zip(batches, policy, strict=True):
             if len(mine):
-                is_mismatched = batch.texts["role"] == MISMATCHED
+                # Where a text was cut before its answer, there is nothing to compare.
+                is_mismatched = (batch.texts["role"] == MISMATCHED) & (batch.texts["sizes"] > 0)
                 ratios = (mine - batch.texts["reference"])[is_mismatched]
                 total += torch.stack((ratios.double().sum(), is_mismatched.sum().double()))
         dist.all_reduce(total, group=state.ctx.groups.dp)

@@ -5,6 +5,8 @@ of what computed it. A file of another reference or of other texts is refused.
 """
 
 import dataclasses
+import hashlib
+import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -40,6 +42,9 @@ logger = logging.getLogger("align")
 
 VALUES_NAME, FACTS_NAME = "reference.npy", "reference.json"
 _ROLES = 3
+
+Facts = Mapping[str, Any]
+"""What kept log-probabilities follow from, by name; JSON values."""
 
 
 def find_reference(cfg: AlignConfig) -> FoundCheckpoint:
@@ -119,7 +124,7 @@ class KeptReference:
         values = self.values[int(texts["set"][0])]
         kept = values[texts["index"].cpu().numpy(), texts["role"].cpu().numpy()]
         found = torch.from_numpy(kept).to(batch.tokens.device)
-        return found / texts["sizes"] if self.is_average else found
+        return found / texts["sizes"].clamp(min=1.0) if self.is_average else found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +162,33 @@ def keep_reference(
         DataError: the directory has those of another reference or of other texts.
     """
     root = Path(cfg.align.reference_cache or "")
-    facts = {
+    facts = on_rank0("reading the reference", lambda: _facts(cfg, found, sources))
+    missing = on_rank0("looking for the reference", lambda: _missing(root, facts))
+    computed: dict[str, npt.NDArray[np.float32]] = {}
+    if missing:
+        chunks = load_reference(cfg, state, found)
+        for name in missing:
+            values = computed[name] = _compute(cfg, state, chunks, sources[name])
+            on_rank0(
+                "keeping the reference",
+                partial(_write, root / name, values, facts[name]),
+            )
+    # What this run computed is not read again: another run may have written since.
+    kept = on_rank0(
+        "reading the reference",
+        lambda: [
+            computed[name] if name in computed else _read(root / name, facts[name])
+            for name in sources
+        ],
+    )
+    return KeptReference(values=kept, is_average=cfg.align.average_log_prob)
+
+
+def _facts(
+    cfg: AlignConfig, found: FoundCheckpoint, sources: Mapping[str, RowSource]
+) -> dict[str, Facts]:
+    """Return what the log-probabilities of each set of texts follow from."""
+    return {
         name: {
             "reference": identity_of(found)["sha256"],
             "texts": source.fingerprint,
@@ -166,45 +197,40 @@ def keep_reference(
         }
         for name, source in sources.items()
     }
-    missing = on_rank0("looking for the reference", lambda: _missing(root, facts))
-    if missing:
-        chunks = load_reference(cfg, state, found)
-        for name in missing:
-            values = _compute(cfg, state, chunks, sources[name])
-            on_rank0(
-                "keeping the reference",
-                partial(_write, root / name, values, facts[name]),
-            )
-    return KeptReference(
-        values=[_read(root / name) for name in sources], is_average=cfg.align.average_log_prob
-    )
 
 
-def _missing(root: Path, facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _missing(root: Path, facts: Mapping[str, Facts]) -> list[str]:
     """Return the sets without values; refuse those of something else."""
     missing = []
     for name, wanted in facts.items():
-        path = root / name / FACTS_NAME
-        if not path.is_file():
+        if (root / name / FACTS_NAME).is_file():
+            _read_facts(root / name, wanted)
+        else:
             missing.append(name)
-            continue
-        try:
-            kept = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise DataError(
-                f"{path} is no description of a reference: {error}; remove it"
-            ) from error
-        changed = [
-            key for key in wanted if not isinstance(kept, dict) or kept.get(key) != wanted[key]
-        ]
-        if changed:
-            raise DataError(
-                f"{path} is of another reference: its {changed[0]} is"
-                f" {kept.get(changed[0]) if isinstance(kept, dict) else None}, and this run's"
-                f" {wanted[changed[0]]}; log-probabilities are of one model and one set of texts;"
-                " name another --reference-cache, or remove it"
-            )
     return missing
+
+
+def _read_facts(folder: Path, wanted: Facts) -> dict[str, Any]:
+    """Return the description of kept values.
+
+    Raises:
+        DataError: it cannot be read, or is of something else than what is wanted.
+    """
+    path = folder / FACTS_NAME
+    try:
+        kept = json.loads(path.read_text("utf-8"))
+        if not isinstance(kept, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no description of a reference: {error}; remove it") from error
+    changed = [key for key in wanted if kept.get(key) != wanted[key]]
+    if changed:
+        raise DataError(
+            f"{path} is of another reference: its {changed[0]} is {kept.get(changed[0])}, and this"
+            f" run's {wanted[changed[0]]}; log-probabilities are of one model and one set of texts;"
+            " name another --reference-cache, or remove it"
+        )
+    return kept
 
 
 def _compute(
@@ -213,21 +239,22 @@ def _compute(
     """Return [rows, 3] log-probabilities of a set of texts, on rank 0; a collective call."""
     ctx, size = state.ctx, cfg.training.micro_batch_size
     total = int(source.num_windows or 0)
-    per_round = size * ctx.layout.data
+    # As many micro-batches as stages, without which an interleaved pipeline does not run.
+    per_batch = size * ctx.layout.data
+    per_round = per_batch * ctx.layout.pipeline
     ask = LiveReference(chunks=chunks, is_average=False)
     kept: list[tuple[list[int], list[int], list[float]]] = []
     for start in range(0, total, per_round):
-        first = start + ctx.data_parallel_rank * size
-        # Every rank makes each pass: beyond the end it repeats the last sample.
-        numbers = [min(number, total - 1) for number in range(first, first + size)]
-        batch = with_sizes(source.read_rows(numbers, pin_memory=False).to(ctx.device))
-        assert state.documents is not None  # texts are kept apart
-        whole = separate_documents(batch, state.documents)
-        mine = shard_positions(whole, rank=ctx.groups.cp.rank(), size=ctx.groups.cp.size())
-        (log_probs,) = ask(state, [mine])
-        if len(log_probs):
-            texts = batch.texts
-            kept.append((texts["index"].tolist(), texts["role"].tolist(), log_probs.tolist()))
+        batches = []
+        for first in range(start + ctx.data_parallel_rank * size, start + per_round, per_batch):
+            # Every rank makes each pass: beyond the end it repeats the last sample.
+            numbers = [min(number, total - 1) for number in range(first, first + size)]
+            batch = source.read_rows(numbers, pin_memory=False).to(ctx.device)
+            batches.append(_placed(state, with_sizes(batch)))
+        for batch, log_probs in zip(batches, ask(state, batches), strict=True):
+            if len(log_probs):
+                texts = batch.texts
+                kept.append((texts["index"].tolist(), texts["role"].tolist(), log_probs.tolist()))
     triples = [each for part in gather_on_rank0(kept) for each in part]
     if ctx.rank != 0:
         return np.empty((0, _ROLES), np.float32)
@@ -238,13 +265,24 @@ def _compute(
     return values
 
 
-def _write(folder: Path, values: npt.NDArray[np.float32], facts: Mapping[str, Any]) -> None:
+def _placed(state: TrainState, batch: Batch) -> Batch:
+    """Return this rank's positions, in which texts are kept apart."""
+    assert state.documents is not None  # a source of texts has them
+    whole = separate_documents(batch, state.documents)
+    group = state.ctx.groups.cp
+    return shard_positions(whole, rank=group.rank(), size=group.size())
+
+
+def _write(folder: Path, values: npt.NDArray[np.float32], facts: Facts) -> None:
     """Write values, and last what they are of."""
+    content = io.BytesIO()
+    np.save(content, values, allow_pickle=False)
+    # Of what is written, not of what is on disk: another run may write there, too.
+    named = {**facts, "sha256": hashlib.sha256(content.getbuffer()).hexdigest()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / VALUES_NAME, durable=True) as file:
-            np.save(file, values, allow_pickle=False)
-        named = {**facts, "sha256": file_sha256(folder / VALUES_NAME)}
+            file.write(content.getbuffer())
         write_text(folder / FACTS_NAME, json.dumps(named, indent=2), durable=True)
     except OSError as error:
         raise DataError(
@@ -254,10 +292,10 @@ def _write(folder: Path, values: npt.NDArray[np.float32], facts: Mapping[str, An
     logger.info("kept the reference's log-probabilities of %d rows in %s", len(values), folder)
 
 
-def _read(folder: Path) -> npt.NDArray[np.float32]:
-    """Read values and check that they are what was written."""
+def _read(folder: Path, wanted: Facts) -> npt.NDArray[np.float32]:
+    """Read values and check that they are what was written, of what is wanted."""
     path = folder / VALUES_NAME
-    facts = json.loads((folder / FACTS_NAME).read_text("utf-8"))
+    facts = _read_facts(folder, wanted)
     try:
         if file_sha256(path) != facts.get("sha256"):
             raise ValueError(f"its SHA-256 is not that in {FACTS_NAME}")

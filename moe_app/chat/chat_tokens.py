@@ -192,9 +192,10 @@ def _mismatched(
         if other == number or prompts[other] == prompts[number]:
             continue
         found = encoder.encode_whole(_joined(own, rows[other]))
-        sample = sample or found
         if len(found.ids) <= encoder.seq_length:
             return found
+        if sample is None or not sample.num_counted:
+            sample = found.cut(encoder.seq_length)
         if (tried := tried + 1) == _MOST_FITTING:
             break
     if sample is None:  # all prompts are the same

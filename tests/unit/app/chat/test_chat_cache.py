@@ -209,7 +209,7 @@ def test_tokens_in_a_folder_of_data_are_no_data(
 ) -> None:
     (tmp_path / "data").mkdir()
     write_rows(tmp_path / "data" / "a.jsonl", CHATS)
-    settings = {} if cache is None else {"data_cache": str(tmp_path / cache)}
+    settings: dict[str, Any] = {} if cache is None else {"data_cache": str(tmp_path / cache)}
     for path in (tmp_path / "data", tmp_path / "data" / "**" / "*.json*"):
         found = [read(str(path), choice, **settings).fingerprint for _ in range(2)]
         assert found[0] == found[1]
@@ -233,6 +233,24 @@ def test_answers_that_the_template_writes_alike_are_a_bad_row(
     path = write_rows(tmp_path / "a.jsonl", rows)
     store = read(path, choice, "preference", template="tokenizer", overlong="error", max_bad_rows=1)
     assert (store.facts["rows"], store.facts["bad"], store.facts["overlong"]) == (1, 1, 0)
+
+
+def test_mismatched_text_has_tokens_that_count_if_any_has(
+    tmp_path: Path, choice: TokenizerChoice
+) -> None:
+    # With the long prompt no answer fits; of the first one, what counts would be cut off.
+    talk = (("assistant", "dog"), ("user", "the " * 10), ("assistant", "lazy"))
+    turns = [{"role": role, "content": content} for role, content in talk]
+    rows = [
+        {"prompt": "over " * 20, "completion": "a", "label": True},
+        {"prompt": "fox", "completion": "a", "label": True},
+        {"prompt": "dog", "completion": turns, "label": False},
+        {"prompt": "the", "completion": "lazy " * 40, "label": False},
+    ]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    store = read(path, choice, "kto", length=80, train_on="last")
+    ids, counted = store.read(4)
+    assert len(ids) == 80 and counted.sum() > 30
 
 
 def test_what_a_killed_process_left_is_taken_away(tmp_path: Path, choice: TokenizerChoice) -> None:

@@ -115,7 +115,7 @@ def test_marks_belong_to_the_turn_that_they_are_in(tmp_path: Path) -> None:
     ours, _ = make_tokenizer(tmp_path)
     last = [*ours.encode("c"), ours.token_id("<|im_end|>")]
     for train_on in ("assistant", "last"):
-        sample = encode(tmp_path, source, turns, train_on)  # type: ignore[arg-type]
+        sample = encode(tmp_path, source, turns, train_on)
         assert sample.ids[sample.counted].tolist() == last
 
 
