@@ -23,10 +23,12 @@ from megatron.trainer.runtime.collective import on_rank0
 from megatron.trainer.runtime.launch import environment_rank, run_main
 from megatron.trainer.runtime.log import configure_logging
 from moe_app.command_line import program
+from moe_app.evaluate import own_flags
 from moe_app.evaluate.answers import AnswerFile
-from moe_app.evaluate.suites import OLMES, SUITES, Suite
+from moe_app.evaluate.suites import OLMES, SUITES, Suite, named_suite
 from moe_app.evaluate.workers import Workers
 from moe_app.infer import open_model
+from moe_app.infer.conversations import Conversations
 from moe_app.infer.stop import collect_stops
 
 logger = logging.getLogger("evaluate")
@@ -115,6 +117,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     open_model.add_tokens_per_batch(work)
     open_model.add_batch_size(work)
+    own_flags.add_conversation_flag(tasks)
+    own_flags.add_execution_flags(parser)
     return parser
 
 
@@ -142,7 +146,7 @@ def run(args: argparse.Namespace) -> None:
         on_rank0("looking for lm-evaluation-harness", _check_harness)
         tasks = on_rank0("choosing the tasks", lambda: _choose(args))
         opened = open_model.open_checkpoint(args, prog=program("evaluate"))
-        given = on_rank0("reading the tokenizer", lambda: _open_tokenizer(args, opened))
+        given = on_rank0("reading the tokenizer", lambda: _open_tokenizer(args, tasks, opened))
         tokenizer, stop_ids = given
         loaded = open_model.load_model(args, opened)
         workers = Workers(
@@ -182,18 +186,44 @@ def _choose(args: argparse.Namespace) -> Suite:
             f"--output {args.output} cannot be made: {error.strerror}; results go there; name"
             " another directory"
         ) from error
-    if args.suite is not None:
-        return SUITES[args.suite]
-    return Suite(tasks=tuple(args.tasks))
+    chosen = named_suite(args.tasks) if args.suite is None else SUITES[args.suite]
+    if chosen.own and args.num_fewshot is not None:
+        raise ConfigError(
+            f"--num-fewshot is {args.num_fewshot}, but the prompts of {', '.join(chosen.own)} are"
+            " those of the papers; leave it out, or evaluate other tasks"
+        )
+    return chosen
+
+
+def _has_conversations(args: argparse.Namespace, suite: Suite) -> bool:
+    """Return whether a task is asked in conversations."""
+    return bool(suite.own) and (suite.is_chat or args.template is not None)
+
+
+def _open_conversations(
+    args: argparse.Namespace, opened: open_model.OpenedCheckpoint, tokenizer: Tokenizer
+) -> "contextlib.closing[Conversations]":
+    conversations = Conversations(
+        args.template,
+        tokenizer,
+        checkpoint=opened.found.path,
+        tokenizer_path=args.tokenizer_model,
+    )
+    return contextlib.closing(conversations)
 
 
 def _open_tokenizer(
-    args: argparse.Namespace, opened: open_model.OpenedCheckpoint
+    args: argparse.Namespace, suite: Suite, opened: open_model.OpenedCheckpoint
 ) -> tuple[Tokenizer, Mapping[int, str]]:
     """Return the tokenizer, and the ids that end a text."""
     tokenizer = open_model.open_tokenizer(args, opened)
     nothing_more = argparse.Namespace(stop=[], stop_token_id=[])
-    return tokenizer, collect_stops(nothing_more, tokenizer, opened.found.path).ids
+    end = None
+    if _has_conversations(args, suite):
+        with _open_conversations(args, opened, tokenizer) as conversations:
+            conversations.encode_user("?")
+            end = conversations.find_end()
+    return tokenizer, collect_stops(nothing_more, tokenizer, opened.found.path, turn_end=end).ids
 
 
 @contextlib.contextmanager
@@ -237,7 +267,13 @@ def _evaluate(
     """Run the harness; on rank 0 alone."""
     from moe_app.evaluate.harness.model import HarnessModel
     from moe_app.evaluate.harness.olmes_run import evaluate_olmes
-    from moe_app.evaluate.harness.run import RESULTS_NAME, evaluate_suite, summary_lines
+    from moe_app.evaluate.harness.own_run import evaluate_own
+    from moe_app.evaluate.harness.run import (
+        RESULTS_NAME,
+        evaluate_suite,
+        summary_lines,
+        write_results,
+    )
 
     length = args.max_length or opened.saved.training.seq_length
     model = HarnessModel(
@@ -255,10 +291,18 @@ def _evaluate(
         "iteration": opened.found.iteration,
         "max_length": length,
     }
-    is_olmes = args.suite == OLMES
-    found = (
-        evaluate_olmes(model, args, info) if is_olmes else evaluate_suite(model, suite, args, info)
-    )
+    found: dict[str, Any] = {"results": {}, "config": info, "limit": args.limit}
+    if args.suite == OLMES:
+        found = evaluate_olmes(model, args, info)
+    elif suite.tasks:
+        found = evaluate_suite(model, suite, args, info)
+    if suite.own:
+        with contextlib.ExitStack() as stack:
+            conversations = None
+            if _has_conversations(args, suite):
+                conversations = stack.enter_context(_open_conversations(args, opened, tokenizer))
+            found["results"] |= evaluate_own(model, suite, args, conversations)
+    write_results(Path(args.output), found)
     for line in summary_lines(found):
         logger.info("%s", line)
     logger.info("wrote %s", Path(args.output) / RESULTS_NAME)

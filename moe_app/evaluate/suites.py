@@ -1,7 +1,9 @@
 """Lists the tasks, examples and metrics of leaderboards and papers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from moe_app.evaluate.coding.problems import CODE_TASKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,10 +14,20 @@ class Suite:
     """Names of the harness."""
     num_fewshot: Mapping[str, int] = field(default_factory=dict)
     """Examples in a prompt by task; others use the task's own number."""
+    own: tuple[str, ...] = ()
+    """Names of what is scored here, and not by the harness: see `OWN_TASKS`."""
+    code_samples: int = 1
+    """Completions of each problem of programming."""
+    is_chat: bool = False
+    """Whether problems of programming are asked in a conversation."""
 
 
 OLMES = "olmes"
 """Names the suite that is read from published requests, not from tasks of the harness."""
+
+OWN_TASKS = tuple(CODE_TASKS)
+"""What --tasks takes beside the names of the harness; it has such tasks, but they run unprotected.
+"""
 
 SUITES: dict[str, Suite] = {
     OLMES: Suite(tasks=()),
@@ -31,5 +43,14 @@ SUITES: dict[str, Suite] = {
             "gsm8k": 5,
         },
     ),
+    "code": Suite(tasks=(), own=("humaneval", "mbpp")),
 }
 """By the name that --suite takes."""
+
+
+def named_suite(names: Sequence[str]) -> Suite:
+    """Return tasks by their names, those of the harness apart from those that are scored here."""
+    return Suite(
+        tasks=tuple(name for name in names if name not in OWN_TASKS),
+        own=tuple(name for name in names if name in OWN_TASKS),
+    )

@@ -144,13 +144,19 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the continuation of each prompt, up to the text that it stops at."""
-        wanted = []
-        times: dict[str, int] = {}
+        prompts = []
         for request in requests:
             context, settings = request.args
-            ids, sampling = self._prompt(context, dict(settings))
+            prompts.append(self.cut_prompt(self.tok_encode(context), dict(settings)))
+        return self.continue_prompts(prompts)
+
+    def continue_prompts(self, prompts: Sequence[tuple[Sequence[int], Sampling]]) -> list[str]:
+        """Return the continuation of each prompt; of equal ones each draw is another."""
+        wanted = []
+        times: dict[str, int] = {}
+        for ids, sampling in prompts:
             # Several draws for one prompt are several requests of the same arguments.
-            name = request_key("prompt", [ids, dataclasses.asdict(sampling)])
+            name = request_key("prompt", [list(ids), dataclasses.asdict(sampling)])
             times[name] = times.get(name, -1) + 1
             wanted.append((tuple(ids), sampling, self._seed + times[name]))
         ends = sorted(self._workers.stop_ids)
@@ -164,9 +170,15 @@ class HarnessModel(TemplateLM):
         )
         return [self._text(each[1], list(ids)) for each, ids in zip(wanted, found, strict=True)]
 
-    def _prompt(self, context: str, settings: dict[str, Any]) -> tuple[list[int], Sampling]:
-        """Read the settings of a generation, and cut its prompt from the left to fit."""
-        given = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
+    def cut_prompt(
+        self, context: Sequence[int], settings: Mapping[str, Any]
+    ) -> tuple[list[int], Sampling]:
+        """Read the settings of a generation, and cut its prompt from the left to fit.
+
+        Raises:
+            ConfigError: a setting is not known, or no room is left for a prompt.
+        """
+        given = dict(normalize_gen_kwargs(dict(settings), self.max_gen_toks))
         until = handle_stop_sequences(given.pop("until", None), eos=None)
         limit = int(given.pop("max_gen_toks"))
         temperature = float(given.pop("temperature", 0.0) or 0.0)
@@ -186,7 +198,7 @@ class HarnessModel(TemplateLM):
                 " positions, one at least for the prompt; lower max_gen_toks (--gen-kwargs"
                 " max_gen_toks=N) or raise --max-length"
             )
-        ids = self.tok_encode(context)[-room:] or [self.prefix_token_id]
+        ids = list(context)[-room:] or [self.prefix_token_id]
         return ids, Sampling(
             max_new_tokens=limit,
             stops=tuple(text for text in until if text),

@@ -9,7 +9,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 
 from megatron.trainer.errors import ConfigError
-from megatron.trainer.io.atomic_write import atomic_write, write_text
+from megatron.trainer.io.atomic_write import atomic_write
 from moe_app.evaluate.harness.model import HarnessModel
 from moe_app.evaluate.olmes import (
     OLMES_TASKS,
@@ -26,7 +26,7 @@ REQUESTS_NAME = "requests.jsonl.gz"
 def evaluate_olmes(
     model: HarnessModel, args: argparse.Namespace, info: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Score the tasks whose requests are there, write results and samples, and return the results.
+    """Score the tasks whose requests are there, write samples, and return the results.
 
     Raises:
         UserError: no task is there, a file is damaged, or nothing can be written.
@@ -50,10 +50,7 @@ def evaluate_olmes(
         )
     scores = [each["score,none"] for each in results.values()]
     results["olmes"] = {"score,none": sum(scores) / len(scores), "tasks": len(scores)}
-    whole = {"results": results, "config": dict(info), "limit": args.limit}
-    path = Path(args.output) / "results.json"
-    write_text(path, json.dumps(whole, indent=2) + "\n", durable=True)
-    return whole
+    return {"results": results, "config": dict(info), "limit": args.limit}
 
 
 def _requests(root: Path, name: str, split: str, form: str) -> Path | None:

@@ -21,7 +21,7 @@ from moe_app.evaluate.suites import Suite
 logger = logging.getLogger("evaluate")
 
 RESULTS_NAME = "results.json"
-_NO_METRICS = ("alias", "name", "sample_len")
+_NO_METRICS = ("alias", "name", "sample_len", "samples")
 
 
 def find_tasks(args: argparse.Namespace, tasks: Sequence[str]) -> TaskManager:
@@ -52,7 +52,7 @@ def find_tasks(args: argparse.Namespace, tasks: Sequence[str]) -> TaskManager:
 def evaluate_suite(
     model: HarnessModel, suite: Suite, args: argparse.Namespace, info: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Evaluate every task, write results and samples, and return the results.
+    """Evaluate every task, write samples, and return the results.
 
     Raises:
         UserError: a task or its data are invalid, or nothing can be written.
@@ -76,9 +76,13 @@ def evaluate_suite(
     samples: Mapping[str, Sequence[dict[str, Any]]] = found.pop("samples")
     for task, each in samples.items():
         _write_samples(output / f"samples_{task}.jsonl", each)
+    return found
+
+
+def write_results(output: Path, found: Mapping[str, Any]) -> None:
+    """Write what was found."""
     text = json.dumps(found, indent=2, default=handle_non_serializable, ensure_ascii=False)
     write_text(output / RESULTS_NAME, text + "\n", durable=True)
-    return found
 
 
 def _by_fewshot(suite: Suite, asked: int | None) -> dict[int | None, list[str]]:

@@ -13,6 +13,7 @@ from lm_eval.tasks import TaskManager
 
 from moe_app.convert import convert_checkpoint
 from moe_app.evaluate import evaluation as command
+from moe_app.evaluate.execution import prison
 from moe_app.evaluate.workers import Workers
 from tests.distributed.convert_models import CONFIGS, make_hf
 from tests.unit.trainer.data.make_tokenizers import make_hf_tokenizer
@@ -232,6 +233,32 @@ def test_draws_of_one_prompt_differ_and_repeat_with_the_seed(folder: Path, tmp_p
     assert len(set(drawn[0])) == 4
 
 
+def test_programs_are_scored_beside_tasks_of_the_harness(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prison, "program_users", lambda: None)
+    data = tmp_path / "openai--openai_humaneval" / "default" / "test.jsonl"
+    data.parent.mkdir(parents=True)
+    problem = {
+        "task_id": "HumanEval/0",
+        "prompt": "def f():\n",
+        "entry_point": "f",
+        "test": "def check(candidate):\n    pass",
+    }
+    data.write_text(json.dumps(problem))
+    more = ("--task-data", str(tmp_path), "--limit", "1", "--gen-kwargs", "max_gen_toks=5")
+    code = ("--unsafe-execution", "limits", "--code-samples", "2", "--template", "zephyr")
+    assert evaluate(folder, "olmoe", tmp_path, *more, *code, tasks="letters,humaneval") == 0
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert results.keys() == {"letters", "humaneval"}
+    (sample,) = map(json.loads, (tmp_path / "samples_humaneval.jsonl").read_text().splitlines())
+    assert len(set(sample["resps"][0])) == 2
+    # What a random model writes is no Python.
+    assert results["humaneval"]["pass@1,none"] == 0.0
+    assert all(error.startswith("SyntaxError") for error in sample["errors"])
+    assert sample["prompt"].startswith("Complete the following Python function.")
+
+
 @pytest.mark.parametrize(
     ("more", "tasks", "message"),
     [
@@ -240,6 +267,8 @@ def test_draws_of_one_prompt_differ_and_repeat_with_the_seed(folder: Path, tmp_p
         (["--prefix-token-id", "289"], "words", "--prefix-token-id is 289; the tokenizer has"),
         (["--max-length", "9"], "words", "a task asks for 9 new tokens, but the model has 9"),
         (["--gen-kwargs", "num_beams=4"], "words", "sets generation_kwargs num_beams, which"),
+        ([], "humaneval", "humaneval is read from files alone; name the directory that has"),
+        (["--num-fewshot", "1"], "mbpp", "--num-fewshot is 1, but the prompts of mbpp are those"),
         (["--task-data", "nowhere"], "words", "--task-data nowhere is no directory; name"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Scores programs that a model wrote, by running them."""
