@@ -68,7 +68,11 @@ CHARTS = (
         key="rewards",
         title="Rewards",
         unit="beta x log-ratio",
-        columns={"chosen": "rewards_chosen", "rejected": "rewards_rejected"},
+        columns={
+            "chosen": "rewards_chosen",
+            "rejected": "rewards_rejected",
+            "margin": "rewards_margin",
+        },
     ),
     Chart(
         key="accuracy",
@@ -76,6 +80,13 @@ CHARTS = (
         unit="share",
         columns={"training": "rewards_accuracy"},
     ),
+    Chart(
+        key="log_probs",
+        title="Log-probabilities",
+        unit="nats",
+        columns={"chosen": "logps_chosen", "rejected": "logps_rejected"},
+    ),
+    Chart(key="kl", title="KL of mismatched answers", unit="nats", columns={"training": "kl"}),
     Chart(key="rate", title="Learning rate", unit="", columns={"learning rate": "learning_rate"}),
     Chart(
         key="norm",

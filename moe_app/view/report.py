@@ -176,6 +176,7 @@ def describe_training(
         ["training loss", f"{_number(last[name])} {LOSSES[name]}"],
         ["speed", f"{speed:,.0f} tokens/s, median of {len(metrics.speeds)} records"],
     ]
+    rows += _preference_rows(last)
     rows += _source_rows(last)
     if last.get("moe_max_load_ratio") is not None:
         rows += _expert_rows(cfg, last)
@@ -219,6 +220,7 @@ def describe_files(directory: Path) -> list[str]:
         "loss plot": "plots/loss.png",
         "rate plot": "plots/learning_rate.png",
         "source plot": "plots/sources.png",
+        "preferences": "plots/preferences.png",
         "expert load": "plots/expert_load.png",
         "TensorBoard": "tensorboard",
     }
@@ -241,6 +243,23 @@ def _source_rows(record: Mapping[str, Any]) -> list[list[str]]:
         for name, count in tokens.items()
     )
     return [["tokens from", told]]
+
+
+def _preference_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """Describe the rewards of the last record's global batch, in alignment."""
+    if "rewards_chosen" not in record:
+        return []
+    chosen, rejected, margin, accuracy = (
+        record.get(f"rewards_{name}") for name in ("chosen", "rejected", "margin", "accuracy")
+    )
+    met = "not known" if accuracy is None else f"{accuracy:.1%}"
+    return [
+        [
+            "rewards",
+            f"chosen {_number(chosen)}, rejected {_number(rejected)}, margin {_number(margin)}",
+        ],
+        ["preferences", f"{met} met in the last batch"],
+    ]
 
 
 def _expert_rows(cfg: PretrainConfig, record: Mapping[str, Any]) -> list[list[str]]:

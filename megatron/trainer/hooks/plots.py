@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron.trainer.hooks.base import Hook
 from megatron.trainer.io.atomic_write import atomic_write
-from megatron.trainer.records.losses import LOSSES, loss_name
+from megatron.trainer.records.losses import LOSSES, PREFERENCES, loss_name
 from megatron.trainer.records.record_file import Record
 from megatron.trainer.records.run_dir import RecordTail
 from megatron.trainer.records.thinned_curve import ThinnedCurve
@@ -31,6 +31,10 @@ class RunCurves:
         self.learning_rate = ThinnedCurve()
         self.sources: dict[str, ThinnedCurve] = {}
         """Tokens that each source has given."""
+        self.preferences: dict[str, ThinnedCurve] = {}
+        """Figures of alignment by their names in a record, in training."""
+        self.valid_preferences: dict[str, dict[str, ThinnedCurve]] = {}
+        """The same by validation set."""
         self.phases: list[tuple[int, str]] = []
         """Where a phase begins, in tokens at the last record before it, and its name."""
         self._before: Record | None = None
@@ -40,6 +44,8 @@ class RunCurves:
         tokens = record["consumed_tokens"]
         for name, loss in record.get("valid_loss", {}).items():
             self.validation.setdefault(name, ThinnedCurve()).add(tokens, _number(loss))
+        for name, figures in record.get("valid_metrics", {}).items():
+            _add_preferences(self.valid_preferences.setdefault(name, {}), tokens, figures)
         name = loss_name(record)
         if name is None:
             return
@@ -54,12 +60,13 @@ class RunCurves:
         for source, curve in self.sources.items():
             curve.add(tokens, given.get(source, 0))
         self.loss.add(tokens, _number(record[name]))
+        _add_preferences(self.preferences, tokens, record)
         if "learning_rate" in record:
             self.learning_rate.add(tokens, _number(record["learning_rate"]))
 
 
 class RunPlots(Hook):
-    """Redraws losses, learning rate and sources after every evaluation and at the end.
+    """Redraws losses, learning rate, sources and preferences after evaluations and at the end.
 
     Args:
         metrics: the run's `metrics.jsonl`, of which each record is read once.
@@ -88,6 +95,7 @@ class RunPlots(Hook):
         plot_losses(self._curves, self._directory / "loss.png")
         plot_learning_rate(self._curves, self._directory / "learning_rate.png")
         plot_sources(self._curves, self._directory / "sources.png")
+        plot_preferences(self._curves, self._directory / "preferences.png")
 
 
 def plot_losses(curves: RunCurves, path: Path) -> None:
@@ -141,6 +149,54 @@ def plot_sources(curves: RunCurves, path: Path) -> None:
     write_figure(figure, path)
 
 
+def plot_preferences(curves: RunCurves, path: Path) -> None:
+    """Draw rewards and what else alignment reports over tokens; nothing for other stages."""
+    shown = {
+        unit: names
+        for unit, names in PREFERENCES.items()
+        if any(name in curves.preferences for name in names.values())
+    }
+    if not shown:
+        return
+    figure, _ = new_figure(7.0, 0.6 + 2.1 * len(shown))
+    figure.clear()
+    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (unit, names) in zip(panels, shown.items(), strict=True):
+        axes.spines[["top", "right"]].set_visible(False)
+        for colour, (label, name) in zip(_COLOURS, names.items(), strict=False):
+            _plot_preference(axes, curves, name, colour=colour, label=label or "training")
+        _label(axes, curves, unit, has_x_label=axes is panels[-1])
+        handles, labels = axes.get_legend_handles_labels()
+        if len(handles) > 1:
+            axes.legend(handles, labels, frameon=False, fontsize=8, ncols=len(handles))
+    figure.align_ylabels()
+    write_figure(figure, path)
+
+
+def _plot_preference(axes: Any, curves: RunCurves, name: str, *, colour: str, label: str) -> None:
+    """Draw one figure of alignment: a line of training, and marks of validation sets."""
+    if name in curves.preferences:
+        axes.plot(*_coordinates(curves.preferences[name]), color=colour, lw=1.0, label=label)
+    for number, (set_name, found) in enumerate(sorted(curves.valid_preferences.items())):
+        if name in found:
+            what = f"validation: {set_name}" if label == "training" else f"_{set_name}"
+            axes.plot(
+                *_coordinates(found[name]),
+                color=colour,
+                linestyle="none",
+                marker="os^D"[number % 4],
+                markersize=4,
+                label=what,
+            )
+
+
+def _add_preferences(curves: dict[str, ThinnedCurve], tokens: float, figures: Record) -> None:
+    for names in PREFERENCES.values():
+        for name in names.values():
+            if name in figures:
+                curves.setdefault(name, ThinnedCurve()).add(tokens, _number(figures[name]))
+
+
 def _number(value: float | None) -> float:
     """Replace None, which stands for a number that was not finite, by NaN."""
     return math.nan if value is None else value
@@ -150,11 +206,12 @@ def _coordinates(curve: ThinnedCurve) -> tuple[list[float], list[float]]:
     return [x for x, _ in curve.points], [y for _, y in curve.points]
 
 
-def _label(axes: Any, curves: RunCurves, label: str) -> None:
+def _label(axes: Any, curves: RunCurves, label: str, *, has_x_label: bool = True) -> None:
     """Label the axes; draw a line with its name where a phase begins."""
     from matplotlib.ticker import EngFormatter
 
-    axes.set_xlabel("tokens")
+    if has_x_label:
+        axes.set_xlabel("tokens")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylabel(label)
     for border, name in curves.phases:

@@ -1,9 +1,21 @@
-"""Names the losses of the stages of training, as records have them."""
+"""Names the losses of the stages of training, and what alignment reports, as in records."""
 
 from collections.abc import Container
 
 LOSSES = {"lm_loss": "nats per token", "dpo_loss": "nats per pair", "kto_loss": "per answer"}
 """Maps the name of each loss to its unit; a step's record has one of them."""
+
+PREFERENCES: dict[str, dict[str, str]] = {
+    "rewards (beta x log-ratio)": {
+        "chosen": "rewards_chosen",
+        "rejected": "rewards_rejected",
+        "margin": "rewards_margin",
+    },
+    "preferences met (share)": {"": "rewards_accuracy"},
+    "log-probabilities (nats)": {"chosen": "logps_chosen", "rejected": "logps_rejected"},
+    "KL (nats)": {"": "kl"},
+}
+"""Maps the axes of a plot of alignment to labels of curves, and these to the numbers of records."""
 
 
 def loss_name(record: Container[str]) -> str | None:

@@ -101,6 +101,7 @@ def test_dpo_begins_at_log_2_and_learns(folder: Path, tmp_path: Path) -> None:
     assert found[0]["rewards_margin"] == pytest.approx(0.0, abs=1e-5)
     assert found[-1]["dpo_loss"] < 0.9 * found[0]["dpo_loss"]
     assert found[-1]["rewards_margin"] > 0.1
+    assert (tmp_path / "plots" / "preferences.png").is_file()
     assert found[-1]["rewards_chosen"] - found[-1]["rewards_rejected"] == pytest.approx(
         found[-1]["rewards_margin"], rel=1e-4
     )

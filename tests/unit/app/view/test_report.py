@@ -203,3 +203,20 @@ def test_report_says_what_each_of_several_sources_gave() -> None:
 
     assert not any(line.startswith("tokens from") for line in lines(one))
     assert "tokens from     code 480 (75.0%), docs 160 (25.0%)" in lines(two)
+
+
+def test_report_says_what_an_alignment_prefers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"chosen": 0.25, "rejected": -0.5, "margin": 0.75, "accuracy": 0.875}
+    record = {"dpo_loss": 0.5, **{f"rewards_{name}": each for name, each in figures.items()}}
+    run = write_run(
+        tmp_path, [record | {k: v for k, v in step(30, 0.0, 100.0).items() if k != "lm_loss"}]
+    )
+    (run / "plots" / "preferences.png").touch()
+    assert report.main(["--run", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "training loss   0.5000 nats per pair" in lines
+    assert "rewards         chosen 0.2500, rejected -0.5000, margin 0.7500" in lines
+    assert "preferences     87.5% met in the last batch" in lines
+    assert f"preferences     {run}/plots/preferences.png" in lines

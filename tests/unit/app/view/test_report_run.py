@@ -50,6 +50,32 @@ def test_numbers_of_the_page_are_those_of_the_records(tmp_path: Path) -> None:
         assert [rank for _, rank in slowest["customdata"]] == [r["straggler_rank"] for r in steps]
 
 
+def test_page_of_an_alignment_has_rewards_log_probabilities_and_kl(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a")
+    charts = {
+        ("rewards", "chosen"): "rewards_chosen",
+        ("rewards", "rejected"): "rewards_rejected",
+        ("rewards", "margin"): "rewards_margin",
+        ("accuracy", "training"): "rewards_accuracy",
+        ("log_probs", "chosen"): "logps_chosen",
+        ("log_probs", "rejected"): "logps_rejected",
+        ("kl", "training"): "kl",
+    }
+    records = []
+    for record in read_records(folder / "metrics.jsonl"):
+        if "lm_loss" in record:
+            loss = {"kto_loss": record.pop("lm_loss")}
+            at = record["iteration"]
+            more = {name: at + number / 8 for number, name in enumerate(charts.values())}
+            records.append(record | loss | more)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    page = make_page(folder)
+    for (chart, label), name in charts.items():
+        assert [value for _, _, value in page.curve(0, chart, label)] == [
+            record[name] for record in records
+        ]
+
+
 def test_events_and_phases_are_marked_where_they_were(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)]
     page = make_page(*folders)

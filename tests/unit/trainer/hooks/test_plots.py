@@ -19,6 +19,7 @@ from megatron.trainer.hooks.plots import (
     plot_expert_load,
     plot_learning_rate,
     plot_losses,
+    plot_preferences,
     plot_sources,
     write_figure,
 )
@@ -299,3 +300,51 @@ def test_memory_for_curves_does_not_grow_with_the_run(
     losses = [loss for _, loss in found[0].loss.points]
     assert len(losses) < 2100
     assert (min(losses), max(losses)) == (0, 976)
+
+
+def aligned(step: int, method: str) -> Record:
+    """A record of alignment, with a reward that was not finite."""
+    names = ("rewards_chosen", "rewards_rejected", "rewards_margin", "rewards_accuracy")
+    names += ("logps_chosen", "logps_rejected", *(("kl",) if method == "kto" else ()))
+    figures: Record = {name: step + number / 8 for number, name in enumerate(names)}
+    figures["rewards_rejected"] = None if step == 2 else figures["rewards_rejected"]
+    return {"consumed_tokens": 1000 * step, f"{method}_loss": 1 / step, **figures}
+
+
+@pytest.mark.parametrize(("method", "num_axes"), [("dpo", 3), ("kto", 4)])
+def test_alignment_has_a_plot_of_rewards_accuracy_log_probabilities_and_kl(
+    tmp_path: Path, drawn: list[Any], method: str, num_axes: int
+) -> None:
+    records = [aligned(step, method) for step in (1, 2, 3)]
+    evaluation = {"consumed_tokens": 3000, "valid_loss": {"valid": 0.5}}
+    evaluation["valid_metrics"] = {"valid": {"rewards_chosen": 0.25, "rewards_accuracy": 0.75}}
+    plot_preferences(curves_of([*records, evaluation]), tmp_path / "preferences.png")
+    assert png_size(tmp_path / "preferences.png") == (1050, round(150 * (0.6 + 2.1 * num_axes)))
+    assert len(drawn) == num_axes
+    found = {
+        (axes.get_ylabel().split(" ")[0], line.get_label()): line.get_xydata().tolist()
+        for axes in drawn
+        for line in axes.lines
+    }
+    curves = {
+        ("rewards", "chosen"): "rewards_chosen",
+        ("rewards", "margin"): "rewards_margin",
+        ("preferences", "training"): "rewards_accuracy",
+        ("log-probabilities", "chosen"): "logps_chosen",
+        ("log-probabilities", "rejected"): "logps_rejected",
+        **({("KL", "training"): "kl"} if method == "kto" else {}),
+    }
+    for place, name in curves.items():
+        expected = [[record["consumed_tokens"], record[name]] for record in records]
+        assert found.pop(place) == expected, place
+    rejected = found.pop(("rewards", "rejected"))
+    assert [y for _, y in rejected][::2] == [1.125, 3.125] and math.isnan(rejected[1][1])
+    assert found.pop(("rewards", "_valid")) == [[3000, 0.25]]
+    assert found.pop(("preferences", "validation: valid")) == [[3000, 0.75]]
+    assert not found
+
+
+def test_other_stages_have_no_plot_of_preferences(tmp_path: Path) -> None:
+    write_records(tmp_path / "metrics.jsonl")
+    plot_preferences(curves_of(read_records(tmp_path / "metrics.jsonl")), tmp_path / "made.png")
+    assert not (tmp_path / "made.png").exists()
