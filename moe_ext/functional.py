@@ -103,18 +103,22 @@ def dense_routing(experts: Tensor, gates: Tensor, *, num_experts: int) -> tuple[
     return zeros.scatter(1, experts, gates), routing_map
 
 
-def count_tokens(experts: Tensor, *, num_experts: int) -> Tensor:
+def count_tokens(experts: Tensor, *, num_experts: int, is_token: Tensor | None = None) -> Tensor:
     """Counts the assignments of each expert, without copying to the host.
 
     Args:
-        experts: int64 of any shape.
+        experts: int64 of any shape; [t, k] beside `is_token`.
         num_experts: e.
+        is_token: [t] bool, False for padding, which is not counted; None counts all.
 
     Returns:
         [e] int64.
     """
     owners = experts.flatten()
-    return owners.new_zeros(num_experts).scatter_add_(0, owners, torch.ones_like(owners))
+    ones = torch.ones_like(owners)
+    if is_token is not None:
+        ones = is_token[:, None].expand_as(experts).flatten().to(owners.dtype)
+    return owners.new_zeros(num_experts).scatter_add_(0, owners, ones)
 
 
 def check_on_device(condition: Tensor, message: str) -> None:
@@ -135,7 +139,7 @@ def check_on_device(condition: Tensor, message: str) -> None:
 
 
 def load_balancing_loss(
-    scores: Tensor, tokens_per_expert: Tensor, *, num_tokens: int, topk: int
+    scores: Tensor, tokens_per_expert: Tensor, *, num_tokens: int | Tensor, topk: int
 ) -> Tensor:
     """Computes this rank's addend of e * sum_i f_i P_i, which is 1 for a balanced router.
 
@@ -147,9 +151,9 @@ def load_balancing_loss(
     Source: OLMoE (arXiv 2409.02060) equation 3, with f_i as its training code has it.
 
     Args:
-        scores: [t, e] probabilities over all experts, this rank's tokens.
+        scores: [t, e] probabilities over all experts, this rank's tokens; 0 for padding.
         tokens_per_expert: [e] assignments n_i, summed over the ranks that share the micro-batch.
-        num_tokens: T.
+        num_tokens: T; [] where it is counted.
         topk: k.
 
     Returns:
@@ -160,19 +164,24 @@ def load_balancing_loss(
     return scores.shape[-1] * torch.dot(shares, means)
 
 
-def router_z_loss(logits: Tensor, *, num_tokens: int) -> Tensor:
+def router_z_loss(
+    logits: Tensor, *, num_tokens: int | Tensor, is_token: Tensor | None = None
+) -> Tensor:
     """Computes this rank's addend of the mean over tokens of logsumexp(logits)^2.
 
     Source: OLMoE (arXiv 2409.02060) equation 4 and ST-MoE, on the router's outputs.
 
     Args:
         logits: [t, e] router outputs, this rank's tokens.
-        num_tokens: T, tokens over the ranks that share the micro-batch.
+        num_tokens: T, tokens over the ranks that share the micro-batch; [] where it is counted.
+        is_token: [t] bool, False for padding, which has no loss; None for none.
 
     Returns:
         [] fp32, or fp64 for fp64 logits.
     """
     lse = logits.to(_statistics_dtype(logits)).logsumexp(dim=-1)  # [t]
+    if is_token is not None:
+        lse = lse.masked_fill(~is_token, 0.0)
     return lse.square().sum() / num_tokens
 
 
@@ -182,7 +191,7 @@ def routing_entropy(scores: Tensor) -> Tensor:
     It is 0 for a single expert and ln e for a uniform distribution.
 
     Args:
-        scores: [t, e] probabilities, rows sum to 1.
+        scores: [t, e] probabilities, rows sum to 1; a row of zeros gives 0.
 
     Returns:
         [t] of scores' dtype.

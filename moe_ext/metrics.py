@@ -96,7 +96,7 @@ class RouterMetrics:
         z_sum: Tensor,
         entropy_sum: Tensor,
         tokens_per_expert: Tensor,
-        num_tokens: int,
+        num_tokens: int | Tensor,
         group_size: int,
     ) -> None:
         """Adds one micro-batch of one layer.
@@ -104,10 +104,10 @@ class RouterMetrics:
         Args:
             layer_number: 1 for the model's first layer.
             load_balancing: [] this rank's addend of the load-balancing loss, without gradient.
-            z_sum: [] sum of logsumexp^2 over this rank's tokens.
+            z_sum: [] sum of logsumexp^2 over this rank's tokens, without padding.
             entropy_sum: [] sum of the routing entropy over this rank's tokens.
             tokens_per_expert: [e] assignments of this rank's tokens.
-            num_tokens: tokens on this rank (t).
+            num_tokens: tokens on this rank; [] where they are counted.
             group_size: ranks that share the micro-batch, each of which records its part.
 
         Raises:

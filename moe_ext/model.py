@@ -118,6 +118,7 @@ class LanguageModel(LanguageModule):
         *,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
         runtime_gather_output: bool | None = None,
     ) -> Tensor:
         """Computes logits, losses, or this pipeline stage's hidden states.
@@ -131,6 +132,8 @@ class LanguageModel(LanguageModule):
             labels: [b, s] int64, the tokens to predict; None for logits.
             loss_mask: [b, s], what the losses will be multiplied with, up to one factor for all,
                 which saves a product; None where it is not known.
+            padding_mask: [b, s] bool, True where no token is, which the losses and counts of the
+                routers leave out; None for no padding.
             runtime_gather_output: gather the logits of all tensor parallel ranks.
 
         Returns:
@@ -141,6 +144,7 @@ class LanguageModel(LanguageModule):
         hidden_states = self.decoder(
             hidden_states=self._embed(input_ids, position_ids) if self.pre_process else None,
             attention_mask=attention_mask,
+            context_mask=self._own_part(padding_mask),
             rotary_pos_emb=self.rotary_angles(position_ids),
         )  # [s, b, h], this rank's part of s under sequence parallelism
         if not self.post_process:
@@ -154,6 +158,13 @@ class LanguageModel(LanguageModule):
         )  # [s, b, v]
         output: Tensor = logits.transpose(0, 1).contiguous()  # [b, s, v]
         return output
+
+    def _own_part(self, padding_mask: Tensor | None) -> Tensor | None:
+        """Returns the columns of [b, s] that are this rank's under sequence parallelism."""
+        if padding_mask is None or not self.config.sequence_parallel:
+            return padding_mask
+        group = self.pg_collection.tp
+        return padding_mask.chunk(group.size(), dim=1)[group.rank()].contiguous()
 
     def _embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Embeds tokens [b, s] as [s, b, h], this rank's part of s under sequence parallelism."""

@@ -20,7 +20,6 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
     TransformerLayerSubmodules,
 )
 
@@ -29,6 +28,7 @@ from moe_ext.config import MoEModelConfig
 from moe_ext.experts import ExpertBackend, ExpertMLP
 from moe_ext.experts.layer import ExpertsLayer
 from moe_ext.functional import layer_coefficients
+from moe_ext.layers.decoder import DecoderLayer
 from moe_ext.layers.linear import ColumnParallelLinear, RowParallelLinear
 from moe_ext.layers.norm import RMSNorm
 from moe_ext.metrics import MOA, MOE, RouterMetrics
@@ -58,7 +58,7 @@ def block_spec(
         ValueError: a block is named that nobody registered.
     """
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=DecoderLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=_attention_spec(model, metrics, backend),

@@ -93,7 +93,7 @@ class TokenObjective:
     def _counted(self, batch: Batch) -> Tensor:
         """Return [] float64, what a micro-batch adds to what the sum of losses is divided by."""
         if self.reduction == "sample-mean":
-            return _text_sizes(batch).count_nonzero().double()
+            return text_sizes(batch).count_nonzero().double()
         if batch.loss_tokens is None:
             return batch.loss_mask.sum(dtype=torch.float64)
         return batch.loss_tokens.double()
@@ -142,6 +142,7 @@ def run_model(batch: Batch, model: nn.Module, *, loss_mask: Tensor | None) -> Te
         batch.attention_mask(),
         labels=batch.labels,
         loss_mask=loss_mask,
+        padding_mask=batch.padding,
     )
     return output
 
@@ -182,13 +183,13 @@ def num_texts(batch: Batch) -> int:
     return len(batch.texts["role"])
 
 
-def _text_sizes(batch: Batch) -> Tensor:
-    """Return [n], the counted tokens of each text."""
+def text_sizes(batch: Batch) -> Tensor:
+    """Return [n], the counted tokens of each text of a micro-batch of whole sequences."""
     return sum_by_text(torch.ones_like(batch.loss_mask), batch, num_texts(batch))
 
 
 def _text_weights(batch: Batch) -> Tensor:
     """Return [b, s], for each position one over the counted tokens of its text."""
-    inverse = 1.0 / _text_sizes(batch).clamp(min=1.0)
+    inverse = 1.0 / text_sizes(batch).clamp(min=1.0)
     segments: Any = batch.segments
     return torch.where(segments >= 0, inverse[segments.clamp(min=0)], 0.0)

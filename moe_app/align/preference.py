@@ -22,6 +22,7 @@ from megatron.trainer.objective import (
     run_model,
     share_of,
     sum_by_text,
+    text_sizes,
 )
 from megatron.trainer.state import TrainState
 from megatron.trainer.step import run_schedule
@@ -336,8 +337,7 @@ class KTOObjective(PreferenceObjective):
 
 def with_sizes(batch: Batch) -> Batch:
     """Add each text's number of counted tokens, [n]."""
-    sizes = sum_by_text(torch.ones_like(batch.loss_mask), batch, num_texts(batch))
-    return replace(batch, texts={**batch.texts, "sizes": sizes})
+    return replace(batch, texts={**batch.texts, "sizes": text_sizes(batch)})
 
 
 def _spread(coefficients: Tensor, batch: Batch) -> Tensor:

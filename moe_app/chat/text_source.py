@@ -43,6 +43,8 @@ class TextSource:
     """Positions in a row (s)."""
     seed: int
     """With epoch and name, the key of the order."""
+    number: int = 0
+    """Tells its texts from those of other sources, in `texts["set"]`."""
 
     @property
     def num_windows(self) -> int:
@@ -118,7 +120,7 @@ class TextSource:
         shape = (len(rows), self.seq_length)
         tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         mask, starts = np.zeros(shape, np.float32), np.zeros(shape, np.bool_)
-        segments = np.full(shape, -1, np.int64)
+        segments, padding = np.full(shape, -1, np.int64), np.ones(shape, np.bool_)
         for row, texts in enumerate(rows):
             begin = 0
             for segment in texts:
@@ -126,6 +128,7 @@ class TextSource:
                 end = begin + len(ids)
                 starts[row, begin] = begin > 0
                 tokens[row, begin:end] = ids
+                padding[row, begin:end] = False
                 # The last token of a text has no label.
                 labels[row, begin : end - 1] = ids[1:]
                 mask[row, begin : end - 1] = counted[1:]
@@ -141,9 +144,11 @@ class TextSource:
             position_ids=torch.from_numpy(places),
             document_starts=torch.from_numpy(starts),
             segments=torch.from_numpy(segments),
+            padding=torch.from_numpy(padding),
             texts={
                 "index": torch.tensor([unit for _, unit, _ in members]),
                 "role": torch.tensor([role for _, _, role in members]),
+                "set": torch.full((len(members),), self.number),
             },
         )
 
@@ -157,6 +162,7 @@ def open_chat_data(
     tokenizer: TokenizerChoice,
     seq_length: int,
     seed: int,
+    number: int = 0,
 ) -> TextSource:
     """Open texts as a source of samples; tokenize them where nobody has.
 
@@ -168,6 +174,7 @@ def open_chat_data(
         tokenizer: makes tokens of them.
         seq_length: positions in a row.
         seed: of the order.
+        number: of the source.
 
     Raises:
         UserError: files, rows or settings are not as they must be.
@@ -184,6 +191,7 @@ def open_chat_data(
         is_packed=is_packed,
         seq_length=seq_length,
         seed=seed,
+        number=number,
     )
 
 

@@ -73,6 +73,9 @@ class MoASelfAttention(MegatronModule):
         ValueError: the heads do not fit the experts or the tensor parallel ranks.
     """
 
+    padding_mask: Tensor | None
+    """[b, s] bool of this rank's tokens, True where none is; the layer sets it for each call."""
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -90,6 +93,7 @@ class MoASelfAttention(MegatronModule):
         super().__init__(config=config)
         del name
         _check_heads(config, topk, pg_collection.tp.size())
+        self.padding_mask: Tensor | None = None
         self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type
         self.num_experts = num_experts
@@ -156,7 +160,8 @@ class MoASelfAttention(MegatronModule):
         for name, value in others.items():
             if value is not None:
                 raise ValueError(f"{name} is {value!r}, but moa attention needs None")
-        routing: Routing = self.router(hidden_states)  # of this rank's tokens
+        padding = None if self.padding_mask is None else self.padding_mask.T
+        routing: Routing = self.router(hidden_states, padding)  # of this rank's tokens
         hidden, experts, gates = self._all_tokens(hidden_states, routing)
         order = sort_by_expert(experts, num_experts=self.num_experts)
         query = self._queries(hidden, order)  # [s, b, ng * k, hn]

@@ -56,17 +56,19 @@ class ExpertsLayer(MoELayer):
         Args:
             hidden_states: [s, b, h] this rank's tokens.
             intermediate_tensors: megatron-core's, for a layer cut in two by CUDA graphs; None.
-            padding_mask: handed to the router.
+            padding_mask: [b, s] bool, True where no token is; handed to the router as [s, b].
 
         Returns:
             [s, b, h]; and None, for there is no bias left to add.
         """
         if not self.is_local or intermediate_tensors is not None:
             output, _ = super().forward(hidden_states, intermediate_tensors, padding_mask)
-        elif self.moe_layer_recompute and self.training:
-            output = checkpoint(self._compute_local, False, hidden_states, padding_mask)
         else:
-            output = self._compute_local(hidden_states, padding_mask)
+            padding = None if padding_mask is None else padding_mask.T
+            if self.moe_layer_recompute and self.training:
+                output = checkpoint(self._compute_local, False, hidden_states, padding)
+            else:
+                output = self._compute_local(hidden_states, padding)
         return (output if self.output_bias is None else output + self.output_bias), None
 
     def route(
@@ -76,7 +78,7 @@ class ExpertsLayer(MoELayer):
 
         Args:
             hidden_states: [s, b, h] this rank's tokens.
-            padding_mask: handed to the router.
+            padding_mask: [s, b], handed to the router.
 
         Returns:
             probs [t, e], zero off the selection, and routing_map [t, e] bool.

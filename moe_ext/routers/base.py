@@ -28,9 +28,10 @@ class MoERouter(MegatronModule, ABC):
 
     Under tensor and context parallelism the tokens of a micro-batch lie on several ranks; their
     counts are summed over `pg_collection.tp_cp`, so that losses and gradients are those of the
-    whole micro-batch. megatron-core sums the gate's gradient over tensor parallel ranks because
-    its weight is marked `sequence_parallel`. Without sequence parallelism each tensor parallel rank
-    routes all tokens, and has the whole gradient itself.
+    whole micro-batch. Padding is routed, for its rows are there, but is in no loss and no count:
+    both are those of the same texts without padding. megatron-core sums the gate's gradient over
+    tensor parallel ranks because its weight is marked `sequence_parallel`. Without sequence
+    parallelism each tensor parallel rank routes all tokens, and has the whole gradient itself.
 
     Args:
         config: megatron-core's; its own auxiliary-loss fields are not read.
@@ -134,27 +135,27 @@ class MoERouter(MegatronModule, ABC):
 
         Args:
             hidden: [s, b, h] this rank's tokens.
-            padding_mask: must be None.
+            padding_mask: [s, b] bool, True where no token is, as megatron-core computes with it
+                (its documentation has it the other way round); None means tokens everywhere.
 
         Returns:
             The routing of the t = s * b tokens, each token's experts in ascending order.
 
         Raises:
-            ValueError: a padding mask is given, or `select` returns what is no routing.
-                megatron-core documents True as a valid token and computes with True as padding, so
-                neither reading of a mask is safe.
+            ValueError: the mask is not of these tokens, or `select` returns what is no routing.
         """
-        if padding_mask is not None:
+        if padding_mask is not None and padding_mask.shape != hidden.shape[:2]:
             raise ValueError(
-                f"the router got a padding_mask {list(padding_mask.shape)}, but counts every "
-                "token; pack documents instead of padding them and pass padding_mask=None"
+                f"the padding_mask is {list(padding_mask.shape)}, but must be"
+                f" {list(hidden.shape[:2])}: [s, b] of this rank's tokens"
             )
         logits = self.gating(hidden)  # [t, e]
         routing = Routing(*self.select(logits))
         self._check_shapes(routing, logits)
         routing = sort_choices(routing)
         if self.training and torch.is_grad_enabled():
-            return routing._replace(gates=self._attach_losses(routing, logits))
+            is_token = None if padding_mask is None else ~padding_mask.flatten()  # [t]
+            return routing._replace(gates=self._attach_losses(routing, logits, is_token))
         return routing
 
     def _check_shapes(self, routing: Routing, logits: Tensor) -> None:
@@ -189,25 +190,39 @@ class MoERouter(MegatronModule, ABC):
                     f" ({self.num_experts})"
                 )
 
-    def _attach_losses(self, routing: Routing, logits: Tensor) -> Tensor:
-        """Returns the gates [t, k] as they are, with the gradient of both losses to come."""
+    def _attach_losses(self, routing: Routing, logits: Tensor, is_token: Tensor | None) -> Tensor:
+        """Returns the gates [t, k] as they are, with the gradient of both losses to come.
+
+        Args:
+            routing: of all t positions.
+            logits: [t, e].
+            is_token: [t] bool, False for padding; None for none.
+        """
         group_size = self.token_group.size()
-        local_counts = count_tokens(routing.experts, num_experts=self.num_experts)  # [e]
+        scores = routing.scores
+        local_counts = count_tokens(
+            routing.experts, num_experts=self.num_experts, is_token=is_token
+        )  # [e]
         counts = local_counts
         if group_size > 1:
             counts = local_counts.clone()
             torch.distributed.all_reduce(counts, group=self.token_group)  # sum: the micro-batch
-        num_local = logits.shape[0]
-        num_tokens = num_local * group_size
-        balance = load_balancing_loss(routing.scores, counts, num_tokens=num_tokens, topk=self.topk)
-        z_loss = router_z_loss(logits, num_tokens=num_tokens)
+        num_local: int | Tensor = logits.shape[0]
+        num_tokens: int | Tensor = num_local * group_size
+        if is_token is not None:
+            scores = scores.masked_fill(~is_token[:, None], 0.0)
+            num_local = is_token.sum()
+            # Each token was given k experts; a micro-batch of padding alone has losses of 0.
+            num_tokens = (counts.sum() // self.topk).clamp(min=1)
+        balance = load_balancing_loss(scores, counts, num_tokens=num_tokens, topk=self.topk)
+        z_loss = router_z_loss(logits, num_tokens=num_tokens, is_token=is_token)
         if self.layer_number is None:
             raise ValueError("the router has no layer number; call set_layer_number first")
         self.metrics.record(
             self.layer_number,
             load_balancing=balance.detach(),
             z_sum=z_loss.detach() * num_tokens,
-            entropy_sum=routing_entropy(routing.scores.detach()).sum(),
+            entropy_sum=routing_entropy(scores.detach()).sum(),
             tokens_per_expert=local_counts,
             num_tokens=num_local,
             group_size=group_size,

@@ -4,6 +4,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +21,14 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
         "one": [],
         "pairs": ["--micro-batch-size", "2"],
         "recompute": ["--recompute-granularity", "full"],
+        "block": ["--recompute-granularity", "full", "--recompute-method", "block"],
+        "modules": ["--recompute-granularity", "selective"],
     },
     2: {
         "tp2": ["--tensor-model-parallel-size", "2"],
         "pp2": ["--pipeline-model-parallel-size", "2"],
         "ep2": ["--expert-model-parallel-size", "2"],
+        "etp2": ["--expert-tensor-parallel-size", "2"],
         "dp2": [],
         "cp2": ["--context-parallel-size", "2"],
     },
@@ -35,24 +39,34 @@ ON_ONE_RANK = [
     for name in ("dpo smooth", "dpo average", "token-mean", "sum")
     for packed in (False, True)
 ]
+ROUTER_LOSSES = [("aux", packed) for packed in (False, True)]
+"""Router losses on; they are of a micro-batch, so that the truth has as large ones."""
+TEXTS_ALONE = [("aux alone", packed) for packed in (False, True)]
+"""Their truth: rows as long as what is in them."""
 STEPS = {
-    layout: [*EVERYWHERE, *(ON_ONE_RANK if layout == "one" else [])]
+    layout: [
+        *([] if layout in ("block", "modules") else EVERYWHERE),
+        *([*ON_ONE_RANK, *TEXTS_ALONE] if layout == "one" else []),
+        *([] if layout == "pairs" else ROUTER_LOSSES),
+    ]
     for layouts in LAYOUTS.values()
     for layout in layouts
 }
-CASES = [
+EVERY_CASE = [
     f"{family} {layout} {name} {'packed' if packed else 'padded'}"
     for family in FAMILIES
     for layout, steps in STEPS.items()
     for name, packed in steps
 ]
+CASES = [case for case in EVERY_CASE if " aux" not in case]
+WITH_ROUTER_LOSSES = [case for case in EVERY_CASE if " aux p" in case]
 
 
 @dataclass(frozen=True)
 class Step:
     """What a step of ours gave."""
 
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     grad_norm: float
     gradients: dict[str, Tensor]
 
@@ -150,6 +164,22 @@ def test_every_gradient_is_that_of_trl(case: str, truths: Truths, taken: dict[st
     whole = torch.cat([each.flatten() for each in truth.values()]).double().norm()
     assert found.grad_norm == pytest.approx(whole.item(), rel=1e-5)
     for name, gradient in truth.items():
+        size = gradient.double().norm()
+        assert size > 0, name
+        assert (found.gradients[name] - gradient).double().norm() <= 1e-5 * size, name
+
+
+@pytest.mark.parametrize("case", WITH_ROUTER_LOSSES)
+def test_router_losses_of_padded_rows_are_those_of_the_texts_alone(
+    case: str, taken: dict[str, Step]
+) -> None:
+    family, _, _, form = case.split()
+    truth, found = taken[f"{family} one aux alone {form}"], taken[case]
+    assert truth.metrics["load_balancing_loss"] > 1.01
+    for name, value in truth.metrics.items():
+        assert found.metrics[name] == pytest.approx(value, rel=1e-5), name
+    assert found.grad_norm == pytest.approx(truth.grad_norm, rel=1e-5)
+    for name, gradient in truth.gradients.items():
         size = gradient.double().norm()
         assert size > 0, name
         assert (found.gradients[name] - gradient).double().norm() <= 1e-5 * size, name

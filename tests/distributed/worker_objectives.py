@@ -10,6 +10,7 @@ each step its figures, its gradient norm and this rank's shards of every gradien
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from typing import Any, cast
 import torch
 
 from megatron.trainer.config.batch_plan import BatchPlan
+from megatron.trainer.data.batch import Batch
 from megatron.trainer.data.batch_views import DocumentRule
 from megatron.trainer.data.build import DataBundle
 from megatron.trainer.data.sampler import Phase
@@ -30,6 +32,7 @@ from moe_app.align.preference import DPOObjective, KTOObjective, References
 from moe_app.align.reference import LiveReference
 from moe_app.chat.dialogue import ChatKind
 from moe_app.pretrain.build import OpenedData, build_chunks, build_state
+from moe_ext.routers import MoERouter
 from tests.distributed.hf_models import fill, shards, to_native
 from tests.distributed.hf_parity_worker import configure
 from tests.distributed.preference_texts import SEQUENCE, source_of
@@ -49,6 +52,8 @@ def objective_of(name: str, references: References) -> Objective:
         )
     if name.startswith("kto"):
         return KTOObjective(references, beta=0.1, desirable_weight=1.25, undesirable_weight=0.8)
+    if name.startswith("aux"):
+        return OfTextsAlone() if "alone" in name else TokenObjective()
     return TokenObjective(name)  # type: ignore[arg-type]
 
 
@@ -58,6 +63,33 @@ def stream_of(kind: ChatKind, *, is_packed: bool) -> SampleStream:
     return SampleStream([source], phases, seq_length=SEQUENCE, seed=3)
 
 
+class OfTextsAlone(TokenObjective):
+    """Takes padding off the ends of rows, before they are handed out."""
+
+    def weigh(self, state: TrainState, batches: Sequence[Batch]) -> list[Batch]:
+        return super().weigh(state, [_without_padding(batch) for batch in batches])
+
+
+def _without_padding(batch: Batch) -> Batch:
+    assert batch.padding is not None and len(batch.tokens) == 1
+    length = int((~batch.padding).sum())
+    assert 0 < length < SEQUENCE and not batch.padding[0, :length].any()
+    cut = {
+        name: each[:, :length]
+        for name, each in vars(batch).items()
+        if isinstance(each, torch.Tensor) and each.shape == batch.tokens.shape
+    }
+    return dataclasses.replace(batch, **{**cut, "padding": None})
+
+
+def set_router_losses(state: TrainState, *, is_on: bool) -> None:
+    """Turn the router losses on, with weights at which they show, or off."""
+    for module in state.modules:
+        for router in module.modules():
+            if isinstance(router, MoERouter):
+                router.aux_loss_coeff, router.z_loss_coeff = (0.5, 0.1) if is_on else (0.0, 0.0)
+
+
 def take_step(
     state: TrainState, name: str, references: References, *, is_packed: bool
 ) -> dict[str, Any]:
@@ -65,8 +97,12 @@ def take_step(
     state.train_data = stream_of(kind, is_packed=is_packed)
     size = 2 if is_packed else 4
     state.plan = dataclasses.replace(state.plan, batches=BatchPlan(full=size, start=size))
+    set_router_losses(state, is_on=name.startswith("aux"))
+    assert state.metrics is not None
+    state.metrics.reset()
     result = train_step(state, objective_of(name, references))
     assert result.skipped is None, result.skipped
+    routing = dict(state.metrics.reduce()) if name.startswith("aux") else {}
     gradients = {
         parameter.data_ptr(): cast(Any, parameter).main_grad
         for module in state.modules
@@ -78,7 +114,8 @@ def take_step(
         while gradient.dim() < len(shard.global_shape):
             gradient = gradient[None]
         parts.append((shard.key, list(shard.global_shape), list(shard.global_offset), gradient))
-    return {"metrics": dict(result.metrics), "grad_norm": result.grad_norm, "gradients": parts}
+    metrics = {**result.metrics, **routing}
+    return {"metrics": metrics, "grad_norm": result.grad_norm, "gradients": parts}
 
 
 def run_case(case: dict[str, Any], out: Path) -> None:

@@ -40,6 +40,8 @@ class Batch:
     segments: Tensor | None = None
     """[b, s] int64, which of the micro-batch's n texts a label belongs to, -1 where to none; None
     where texts are not told apart."""
+    padding: Tensor | None = None
+    """[b, s] bool, True where no token is; None where tokens are everywhere."""
     texts: Mapping[str, Tensor] = field(default_factory=dict)
     """Facts of the n texts by name, [n] each; see `RowSource`."""
 

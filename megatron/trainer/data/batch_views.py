@@ -79,6 +79,7 @@ def shard_positions(batch: Batch, *, rank: int, size: int) -> Batch:
         loss_tokens=batch.loss_mask.sum() if batch.loss_tokens is None else batch.loss_tokens,
         loss_weights=take_if(batch.loss_weights),
         segments=take_if(batch.segments),
+        padding=take_if(batch.padding),
         position_ids=take(batch.position_ids),
         places=rows,
     )

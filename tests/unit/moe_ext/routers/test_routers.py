@@ -225,13 +225,39 @@ def test_it_builds_on_the_meta_device(
     assert router.weight.is_meta
 
 
-def test_a_padding_mask_is_refused(build: RouterMaker) -> None:
-    message = (
-        "the router got a padding_mask [5, 2], but counts every token; pack documents instead of "
-        "padding them and pass padding_mask=None"
-    )
+def test_a_padding_mask_of_other_tokens_is_refused(build: RouterMaker) -> None:
+    message = "the padding_mask is [2, 5], but must be [5, 2]: [s, b] of this rank's tokens"
     with pytest.raises(ValueError, match=re.escape(message)):
-        build(SoftmaxTopKRouter)(random_hidden(), torch.ones(5, 2, dtype=torch.bool))
+        build(SoftmaxTopKRouter)(random_hidden(), torch.ones(2, 5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("kind", [SoftmaxTopKRouter, TopKSoftmaxRouter])
+def test_losses_and_counts_of_padded_rows_are_those_of_their_tokens(
+    build: RouterMaker, kind: type[MoERouter]
+) -> None:
+    hidden, padding = random_hidden(), torch.zeros(SEQUENCE, BATCH, dtype=torch.bool)
+    padding[3:, 0] = padding[1:, 1] = True
+    padded, alone = build(kind), build(kind)
+    tokens = hidden[~padding][:, None]  # [4, 1, h]
+    routing, truth = padded(hidden, padding), alone(tokens)
+    assert torch.equal(routing.experts[~padding.flatten()], truth.experts)
+    # The losses' gradients alone: nothing comes from the gates.
+    routing.gates.backward(torch.zeros_like(routing.gates))
+    gradient, hidden.grad = hidden.grad, None
+    truth.gates.backward(torch.zeros_like(truth.gates))
+    assert gradient is not None and not gradient[padding].any()
+    torch.testing.assert_close(gradient, hidden.grad, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(padded.weight.grad, alone.weight.grad, rtol=1e-12, atol=1e-15)
+    found, expected = padded.metrics.reduce(), alone.metrics.reduce()
+    assert found.as_dict() == pytest.approx(expected.as_dict(), rel=1e-12)
+    assert torch.equal(found.load[1], expected.load[1])
+
+
+def test_padding_alone_has_no_losses(build: RouterMaker) -> None:
+    router, hidden = build(SoftmaxTopKRouter), random_hidden()
+    gates = router(hidden, torch.ones(SEQUENCE, BATCH, dtype=torch.bool)).gates
+    gates.backward(torch.zeros_like(gates))
+    assert hidden.grad is not None and not hidden.grad.any()
 
 
 def test_per_token_loss_is_refused(build: RouterMaker) -> None:
