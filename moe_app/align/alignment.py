@@ -13,7 +13,6 @@ from moe_app.align.align_config import AlignConfig
 from moe_app.align.preference import DPOObjective, KTOObjective, References
 from moe_app.align.reference import (
     LiveReference,
-    NumberedSource,
     find_reference,
     identity_of,
     keep_reference,
@@ -47,7 +46,7 @@ class Alignment:
 
     def open(self, cfg: AlignConfig, ctx: RunContext) -> AlignConfig:
         """Tokenize the texts, or read them from the cache; resolve the epochs."""
-        self._data, num_samples = open_texts(cfg, ctx, cfg.kind, wrap=NumberedSource)
+        self._data, num_samples = open_texts(cfg, ctx, cfg.kind)
         return with_epochs(cfg, num_samples)
 
     def build(self, cfg: AlignConfig, ctx: RunContext) -> tuple[TrainState, Objective]:

@@ -10,7 +10,7 @@ import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,26 +125,6 @@ class KeptReference:
         kept = values[texts["index"].cpu().numpy(), texts["role"].cpu().numpy()]
         found = torch.from_numpy(kept).to(batch.tokens.device)
         return found / texts["sizes"].clamp(min=1.0) if self.is_average else found
-
-
-@dataclass(frozen=True, kw_only=True)
-class NumberedSource:
-    """Tells the texts of one set from those of others, in `texts["set"]`."""
-
-    source: RowSource
-    """The set."""
-    number: int
-    """Its number."""
-
-    def __getattr__(self, name: str) -> Any:
-        """Return what the set has."""
-        return getattr(self.source, name)
-
-    def read_rows(self, numbers: Sequence[int], *, pin_memory: bool) -> Batch:
-        """Return a micro-batch, with the number of the set for each text."""
-        batch = self.source.read_rows(numbers, pin_memory=pin_memory)
-        of_set = torch.full_like(batch.texts["role"], self.number)
-        return replace(batch, texts={**batch.texts, "set": of_set})
 
 
 def keep_reference(

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -47,23 +48,22 @@ class TokenizerChoice:
     eod_token: str | None = None
     """As --eod-token."""
 
-    def load(self) -> Tokenizer:
-        """Return it."""
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Return it; the first time it is read."""
         return load_tokenizer(self.tokenizer_type, self.tokenizer_model, eod_token=self.eod_token)
 
 
-def open_template(
-    cfg: ChatDataConfig, choice: TokenizerChoice, tokenizer: Tokenizer
-) -> ChatTemplate:
+def open_template(cfg: ChatDataConfig, choice: TokenizerChoice) -> ChatTemplate:
     """Return the template that the settings name; close it after use.
 
     Raises:
         DataError: It is the tokenizer's, which has none.
     """
     if cfg.template in TEMPLATES:
-        return BuiltinTemplate(cfg.template, tokenizer)
+        return BuiltinTemplate(cfg.template, choice.tokenizer)
     identity = identify_tokenizer(choice.tokenizer_type, choice.tokenizer_model or "")
-    return TokenizerTemplate(identity.path.parent, tokenizer)
+    return TokenizerTemplate(identity.path.parent, choice.tokenizer)
 
 
 def open_tokens_of(
@@ -93,8 +93,8 @@ def open_tokens_of(
     """
     cfg.check(kind)
     files = find_chat_files(inputs, flag=flag)
-    tokenizer = choice.load()
-    template = open_template(cfg, choice, tokenizer)
+    tokenizer = choice.tokenizer
+    template = open_template(cfg, choice)
     with contextlib.closing(template):
         encoder = DialogueEncoder(
             tokenizer=tokenizer,

@@ -54,11 +54,10 @@ def show(args: argparse.Namespace) -> None:
         eod_token=args.eod_token,
     )
     files = find_chat_files(cfg.train_data, flag="--train-data")
-    tokenizer = choice.load()
     counts, bad = RowCounts(), BadRows(cfg.max_bad_rows)
-    with contextlib.closing(open_template(cfg, choice, tokenizer)) as template:
+    with contextlib.closing(open_template(cfg, choice)) as template:
         encoder = DialogueEncoder(
-            tokenizer=tokenizer,
+            tokenizer=choice.tokenizer,
             template=template,
             train_on=cfg.train_on,
             seq_length=args.seq_length,

@@ -2,17 +2,15 @@
 
 from collections.abc import Sequence
 
-from megatron.trainer.runtime import signals
-from megatron.trainer.runtime.upstream_warnings import hide_upstream_warnings
+from moe_app.start_command import Main, start_command
 
 
-@hide_upstream_warnings()
 def start(argv: Sequence[str] | None = None) -> int:
-    """Listen for signals, then import the command, which takes seconds, and run it."""
-    signals.listen()
-    try:
-        from moe_app.finetune.finetuning import main
+    """Run the command; signals are heard before the imports, which take seconds."""
+    return start_command(_load, argv)
 
-        return main(argv)
-    finally:
-        signals.stop_listening()
+
+def _load() -> Main:
+    from moe_app.finetune.finetuning import main
+
+    return main

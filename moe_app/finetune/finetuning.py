@@ -1,8 +1,8 @@
 """Fine-tune a model on conversations; start it with torchrun, or alone on one device."""
 
+import functools
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from megatron.trainer.data.batch_views import DocumentRule
 from megatron.trainer.data.build import DataBundle
@@ -64,17 +64,13 @@ class Finetuning:
         return state, TokenObjective(reduction)
 
 
-def open_texts(
-    cfg: TuningConfig, ctx: RunContext, kind: ChatKind, *, wrap: Callable[..., Any] | None = None
-) -> tuple[OpenedData, int]:
+def open_texts(cfg: TuningConfig, ctx: RunContext, kind: ChatKind) -> tuple[OpenedData, int]:
     """Open the texts to train and evaluate on; a collective call.
 
     Args:
         cfg: of the run.
         ctx: its ranks.
         kind: of rows.
-        wrap: called with `source` and its `number`, 0 to train on and 1 to evaluate on; None
-            leaves sources as they are.
 
     Returns:
         The data, and the sequences of an epoch.
@@ -86,12 +82,9 @@ def open_texts(
         num_ahead=cfg.data.num_workers, gpu=ctx.device if ctx.device.type == "cuda" else None
     )
 
-    def opened(files: Sequence[str], name: str, number: int) -> Any:
-        source = _open(cfg, kind, files, name)
-        return source if wrap is None else wrap(source=source, number=number)
-
     def build() -> DataBundle:
         cfg.chat.check(kind)
+        opened = functools.partial(_open, cfg, kind, _tokenizer_of(cfg))
         train = opened(cfg.chat.train_data, "train", 0)
         phase = Phase(sources=(train.name,), weights=(1.0,))
         stream = SampleStream(
@@ -123,8 +116,8 @@ def open_texts(
     return OpenedData(bundle=data, documents=rule), int(train.num_windows or 0)
 
 
-def _open(cfg: TuningConfig, kind: ChatKind, files: Sequence[str], name: str) -> RowSource:
-    """Open one set of texts."""
+def _tokenizer_of(cfg: TuningConfig) -> TokenizerChoice:
+    """Return the tokenizer of a run, whose model has an embedding for each of its ids."""
     data = cfg.data
     if data.tokenizer_model is None:
         raise ConfigError(
@@ -136,14 +129,26 @@ def _open(cfg: TuningConfig, kind: ChatKind, files: Sequence[str], name: str) ->
         tokenizer_model=data.tokenizer_model,
         eod_token=data.eod_token,
     )
-    tokenizer = choice.load()
-    check_embedding(tokenizer, cfg.model.vocab_size)
+    check_embedding(choice.tokenizer, cfg.model.vocab_size)
+    return choice
+
+
+def _open(
+    cfg: TuningConfig,
+    kind: ChatKind,
+    tokenizer: TokenizerChoice,
+    files: Sequence[str],
+    name: str,
+    number: int,
+) -> RowSource:
+    """Open one set of texts."""
     return open_chat_data(
         cfg.chat,
         kind,
         files=files,
         name=name,
-        tokenizer=choice,
+        tokenizer=tokenizer,
         seq_length=cfg.training.seq_length,
         seed=cfg.training.seed,
+        number=number,
     )

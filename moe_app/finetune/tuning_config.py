@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from megatron.trainer.checkpoint import layout
 from megatron.trainer.checkpoint.load import read_text
 from megatron.trainer.config.cli import load_config
-from megatron.trainer.config.durations import resolve_lengths, steps_of
+from megatron.trainer.config.durations import resolve_lengths, with_train_tokens
 from megatron.trainer.config.recipe import plain_values, schema_of
 from megatron.trainer.data.tokenizer_files import TOKENIZER_FILES
 from megatron.trainer.errors import ConfigError
@@ -194,7 +194,7 @@ def with_epochs(cfg: C, num_samples: int) -> C:
     epochs = cfg.tuning.train_epochs
     if epochs is None:
         return cfg
-    training, optimizer = cfg.training, cfg.optimizer
+    training = cfg.training
     samples = round(epochs * num_samples)
     if samples < training.global_batch_size:
         raise ConfigError(
@@ -202,10 +202,4 @@ def with_epochs(cfg: C, num_samples: int) -> C:
             f" {training.global_batch_size}; a run has at least one step; lower"
             " --global-batch-size or give more data"
         )
-    tokens = samples * training.seq_length
-    steps = steps_of(tokens, training)
-    training = dataclasses.replace(training, train_tokens=tokens, train_iters=steps)
-    if optimizer.lr_warmup_fraction is not None:
-        warmup = round(optimizer.lr_warmup_fraction * (optimizer.lr_decay_iters or steps))
-        optimizer = dataclasses.replace(optimizer, lr_warmup_iters=warmup, lr_warmup_tokens=None)
-    return dataclasses.replace(cfg, training=training, optimizer=optimizer)
+    return with_train_tokens(cfg, samples * training.seq_length)

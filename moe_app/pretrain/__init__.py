@@ -5,19 +5,15 @@ The loop, the step and checkpoints are in `megatron.trainer`.
 
 from collections.abc import Sequence
 
-from megatron.trainer.runtime import signals
-from megatron.trainer.runtime.postponed_compile import postponed_compile
-from megatron.trainer.runtime.upstream_warnings import hide_upstream_warnings
+from moe_app.start_command import Main, start_command
 
 
-@hide_upstream_warnings()
 def start(argv: Sequence[str] | None = None) -> int:
-    """Listen for signals, then import the command, which takes seconds, and run it."""
-    signals.listen()
-    try:
-        with postponed_compile():
-            from moe_app.pretrain.command import main
+    """Run the command; signals are heard before the imports, which take seconds."""
+    return start_command(_load, argv)
 
-        return main(argv)
-    finally:
-        signals.stop_listening()
+
+def _load() -> Main:
+    from moe_app.pretrain.command import main
+
+    return main

@@ -18,6 +18,7 @@ from moe_app.cli import analyze_routing
 from moe_app.convert import convert_checkpoint
 from moe_app.pretrain import command
 from moe_ext.analysis.ordering import choices_of_outputs
+from tests.distributed.jetmoe_cases import FAMILIES
 from tests.distributed.launcher import HERE, flags, ranks
 
 pytestmark = [
@@ -26,19 +27,6 @@ pytestmark = [
 ]
 
 VOCAB, LENGTH = 120, 16
-FAMILIES: dict[str, dict[str, Any]] = {
-    "olmoe": {},
-    "jetmoe": {
-        "attention": "moa",
-        "num_query_groups": 4,
-        "num_attention_heads": 12,
-        "kv_channels": 8,
-        "router": "topk_softmax",
-        "moe_output_bias": True,
-        "norm_epsilon": 1e-6,
-        "no_untie_embeddings_and_output_weights": True,
-    },
-}
 SMALL = ["--tokens-per-batch", "40", "--shard-tokens", "150"]
 LAYOUTS = {
     "tp2": ["--tensor-model-parallel-size", "2"],

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megatron.trainer.runtime.launch import connect, shut_down
 from moe_app.infer import open_model
 from moe_app.pretrain import command
+from tests.distributed.jetmoe_cases import FAMILIES
 from tests.distributed.launcher import HERE, flags, ranks
 
 # From torch when it reads a checkpoint, and from megatron-core about its embedding and loss.
@@ -23,18 +24,6 @@ pytestmark = [
 TOLERANCE = 1e-5
 VOCAB = 120
 NEW = 8
-FAMILIES: dict[str, dict[str, Any]] = {
-    "olmoe": {},
-    "jetmoe": {
-        "attention": "moa",
-        "num_query_groups": 4,
-        "num_attention_heads": 12,
-        "kv_channels": 8,
-        "router": "topk_softmax",
-        "moe_output_bias": True,
-        "no_untie_embeddings_and_output_weights": True,
-    },
-}
 TP, PP, EP = (f"--{kind}-model-parallel-size" for kind in ("tensor", "pipeline", "expert"))
 ETP = "--expert-tensor-parallel-size"
 TWO_RANKS = {

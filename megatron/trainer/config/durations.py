@@ -152,6 +152,18 @@ def _warmup_of_fraction(cfg: RunConfig, layers: Sequence[Collection[str]]) -> di
     return {}
 
 
+def with_train_tokens(cfg: C, tokens: int) -> C:
+    """Return the config of a run of so many tokens, whose warm-up may be a fraction of it."""
+    steps = steps_of(tokens, cfg.training)
+    training = dataclasses.replace(cfg.training, train_tokens=tokens, train_iters=steps)
+    cfg = dataclasses.replace(cfg, training=training)
+    fraction = cfg.optimizer.lr_warmup_fraction
+    if fraction is None:
+        return cfg
+    warmup = {"lr_warmup_iters": _fraction_steps(cfg, fraction), "lr_warmup_tokens": None}
+    return dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, **warmup))
+
+
 def _fraction_steps(cfg: RunConfig, fraction: float) -> int:
     return round(fraction * (cfg.optimizer.lr_decay_iters or cfg.training.train_iters))
 

@@ -61,7 +61,7 @@ def read(
 
 def texts(store: TokenStore, choice: TokenizerChoice) -> list[tuple[str, str]]:
     """Each text, and what of it counts."""
-    tokenizer = choice.load()
+    tokenizer = choice.tokenizer
     found = (store.read(n) for n in range(store.num_texts))
     return [
         (tokenizer.decode(ids.tolist()), tokenizer.decode(ids[counted == 1].tolist()))
