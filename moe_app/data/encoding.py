@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from multiprocessing.connection import wait
 from typing import BinaryIO
 
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.trainer.data import jsonl
+from megatron.trainer.data.encoding import Ids
 from megatron.trainer.data.tokenizer import Tokenizer, load_tokenizer
 from megatron.trainer.data.writer import token_dtype
 from megatron.trainer.errors import DataError
@@ -61,8 +61,8 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, *, key: str, append_eod: bool) -> None:
         self.tokenizer = tokenizer
         self.key = key
-        self.append_eod = append_eod
         self._dtype = token_dtype(tokenizer.vocab_size)
+        self._end = np.array([tokenizer.eod] if append_eod else [], self._dtype)
 
     def encode(self, chunk: Chunk) -> Encoded:
         """Tokenize every line of a chunk.
@@ -73,10 +73,13 @@ class Encoder:
         found = Encoded()
         with chunk.open() as file:
             texts = list(self._texts(chunk, file, found))
-        documents = list(self._documents(chunk, texts, found))
-        lengths = [len(ids) for ids in documents]
-        found.ids = np.fromiter(chain.from_iterable(documents), self._dtype, sum(lengths))
-        found.lengths = np.array(lengths, np.int32)
+        parts = []
+        for ids in self._documents(texts, found):
+            parts += [ids, self._end]
+        if parts:
+            found.ids = np.concatenate(parts, dtype=self._dtype, casting="unsafe")
+            sizes = np.fromiter((part.size for part in parts), np.int32, len(parts))
+            found.lengths = sizes.reshape(-1, 2).sum(1, dtype=np.int32)
         return found
 
     def _texts(self, chunk: Chunk, file: BinaryIO, found: Encoded) -> Iterator[tuple[int, str]]:
@@ -101,32 +104,26 @@ class Encoder:
             else:
                 yield number, text
 
-    def _documents(
-        self, chunk: Chunk, texts: Sequence[tuple[int, str]], found: Encoded
-    ) -> Iterator[list[int]]:
-        """Yield the ids of each document that has any."""
+    def _documents(self, texts: Sequence[tuple[int, str]], found: Encoded) -> Iterator[Ids]:
+        """Yield the ids of each document that has any, without the token that ends it."""
         for number, text, ids in self._encoded(texts):
             if isinstance(ids, str):
                 found.add_problem(number, f": {ids}")
                 continue
             found.num_text_bytes += len(text) if text.isascii() else len(text.encode("utf-8"))
-            if not ids:
+            if not ids.size:
                 found.num_empty_documents += 1
                 continue
-            if self.append_eod:
-                ids.append(self.tokenizer.eod)
             yield ids
 
-    def _encoded(
-        self, texts: Sequence[tuple[int, str]]
-    ) -> Iterator[tuple[int, str, list[int] | str]]:
+    def _encoded(self, texts: Sequence[tuple[int, str]]) -> Iterator[tuple[int, str, Ids | str]]:
         """Yield each text with its ids, or with what the tokenizer says against it."""
         try:
             all_ids = self.tokenizer.encode_documents([text for _, text in texts])
         except DataError:  # of one text; which one, only they alone can tell
             for number, text in texts:
                 try:
-                    yield number, text, self.tokenizer.encode_document(text)
+                    yield number, text, self.tokenizer.encode_documents([text])[0]
                 except DataError as error:
                     yield number, text, str(error)
             return

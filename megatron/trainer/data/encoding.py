@@ -4,8 +4,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 Span = tuple[int, int]
 """First character, and the one after the last."""
+Ids = npt.NDArray[np.integer]
+"""Tokens of a document, of any integer type that holds them."""
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as TokenizersTokenizer
 
 from megatron.trainer.data.document_end import DocumentEnd, choose_end, is_marker
-from megatron.trainer.data.encoding import Encoding, Span, encode_between, overlaps
+from megatron.trainer.data.encoding import Encoding, Ids, Span, encode_between, overlaps
 from megatron.trainer.data.tokenizer_files import (
     TokenizerSettings,
     read_settings,
@@ -134,7 +135,7 @@ class HFTokenizer:
         whole = self._reader_of_tokens.encode(f"{control}a", add_special_tokens=False).ids
         return not control or whole[1:] == self.encode("a")
 
-    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
         """Return what `encode_document` does for each text.
 
         The library takes half as long again where it notes the place of each token in the text, as
@@ -147,7 +148,8 @@ class HFTokenizer:
                 (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
                 ids: list[int] = encoding.ids
             self._refuse_control(ids)
-            found.append([*self.prefix, *ids] if ids and self.prefix else ids)
+            whole = [*self.prefix, *ids] if ids and self.prefix else ids
+            found.append(np.array(whole, np.int32))
         return found
 
     def decode(self, ids: list[int]) -> str:

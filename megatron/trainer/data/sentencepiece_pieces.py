@@ -12,6 +12,10 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 _PIECES, _TEXT, _SCORE, _KIND = 1, 1, 2, 3
 """Field numbers: of the model's pieces, and of a piece's parts."""
+_TRAINER, _NORMALIZER = 2, 3
+_MODEL_TYPE, _SUFFIX, _BYTE_FALLBACK = 3, 24, 35
+_CHARACTER_MAP, _DUMMY_PREFIX, _REMOVE_SPACES, _ESCAPE_SPACES = 2, 3, 4, 5
+_BYTE_PAIRS = 2
 VARINT, _EIGHT_BYTES, SIZED, _FOUR_BYTES = 0, 1, 2, 5
 """Wire types."""
 
@@ -54,6 +58,55 @@ def as_control(model: bytes, texts: Collection[str]) -> bytes:
         if piece.kind == USER_DEFINED and piece.text in texts and piece.kind_at is not None:
             changed[piece.kind_at] = CONTROL | changed[piece.kind_at] & 0x80
     return bytes(changed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentencePieceRules:
+    """Says how a model turns a text into pieces, as far as that decides where it may be cut."""
+
+    is_byte_pair: bool
+    """Whether it joins neighbours, best pair first."""
+    has_byte_fallback: bool
+    """Whether a character without a piece becomes its bytes."""
+    keeps_text: bool
+    """Whether all that is done to a text before is that each space becomes U+2581."""
+    adds_prefix: bool
+    """Whether a space is put before a text."""
+
+
+def read_rules(model: bytes) -> SentencePieceRules:
+    """Return the rules of a model.
+
+    Raises:
+        ValueError: These bytes are no such message.
+    """
+    trainer, normalizer = (_read_settings(model, each) for each in (_TRAINER, _NORMALIZER))
+    return SentencePieceRules(
+        is_byte_pair=trainer.get(_MODEL_TYPE) == _BYTE_PAIRS,
+        has_byte_fallback=bool(trainer.get(_BYTE_FALLBACK, 0)),
+        keeps_text=not normalizer.get(_CHARACTER_MAP, 0)
+        and not normalizer.get(_REMOVE_SPACES, 1)
+        and bool(normalizer.get(_ESCAPE_SPACES, 1))
+        and not trainer.get(_SUFFIX, 0),
+        adds_prefix=bool(normalizer.get(_DUMMY_PREFIX, 1)),
+    )
+
+
+def without_prefix(model: bytes) -> bytes:
+    """Return the model such that it puts no space before a text."""
+    # A message that comes twice is merged: its later fields count.
+    return model + bytes((_NORMALIZER << 3 | SIZED, 2, _DUMMY_PREFIX << 3 | VARINT, 0))
+
+
+def _read_settings(model: bytes, message: int) -> dict[int, int]:
+    """Return integers of a message by their field numbers, and of other fields the lengths."""
+    found = {}
+    for number, wire_type, start, stop in message_fields(model, 0, len(model)):
+        if (number, wire_type) == (message, SIZED):
+            for field, kind, begin, end in message_fields(model, start, stop):
+                is_number = kind == VARINT
+                found[field] = read_varint(model, begin, end)[0] if is_number else end - begin
+    return found
 
 
 def _read_piece(model: bytes, start: int, stop: int) -> SentencePiecePiece:

@@ -1,8 +1,10 @@
 """Reads SentencePiece models."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from megatron.trainer.data.document_end import (
@@ -13,6 +15,7 @@ from megatron.trainer.data.document_end import (
 )
 from megatron.trainer.data.encoding import (
     Encoding,
+    Ids,
     Span,
     encode_between,
     find_spelled,
@@ -25,6 +28,7 @@ from megatron.trainer.data.sentencepiece_pieces import (
     as_control,
     read_pieces,
 )
+from megatron.trainer.data.sentencepiece_words import WordEncoder, make_word_encoder
 from megatron.trainer.data.tokenizer_files import (
     TokenizerSettings,
     read_settings,
@@ -101,9 +105,20 @@ class SentencePieceTokenizer:
         found = self._processor.EncodeAsOffsetMapping(text)
         return found["ids"], widened(found["offsets"])
 
-    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return what `encode_document` does for each text."""
-        return [self.encode_document(text) for text in texts]
+    def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
+        """Return what `encode_document` does for each text.
+
+        Where the model allows it, words that were seen before are not encoded again.
+        """
+        words = self._word_encoder
+        found = words.encode(texts) if words else [*map(self._processor.EncodeAsNumpy, texts)]
+        if not self.prefix:
+            return found
+        return [np.concatenate([self.prefix, ids]) if ids.size else ids for ids in found]
+
+    @cached_property
+    def _word_encoder(self) -> WordEncoder | None:
+        return make_word_encoder(self._processor)
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids; control pieces have none."""

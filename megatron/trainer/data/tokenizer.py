@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megatron.trainer.data.document_end import END_OF_DOCUMENT, DocumentEnd
-from megatron.trainer.data.encoding import Encoding, Span
+from megatron.trainer.data.encoding import Encoding, Ids, Span
 from megatron.trainer.data.hf_tokenizer import HFTokenizer
 from megatron.trainer.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron.trainer.data.tokenizer_files import TYPE_ALIASES, locate_tokenizer
@@ -62,7 +62,7 @@ class Tokenizer(Protocol):
             as_text: Where in it control tokens are only spelled, and are ordinary text.
         """
 
-    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
         """Return what `encode_document` does for each text, in less time."""
 
     def decode(self, ids: list[int]) -> str:
