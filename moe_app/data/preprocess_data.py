@@ -11,18 +11,19 @@ Started again after a kill, the command does what is missing. Many nodes write a
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 from megatron.trainer.data.text_input import TextInput
 from megatron.trainer.data.token_manifest import identify_tokenizer, read_manifest
 from megatron.trainer.data.tokenizer import TOKENIZER_CHOICES, describe_ends
-from megatron.trainer.errors import ConfigError, UserError, printable
+from megatron.trainer.errors import UserError, printable
 from moe_app.command_line import argument_text, program
 from moe_app.data.encoding import open_tokenizer
 from moe_app.data.shards import merge_shards
+from moe_app.data.sources import refuse_inside
 from moe_app.data.text_inputs import cut_shard, find_inputs
 from moe_app.data.token_work import TokenWork, digest, write_tokens
 
@@ -38,7 +39,8 @@ def preprocess(args: argparse.Namespace) -> bool:
             whole = f"{args.output_prefix}_{args.output_key or key}_document"
             merge_shards(whole, count=args.num_shards)
         return True
-    _check_place(args.output_prefix, args.input)
+    folder = Path(args.output_prefix).absolute().parent
+    refuse_inside(folder, args.input, output=f"--output-prefix {args.output_prefix}")
     inputs = find_inputs(args.input)
     segments = cut_shard(inputs, index=args.shard_index, count=args.num_shards)
     texts = {
@@ -80,22 +82,6 @@ def _is_written(work: TokenWork) -> bool:
     missing = work.missing(manifest) if manifest is not None else "there is no finished one"
     print(f"{work.prefix}: {f'not what this command writes: {missing}' if missing else 'complete'}")
     return missing is None
-
-
-def _check_place(output_prefix: str, inputs: Sequence[str]) -> None:
-    """Refuse to write into a folder whose files are read: what is written would be input next time.
-
-    Raises:
-        ConfigError: The output is in an input folder.
-    """
-    output = os.path.realpath(os.path.dirname(os.path.abspath(output_prefix)))
-    for each in inputs:
-        folder = os.path.realpath(each)
-        if os.path.isdir(folder) and os.path.commonpath([folder, output]) == folder:
-            raise ConfigError(
-                f"--output-prefix {output_prefix} is in --input {each}, whose files are read; the"
-                " output must be outside; choose another folder"
-            )
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

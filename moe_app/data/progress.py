@@ -4,6 +4,8 @@ import sys
 import time
 from typing import TextIO
 
+from megatron.trainer.records.history import duration
+
 _SECONDS_BETWEEN = 10.0
 
 
@@ -48,13 +50,5 @@ class ReadProgress:
         parts.append(f"{rate / 1e6:,.2f} MB/s")
         parts.append(f"{(num_tokens - self._first_tokens) / seconds:,.0f} tokens/s")
         if self._total and rate > 0:
-            parts.append(f"{_duration(max(0.0, self._total - done) / rate)} left")
+            parts.append(f"{duration((self._total - done) / rate)} left")
         print(f"{self._name}: {', '.join(parts)}", file=file or sys.stderr, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

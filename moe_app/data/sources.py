@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron.trainer.errors import DataError
+from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.io.bounded_read import is_plain_name, read_small
 
 Kind = Literal["jsonl", "parquet", "arrow"]
@@ -36,6 +36,25 @@ class SourceFile:
     size: int
     modified_ns: int
     """Like the size, to notice a file that changed between two starts."""
+
+
+def refuse_inside(folder: Path, inputs: Sequence[str], *, output: str) -> None:
+    """Refuse to write into a folder whose files are read: what is written would be input next time.
+
+    Args:
+        folder: Where files are to be written.
+        inputs: What is read.
+        output: The flag that names the folder, with its value, for the message.
+
+    Raises:
+        ConfigError: The folder is one of the inputs, or in one.
+    """
+    for each in inputs:
+        if os.path.isdir(each) and folder.resolve().is_relative_to(Path(each).resolve()):
+            raise ConfigError(
+                f"{output} is in --input {each}, whose files are read; the output must be outside;"
+                " choose another folder"
+            )
 
 
 def find_sources(inputs: Sequence[str], *, flag: str = "--input") -> list[SourceFile]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from megatron.trainer.data.tokenizer import TOKENIZER_CHOICES
 from megatron.trainer.errors import ConfigError, DataError, UserError, printable
 from moe_app.command_line import argument_text, program
+from moe_app.data.sources import refuse_inside
 from moe_app.filter.filter_plan import TokenSettings, make_plan, settle_plan
 from moe_app.filter.filter_recipe import read_filter_recipe
 from moe_app.filter.filter_specs import FILTERS, parse_filter
@@ -87,14 +88,9 @@ def _check_output(output: str, inputs: Sequence[str]) -> None:
     """Check that the output is a folder, not where input is read, nor behind a link.
 
     Raises:
-        ConfigError: It would.
+        ConfigError: It is not.
     """
-    for each in inputs:
-        if Path(each).is_dir() and Path(output).resolve().is_relative_to(Path(each).resolve()):
-            raise ConfigError(
-                f"--output {output} is in --input {each}, whose files are read; the output must be"
-                " outside; choose another folder"
-            )
+    refuse_inside(Path(output), inputs, output=f"--output {output}")
     folder = WorkFolder(Path(output))
     if folder.output.exists() and not folder.output.is_dir():
         raise ConfigError(f"--output {output} is no folder; name a new or begun one")

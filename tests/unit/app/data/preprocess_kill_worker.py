@@ -6,12 +6,20 @@ Started as a process of its own, which forks: the kills end real processes.
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from megatron.trainer.data import token_draft, writer
 from moe_app.data import preprocess_data, text_chunks, token_work
+from tests.unit.app import kill_at_write
+
+WRITES = (
+    (os, "replace"),
+    (os, "unlink"),
+    (token_draft, "sync_file"),
+    (token_draft.TokenDraft, "append"),
+    (writer, "sync_file"),
+    (shutil, "rmtree"),
+)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -22,45 +30,9 @@ def tree(folder: Path) -> dict[str, bytes]:
     }
 
 
-def kill_at(write: int) -> None:
-    """Make this process end without notice at one of its writes, before or after it."""
-    count = 0
-
-    def killing(call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*arguments: Any, **settings: Any) -> Any:
-            nonlocal count
-            count += 1
-            is_last = count == write
-            if is_last and write % 2:
-                os._exit(9)
-            try:
-                return call(*arguments, **settings)
-            finally:
-                if is_last:
-                    os._exit(9)
-
-        return wrapped
-
-    for owner, name in (
-        (os, "replace"),
-        (os, "unlink"),
-        (token_draft, "sync_file"),
-        (token_draft.TokenDraft, "append"),
-        (writer, "sync_file"),
-        (shutil, "rmtree"),
-    ):
-        setattr(owner, name, killing(getattr(owner, name)))
-
-
 def run(command: list[str], kill: int | None = None) -> int:
     """Run the command in a child; return its exit status."""
-    child = os.fork()
-    if child == 0:
-        sys.stdout = open(os.devnull, "w")
-        if kill is not None:
-            kill_at(kill)
-        os._exit(preprocess_data.main(command))
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return kill_at_write.run(preprocess_data.main, command, kill=kill, owners=WRITES)
 
 
 def count_kills(folder: Path, command: list[str], step: int) -> int:

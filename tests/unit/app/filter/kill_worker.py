@@ -8,18 +8,24 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from datatrove.executor.base import PipelineExecutor
 from datatrove.io import DataFolder
 
 from moe_app.filter.filter_data import main
 from moe_app.filter.pipeline import exact_duplicates, near_duplicates
+from tests.unit.app import kill_at_write
 
 SKIPPED = 9
 """Writes between two kills."""
+WRITES = (
+    (os, "replace"),
+    (PipelineExecutor, "mark_rank_as_completed"),
+    (DataFolder, "open"),
+    (exact_duplicates, "save_array"),
+    (near_duplicates, "save_array"),
+)
 
 
 def tree(output: Path) -> dict[str, str]:
@@ -31,43 +37,9 @@ def tree(output: Path) -> dict[str, str]:
     }
 
 
-def kill_at(write: int) -> None:
-    """Make this process end without notice at one of its writes, before or after it."""
-    count = 0
-
-    def killing(call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*arguments: Any, **settings: Any) -> Any:
-            nonlocal count
-            count += 1
-            is_last = count == write
-            if is_last and write % 2:
-                os._exit(9)
-            done = call(*arguments, **settings)
-            if is_last:
-                os._exit(9)
-            return done
-
-        return wrapped
-
-    os.replace = killing(os.replace)
-    for owner, name in (
-        (PipelineExecutor, "mark_rank_as_completed"),
-        (DataFolder, "open"),
-        (exact_duplicates, "save_array"),
-        (near_duplicates, "save_array"),
-    ):
-        setattr(owner, name, killing(getattr(owner, name)))
-
-
 def run(command: list[str], kill: int | None = None) -> int:
     """Run the command in a child; return its exit status."""
-    child = os.fork()
-    if child == 0:
-        sys.stdout = open(os.devnull, "w")
-        if kill is not None:
-            kill_at(kill)
-        os._exit(main(command))
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return kill_at_write.run(main, command, kill=kill, owners=WRITES)
 
 
 class Doomed:
