@@ -122,6 +122,15 @@ def evaluate(argv: Argv = None) -> int:
 
 @prints_any_text
 @hide_upstream_warnings()
+def fetch_tasks(argv: Argv = None) -> int:
+    """Run `moe_app.evaluate.fetch_tasks`."""
+    from moe_app.evaluate.fetch_tasks import main
+
+    return main(argv)
+
+
+@prints_any_text
+@hide_upstream_warnings()
 @postponed_compile()
 def convert_checkpoint(argv: Argv = None) -> int:
     """Run `moe_app.convert.convert_checkpoint`."""
@@ -303,6 +312,11 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             run=score,
         ),
         Command(name="evaluate", summary="evaluate a model on tasks", run=evaluate),
+        Command(
+            name="fetch-tasks",
+            summary="copy the data of tasks, to evaluate without a network",
+            run=fetch_tasks,
+        ),
         Command(
             name="analyze",
             summary="analyse what a model's routers learned",

@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     what = tasks.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--tasks",
-        type=_names,
+        type=task_names,
         metavar="A,B",
         help="names of tasks, groups or tags, of the harness or in --include-path",
     )
@@ -122,7 +122,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _names(text: str) -> list[str]:
+def task_names(text: str) -> list[str]:
+    """Read names that are separated by commas."""
     names = [name.strip() for name in text.split(",")]
     if not all(names):
         raise argparse.ArgumentTypeError(f"{text!r} has an empty name; separate names by one comma")
@@ -143,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
     """
     configure_logging(environment_rank())
     with open_model.joined_ranks(args):
-        on_rank0("looking for lm-evaluation-harness", _check_harness)
+        on_rank0("looking for lm-evaluation-harness", check_harness)
         tasks = on_rank0("choosing the tasks", lambda: _choose(args))
         opened = open_model.open_checkpoint(args, prog=program("evaluate"))
         given = on_rank0("reading the tokenizer", lambda: _open_tokenizer(args, tasks, opened))
@@ -166,7 +167,7 @@ def run(args: argparse.Namespace) -> None:
         on_rank0("evaluating", evaluate)
 
 
-def _check_harness() -> None:
+def check_harness() -> None:
     """Refuse to begin where the harness is missing."""
     try:
         import lm_eval  # noqa: F401

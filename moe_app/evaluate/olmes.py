@@ -17,6 +17,10 @@ from megatron.trainer.errors import DataError
 
 Normalisation = Literal["none", "char", "pmi"]
 
+OLMES_FOLDER = "olmes"
+"""Folder of the requests in a directory of task data; in the package it is `oe_eval_tasks`."""
+REQUESTS_NAME = "requests.jsonl.gz"
+
 _UNCONDITIONAL = 1_000_000
 """Added to the id of an item where its answers are scored without the question."""
 _MOST_LINE_BYTES = 1 << 24

