@@ -20,7 +20,7 @@ from moe_app.align.reference import (
 )
 from moe_app.command_line import program
 from moe_app.finetune.finetuning import open_texts
-from moe_app.finetune.tuning_config import parse_tuning, with_epochs
+from moe_app.finetune.tuning_config import length_known, parse_tuning
 from moe_app.pretrain.build import OpenedData, build_state
 from moe_app.pretrain.command import run_stage
 
@@ -47,7 +47,7 @@ class Alignment:
     def open(self, cfg: AlignConfig, ctx: RunContext) -> AlignConfig:
         """Tokenize the texts, or read them from the cache; resolve the epochs."""
         self._data, num_samples = open_texts(cfg, ctx, cfg.kind)
-        return with_epochs(cfg, num_samples)
+        return length_known(cfg, num_samples, ctx)
 
     def build(self, cfg: AlignConfig, ctx: RunContext) -> tuple[TrainState, Objective]:
         """Return the state at iteration 0, and the objective; a collective call."""

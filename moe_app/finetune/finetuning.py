@@ -25,8 +25,8 @@ from moe_app.command_line import program
 from moe_app.finetune.tuning_config import (
     FinetuneConfig,
     TuningConfig,
+    length_known,
     parse_tuning,
-    with_epochs,
 )
 from moe_app.pretrain.build import OpenedData, build_state
 from moe_app.pretrain.command import run_stage
@@ -54,7 +54,7 @@ class Finetuning:
     def open(self, cfg: FinetuneConfig, ctx: RunContext) -> FinetuneConfig:
         """Tokenize the conversations, or read them from the cache; resolve the epochs."""
         self._data, num_samples = open_texts(cfg, ctx, "sft")
-        return with_epochs(cfg, num_samples)
+        return length_known(cfg, num_samples, ctx)
 
     def build(self, cfg: FinetuneConfig, ctx: RunContext) -> tuple[TrainState, Objective]:
         """Return the state at iteration 0, and the objective; a collective call."""

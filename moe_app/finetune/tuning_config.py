@@ -5,7 +5,7 @@ The architecture and the tokenizer are the checkpoint's, unless flags or a recip
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,11 +15,12 @@ from megatron.trainer.checkpoint.load import read_text
 from megatron.trainer.config.cli import load_config
 from megatron.trainer.config.durations import resolve_lengths, with_train_tokens
 from megatron.trainer.config.recipe import plain_values, schema_of
+from megatron.trainer.config.validate import validate
 from megatron.trainer.data.tokenizer_files import TOKENIZER_FILES
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.objective import Reduction
 from megatron.trainer.records.run_dir import CONFIG_NAME
-from megatron.trainer.runtime.launch import environment_rank
+from megatron.trainer.runtime.launch import RunContext, environment_rank
 from moe_app.chat.chat_config import ChatDataConfig
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.config import MoEModelConfig
@@ -31,7 +32,8 @@ class TuningSettings:
     """Sets the length of a run over a finite set of texts."""
 
     train_epochs: float | None = None
-    """Passes over the training texts, at which the run ends; None leaves it to train_iters."""
+    """Passes over the training texts, at which the run ends; None leaves it to train_iters. Of the
+    two the later of recipe and flags counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,7 @@ def parse_tuning(
             config_class,
             [each for each in arguments if not (is_first and each == "--print-config")],
             presets=PRESETS,
-            resolve=resolve_lengths,
+            resolve=resolve_epochs,
             base=base,
             prog=prog,
             description=description,
@@ -114,6 +116,31 @@ def parse_tuning(
         checkpoint_values(Path(first.checkpoint.load), first.checkpoint.ckpt_step), quiet=quiet
     )
     return _from_weights(cfg)
+
+
+def resolve_epochs(cfg: C, layers: Sequence[Collection[str]]) -> C:
+    """Set lengths as `resolve_lengths`; of epochs and steps, too, the later layer wins.
+
+    The config of a run has both, which agree.
+
+    Raises:
+        ConfigError: flags have both.
+    """
+    cfg = resolve_lengths(cfg, layers)
+    steps = ("train_iters", "train_tokens")
+    epochs_at, steps_at = (
+        max((number for number, layer in enumerate(layers) if set(names) & set(layer)), default=-1)
+        for names in (("train_epochs",), steps)
+    )
+    if steps_at == epochs_at == len(layers) - 1:
+        named = ", ".join(f"--{each.replace('_', '-')}" for each in steps if each in layers[-1])
+        raise ConfigError(
+            f"--train-epochs {cfg.tuning.train_epochs:g} and {named} are two lengths of one run;"
+            " give one of them"
+        )
+    if steps_at <= epochs_at:
+        return cfg
+    return dataclasses.replace(cfg, tuning=dataclasses.replace(cfg.tuning, train_epochs=None))
 
 
 def _parse_quietly(parse: Any) -> Any:
@@ -179,6 +206,17 @@ def _tokenizer_in(path: Path, saved: dict[str, Any]) -> str | None:
     if any((path / name).is_file() for name in TOKENIZER_FILES.values()):
         return str(path)
     return named if isinstance(named, str) else None
+
+
+def length_known(cfg: C, num_samples: int, ctx: RunContext) -> C:
+    """Return the config as `with_epochs`, and check it again: lengths depend on each other.
+
+    Raises:
+        ConfigError: as there, or other settings do not fit the length.
+    """
+    cfg = with_epochs(cfg, num_samples)
+    validate(cfg, ctx.world_size)
+    return cfg
 
 
 def with_epochs(cfg: C, num_samples: int) -> C:

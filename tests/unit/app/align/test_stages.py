@@ -62,7 +62,8 @@ def run(folder: Path, stage: Any, kind: str, save: Path, *more: str) -> int:
     flags = ["--load", str(folder / "base"), "--save", str(save), "--template", "olmoe"]
     flags += ["--train-data", str(folder / f"{kind}.jsonl"), "--seq-length", "64"]
     flags += ["--global-batch-size", "4", "--micro-batch-size", "2", "--lr", "1e-2"]
-    flags += ["--log-interval", "1", "--train-iters", "4", "--device", "cpu"]
+    flags += ["--log-interval", "1", "--device", "cpu"]
+    flags += [] if "--train-epochs" in more else ["--train-iters", "4"]
     status = int(stage.main([*flags, *more]))
     if status and dist.is_initialized():  # a process that fails ends without leaving its groups
         shut_down()
@@ -221,6 +222,13 @@ def test_what_may_change_in_a_run_that_goes_on(folder: Path, begun: Path, tmp_pa
     [
         (finetuning, "sft", ["--load", "nowhere"], "--load nowhere holds no checkpoint; name the"),
         (finetuning, "sft", ["--train-epochs", "0.1"], "are 0 sequences, but a step takes 4"),
+        # Of 4 steps, not of the 100 that are the default.
+        (
+            finetuning,
+            "sft",
+            ["--train-epochs", "2", "--no-packing", "--lr-warmup-iters", "50"],
+            "lr_warmup_iters (50) must be below train_iters (4)",
+        ),
         (finetuning, "sft", ["--mock-data"], "data_path, phases and mock_data are for pretraining"),
         (finetuning, "preference", [], "messages"),
         (alignment, "preference", ["--beta", "0"], "beta (0) must be above 0; use 0.1"),

@@ -15,6 +15,7 @@ from megatron.trainer.checkpoint import layout
 from megatron.trainer.config.cli import dump_config
 from megatron.trainer.config.schema import TrainingConfig
 from megatron.trainer.config.validate import validate
+from megatron.trainer.errors import ConfigError
 from megatron.trainer.optim.schedules import build_schedule
 from megatron.trainer.records.run_dir import CONFIG_NAME
 from moe_app.align.align_config import AlignConfig
@@ -81,7 +82,7 @@ def test_recipe_fits_the_gpus_it_names(name: str, checkpoints: Path) -> None:
         *(True, 0, 0),
     )
     sizes = MoEModelConfig(**PRESETS[AT_FIRST[name]])
-    off = {"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": 0.0}
+    off: dict[str, Any] = {"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": 0.0}
     assert cfg.model == dataclasses.replace(sizes, **off)
     # Both texts of a pair, or an answer and a mismatched one, are in memory at once.
     texts = 1 if isinstance(cfg, FinetuneConfig) else 2
@@ -120,6 +121,17 @@ def test_printed_config_is_read_back(
         type(parse(name, checkpoints)), ["--config", str(printed)], prog="test", description=""
     )
     assert again == parse(name, checkpoints)
+
+
+def test_of_epochs_and_steps_the_later_layer_wins(checkpoints: Path) -> None:
+    """Otherwise a few steps of a recipe are all of its epochs."""
+    steps = parse("olmoe_1b_7b_sft", checkpoints, "--train-iters", "3")
+    assert (steps.tuning.train_epochs, steps.training.train_iters) == (None, 3)
+    assert with_epochs(steps, 1000) == steps
+    epochs = parse("olmoe_1b_7b_kto", checkpoints, "--train-epochs", "2")
+    assert with_epochs(epochs, 320).training.train_iters == 20
+    with pytest.raises(ConfigError, match=r"--train-epochs 2 and --train-iters are two lengths"):
+        parse("olmoe_1b_7b_sft", checkpoints, "--train-epochs", "2", "--train-iters", "3")
 
 
 def adam(cfg: TuningConfig) -> tuple[float, ...]:
