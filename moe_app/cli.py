@@ -142,6 +142,16 @@ def convert_checkpoint(argv: Argv = None) -> int:
 @prints_any_text
 @hide_upstream_warnings()
 @postponed_compile()
+def upcycle(argv: Argv = None) -> int:
+    """Run `moe_app.upcycle.upcycle_command`."""
+    from moe_app.upcycle.upcycle_command import main
+
+    return main(argv)
+
+
+@prints_any_text
+@hide_upstream_warnings()
+@postponed_compile()
 def analyze_routing(argv: Argv = None) -> int:
     """Run `moe_app.analyze.analyze_routing`."""
     from moe_app.analyze.analyze_routing import main
@@ -326,6 +336,11 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             name="convert",
             summary="import from and export to Hugging Face",
             run=convert_checkpoint,
+        ),
+        Command(
+            name="upcycle",
+            summary="make a mixture of experts of a dense model",
+            run=upcycle,
         ),
     ),
 }

@@ -33,7 +33,7 @@ def initialize_weights(chunks: list[nn.Module], *, seed: int, std: float, cutoff
         bound = cutoff * std
         nn.init.trunc_normal_(full, std=std, a=-bound, b=bound, generator=generator)
 
-    for shard in _shards(chunks):
+    for shard in weight_shards(chunks):
         if not is_adapter(shard.key):
             _initialize_shard(shard, seed=seed, fill=normal)
 
@@ -53,14 +53,20 @@ def initialize_adapters(chunks: list[nn.Module], *, seed: int) -> None:
         bound = full.shape[-1] ** -0.5
         nn.init.uniform_(full, -bound, bound, generator=generator)
 
-    for shard in _shards(chunks):
+    for shard in weight_shards(chunks):
         if is_adapter(shard.key) and shard.key.endswith(".a"):
             _initialize_shard(shard, seed=seed, fill=uniform)
         elif is_adapter(shard.key) and shard.data is not None:
             nn.init.zeros_(shard.data.detach())
 
 
-def _shards(chunks: list[nn.Module]) -> Iterator[ShardedTensor]:
+def random_stream(name: str) -> torch.Generator:
+    """Returns the generator that a name alone seeds."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def weight_shards(chunks: list[nn.Module]) -> Iterator[ShardedTensor]:
     """Yields this rank's parts of the global tensors."""
     for chunk in chunks:
         for value in nested_values(chunk.sharded_state_dict()):  # type: ignore[operator]
@@ -102,10 +108,8 @@ def _draw(
     """Copies into `local` its slice of the matrix that `stream` names."""
     if local.is_meta:
         return
-    digest = hashlib.sha256(stream.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     full = torch.empty(shape, dtype=torch.float32)
-    fill(full, generator)
+    fill(full, random_stream(stream))
     window = tuple(slice(o, o + n) for o, n in zip(offset, local.shape, strict=True))
     with torch.no_grad():
         local.copy_(full[window])

@@ -48,7 +48,7 @@ def _check(path: Path) -> PretrainConfig:
     """Check every tensor's name, shape and type; return the config of a run with this model."""
     with HFDirectory(path) as source:
         family, model = read_architecture(source)
-        leave_out_surplus(source, family, model)
+        leave_out_surplus(source, family.is_rotary_buffer, model)
         total = sum(entry.num_bytes for entry in source.tensors.values())
         check_size(model, total, config=path / "config.json")
         form = family.detect_layout(source.tensors)

@@ -160,7 +160,7 @@ def run_import(args: argparse.Namespace) -> Conversion:
     check_new_run(save)
     with HFDirectory(Path(args.hf)) as source:
         family, model = _read_architecture(source, args.make_vocab_size_divisible_by)
-        left_out = leave_out_surplus(source, family, model)
+        left_out = leave_out_surplus(source, family.is_rotary_buffer, model)
         total = sum(entry.num_bytes for entry in source.tensors.values())
         check_size(model, total, config=source.path / "config.json")
         form = family.detect_layout(source.tensors)

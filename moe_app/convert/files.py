@@ -66,7 +66,7 @@ def read_auxiliary_files(directory: Path, *, eod_token: str | None = None) -> Au
     Raises:
         CheckpointError: one is corrupt, or a symlink out of the directory.
     """
-    files = _read_those_there(directory, (*TOKENIZER_FILES.values(), *IDENTITY_FILES))
+    files = read_those_there(directory, (*TOKENIZER_FILES.values(), *IDENTITY_FILES))
     for name in (TOKENIZER_FILES["HFTokenizer"], *JSON_FILES):
         if name in files:
             read_json(directory, name)
@@ -328,7 +328,7 @@ def _run_tokenizer_files(cfg: PretrainConfig, checkpoint: Path) -> AuxiliaryFile
         return AuxiliaryFiles(files={}, tokenizer_type=None)
     kind = canonical_type(cfg.data.tokenizer_type)
     tokenizer = _read_file(checkpoint, _saved_name(cfg, checkpoint, kind))
-    files = {TOKENIZER_FILES[kind]: tokenizer, **_read_those_there(checkpoint, IDENTITY_FILES)}
+    files = {TOKENIZER_FILES[kind]: tokenizer, **read_those_there(checkpoint, IDENTITY_FILES)}
     return AuxiliaryFiles(files=files, tokenizer_type=kind)
 
 
@@ -338,7 +338,7 @@ def _saved_name(cfg: PretrainConfig, checkpoint: Path, kind: str) -> str:
     return own if own and os.path.lexists(checkpoint / own) else TOKENIZER_FILES[kind]
 
 
-def _read_those_there(directory: Path, names: Collection[str]) -> dict[str, bytes]:
+def read_those_there(directory: Path, names: Collection[str]) -> dict[str, bytes]:
     """Return the contents of those of some files that a directory has."""
     return {
         name: _read_file(directory, name) for name in names if os.path.lexists(directory / name)

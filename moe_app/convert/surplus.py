@@ -1,6 +1,7 @@
 """Leaves out of an import what a checkpoint holds besides its weights, once it is seen to agree."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from megatron.trainer.errors import CheckpointError
 from megatron.trainer.hf_files import HFDirectory
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert import Family, harmless_fields
+from moe_ext.convert import harmless_fields
 from moe_ext.layers.rotary import inverse_frequencies
 
 logger = logging.getLogger("convert")
@@ -19,8 +20,17 @@ _FREQUENCY_TOLERANCE = 1e-5
 """Relative; devices differ in the last bits of a power."""
 
 
-def leave_out_surplus(source: HFDirectory, family: Family, model: MoEModelConfig) -> dict[str, Any]:
+def leave_out_surplus(
+    source: HFDirectory,
+    is_rotary_buffer: Callable[[str, MoEModelConfig], bool],
+    model: MoEModelConfig,
+) -> dict[str, Any]:
     """Compare tensors and fields that the model does not need, leave them out, and log it.
+
+    Args:
+        source: the checkpoint.
+        is_rotary_buffer: tells names of RoPE's frequencies.
+        model: the architecture.
 
     Returns:
         What the report says of them; empty if there are none.
@@ -34,7 +44,7 @@ def leave_out_surplus(source: HFDirectory, family: Family, model: MoEModelConfig
         _compare_head(source)
         tensors[HEAD] = "equals the embedding, to which it is tied"
     for name in source.tensors:
-        if family.is_rotary_buffer(name, model):
+        if is_rotary_buffer(name, model):
             _compare_frequencies(source, name, model)
             tensors[name] = "equals what rope_theta gives"
     if not fields and not tensors:

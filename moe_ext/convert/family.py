@@ -154,7 +154,16 @@ class Family:
 
     def is_rotary_buffer(self, name: str, model: MoEModelConfig) -> bool:
         """Return whether some checkpoints keep RoPE's frequencies, which are no weights, here."""
-        found = re.fullmatch(
-            rf"model\.(?:layers\.(\d+)\.{self.attention}\.)?rotary_emb\.inv_freq", name
-        )
-        return found is not None and int(found[1] or 0) < model.num_layers
+        return is_rotary_buffer(name, model, attention=self.attention)
+
+
+def is_rotary_buffer(name: str, model: MoEModelConfig, *, attention: str = "self_attn") -> bool:
+    """Return whether some checkpoints keep RoPE's frequencies under this name.
+
+    Args:
+        name: of a tensor.
+        model: the architecture.
+        attention: name of a layer's attention in names of tensors.
+    """
+    found = re.fullmatch(rf"model\.(?:layers\.(\d+)\.{attention}\.)?rotary_emb\.inv_freq", name)
+    return found is not None and int(found[1] or 0) < model.num_layers
