@@ -25,7 +25,7 @@ from megatron.trainer.runtime.log import configure_logging
 from moe_app.command_line import program
 from moe_app.evaluate import own_flags
 from moe_app.evaluate.answers import AnswerFile
-from moe_app.evaluate.suites import OLMES, SUITES, Suite, named_suite
+from moe_app.evaluate.suites import JUDGED_TASKS, OLMES, SUITES, Suite, named_suite
 from moe_app.evaluate.workers import Workers
 from moe_app.infer import open_model
 from moe_app.infer.conversations import Conversations
@@ -71,7 +71,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="read the tasks' datasets here, as fetch_tasks.py wrote them, not from the Hub",
     )
     tasks.add_argument(
-        "--num-fewshot", type=_count, metavar="N", help="examples in a prompt, not the task's own"
+        "--num-fewshot",
+        type=own_flags.natural,
+        metavar="N",
+        help="examples in a prompt, not the task's own",
     )
     tasks.add_argument(
         "--limit", type=open_model.positive, metavar="N", help="the first items of each task alone"
@@ -80,11 +83,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--gen-kwargs", metavar="K=V,...", help="settings of generation, over the task's own"
     )
     tasks.add_argument(
-        "--seed", type=_count, default=1234, metavar="N", help="of examples and draws (%(default)s)"
+        "--seed",
+        type=own_flags.natural,
+        default=1234,
+        metavar="N",
+        help="of examples and draws (%(default)s)",
     )
     tasks.add_argument(
         "--bootstrap-iters",
-        type=_count,
+        type=own_flags.natural,
         default=1000,
         metavar="N",
         help="resamples for standard errors that have no formula (%(default)s)",
@@ -111,7 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     work.add_argument(
         "--prefix-token-id",
-        type=_count,
+        type=own_flags.natural,
         metavar="ID",
         help="stands before a text without context (the tokenizer's BOS or end of document)",
     )
@@ -119,6 +126,7 @@ def make_parser() -> argparse.ArgumentParser:
     open_model.add_batch_size(work)
     own_flags.add_conversation_flag(tasks)
     own_flags.add_execution_flags(parser)
+    own_flags.add_judge_flags(parser)
     return parser
 
 
@@ -128,12 +136,6 @@ def task_names(text: str) -> list[str]:
     if not all(names):
         raise argparse.ArgumentTypeError(f"{text!r} has an empty name; separate names by one comma")
     return names
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 0")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -193,12 +195,16 @@ def _choose(args: argparse.Namespace) -> Suite:
             f"--num-fewshot is {args.num_fewshot}, but the prompts of {', '.join(chosen.own)} are"
             " those of the papers; leave it out, or evaluate other tasks"
         )
+    judged = [name for name in chosen.own if name in JUDGED_TASKS]
+    if judged:
+        own_flags.judge_settings(args, ", ".join(judged))
     return chosen
 
 
 def _has_conversations(args: argparse.Namespace, suite: Suite) -> bool:
     """Return whether a task is asked in conversations."""
-    return bool(suite.own) and (suite.is_chat or args.template is not None)
+    is_judged = any(name in JUDGED_TASKS for name in suite.own)
+    return is_judged or (bool(suite.own) and (suite.is_chat or args.template is not None))
 
 
 def _open_conversations(

@@ -2,9 +2,22 @@
 
 import argparse
 import os
+from pathlib import Path
 
+from megatron.trainer.errors import ConfigError
+from megatron.trainer.runtime.launch import environment_secret
 from moe_app.chat.prompting import TEMPLATE_NAMES
+from moe_app.evaluate.judging.endpoint import JudgeSettings
 from moe_app.infer import open_model
+
+_MOST_KEY_BYTES = 1 << 14
+
+
+def natural(text: str) -> int:
+    """Parse an integer of at least 0, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 0")
+    return int(text)
 
 
 def add_conversation_flag(group: "argparse._ArgumentGroup") -> None:
@@ -49,3 +62,88 @@ def add_execution_flags(parser: argparse.ArgumentParser) -> None:
         help="run programs WITHOUT a sandbox, within limits of time, memory, processes and output;"
         " they can read and write what you can, and use the network",
     )
+
+
+def add_judge_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags for the model that judges answers."""
+    group = parser.add_argument_group(
+        "judge",
+        "The tasks mt_bench, alpaca_eval and xstest ask a model behind an endpoint with OpenAI's"
+        " interface (POST URL/chat/completions) to judge each answer.",
+    )
+    group.add_argument("--judge-url", metavar="URL", help="such as http://localhost:8000/v1")
+    group.add_argument("--judge-model", metavar="NAME", help="name of the judge there")
+    key = group.add_mutually_exclusive_group()
+    key.add_argument("--judge-key-file", metavar="FILE", help="file that holds the key, alone")
+    key.add_argument(
+        "--judge-key-env", metavar="NAME", help="environment variable that holds the key"
+    )
+    group.add_argument(
+        "--judge-timeout",
+        type=open_model.positive,
+        default=120,
+        metavar="SECONDS",
+        help="of one try (%(default)s)",
+    )
+    group.add_argument(
+        "--judge-retries",
+        type=natural,
+        default=5,
+        metavar="N",
+        help="further tries after time-outs, lost connections and status 429 or 5xx, with growing"
+        " pauses (%(default)s)",
+    )
+    group.add_argument(
+        "--judge-concurrency",
+        type=open_model.positive,
+        default=8,
+        metavar="N",
+        help="questions to the judge side by side (%(default)s)",
+    )
+
+
+def judge_settings(args: argparse.Namespace, names: str) -> JudgeSettings:
+    """Return where the judge is.
+
+    Args:
+        args: of the command line.
+        names: of the tasks, for the message.
+
+    Raises:
+        ConfigError: it is not said, or its key is not there.
+    """
+    if args.judge_url is None or args.judge_model is None:
+        raise ConfigError(
+            f"{names} need a judge; name one with --judge-url and --judge-model, such as a server"
+            " of vLLM at http://localhost:8000/v1"
+        )
+    return JudgeSettings(
+        url=args.judge_url,
+        model=args.judge_model,
+        key=_read_key(args),
+        seconds=args.judge_timeout,
+        retries=args.judge_retries,
+        concurrency=args.judge_concurrency,
+    )
+
+
+def _read_key(args: argparse.Namespace) -> str | None:
+    """Return the key of the judge; None for none."""
+    if args.judge_key_file is not None:
+        try:
+            with Path(args.judge_key_file).open("rb") as file:
+                key = file.read(_MOST_KEY_BYTES).decode("ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"--judge-key-file {args.judge_key_file} cannot be read as a key:"
+                f" {type(error).__name__}; name the file that holds the key alone"
+            ) from None
+        where = f"--judge-key-file {args.judge_key_file}"
+    elif args.judge_key_env is not None:
+        key = (environment_secret(args.judge_key_env) or "").strip()
+        where = f"--judge-key-env {args.judge_key_env}"
+    else:
+        return None
+    if not key:
+        raise ConfigError(f"{where} holds no key; put it there, or leave the flag out")
+    return key

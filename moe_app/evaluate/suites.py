@@ -25,9 +25,10 @@ class Suite:
 OLMES = "olmes"
 """Names the suite that is read from published requests, not from tasks of the harness."""
 
-OWN_TASKS = tuple(CODE_TASKS)
-"""What --tasks takes beside the names of the harness; it has such tasks, but they run unprotected.
-"""
+JUDGED_TASKS = ("mt_bench", "alpaca_eval", "xstest")
+"""Tasks that a judge scores."""
+OWN_TASKS = (*CODE_TASKS, *JUDGED_TASKS)
+"""What --tasks takes beside the names of the harness, and before them."""
 
 SUITES: dict[str, Suite] = {
     OLMES: Suite(tasks=()),
@@ -44,6 +45,7 @@ SUITES: dict[str, Suite] = {
         },
     ),
     "code": Suite(tasks=(), own=("humaneval", "mbpp")),
+    "mtbench": Suite(tasks=(), own=("mt_bench",), is_chat=True),
 }
 """By the name that --suite takes."""
 

@@ -69,7 +69,15 @@ class Conversations:
         Raises:
             UserError: there is no such template, or it does not take the text.
         """
-        return prompt_ids(self._opened(), self._tokenizer, (Turn(_USER, text),))
+        return self.encode_turns((Turn(_USER, text),))
+
+    def encode_turns(self, turns: Turns) -> list[int]:
+        """Return the tokens of a conversation.
+
+        Raises:
+            UserError: there is no such template, or it does not take the turns.
+        """
+        return prompt_ids(self._opened(), self._tokenizer, turns)
 
     def encode_messages(self, record: dict[str, Any], where: str) -> list[int]:
         """Return the tokens of the conversation in a line of the input.
@@ -79,7 +87,7 @@ class Conversations:
         """
         turns = _read_turns(record[MESSAGES_KEY], where)
         try:
-            return prompt_ids(self._opened(), self._tokenizer, turns)
+            return self.encode_turns(turns)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
 

@@ -87,6 +87,14 @@ def slurm_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
 
 
+def environment_secret(name: str) -> str | None:
+    """Return the environment variable that the user names for a secret; None where it is not set.
+
+    It must not be logged, nor written anywhere.
+    """
+    return os.environ.get(name)
+
+
 def connect(parallel: ParallelConfig) -> tuple[torch.device, int]:
     """Start device, threads and the group of all ranks, before a complete config is known.
 

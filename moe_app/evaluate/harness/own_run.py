@@ -1,12 +1,16 @@
-"""Scores what the harness does not: programs, which are run in a sandbox."""
+"""Scores what the harness does not: programs, which run in a sandbox, and answers, by a judge."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+from moe_app.evaluate import own_flags
 from moe_app.evaluate.coding.problems import CODE_TASKS
 from moe_app.evaluate.harness.code_run import evaluate_code
+from moe_app.evaluate.harness.judge_run import JudgedTasks
 from moe_app.evaluate.harness.model import HarnessModel
-from moe_app.evaluate.suites import Suite
+from moe_app.evaluate.judging.judge import Judge
+from moe_app.evaluate.suites import JUDGED_TASKS, Suite
 from moe_app.infer.conversations import Conversations
 
 
@@ -19,11 +23,23 @@ def evaluate_own(
     """Score the tasks of a suite that are scored here, write samples, and return the results.
 
     Raises:
-        UserError: data are not there, or programs cannot be run here.
+        UserError: data are not there, programs cannot be run here, or a judge fails.
     """
     results: dict[str, dict[str, Any]] = {}
     code = [name for name in suite.own if name in CODE_TASKS]
     if code:
-        number = suite.code_samples if args.code_samples is None else args.code_samples
-        results |= evaluate_code(model, code, args, conversations, num_samples=number)
+        is_chat = suite.is_chat or args.template is not None
+        results |= evaluate_code(
+            model,
+            code,
+            args,
+            conversations if is_chat else None,
+            num_samples=suite.code_samples if args.code_samples is None else args.code_samples,
+        )
+    judged = [name for name in suite.own if name in JUDGED_TASKS]
+    if judged and conversations is not None:
+        settings = own_flags.judge_settings(args, ", ".join(judged))
+        judge = Judge(Path(args.output), settings)
+        tasks = JudgedTasks(model, args, conversations, judge)
+        results |= {name: tasks.run(name) for name in judged}
     return results

@@ -116,10 +116,23 @@ def read_records(root: Path, path: str, name: str | None, split: str) -> list[di
             f"{dataset_folder(root, path, name)} has no split {split!r}; its files are called after"
             f" splits; put {split}.jsonl or {split}.parquet there"
         )
-    return read_record_file(files[split])
+    return _read_file(files[split])
 
 
-def read_record_file(file: Path) -> list[dict[str, Any]]:
+def read_record_file(root: Path, file: Path) -> list[dict[str, Any]]:
+    """Return the records of a file in the directory of tasks.
+
+    Raises:
+        DataError: it cannot be read, or is not what was fetched.
+    """
+    hashes = hashes_of(root)
+    if not file.is_file():
+        raise DataError(f"{file} is not there; put the published file there")
+    check_file(root, hashes, file)
+    return _read_file(file)
+
+
+def _read_file(file: Path) -> list[dict[str, Any]]:
     """Return the records of a file of JSON Lines or Parquet.
 
     Raises:

@@ -16,6 +16,7 @@ from moe_app.evaluate import evaluation as command
 from moe_app.evaluate.execution import prison
 from moe_app.evaluate.workers import Workers
 from tests.distributed.convert_models import CONFIGS, make_hf
+from tests.unit.app.evaluate.judge_stub import JudgeStub
 from tests.unit.trainer.data.make_tokenizers import make_hf_tokenizer
 
 # From the packages of the harness, from torch when it reads a checkpoint, and from megatron-core.
@@ -259,6 +260,25 @@ def test_programs_are_scored_beside_tasks_of_the_harness(
     assert sample["prompt"].startswith("Complete the following Python function.")
 
 
+def test_conversations_are_had_and_judged(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mt_bench" / "question.jsonl"
+    path.parent.mkdir()
+    question = {"question_id": 81, "category": "extraction", "turns": ["fox", "dog"]}
+    path.write_text(json.dumps(question))
+    common = ("--task-data", str(tmp_path), "--template", "zephyr", "--judge-model", "m")
+    more = (*common, "--gen-kwargs", "max_gen_toks=3")
+    stub = JudgeStub(rule=lambda text: "[[3]]" if "second" in text else "[[8]]")
+    with stub.served() as url:
+        done = evaluate(folder, "olmoe", tmp_path, *more, "--judge-url", url, tasks="mt_bench")
+    assert done == 0
+    results = json.loads((tmp_path / "results.json").read_text())["results"]["mt_bench"]
+    assert (results["turn_1,none"], results["turn_2,none"]) == (8.0, 3.0)
+    (sample,) = map(json.loads, (tmp_path / "samples_mt_bench.jsonl").read_text().splitlines())
+    assert all(answer for (answer,) in sample["resps"])
+    told = [each["messages"][-1]["content"] for each in stub.asked]
+    assert all(sample["resps"][0][0] in text for text in told)
+
+
 @pytest.mark.parametrize(
     ("more", "tasks", "message"),
     [
@@ -269,6 +289,7 @@ def test_programs_are_scored_beside_tasks_of_the_harness(
         (["--gen-kwargs", "num_beams=4"], "words", "sets generation_kwargs num_beams, which"),
         ([], "humaneval", "humaneval is read from files alone; name the directory that has"),
         (["--num-fewshot", "1"], "mbpp", "--num-fewshot is 1, but the prompts of mbpp are those"),
+        ([], "mt_bench,xstest", "mt_bench, xstest need a judge; name one with --judge-url"),
         (["--task-data", "nowhere"], "words", "--task-data nowhere is no directory; name"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Lets another model judge what a model answers."""
