@@ -69,8 +69,8 @@ def fetch_suite(suite: Suite, include_path: Sequence[str], root: Path, source: P
                 failures.append(str(error))
     if failures:
         raise DataError(
-            f"{len(failures)} of {len(suite.tasks) + len(suite.own)} could not be fetched; what was is kept, and"
-            f" the same command goes on; mend these first: {'; '.join(failures)}"
+            f"{len(failures)} of {len(suite.tasks) + len(suite.own)} could not be fetched; what was"
+            f" is kept, and the same command goes on; mend these first: {'; '.join(failures)}"
         )
     return len(fetcher.found)
 
