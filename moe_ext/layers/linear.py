@@ -17,6 +17,12 @@ class _WithAdapter(nn.Module):
 
     lora: ColumnAdapter | RowAdapter | None
     """What is added to the weight's product."""
+    tp_group: Any
+    """megatron-core's: ranks that share the weight."""
+    output_size_per_partition: int
+    """megatron-core's: rows here, where rows are split."""
+    input_size_per_partition: int
+    """megatron-core's: columns here, where columns are split."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -24,7 +30,7 @@ class _WithAdapter(nn.Module):
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Computes megatron-core's output, and the adapter's."""
-        output, bias = super().forward(input_, *args, **kwargs)  # type: ignore[misc]
+        output, bias = super().forward(input_, *args, **kwargs)
         return (output if self.lora is None else output + self.lora(input_)), bias
 
     def sharded_state_dict(

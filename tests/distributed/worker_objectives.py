@@ -74,7 +74,7 @@ def _without_padding(batch: Batch) -> Batch:
     assert batch.padding is not None and len(batch.tokens) == 1
     length = int((~batch.padding).sum())
     assert 0 < length < SEQUENCE and not batch.padding[0, :length].any()
-    cut = {
+    cut: dict[str, Any] = {
         name: each[:, :length]
         for name, each in vars(batch).items()
         if isinstance(each, torch.Tensor) and each.shape == batch.tokens.shape

@@ -160,8 +160,10 @@ def with_train_tokens(cfg: C, tokens: int) -> C:
     fraction = cfg.optimizer.lr_warmup_fraction
     if fraction is None:
         return cfg
-    warmup = {"lr_warmup_iters": _fraction_steps(cfg, fraction), "lr_warmup_tokens": None}
-    return dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, **warmup))
+    optimizer = dataclasses.replace(
+        cfg.optimizer, lr_warmup_iters=_fraction_steps(cfg, fraction), lr_warmup_tokens=None
+    )
+    return dataclasses.replace(cfg, optimizer=optimizer)
 
 
 def _fraction_steps(cfg: RunConfig, fraction: float) -> int:

@@ -141,7 +141,7 @@ class HFTokenizer:
         The library takes half as long again where it notes the place of each token in the text, as
         it does for one text alone.
         """
-        found = []
+        found: list[Ids] = []
         for text in texts:
             # One at a time: of several it would encode as many at once as there are cores.
             with reading(self._path, _KIND_NAME):

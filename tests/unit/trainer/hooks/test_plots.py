@@ -306,7 +306,7 @@ def aligned(step: int, method: str) -> Record:
     """A record of alignment, with a reward that was not finite."""
     names = ("rewards_chosen", "rewards_rejected", "rewards_margin", "rewards_accuracy")
     names += ("logps_chosen", "logps_rejected", *(("kl",) if method == "kto" else ()))
-    figures: Record = {name: step + number / 8 for number, name in enumerate(names)}
+    figures: dict[str, Any] = {name: step + number / 8 for number, name in enumerate(names)}
     figures["rewards_rejected"] = None if step == 2 else figures["rewards_rejected"]
     return {"consumed_tokens": 1000 * step, f"{method}_loss": 1 / step, **figures}
 
