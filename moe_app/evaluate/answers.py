@@ -4,17 +4,27 @@ One JSON object a line: first what computed the answers, then each answer under 
 request. What a killed process left unfinished at the end is dropped.
 """
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.io.atomic_write import atomic_write
 
 logger = logging.getLogger("evaluate")
+
+PATIENCE_S = 20.0
+"""How long an evaluation that was killed may take to end."""
+_WAIT_S = 0.25
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Where the file system has no locks, two evaluations are the user's to keep apart."""
 
 Answer = list[Any] | tuple[Any, ...] | float
 """A log-probability, a pair of one and whether it is greedy, or ids."""
@@ -43,10 +53,14 @@ class AnswerFile:
         self._answers: dict[str, Answer] = {}
         head = json.dumps({"identity": identity}, sort_keys=True).encode() + b"\n"
         try:
-            kept = self._read(identity)
-            with atomic_write(path) as file:
-                file.writelines([head, *kept])
-            self._file = path.open("ab")
+            with contextlib.ExitStack() as stack:
+                lock = stack.enter_context(Path(f"{path}.lock").open("ab"))
+                self._lock(lock)
+                kept = self._read(identity)
+                with atomic_write(path) as file:
+                    file.writelines([head, *kept])
+                self._file = stack.enter_context(path.open("ab"))
+                self._open = stack.pop_all()
         except OSError as error:
             raise self._failure(error) from error
         if self._answers:
@@ -57,7 +71,7 @@ class AnswerFile:
 
     def __exit__(self, *_: object) -> None:
         """Close the file."""
-        self._file.close()
+        self._open.close()
 
     def __len__(self) -> int:
         """Return the number of answers."""
@@ -81,6 +95,29 @@ class AnswerFile:
         except OSError as error:
             raise self._failure(error) from error
 
+    def _lock(self, lock: BinaryIO) -> None:
+        """Keep the file from other evaluations until this one ends, however it does.
+
+        Raises:
+            ConfigError: one writes to it.
+        """
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise ConfigError(
+                        f"another evaluation keeps its answers in {self._path} now; a directory"
+                        " holds one at a time; wait for it, or name another --output"
+                    ) from error
+                time.sleep(_WAIT_S)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                return
+
     def _read(self, identity: Mapping[str, Any]) -> list[bytes]:
         """Take over the answers of a file; return their lines."""
         if not self._path.exists():
@@ -103,10 +140,14 @@ class AnswerFile:
             lines = []
             for line in file:
                 record = _parse(line) if line.endswith(b"\n") else None
-                if record is None or not isinstance(record.get("key"), str):
-                    logger.warning("%s: dropped an unfinished answer", self._path)
+                if (
+                    record is None
+                    or not isinstance(record.get("key"), str)
+                    or ("answer" not in record)
+                ):
+                    logger.warning("%s: dropped an answer that is not whole", self._path)
                     continue
-                self._answers[record["key"]] = record.get("answer", 0.0)
+                self._answers[record["key"]] = record["answer"]
                 lines.append(line)
         return lines
 
@@ -121,9 +162,14 @@ def _line(key: str, answer: Answer) -> bytes:
     return json.dumps({"key": key, "answer": answer}).encode() + b"\n"
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no answer of a valid model")
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return the object of a line; None where it is none, or holds NaN or infinity."""
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None

@@ -10,8 +10,9 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from megatron.trainer.data.tokenizer import Tokenizer, load_tokenizer
-from megatron.trainer.errors import CheckpointError
+from megatron.trainer.errors import CheckpointError, ConfigError
 from megatron.trainer.inference.scoring import Continuation
+from moe_app.evaluate import answers
 from moe_app.evaluate.answers import AnswerFile
 from moe_app.evaluate.harness.model import HarnessModel
 from moe_app.evaluate.workers import Workers
@@ -92,6 +93,29 @@ def test_all_of_a_continuation_counts_after_a_blank_context(
     assert found == [(-float(len(ids)), True)]
     (scored,) = ranks.asked
     assert scored.ids == (tokenizer.eod, *ids)
+
+
+def test_one_evaluation_at_a_time_keeps_answers_in_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second would take the file away from the first, whose answers would be lost."""
+    monkeypatch.setattr(answers, "PATIENCE_S", 0.0)
+    with AnswerFile(tmp_path / "kept", {}) as first:
+        with pytest.raises(ConfigError, match="another evaluation keeps its answers in"):
+            AnswerFile(tmp_path / "kept", {})
+        first.add({"a": -1.0})
+    with AnswerFile(tmp_path / "kept", {}) as second:
+        assert second.get("a") == -1.0
+
+
+@pytest.mark.parametrize("line", ['{"key": "b", "answer": [NaN, false]}', '{"key": "b"}'])
+def test_kept_answers_that_are_none_are_asked_for_again(line: str, tmp_path: Path) -> None:
+    with AnswerFile(tmp_path / "kept", {}) as first:
+        first.add({"a": -1.0})
+    with (tmp_path / "kept").open("a") as file:
+        file.write(f"{line}\n")
+    with AnswerFile(tmp_path / "kept", {}) as second:
+        assert (second.get("a"), second.get("b")) == (-1.0, None)
 
 
 @pytest.mark.parametrize("kind", ["continuations", "texts"])
