@@ -35,6 +35,15 @@ step "OLMoE-Mix's recipe: filters and token files for each source"
 "$PYTHON" examples/data_demo/toy_sources.py "$work/unique" "$data"
 WORKERS=2 bash examples/slurm/prepare_sources.sh examples/olmoe_mix "$data" "$tokenizer"
 
+step "report on the token files, and on the code before and after its filters"
+tokens=()
+while IFS=$'\t' read -r name _; do
+    [[ $name == \#* ]] || tokens+=("$data/${name}_text_document")
+done < examples/olmoe_mix/sources.tsv
+"$PYTHON" tools/report_data.py --token-file "${tokens[@]}" --input "$work/corpus/code.jsonl" \
+    "$work/unique/kept/code.jsonl" --tokenizer-type HFTokenizer --tokenizer-model "$tokenizer" \
+    --output "$work/report"
+
 step "training on the mixture, a few steps"
 blend=()
 while IFS=$'\t' read -r name _ _ _ _ _ share; do

@@ -60,6 +60,11 @@ def test_olmoe_mix_is_table_2_and_what_the_training_recipe_reads() -> None:
     assert [row["name"] for row in rows if row["filters"] == "code"] == ["starcoder"]
 
 
+@pytest.mark.parametrize("name", ["olmoe_1b_7b.yaml", "anneal.yaml"])
+def test_olmoe_masks_sequences_that_repeat(name: str) -> None:
+    assert training(f"olmoe_1b_7b/{name}").data.mask_repetitions
+
+
 def test_shares_in_the_table_of_olmoe_mix_are_those_of_its_tokens_and_sum_to_one() -> None:
     table = re.findall(r"^\| `(.+?)` \| .* \| ([\d.,]+) \| ([\d.]+) % \|$", text(OLMOE), re.M)
     assert {name: float(tokens.replace(",", "")) for name, tokens, _ in table} == TABLE_2

@@ -11,7 +11,7 @@ import pytest
 
 from megatron.trainer.errors import DataError
 from moe_app.data import train_tokenizer
-from moe_app.filter import filter_data
+from moe_app.filter import filter_data, report_data
 from moe_app.filter.filter_data import main
 from tests.paths import REPO
 from tests.unit.app.filter import kill_worker
@@ -316,6 +316,21 @@ def test_full_disk_is_an_error_and_leaves_no_part_of_a_file(
     assert f"--output {out} has no room left (No space left on device); make room" in error
     assert not list((out / "kept").iterdir()) and not list((out / "dropped").iterdir())
     assert main(command) == 0
+
+
+@pytest.mark.parametrize("tool", [main, report_data.main], ids=["filter", "report"])
+def test_output_that_cannot_be_written_is_named(
+    tool: Callable[[list[str]], int],
+    tmp_path: Path,
+    corpus: list[Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    command = ["--input", str(corpus[0]), "--output", str(tmp_path / "file/out")]
+    assert tool([*command, *(["--filter", "exact"] if tool is main else [])]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and f"{tmp_path}/file/out" in message
+    assert (tmp_path / "file").read_text() == "no folder"
 
 
 def test_output_does_not_go_through_links(

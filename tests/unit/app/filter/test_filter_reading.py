@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import resource
 from pathlib import Path
 
 import pyarrow
@@ -101,6 +102,22 @@ def test_each_bad_line_is_located_and_the_others_are_read(
         assert f"a.jsonl, line {entry.line}: " in entry.problem and wanted in entry.problem
     texts = [entry.text for entry in entries if isinstance(entry, Entry)]
     assert texts == ["first", *["good"] * len(bad), "last"]
+
+
+def test_line_of_a_gigabyte_is_passed_over_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(binary_lines, "MOST_LINE_BYTES", 1 << 20)
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        file.write(LINES[: LINES.index(b"\n") + 1] + b'{"text": "')
+        file.seek(1 << 30, os.SEEK_CUR)  # a hole, which takes no disk space
+        file.write(b'"}\n' + LINES)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    entries = read(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # in KiB
+    assert len(entries) == 2 + len(VALUES)
+    assert isinstance(entries[1], BadEntry) and "more than 1,048,576" in entries[1].problem
 
 
 def test_dataset_library_and_this_reader_agree(tmp_path: Path) -> None:
