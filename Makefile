@@ -1,5 +1,5 @@
-# make env | train | data-demo | test | test-failed | test-upstream | test-gpu | container-test | check |
-# format | clean.
+# make env | train | data-demo | adapt-demo | test | test-failed | test-upstream | test-gpu |
+# container-test | check | format | clean.
 # Needs python3 >= 3.10 and make.
 
 PYTHON ?= python3
@@ -23,7 +23,8 @@ STAMP := .venv/.made
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: env train data-demo test test-failed test-upstream test-gpu container-test check format clean
+.PHONY: env train data-demo adapt-demo test test-failed test-upstream test-gpu container-test check \
+	format clean
 
 env: $(STAMP)
 
@@ -40,6 +41,9 @@ train: env
 
 data-demo: env
 	bash examples/data_demo/run.sh
+
+adapt-demo: env
+	bash examples/adapt_tiny/run.sh
 
 # Distributes whole files over single-threaded processes, because the tests of a file share fixtures.
 test: env

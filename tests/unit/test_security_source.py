@@ -62,6 +62,9 @@ ALLOWED: dict[str, dict[str, str]] = {
         "compile": "a generated program, in the sandbox, within limits",
         "exec": "the same",
     },
+    "examples/adapt_tiny/chat.py": {
+        "apply_chat_template": "the template of an export that the demo has just made"
+    },
     # Tests that compare with transformers.
     "tests/unit/app/chat/make_chat.py": {"apply_chat_template": "the tests' and the project's own"},
     "tests/unit/app/chat/test_jinja_template.py": {"apply_chat_template": "the test's templates"},
