@@ -65,6 +65,8 @@ class Panel:
     """Upper end of the y axis; None fits."""
     ticks: Sequence[tuple[float, str]] = ()
     """Of the x axis; empty lets the library choose."""
+    is_count: bool = False
+    """The y axis counts."""
     is_ordered: bool = False
     """The x axis has names in the order given."""
 

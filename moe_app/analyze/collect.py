@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import hashlib
 import json
 import logging
 import re
@@ -11,15 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron.trainer.checkpoint.manifest import MANIFEST_NAME
 from megatron.trainer.checkpoint.saved_run import RUN_NAME
 from megatron.trainer.data.indexed import open_tokens
 from megatron.trainer.data.token_manifest import check_manifests
 from megatron.trainer.errors import ConfigError
-from megatron.trainer.hf_files import HFDirectory
 from megatron.trainer.io.atomic_write import write_text
 from megatron.trainer.io.bounded_read import read_small
-from megatron.trainer.io.hashing import add_file, file_sha256
 from megatron.trainer.runtime.collective import (
     gather,
     gather_on_rank0,
@@ -29,7 +25,7 @@ from megatron.trainer.runtime.collective import (
 from megatron.trainer.runtime.launch import environment_rank
 from megatron.trainer.runtime.log import configure_logging
 from moe_app.analyze.capture import RoutingCapture, ShardPart, run_windows
-from moe_app.analyze.hf_source import fill_from_hf, open_hf
+from moe_app.analyze.hf_source import fill_from_hf, hash_model, open_hf
 from moe_app.analyze.manifest import TOKENS_NAME, Manifest, Router
 from moe_app.analyze.shard_file import check_pyarrow
 from moe_app.analyze.shard_writer import ShardWriter, routers_of
@@ -271,8 +267,7 @@ def _settings(
     return Manifest(
         source=str(path),
         source_kind="native" if args.hf is None else "hf",
-        # A checkpoint's manifest holds the digests of its other files.
-        model_hash=file_sha256(path / MANIFEST_NAME) if args.hf is None else _hash_hf(path),
+        model_hash=hash_model(path, is_hf=args.hf is not None),
         iteration=iteration,
         consumed_tokens=consumed,
         precision=open_model.precision(args, opened.saved),
@@ -284,17 +279,6 @@ def _settings(
         tokens_per_domain=args.tokens_per_domain or 0,
         shard_tokens=args.shard_tokens,
     )
-
-
-def _hash_hf(path: Path) -> str:
-    """Compute the SHA-256 of the config and the weights of a Hugging Face directory."""
-    with HFDirectory(path) as source:
-        names = sorted(source.files)
-    found = hashlib.sha256()
-    for name in ("config.json", *names):
-        with (path / name).open("rb") as file:
-            add_file(found, file)
-    return found.hexdigest()
 
 
 def position_of_name(name: str) -> tuple[int, int]:

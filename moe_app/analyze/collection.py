@@ -46,6 +46,7 @@ class Collection:
                 " `collect` again with the same flags, and it goes on where it stopped"
             )
         self._checked: set[Path] = set()
+        self._checked_columns: set[tuple[Path, str]] = set()
 
     def routers(self, kind: str | None = None) -> list[Router]:
         """Return the routers, of one kind or all."""
@@ -113,7 +114,9 @@ class Collection:
         self._checked.add(path)
         try:
             for name, values in arrays.items():
-                self._check(name, values)
+                if (path, name) not in self._checked_columns:
+                    self._check(name, values)
+                    self._checked_columns.add((path, name))
         except ValueError as error:
             raise DataError(
                 f"{path}: {error}; it is damaged or of another collection; collect the routing"

@@ -1,6 +1,7 @@
 """Opens a Hugging Face directory as a native model in memory, each rank its own part."""
 
 import argparse
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor
 
 from megatron.trainer.checkpoint import FoundCheckpoint
+from megatron.trainer.checkpoint.manifest import MANIFEST_NAME
 from megatron.trainer.errors import CheckpointError
 from megatron.trainer.hf_files import HFDirectory
+from megatron.trainer.io.hashing import add_file, file_sha256
 from megatron.trainer.runtime.collective import on_all_ranks, on_rank0
 from megatron.trainer.state import model_state
 from moe_app.convert.checks import check_size, check_tensors
@@ -37,6 +40,28 @@ def open_hf(args: argparse.Namespace) -> OpenedCheckpoint:
     path = Path(args.hf)
     saved = on_rank0(f"reading {path}", lambda: _check(path))
     return OpenedCheckpoint(found=FoundCheckpoint(path=path, iteration=0), saved=saved)
+
+
+def hash_model(path: Path, *, is_hf: bool) -> str:
+    """Compute the SHA-256 that names a checkpoint's weights.
+
+    Args:
+        path: of a native checkpoint or of a Hugging Face directory.
+        is_hf: the latter: its config and weights are hashed.
+
+    Raises:
+        UserError: the directory is damaged.
+    """
+    if not is_hf:
+        # A checkpoint's manifest holds the digests of its other files.
+        return file_sha256(path / MANIFEST_NAME)
+    with HFDirectory(path) as source:
+        names = sorted(source.files)
+    found = hashlib.sha256()
+    for name in ("config.json", *names):
+        with (path / name).open("rb") as file:
+            add_file(found, file)
+    return found.hexdigest()
 
 
 def fill_from_hf(modules: list[torch.nn.Module], found: FoundCheckpoint) -> None:

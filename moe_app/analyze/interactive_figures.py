@@ -99,6 +99,8 @@ def _set_axes(drawn: go.Figure, panel: Panel, row: int, column: int) -> None:
         y |= {"type": "category", "autorange": "reversed"}
     elif panel.y_top is not None:
         y["range"] = [0, panel.y_top]
+        if panel.is_count:
+            y["dtick"] = max(1, round(panel.y_top / 5))
     drawn.update_xaxes(**x, row=row, col=column)
     drawn.update_yaxes(**y, row=row, col=column)
     for level in panel.levels:

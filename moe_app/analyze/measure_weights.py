@@ -1,5 +1,6 @@
 """Compares experts by their weights and by whom they serve together: similarity."""
 
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +11,16 @@ import torch
 from torch import Tensor
 
 from megatron.trainer.checkpoint import CheckpointReader
-from megatron.trainer.errors import CheckpointError, DataError
+from megatron.trainer.errors import CheckpointError, DataError, UserError, printable
 from megatron.trainer.hf_files import HFDirectory
 from moe_app.analyze.collection import Collection
-from moe_app.analyze.hf_source import hf_pieces, read_piece
+from moe_app.analyze.hf_source import hash_model, hf_pieces, read_piece
 from moe_app.analyze.measures import Measured
 from moe_app.analyze.tables import Table, from_rows, joined
 from moe_ext.analysis.arrays import Floats
 from moe_ext.analysis.coactivation import JointCounts
+
+logger = logging.getLogger("analyze")
 
 KEYS = {
     "moe": {
@@ -111,7 +114,7 @@ def open_weights(collection: Collection, path: Path | None) -> NativeWeights | H
     """Open the weights that a collection was made with, or those of `path`.
 
     Raises:
-        CheckpointError: they are not there.
+        CheckpointError: they are not there, or not the collection's.
     """
     place = path or Path(collection.manifest.source)
     if not place.is_dir():
@@ -119,7 +122,36 @@ def open_weights(collection: Collection, path: Path | None) -> NativeWeights | H
             f"{place}, which the routing was collected with, is not there; similarity compares its"
             " weights; say with --weights where it is now"
         )
-    return HFWeights(place) if (place / "config.json").is_file() else NativeWeights(place)
+    is_hf = (place / "config.json").is_file()
+    _require_own(collection, place, is_hf=is_hf)
+    return HFWeights(place) if is_hf else NativeWeights(place)
+
+
+def _require_own(collection: Collection, place: Path, *, is_hf: bool) -> None:
+    """Refuse other weights than the routing was collected with; warn where that cannot be told."""
+    manifest = collection.manifest
+    if is_hf != (manifest.source_kind == "hf"):
+        logger.warning(
+            "%s is in another format than %s, which the routing was collected with; that its"
+            " weights are the same is not checked",
+            printable(str(place)),
+            printable(manifest.source),
+        )
+        return
+    try:
+        found = hash_model(place, is_hf=is_hf)
+    except OSError as error:
+        raise CheckpointError(
+            f"{place} cannot be read as the checkpoint of {collection.directory}:"
+            f" {error.strerror or error}; say with --weights where it is: an iter_... directory, or"
+            " a Hugging Face one"
+        ) from error
+    if found != manifest.model_hash:
+        raise CheckpointError(
+            f"{place} has other weights ({found[:12]}...) than the routing in"
+            f" {collection.directory} was collected with ({manifest.model_hash[:12]}...); give the"
+            " checkpoint itself with --weights, or collect the routing again"
+        )
 
 
 def cosines(weights: Tensor) -> Floats:
@@ -134,16 +166,32 @@ def cosines(weights: Tensor) -> Floats:
     return found
 
 
-def measure_similarity(collection: Collection, *, weights: Path | None = None) -> Measured:
+def measure_similarity(
+    collection: Collection, *, weights: Path | None = None, may_lack: bool = False
+) -> Measured:
     """Compare experts by the cosine of their weights, and attention with feed-forward routing.
 
     Args:
         collection: the routing.
         weights: the checkpoint; None takes the one that the collection names.
+        may_lack: leave out what needs the weights if those that the collection names cannot be
+            used, and say so in the result.
 
     Raises:
         CheckpointError: the weights are not there, or not the collection's.
     """
+    tables: list[Table] = []
+    missing = ""
+    try:
+        tables += _of_weights(collection, weights)
+    except UserError as error:
+        if not may_lack or weights is not None:
+            raise
+        missing = str(error)
+    return Measured(tables=[*tables, *_between_routers(collection)], missing=missing)
+
+
+def _of_weights(collection: Collection, weights: Path | None) -> list[Table]:
     tables: list[Table] = []
     means: list[tuple[object, ...]] = []
     with open_weights(collection, weights) as source:
@@ -160,13 +208,10 @@ def measure_similarity(collection: Collection, *, weights: Path | None = None) -
                 spread = 1 / math.sqrt(tensor[0].numel())
                 means.append((router.kind, router.layer, what, *_summary(values), spread))
     head = ["kind", "layer", "weights"]
-    return Measured(
-        tables=[
-            joined("similarity", tables),
-            from_rows("similarity_mean", [*head, "mean", "highest", "random_deviation"], means),
-            *_between_routers(collection),
-        ]
-    )
+    return [
+        joined("similarity", tables),
+        from_rows("similarity_mean", [*head, "mean", "highest", "random_deviation"], means),
+    ]
 
 
 def _table(kind: str, layer: int, what: str, values: Floats) -> Table:
@@ -176,10 +221,10 @@ def _table(kind: str, layer: int, what: str, values: Floats) -> Table:
         name="similarity",
         columns={
             "kind": np.repeat(kind, count),
-            "layer": np.repeat(layer, count),
+            "layer": np.repeat(np.int32(layer), count),
             "weights": np.repeat(what, count),
-            "i": rows,
-            "j": columns,
+            "i": rows.astype(np.int32),
+            "j": columns.astype(np.int32),
             "cosine": values[rows, columns],
         },
     )

@@ -1,14 +1,16 @@
 """Turns collections into the numbers of vocabulary specialization."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron.trainer.errors import ConfigError
 from moe_app.analyze.collection import Collection
 from moe_app.analyze.manifest import Router
 from moe_app.analyze.measures import Measured, ks_of, shown_routers
 from moe_app.analyze.tables import from_rows
+from moe_ext.analysis.arrays import Counts
 from moe_ext.analysis.vocabulary import (
     VocabularyCounts,
     expert_means,
@@ -38,6 +40,8 @@ class _Words:
     experts: list[tuple[object, ...]]
     tokens: list[tuple[object, ...]]
     levels: list[tuple[object, ...]]
+    drawn: dict[tuple[object, ...], float] = field(default_factory=dict)
+    """Random levels by what they depend on: input and ground truth are alike in all layers."""
 
 
 def measure_vocabulary(
@@ -48,8 +52,13 @@ def measure_vocabulary(
     Args:
         collection: the routing.
         min_count: tokens that an id must have.
-        experts: of the histograms by domain; None takes 0, 4 and 7, as the paper does.
+        experts: of the histograms by domain; None takes 0, 4 and 7, as the paper does. A kind of
+            router shows those that it has.
+
+    Raises:
+        ConfigError: no router has such an expert.
     """
+    _check_experts(collection, experts or ())
     words = _Words(means=[], experts=[], tokens=[], levels=[])
     texts = collection.token_texts()
     for router in collection.routers():
@@ -78,6 +87,16 @@ def measure_vocabulary(
         ],
         notes={"min_count": min_count},
     )
+
+
+def _check_experts(collection: Collection, experts: Sequence[int]) -> None:
+    size = max(router.num_experts for router in collection.routers())
+    wrong = next((expert for expert in experts if not 0 <= expert < size), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"--experts names expert {wrong}, but a layer of {collection.directory} has {size},"
+            f" counted from 0; give numbers from 0 to {size - 1}"
+        )
 
 
 def _passes(collection: Collection, router: Router) -> list[list[str]]:
@@ -120,7 +139,7 @@ def _add(
         words.means.append((*head, f"{variant}{RELEASED}", mean_specialization(released)))
         for name, least, scale in ((variant, min_count, k), (f"{variant}{RELEASED}", 1, 1)):
             there = counts.occurrences[counts.frequent(least)]
-            level = random_mean(there, router.num_experts, k)
+            level = _random_level(words, there, router.num_experts, k)
             words.levels.append((*head, name, level / scale))
         means, numbers = expert_means(best, values, num_experts=router.num_experts)
         words.experts.extend(
@@ -128,6 +147,13 @@ def _add(
             for expert in range(router.num_experts)
         )
     words.tokens.extend(_top_tokens(router, variant, counts, min_count, texts))
+
+
+def _random_level(words: _Words, occurrences: Counts, num_experts: int, topk: int) -> float:
+    key = (np.sort(occurrences).tobytes(), num_experts, topk)
+    if key not in words.drawn:
+        words.drawn[key] = random_mean(occurrences, num_experts, topk)
+    return words.drawn[key]
 
 
 def _top_tokens(
@@ -138,24 +164,23 @@ def _top_tokens(
     texts: list[str] | None,
 ) -> list[tuple[object, ...]]:
     """Return each expert's most specialised tokens, for the first expert of a token."""
-    shares = counts.specialization(first_only=True, per_routing=True)
-    ids = counts.frequent(min_count)
+    frequent = counts.frequent(min_count)
     rows: list[tuple[object, ...]] = []
     for expert in range(router.num_experts):
-        mine = shares[ids, expert]
+        ids = frequent[counts.first[frequent, expert] > 0]
+        mine = counts.first[ids, expert] / counts.occurrences[ids]
         # The more frequent one of equals first: it says more.
         order = np.lexsort((ids, -counts.occurrences[ids], -mine))[:NUM_TOKENS]
         for rank, at in enumerate(order):
             token, share = int(ids[at]), float(mine[at])
-            if share > 0:
-                text = str(token) if texts is None else texts[token]
-                occurrences = int(counts.occurrences[token])
-                rows.append(
-                    (
-                        *(router.kind, router.layer, variant, expert, rank),
-                        *(token, text, share, occurrences),
-                    )
+            text = str(token) if texts is None else texts[token]
+            occurrences = int(counts.occurrences[token])
+            rows.append(
+                (
+                    *(router.kind, router.layer, variant, expert, rank),
+                    *(token, text, share, occurrences),
                 )
+            )
     return rows
 
 
@@ -164,7 +189,8 @@ def _histograms(collection: Collection, experts: Sequence[int] | None) -> list[t
     rows: list[tuple[object, ...]] = []
     for kind in collection.kinds():
         router = shown_routers(collection, kind)[-1]
-        chosen = [each for each in experts or (0, 4, 7) if each < router.num_experts]
+        wanted = dict.fromkeys(experts or (0, 4, 7))
+        chosen = [each for each in wanted if each < router.num_experts]
         for domain, name in enumerate(collection.manifest.domains):
             counts = VocabularyCounts(collection.manifest.vocab_size, router.num_experts)
             column = f"{router.name}.experts"
@@ -172,7 +198,7 @@ def _histograms(collection: Collection, experts: Sequence[int] | None) -> list[t
                 mine = arrays["domain"] == domain
                 counts.add(arrays["input"][mine], arrays[column][mine])
             ids = counts.frequent(HISTOGRAM_MINIMUM)
-            shares = counts.specialization(first_only=False, per_routing=False)[ids]
+            shares = counts.specialization(first_only=False, per_routing=False, ids=ids)
             for expert in chosen:
                 found, edges = np.histogram(shares[:, expert], bins=NUM_BINS, range=(0, 1))
                 percent = 100 * found / max(1, len(ids))

@@ -29,6 +29,8 @@ class Measured:
     tables: list[Table]
     notes: dict[str, object] = field(default_factory=dict)
     """What figures need besides."""
+    missing: str = ""
+    """Why the measure, or a part of it, could not be computed."""
 
     def table(self, name: str) -> Table:
         """Return a table by name."""
@@ -167,9 +169,9 @@ def _pairs(name: str, router: Router, values: np.ndarray) -> Table:
         name=name,
         columns={
             "kind": np.repeat(router.kind, len(rows)),
-            "layer": np.repeat(router.layer, len(rows)),
-            "i": rows,
-            "j": columns,
+            "layer": np.repeat(np.int32(router.layer), len(rows)),
+            "i": rows.astype(np.int32),
+            "j": columns.astype(np.int32),
             "value": values[rows, columns],
         },
     )

@@ -30,6 +30,8 @@ _NAMED = 6
 """Experts of the most and of the least load that the legend of figure 10 names."""
 _FLOW_FACTOR = 1.5
 """Experts above so many times an even share get a box of their own (figure 35)."""
+_MOST_BOXES = 24
+"""Boxes of a layer, however many experts are above that: more cannot be told apart."""
 
 
 def saturation_figures(measured: Measured, kinds: Sequence[str]) -> list[PanelGrid]:
@@ -230,7 +232,8 @@ def _flow_figure(measured: Measured, kind: str, routers: Sequence[Router]) -> Fl
         counts = flows[pair].together.sum(axis=1 if pair[0] is router else 0)
         share = counts / max(1, counts.sum())
         large = np.flatnonzero(share > _FLOW_FACTOR / router.num_experts)
-        for expert in [*large[np.argsort(-share[large])].tolist(), -1]:
+        largest = large[np.argsort(-share[large], kind="stable")][:_MOST_BOXES]
+        for expert in [*largest.tolist(), -1]:
             boxes[column, expert] = len(nodes)
             name = "other" if expert < 0 else f"expert {expert}"
             nodes.append(
@@ -248,9 +251,9 @@ def _flow_figure(measured: Measured, kind: str, routers: Sequence[Router]) -> Fl
         title=f"Flow of tokens between first experts, {KIND_NAMES[kind]}",
         about=(
             "Where the tokens of an expert go in a later layer, by each token's first expert."
-            f" Experts with more than {_FLOW_FACTOR} times an even share of all tokens have a box;"
-            " the rest is 'other'. A random router has no such expert, and every band goes to all"
-            " experts alike."
+            f" Experts with more than {_FLOW_FACTOR} times an even share of all tokens have a box,"
+            f" at most {_MOST_BOXES} a layer; the rest is 'other'. A random router has no such"
+            " expert, and every band goes to all experts alike."
         ),
         columns=[f"layer {router.layer}" for router in routers],
         nodes=nodes,
@@ -290,6 +293,7 @@ def load_figures_of(measured: Measured, collection: Collection) -> list[PanelGri
                     levels=[Level(value=level, name="even load")],
                     y_top=top_of(values, step=0.5 if key != "dead" else 2.0),
                     ticks=[(row["layer"], str(row["layer"])) for row in mine],
+                    is_count=key == "dead",
                 )
             )
         figures.append(

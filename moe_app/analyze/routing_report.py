@@ -20,12 +20,17 @@ PAGE_NAME = "report.html"
 _MOST_ROWS = 240
 _TOKENS_SHOWN = 5
 _EXPERTS_SHOWN = 16
+_ONE_CHECKPOINT = (
+    "it compares checkpoints of a run, and one is given; collect the same text with earlier ones,"
+    " and give them all to --input"
+)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `report`: those of all measures."""
     for step in STEPS:
         step.add_flags(parser)
+    parser.set_defaults(may_lack_weights=True)
     parser.add_argument("--title", default="Routing", metavar="TEXT", help="of the page")
 
 
@@ -41,9 +46,12 @@ def run_report(args: argparse.Namespace) -> None:
     done: list[tuple[Step, Measured, Figures]] = []
     for step in STEPS:
         if step.name == "saturation" and len(collections) < 2:
+            done.append((step, Measured(tables=[], missing=_ONE_CHECKPOINT), []))
             continue
         given = collections if step.name == "saturation" else [last]
         measured, figures = step.run(given, args)
+        if measured.missing:
+            print(printable(f"{step.name}: not measured: {measured.missing}"))
         write_tables(output, measured.tables)
         draw_static(output, figures)
         done.append((step, measured, figures))
@@ -82,6 +90,8 @@ def make_routing_page(
     for step, measured, figures in done:
         parts.append(f"<h2>{escaped(step.title)}</h2>")
         parts.append(f"<p>{escaped(step.meaning)}</p>")
+        if measured.missing:
+            parts.append(f'<p class="failed">Not measured: {escaped(measured.missing)}</p>')
         for figure in figures:
             parts.append(f"<h3>{escaped(figure.title)}</h3>")
             parts.append(f"<p>{escaped(figure.about)}</p>")
@@ -128,7 +138,8 @@ def _tables(measured: Measured) -> list[str]:
             rows = [[_shown(value) for value in row.values()] for row in table.rows()]
             parts.append(html_table(list(table.columns), rows) + "</details>")
     names = ", ".join(f"{table.name}.csv" for table in measured.tables)
-    parts.append(f'<p class="quiet">Numbers: {escaped(names)}, and .parquet.</p>')
+    if names:
+        parts.append(f'<p class="quiet">Numbers: {escaped(names)}, and .parquet.</p>')
     return parts
 
 

@@ -49,6 +49,7 @@ def draw_static(directory: Path, figures: Sequence[PanelGrid | Flow]) -> None:
             for suffix, options in (("png", {"dpi": _DPI}), ("svg", {"metadata": {"Date": None}})):
                 content = io.BytesIO()
                 figure.savefig(content, format=suffix, **options)
+                figure.set_layout_engine("none")  # what was found once is kept
                 data = content.getvalue()
                 if suffix == "svg":
                     lines = [line.rstrip() for line in data.decode("utf-8").splitlines()]
@@ -109,6 +110,8 @@ def _draw_panel(axis: Any, panel: Panel) -> Any:
         step = -(-len(panel.ticks) // _MAX_TICKS)
         kept = panel.ticks[::-1][::step][::-1]
         axis.set_xticks([at for at, _ in kept], [name for _, name in kept])
+    if panel.is_count:
+        axis.yaxis.get_major_locator().set_params(integer=True)
     axis.set_title(_plain(panel.title))
     axis.set_xlabel(panel.x_label)
     axis.set_ylabel(panel.y_label)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.trainer.errors import ConfigError, printable
-from megatron.trainer.records.run_dir import LOAD_NAME, sample_records
+from megatron.trainer.records.run_dir import LOAD_NAME, LOAD_TITLES, sample_records
 from moe_app.analyze.chart import Flow, PanelGrid
 from moe_app.analyze.collection import Collection
 from moe_app.analyze.measure_weights import measure_similarity
@@ -124,7 +124,12 @@ def _load(collections: Sequence[Collection], args: argparse.Namespace) -> tuple[
     measured = measure_load(collection)
     figures: Figures = [*load_figures_of(measured, collection)]
     if args.run_directory is not None:
-        figures += _history(Path(args.run_directory), args.history_layer)
+        figures += _history(Path(args.run_directory), args.history_layer or 0)
+    elif args.history_layer is not None:
+        raise ConfigError(
+            f"--history-layer {args.history_layer} is of a run's records; name the run's --save"
+            " directory with --run, or leave the flag out"
+        )
     return measured, figures
 
 
@@ -136,18 +141,25 @@ def _history(run: Path, layer: int) -> Figures:
     """
     records, _ = sample_records(run / LOAD_NAME, _MOST_RECORDS)
     figures: Figures = []
-    for key in ("load", "moa_load"):
+    for key in LOAD_TITLES:
         mine = [record for record in records if _has_layer(record, key, layer)]
         if mine:
             width = len(mine[-1][key][layer])
             same = [record for record in mine if len(record[key][layer]) == width]
             figures.append(history_figure(same, key, layer))
     if not figures:
+        layers = max((_num_layers(record) for record in records), default=0)
+        there = f"it has layers 0 to {layers - 1}" if layers else "it has none of any layer"
         raise ConfigError(
-            f"{run / LOAD_NAME} has no record of layer {layer}; --run names the --save directory of"
-            " a run with experts, and layers are counted from 0; give others"
+            f"{run / LOAD_NAME} has no record of layer {layer}: {there}; --run names the --save"
+            " directory of a run with experts, and --history-layer a layer of it, counted from 0"
         )
     return figures
+
+
+def _num_layers(record: dict[str, object]) -> int:
+    layers = [record.get(key) for key in LOAD_TITLES]
+    return max((len(each) for each in layers if isinstance(each, list)), default=0)
 
 
 def _has_layer(record: dict[str, object], key: str, layer: int) -> bool:
@@ -164,8 +176,15 @@ def _similarity(
 ) -> tuple[Measured, Figures]:
     collection = _only(collections)
     place = None if args.weights is None else Path(args.weights)
-    measured = measure_similarity(collection, weights=place)
+    measured = measure_similarity(collection, weights=place, may_lack=args.may_lack_weights)
     return measured, [*similarity_figures(measured, collection)]
+
+
+def counted_from_0(text: str) -> int:
+    """Parse a layer's or an expert's number, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 0")
+    return int(text)
 
 
 def _no_flags(parser: argparse.ArgumentParser) -> None:
@@ -192,10 +211,10 @@ def _vocabulary_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--experts",
-        type=int,
+        type=counted_from_0,
         nargs="+",
         metavar="E",
-        help="of the histograms by domain; without it 0, 4 and 7",
+        help="of the histograms by domain; without it 0, 4 and 7, as far as there are so many",
     )
 
 
@@ -207,7 +226,10 @@ def _load_flags(parser: argparse.ArgumentParser) -> None:
         help="a run's --save directory: draw its experts' shares over training, too",
     )
     parser.add_argument(
-        "--history-layer", type=int, default=0, metavar="L", help="of it (%(default)s)"
+        "--history-layer",
+        type=counted_from_0,
+        metavar="L",
+        help="of the run's records, counted from 0 (0)",
     )
 
 
@@ -217,6 +239,7 @@ def _similarity_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the checkpoint is now: an iter_... directory, or a Hugging Face one",
     )
+    parser.set_defaults(may_lack_weights=False)
 
 
 STEPS = (

@@ -46,7 +46,8 @@ def vocabulary_figures(measured: Measured, collection: Collection) -> list[Panel
                     panel_size=(4.8, 3.6),
                 )
             )
-        figures.append(_histogram_figure(measured, kind, suffix, routers[-1]))
+        if measured.table("vocabulary_histogram").rows(kind=kind):
+            figures.append(_histogram_figure(measured, kind, suffix, routers[-1]))
     return figures
 
 
@@ -161,7 +162,7 @@ def _histogram_figure(measured: Measured, kind: str, suffix: str, router: Router
         name=f"vocabulary_histogram{suffix}",
         title=f"Shares of token ids by domain, layer {router.layer}, {KIND_NAMES[kind]}",
         about=(
-            "For three experts, how many of a domain's ids (at least 8 occurrences) send which"
+            "For some experts, how many of a domain's ids (at least 8 occurrences) send which"
             " share of their tokens to the expert. A random router gives a single hump at k / e,"
             " the dashed line; peaks at 0 and 100 % are ids that never and always go there."
         ),
@@ -174,10 +175,11 @@ def _histogram_figure(measured: Measured, kind: str, suffix: str, router: Router
 def similarity_figures(measured: Measured, collection: Collection) -> list[PanelGrid]:
     """Draw cosines between experts' weights, and attention against feed-forward routing."""
     figures = []
-    for kind in collection.kinds():
-        rows = measured.table("similarity_mean").rows(kind=kind)
-        figures.append(_cosine_figure(rows, kind))
     names = {table.name for table in measured.tables}
+    if "similarity_mean" in names:
+        for kind in collection.kinds():
+            rows = measured.table("similarity_mean").rows(kind=kind)
+            figures.append(_cosine_figure(rows, kind))
     if "similarity_routers" in names:
         figures.append(_routers_figure(measured, collection))
     return figures

@@ -6,6 +6,9 @@ import numpy as np
 
 from moe_ext.analysis.arrays import Counts, Floats, Ids, check_experts, check_range, ratio
 
+_ROWS = 1 << 12
+"""Ids whose shares are held at a time."""
+
 
 class VocabularyCounts:
     """Counts, for one layer, the experts of every token id.
@@ -51,7 +54,9 @@ class VocabularyCounts:
         self.chosen += other.chosen
         self.first += other.first
 
-    def specialization(self, *, first_only: bool, per_routing: bool) -> Floats:
+    def specialization(
+        self, *, first_only: bool, per_routing: bool, ids: Ids | None = None
+    ) -> Floats:
         """Computes the share [v, e] of an id's tokens that an expert serves; NaN if it has none.
 
         Source: OLMoE (arXiv 2409.02060) equation 8, which divides by the id's routings over all
@@ -61,9 +66,12 @@ class VocabularyCounts:
         Args:
             first_only: count the expert of the largest gate only.
             per_routing: divide by routings; False divides by tokens.
+            ids: [n] of these ids only, [n, e]; None takes all.
         """
-        counts = self.first if first_only else self.chosen
-        totals = counts.sum(axis=1) if per_routing else self.occurrences
+        counts, occurrences = self.first if first_only else self.chosen, self.occurrences
+        if ids is not None:
+            counts, occurrences = counts[ids], occurrences[ids]
+        totals = counts.sum(axis=1) if per_routing else occurrences
         return ratio(counts, totals[:, None])
 
     def frequent(self, min_count: int) -> Ids:
@@ -76,12 +84,14 @@ class VocabularyCounts:
         Returns:
             [v] the expert, -1 for ids below the minimum count; [v] its share, NaN for those.
         """
-        shares = self.specialization(first_only=first_only, per_routing=per_routing)
-        ids = self.frequent(min_count)
-        experts = np.full(len(shares), -1, dtype=np.int64)
-        values = np.full(len(shares), np.nan)
-        experts[ids] = shares[ids].argmax(axis=1)
-        values[ids] = shares[ids].max(axis=1)
+        experts = np.full(len(self.occurrences), -1, dtype=np.int64)
+        values = np.full(len(self.occurrences), np.nan)
+        frequent = self.frequent(min_count)
+        for start in range(0, len(frequent), _ROWS):
+            ids = frequent[start : start + _ROWS]
+            shares = self.specialization(first_only=first_only, per_routing=per_routing, ids=ids)
+            experts[ids] = shares.argmax(axis=1)
+            values[ids] = shares.max(axis=1)
         return experts, values
 
 
