@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 PINK, CYAN, NAVY, YELLOW, PURPLE = "#F0539B", "#43C5E0", "#2E3168", "#F2B630", "#B11BE8"
-GREY = "#8a8f9a"
+GREY, PALE = "#8a8f9a", "#cfd3da"
 DOMAIN_COLOURS = (PINK, CYAN, PURPLE, YELLOW, NAVY)
 """As OLMoE's figure 22 has them, in the order of its rows."""
 VARIANT_COLOURS = {"input": PINK, "predicted": CYAN, "ground_truth": NAVY}

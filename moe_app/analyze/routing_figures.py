@@ -9,6 +9,7 @@ import numpy as np
 from moe_app.analyze.chart import (
     DOMAIN_COLOURS,
     GREY,
+    PALE,
     Flow,
     Heat,
     Level,
@@ -206,15 +207,15 @@ def _domain_bars(
                 for router in routers
             ]
         )
-    size = "the first expert" if k == 1 else f"the {k} experts"
+    chosen = "as the first one" if k == 1 else f"among the {k}"
     level = f"{100 * k / routers[0].num_experts:.3g}"
     return PanelGrid(
         name=_named("domains" if k > 1 or routers[0].topk == 1 else "domains_top1", kind),
         title=f"Domain specialization, top-k = {k}, {KIND_NAMES[kind]}",
         about=(
-            f"The share of a domain's tokens that have each expert among {size} they choose. A"
-            f" random router gives every expert the dashed line, {level} %: an expert"
-            " far above it in one domain and below it in another is specialized."
+            f"The share of a domain's tokens that choose each expert {chosen}. A random router"
+            f" gives every expert the dashed line, {level} %: an expert far above it in one domain"
+            " and below it in another is specialized."
         ),
         rows=grid,
         legend="Domain",
@@ -318,19 +319,20 @@ def load_figures_of(measured: Measured, collection: Collection) -> list[PanelGri
 def history_figure(records: Sequence[dict[str, Any]], key: str, layer: int) -> PanelGrid:
     """Draw figure 10: each expert's share of a layer's tokens over training."""
     experts = len(records[-1][key][layer])
-    colours = layer_colours(experts)
     loads = np.array([record[key][layer] for record in records], dtype=np.float64)
     order = np.argsort(loads[-1])
-    named = {*order[:_NAMED].tolist(), *order[-_NAMED:].tolist()}
+    named = list(dict.fromkeys([*order[:_NAMED].tolist(), *order[-_NAMED:].tolist()]))
+    colours = dict(zip(named, layer_colours(len(named)), strict=True))
     lines = [
         Series(
             name=f"expert {expert}",
             x=[record["iteration"] for record in records],
             y=(100 * loads[:, expert] / experts).tolist(),
-            colour=colours[expert],
+            colour=colours.get(expert, PALE),
             is_named=expert in named,
         )
-        for expert in range(experts)
+        # Those with a name lie on top.
+        for expert in sorted(range(experts), key=lambda expert: expert in named)
     ]
     kind = "moe" if key == "load" else "moa"
     panel = Panel(
@@ -346,8 +348,8 @@ def history_figure(records: Sequence[dict[str, Any]], key: str, layer: int) -> P
         about=(
             "Each expert's share of the assignments in the batches of training, from the run's"
             " records. With a load-balancing loss the lines stay near the dashed one, an even"
-            " share; without it a few experts take nearly all. The legend names those with the"
-            " least and the most in the end."
+            " share; without it a few experts take nearly all. Those with the least and the most in"
+            " the end have colours and names."
         ),
         rows=[[panel]],
         panel_size=(7.5, 4.2),

@@ -26,6 +26,8 @@ _MARKED = 16
 """Points up to which a line shows each."""
 _THIN = {"linewidth": 1.0}
 _NODE_WIDTH, _NODE_GAP = 0.06, 0.012
+_LABELLED = 0.006
+"""Height of a box, with its gap, into which a line of text fits."""
 
 
 def draw_static(directory: Path, figures: Sequence[PanelGrid | Flow]) -> None:
@@ -172,7 +174,7 @@ def _draw_flow(figure: Any, flow: Flow) -> None:
         left[target] -= height
     for node, (x, top, height) in zip(flow.nodes, boxes, strict=True):
         axis.fill_between([x, x + _NODE_WIDTH], top - height, top, color=node.colour, linewidth=0)
-        if height > 0.012:
+        if height > _LABELLED:
             axis.text(
                 x + _NODE_WIDTH * 1.15, top - height / 2, _plain(node.name), va="center", fontsize=7
             )

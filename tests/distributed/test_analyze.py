@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron.trainer.data.writer import TokenFileWriter
@@ -64,12 +64,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         two[f"{family}_hf_tp2"] = [*hf, *LAYOUTS["tp2"]]
         two[f"{family}_hf_pp2_small"] = [*hf, *SMALL, *LAYOUTS["pp2"]]
         two[f"{family}_hf_ep2"] = [*hf, *LAYOUTS["ep2"]]
+    dense = flags(save=root / "dense", train_iters=1, num_experts=None, ffn_hidden_size=40)
+    assert command.main(dense) == 0
+    for cases in (one, two):
+        cases["dense"] = ["--load", str(root / "dense"), *data]
     for number, cases in ((1, one), (2, two)):
         file = root / f"cases{number}.json"
         outputs = {name: [*case, "--output", str(root / name)] for name, case in cases.items()}
         file.write_text(json.dumps(outputs))
         done = ranks(number, HERE / "worker_analyze.py", str(file), timeout=400)
         assert done.returncode == 0, done.stderr[-6000:]
+        (root / f"said{number}").write_text(done.stdout)
     return root
 
 
@@ -145,6 +150,23 @@ def test_routing_is_that_of_transformers(family: str, runs: Path, truth: dict[st
         np.testing.assert_allclose(sums.numpy(), found, rtol=0, atol=1e-3)
     kinds = {router.kind for router in manifest.routers}
     assert kinds == ({"moe"} if family == "olmoe" else {"moe", "moa"})
+
+
+def test_a_model_without_experts_is_refused(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = "CheckpointError: the model has no experts: its feed-forward layers are dense"
+    for number in (1, 2):
+        assert (runs / f"said{number}").read_text().count(message) == number  # on every rank
+    assert not (runs / "dense_out").exists()
+    given = ["--load", str(runs / "dense"), "--data-path", f"a={runs / 'code'}"]
+    assert analyze_routing(["collect", *given, "--output", str(runs / "dense_out")]) == 2
+    assert message in capsys.readouterr().err
+    (runs / "dense_hf").mkdir()
+    (runs / "dense_hf" / "config.json").write_text('{"model_type": "llama"}')
+    save_file({"model.norm.weight": torch.ones(4)}, runs / "dense_hf" / "model.safetensors")
+    given = ["--hf", str(runs / "dense_hf"), *given[2:]]
+    assert analyze_routing(["collect", *given, "--output", str(runs / "dense_out")]) == 2
+    assert "model_type is 'llama'; it must be one of jetmoe, olmoe" in capsys.readouterr().err
+    assert not (runs / "dense_out").exists()
 
 
 def test_windows_are_consecutive_and_know_what_follows(runs: Path, truth: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from megatron.trainer.errors import CheckpointError, ConfigError, DataError
 from moe_app.analyze.collect import position_of_name
 from moe_app.analyze.collection import Collection, require_comparable
-from moe_app.analyze.manifest import NAME, token_path
+from moe_app.analyze.manifest import NAME, token_path, window_path
 from moe_app.analyze.measures import measure_coactivation, measure_saturation
 from moe_app.analyze.shard_file import check_pyarrow, describe_file
 from moe_app.analyze.shard_writer import ShardWriter, routers_of
@@ -161,6 +161,35 @@ def test_tokens_and_domains_out_of_range_are_refused(place: Path, tmp_path: Path
         replace_shard(place, with_column(table, name, wrong))
         step = "vocabulary" if name == "input" else "domains"
         assert analyze_routing([step, "--input", str(place), "--output", str(tmp_path / "o")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("moe.0.counts", -1, "column moe.0.counts has a negative number"),
+        ("moe.0.scores", np.nan, "column moe.0.scores has a number that is not finite"),
+        ("moa.1.entropy", np.inf, "column moa.1.entropy has a number that is not finite"),
+        ("tokens", -5, "column tokens has a negative number"),
+        ("domain", 2, "domain 2 is out of range"),
+    ],
+)
+def test_wrong_numbers_of_windows_are_refused(
+    name: str, value: float, message: str, place: Path, tmp_path: Path, capsys: Any
+) -> None:
+    path = window_path(place, 0)
+    table = pq.read_table(path)
+    kind = table.schema.field(name).type
+    is_list = pa.types.is_fixed_size_list(kind)
+    width, number = (kind.list_size, kind.value_type) if is_list else (1, kind)
+    flat = pa.array(np.full(width * len(table), value, dtype=number.to_pandas_dtype()))
+    wrong = pa.FixedSizeListArray.from_arrays(flat, type=kind) if is_list else flat
+    pq.write_table(with_column(table, name, wrong), path, compression="none")
+    described = describe_file(path)
+    change(place, lambda values: values["shards"][0].update(window_file=described))
+    given = ["load", "--input", str(place), "--output", str(tmp_path / "out")]
+    assert analyze_routing(given) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + struct.pack("<I", 1 << 30) + b"PAR1"])
