@@ -95,11 +95,15 @@ def single_rank(tmp_path: Path) -> Iterator[ProcessGroupCollection]:
         torch.distributed.destroy_process_group()
 
 
-@pytest.fixture
-def make_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., TrainState]]:
-    """Builds the tiny model's state from flags; another call puts an end to the run before."""
-    # Other tests' backward passes leave it in a shape that the schedules do not take.
+@pytest.fixture(autouse=True)
+def fresh_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forgets the scale of router losses, which a lone backward pass leaves as no schedule does."""
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
+
+
+@pytest.fixture
+def make_state() -> Iterator[Callable[..., TrainState]]:
+    """Builds the tiny model's state from flags; another call puts an end to the run before."""
     threads = torch.get_num_threads()
     started: list[RunContext] = []
 
