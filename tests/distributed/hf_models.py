@@ -17,6 +17,7 @@ from transformers import (
 
 from moe_ext.config import MoEModelConfig
 from moe_ext.convert import FAMILIES, ExpertLayout, Piece
+from moe_ext.layers.lora import is_adapter
 
 OLMOE_TINY: dict[str, Any] = {
     "vocab_size": 120,
@@ -129,14 +130,26 @@ def place(shard: ShardedTensor) -> tuple[int | slice, ...]:
 
 
 def fill(chunks: Sequence[nn.Module], native: Mapping[str, Tensor]) -> None:
-    """Copy to each weight its part of the global native tensors; every name must be known."""
+    """Copy to each weight its part of the global native tensors; all but adapters must be known."""
     used = set()
     with torch.no_grad():
         for shard in shards(chunks):
+            if is_adapter(shard.key):
+                continue
             assert shard.global_shape == native[shard.key].shape, shard.key
             shard.data.copy_(native[shard.key][place(shard)])
             used.add(shard.key)
     assert used <= native.keys()
+
+
+def adapters(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Return the adapters' native tensors, for chunks that one rank holds entirely."""
+    found: dict[str, Tensor] = {}
+    for shard in shards(chunks):
+        if is_adapter(shard.key):
+            full = found.setdefault(shard.key, torch.full(shard.global_shape, torch.nan))
+            full[place(shard)] = shard.data
+    return found
 
 
 def gradients(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -29,7 +30,7 @@ WEIGHTS = (1.25, 0.8)
 class Truth:
     """What one step should report, and every gradient by transformers' names."""
 
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     gradients: dict[str, Tensor]
 
 
@@ -123,12 +124,14 @@ def truths_of(trainers: Trainers) -> dict[str, Truth]:
     kto.metrics["kl"] = trainers.kto._metrics["eval"]["kl"][-1]
     assert kto.metrics["kl"] > 0
     mean = _tuned(trainers, [_texts()])
+    trained = _trained(trainers.kto, _judged(), steps=3)
     counted = sum(len(answer) for (_, answer), _ in pairs())
     return {
         "dpo": dpo,
         "dpo smooth": _formula(trainers, label_smoothing=0.2, is_average=False),
         "dpo average": _formula(trainers, label_smoothing=0.0, is_average=True),
         "kto": kto,
+        "kto rmsprop": trained,
         "token-mean": mean,
         "sum": Truth(mean.metrics, {name: each * counted for name, each in mean.gradients.items()}),
         "sample-mean": Truth(
@@ -155,6 +158,51 @@ def _taken(trainer: Any, rows: list[dict[str, Any]], loss_name: str) -> Truth:
     if "rewards/accuracies" in found:
         metrics["rewards_accuracy"] = found["rewards/accuracies"][0]
     return Truth(metrics, gradients)
+
+
+def _trained(trainer: Any, rows: list[dict[str, Any]], *, steps: int) -> Truth:
+    """Train on one batch by torch's RMSprop; the weights are as before afterwards."""
+    model = trainer.model
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3, alpha=0.99, eps=1e-3)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = trainer._compute_loss(model, trainer.data_collator(rows), False)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    model.load_state_dict(before)
+    return Truth({"losses": losses}, {})
+
+
+def losses_with_adapters(
+    trainers: Trainers, settings: dict[str, Any], tensors: dict[str, Tensor], *, steps: int
+) -> list[float]:
+    """Train adapters on one batch of pairs by AdamW; the trainer's model has them afterwards.
+
+    Args:
+        trainers: of the family.
+        settings: of the adapters, as in adapter_config.json.
+        tensors: what they begin with, by peft's names.
+        steps: to take.
+    """
+    trainer: Any = trainers.dpo
+    config = LoraConfig(**{**settings, "inference_mode": False})
+    model: Any = get_peft_model(trainer.model, config)
+    loaded: Any = set_peft_model_state_dict(model, tensors)
+    assert not loaded.unexpected_keys
+    weights = [each for each in model.parameters() if each.requires_grad]
+    assert sum(each.numel() for each in weights) == sum(each.numel() for each in tensors.values())
+    optimizer = torch.optim.AdamW(weights, lr=1e-2, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.0)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = trainer._compute_loss(model, trainer.data_collator(_pairs()), False)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 def _tuned(trainers: Trainers, batches: list[list[dict[str, Any]]]) -> Truth:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from megatron.core.transformer.module import Float16Module
+from torch import nn
 
 from megatron.trainer.config.batch_plan import BatchPlan
 from megatron.trainer.data.batch import Batch
@@ -32,8 +34,10 @@ from moe_app.align.preference import DPOObjective, KTOObjective, References
 from moe_app.align.reference import LiveReference
 from moe_app.chat.dialogue import ChatKind
 from moe_app.pretrain.build import OpenedData, build_chunks, build_state
+from moe_app.pretrain.trainable import TrainableConfig
+from moe_ext.layers.lora import is_adapter
 from moe_ext.routers import MoERouter
-from tests.distributed.hf_models import fill, shards, to_native
+from tests.distributed.hf_models import adapters, fill, shards, to_native
 from tests.distributed.hf_parity_worker import configure
 from tests.distributed.preference_texts import SEQUENCE, source_of
 
@@ -93,6 +97,7 @@ def set_router_losses(state: TrainState, *, is_on: bool) -> None:
 def take_step(
     state: TrainState, name: str, references: References, *, is_packed: bool
 ) -> dict[str, Any]:
+    """Take a step, or as many as the name ends with."""
     kind = KINDS.get(name[:3], "sft")
     state.train_data = stream_of(kind, is_packed=is_packed)
     size = 2 if is_packed else 4
@@ -100,28 +105,35 @@ def take_step(
     set_router_losses(state, is_on=name.startswith("aux"))
     assert state.metrics is not None
     state.metrics.reset()
-    result = train_step(state, objective_of(name, references))
-    assert result.skipped is None, result.skipped
+    losses = []
+    for _ in range(int(name[-1]) if name[-1].isdigit() else 1):
+        result = train_step(state, objective_of(name, references))
+        assert result.skipped is None, result.skipped
+        losses.append(result.loss)
     routing = dict(state.metrics.reduce()) if name.startswith("aux") else {}
     gradients = {
         parameter.data_ptr(): cast(Any, parameter).main_grad
         for module in state.modules
         for parameter in module.parameters()
+        if parameter.requires_grad
     }
     parts = []
     for shard in shards(state.modules):
+        if shard.data.data_ptr() not in gradients or is_adapter(shard.key):
+            continue
         gradient = gradients[shard.data.data_ptr()].view(shard.data.shape).clone()
         while gradient.dim() < len(shard.global_shape):
             gradient = gradient[None]
         parts.append((shard.key, list(shard.global_shape), list(shard.global_offset), gradient))
-    metrics = {**result.metrics, **routing}
+    metrics = {**result.metrics, **routing, "losses": losses}
     return {"metrics": metrics, "grad_norm": result.grad_norm, "gradients": parts}
 
 
 def run_case(case: dict[str, Any], out: Path) -> None:
     given = torch.load(out / f"{case['model']}.pt", weights_only=True)
     flags = ["--global-batch-size", "4", "--micro-batch-size", "1", "--train-iters", "2"]
-    flags += ["--lr", "1e-30", "--min-lr", "1e-30", "--clip-grad", "0"]
+    flags += ["--lr", "1e-30", "--min-lr", "1e-30", "--clip-grad", "0", "--weight-decay", "0"]
+    flags += ["--lr-decay-style", "constant", "--adam-eps", "1e-3"]
     flags += ["--moe-aux-loss-coeff", "0", "--moe-z-loss-coeff", "0"]
     cfg = configure({**case, "flags": [*flags, *case["flags"]]}, given, SEQUENCE)
     ctx = initialize(cfg)
@@ -131,8 +143,13 @@ def run_case(case: dict[str, Any], out: Path) -> None:
     native = partial(to_native, family, cfg.model, "fused")
     fill(state.modules, native(given["policy"]))
     state.optimizer.reload_model_params()
-    reference = build_chunks(cfg, ctx, seed=None).chunks
+    if cfg.trainable.lora is not None and ctx.world_size == 1:
+        torch.save(adapters(state.modules), out / f"{case['name']}.adapters.pt")
+    built = build_chunks(dataclasses.replace(cfg, trainable=TrainableConfig()), ctx, seed=None)
+    reference: list[nn.Module] = list(built.chunks)
     fill(reference, native(given["reference"]))
+    if cfg.training.bf16:
+        reference = [Float16Module(built.config, module) for module in reference]
     found = {
         f"{name} {'packed' if is_packed else 'padded'}": take_step(
             state,
