@@ -12,7 +12,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron.trainer.data.token_manifest import identify_tokenizer
@@ -26,6 +26,7 @@ from moe_app.chat.chat_files import check_bad_rows, find_chat_files
 from moe_app.chat.chat_tokens import write_tokens
 from moe_app.chat.dialogue import ChatKind, ChatTemplate
 from moe_app.chat.jinja_template import TokenizerTemplate
+from moe_app.chat.parallel_encoding import encoding
 from moe_app.chat.samples import DialogueEncoder
 from moe_app.chat.templates import TEMPLATES, BuiltinTemplate
 from moe_app.chat.token_store import MANIFEST, VERSION, TokenStore, open_store
@@ -34,6 +35,9 @@ from moe_app.data.sources import CACHE_SUFFIX, SourceFile
 logger = logging.getLogger(__name__)
 
 _WAIT_S = 0.2
+_LITTLE_BYTES = 8 << 20
+"""Of files that one process tokenises in the time in which others would start."""
+_MOST_WORKERS = 16
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -66,6 +70,42 @@ def open_template(cfg: ChatDataConfig, choice: TokenizerChoice) -> ChatTemplate:
     return TokenizerTemplate(identity.path.parent, choice.tokenizer)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncoderRecipe:
+    """Says which encoder is used."""
+
+    cfg: ChatDataConfig
+    """How rows become texts."""
+    choice: TokenizerChoice
+    """The tokenizer."""
+    seq_length: int
+    """Tokens that a text may have."""
+
+    def build(self) -> DialogueEncoder:
+        """Return it; close its template after use."""
+        return DialogueEncoder(
+            tokenizer=self.choice.tokenizer,
+            template=open_template(self.cfg, self.choice),
+            train_on=self.cfg.train_on,
+            seq_length=self.seq_length,
+            overlong=self.cfg.overlong,
+        )
+
+    def for_others(self) -> "EncoderRecipe":
+        """Return the same without the tokenizer that this process has read."""
+        return replace(self, choice=replace(self.choice))
+
+
+def _num_workers(cfg: ChatDataConfig, files: Sequence[SourceFile]) -> int:
+    """Return the processes that tokenise."""
+    if cfg.tokenize_workers is not None:
+        return cfg.tokenize_workers
+    if sum(Path(each.path).stat().st_size for each in files) < _LITTLE_BYTES:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, _MOST_WORKERS)
+
+
 def open_tokens_of(
     inputs: Sequence[str],
     kind: ChatKind,
@@ -93,16 +133,9 @@ def open_tokens_of(
     """
     cfg.check(kind)
     files = find_chat_files(inputs, flag=flag)
-    tokenizer = choice.tokenizer
-    template = open_template(cfg, choice)
-    with contextlib.closing(template):
-        encoder = DialogueEncoder(
-            tokenizer=tokenizer,
-            template=template,
-            train_on=cfg.train_on,
-            seq_length=seq_length,
-            overlong=cfg.overlong,
-        )
+    recipe = EncoderRecipe(cfg=cfg, choice=choice, seq_length=seq_length)
+    encoder = recipe.build()
+    with contextlib.closing(encoder.template):
         key = _key(files, kind, cfg, choice, encoder)
         # By its name nobody takes it for data, wherever it is.
         root = Path(f"{files[0].path}{CACHE_SUFFIX}")
@@ -112,8 +145,9 @@ def open_tokens_of(
         if not (path / MANIFEST).exists():
             with _writing(root, path) as is_missing:
                 if is_missing:
-                    _make(path, files, kind, cfg, encoder, key=key)
-    store = open_store(path, key=key, vocab_size=tokenizer.vocab_size, seq_length=seq_length)
+                    _make(path, files, kind, recipe, encoder, key=key)
+    vocab_size = choice.tokenizer.vocab_size
+    store = open_store(path, key=key, vocab_size=vocab_size, seq_length=seq_length)
     facts = store.facts
     check_bad_rows(int(facts["bad"]), cfg.max_bad_rows, list(facts["shown"]))
     logger.info(
@@ -137,7 +171,8 @@ def _key(
     """Return a digest of all that tokens follow from."""
     identity = identify_tokenizer(choice.tokenizer_type, choice.tokenizer_model or "")
     tokenizer = encoder.tokenizer
-    others = ("train_data", "valid_data", "packing", "max_bad_rows", "data_cache")
+    others = ("train_data", "valid_data", "packing", "max_bad_rows")
+    others += ("tokenize_workers", "data_cache")
     settings = {name: value for name, value in asdict(cfg).items() if name not in others}
     parts = {
         "version": VERSION,
@@ -167,7 +202,7 @@ def _make(
     path: Path,
     files: Sequence[SourceFile],
     kind: ChatKind,
-    cfg: ChatDataConfig,
+    recipe: EncoderRecipe,
     encoder: DialogueEncoder,
     *,
     key: str,
@@ -178,7 +213,9 @@ def _make(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        write_tokens(temporary, files, kind, cfg, encoder, key=key)
+        workers = _num_workers(recipe.cfg, files)
+        with encoding(encoder, recipe.for_others(), workers) as encode:
+            write_tokens(temporary, files, kind, recipe.cfg, encoder, encode, key=key)
         sync_directory(temporary)
         try:
             temporary.rename(path)

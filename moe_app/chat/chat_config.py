@@ -31,6 +31,9 @@ class ChatDataConfig:
     off for alignment."""
     max_bad_rows: int = 0
     """Rows that may be skipped because they hold no conversation."""
+    tokenize_workers: int | None = None
+    """Processes that tokenize; None means one for each core of this job, up to 16, or one alone for
+    files of less than 8 MB. The tokens do not depend on it."""
     data_cache: str | None = None
     """Where tokens are kept; None means beside the first file."""
     messages_key: str = "messages"
@@ -63,6 +66,11 @@ class ChatDataConfig:
         if self.max_bad_rows < 0:
             raise ConfigError(
                 f"--max-bad-rows is {self.max_bad_rows}; it must be >= 0; 0 lets no row be bad"
+            )
+        if self.tokenize_workers is not None and self.tokenize_workers < 1:
+            raise ConfigError(
+                f"--tokenize-workers is {self.tokenize_workers}; it must be >= 1; leave it out for"
+                " as many as there are cores"
             )
         if kind != "sft" and self.train_on == "all":
             raise ConfigError(

@@ -105,16 +105,31 @@ def read_units(
     Raises:
         DataError: A file cannot be read, or there are too many bad rows.
     """
+    for where, unit in read_each(files, kind, cfg):
+        if isinstance(unit, str):
+            bad.add(unit)
+        else:
+            yield where, unit
+
+
+def read_each(
+    files: Sequence[SourceFile], kind: ChatKind, cfg: ChatDataConfig
+) -> Iterator[tuple[str, Unit | str]]:
+    """Yield where each row is, and what it holds, or what is wrong with it.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
     for file in files:
         unit_name = "line" if file.kind == "jsonl" else "row"
         for number, _, value in read_rows(file, most_line_bytes=MOST_ROW_BYTES):
             where = f"{file.path}, {unit_name} {number}"
             if isinstance(value, str):
-                bad.add(value)
+                yield where, value
                 continue
             try:
                 unit = read_unit(value, kind, cfg)
             except DataError as error:
-                bad.add(f"{where}: {error}")
+                yield where, f"{where}: {error}"
             else:
                 yield where, unit

@@ -1,6 +1,7 @@
 """Tokenises rows, one after the other, into a directory of tokens."""
 
 import hashlib
+import itertools
 import json
 import logging
 from array import array
@@ -9,14 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from megatron.trainer.errors import DataError
 from moe_app.chat.chat_config import ChatDataConfig
-from moe_app.chat.chat_files import BadRows, read_units
+from moe_app.chat.chat_files import BadRows, read_each
 from moe_app.chat.chat_rows import Unit
 from moe_app.chat.dialogue import ChatKind, Dialogue, Turn
 from moe_app.chat.jinja_template import RenderingError
+from moe_app.chat.parallel_encoding import Encode
 from moe_app.chat.samples import DialogueEncoder, OverlongError, Sample
 from moe_app.chat.token_store import StoreWriter
 from moe_app.data.sources import SourceFile
@@ -49,7 +49,7 @@ def encoded_units(
     files: Sequence[SourceFile],
     kind: ChatKind,
     cfg: ChatDataConfig,
-    encoder: DialogueEncoder,
+    encode: Encode,
     *,
     counts: RowCounts,
     bad: BadRows,
@@ -60,25 +60,22 @@ def encoded_units(
         DataError: A file cannot be read, there are too many bad rows, or a text is too long and
             must not be.
     """
-    for where, unit in read_units(files, kind, cfg, bad):
-        try:
-            samples = [encoder.encode(each) for each in unit.dialogues]
-            if len(samples) > 1 and all(
-                np.array_equal(samples[0].ids, each.ids) for each in samples[1:]
-            ):
-                if any(each.is_cut for each in samples):
-                    raise OverlongError("has two texts whose first tokens are the same")
-                raise DataError(
-                    "has two answers that the template writes alike; a pair must differ; remove it"
-                )
-        except RenderingError as error:
-            raise DataError(f"{where}: {error}") from error
-        except OverlongError as error:
+    # Rows are read ahead of those that are encoded; what is wrong with them is told in their order.
+    rows = (
+        ((where, unit), () if isinstance(unit, str) else unit.dialogues)
+        for where, unit in read_each(files, kind, cfg)
+    )
+    for (where, unit), samples in encode(rows):
+        if isinstance(unit, str):
+            bad.add(unit)
+        elif isinstance(samples, RenderingError):
+            raise DataError(f"{where}: {samples}") from samples
+        elif isinstance(samples, OverlongError):
             if cfg.overlong == "error":
-                raise DataError(f"{where}: {error}") from error
+                raise DataError(f"{where}: {samples}") from samples
             counts.overlong += 1
-        except DataError as error:
-            bad.add(f"{where}: {error}")
+        elif isinstance(samples, DataError):
+            bad.add(f"{where}: {samples}")
         else:
             counts.rows += 1
             counts.truncated += any(each.is_cut for each in samples)
@@ -95,6 +92,7 @@ def write_tokens(
     kind: ChatKind,
     cfg: ChatDataConfig,
     encoder: DialogueEncoder,
+    encode: Encode,
     *,
     key: str,
 ) -> None:
@@ -108,9 +106,9 @@ def write_tokens(
     """
     counts, bad = RowCounts(), BadRows(cfg.max_bad_rows)
     with StoreWriter(path) as writer:
-        units = encoded_units(files, kind, cfg, encoder, counts=counts, bad=bad)
+        units = encoded_units(files, kind, cfg, encode, counts=counts, bad=bad)
         if kind == "kto":
-            _write_judged(writer, units, encoder, path / "rows.tmp")
+            _write_judged(writer, units, encoder, encode, path / "rows.tmp")
         else:
             for _, _, samples in units:
                 for sample in samples:
@@ -129,6 +127,7 @@ def _write_judged(
     writer: StoreWriter,
     units: Iterator[tuple[str, Unit, list[Sample]]],
     encoder: DialogueEncoder,
+    encode: Encode,
     spool: Path,
 ) -> None:
     """Write judged texts, then for each its prompt with another row's answer.
@@ -147,8 +146,10 @@ def _write_judged(
             places.append(places[-1] + file.write(content))
             prompts.append(_digest(dialogue))
         rows = _SpooledRows(file, places)
-        for number in range(len(prompts)):
-            sample = _mismatched(number, rows, prompts, encoder)
+        for number, found in encode(_with_partners(rows, prompts), is_whole=True):
+            if isinstance(found, DataError):
+                raise found
+            sample = _mismatched(number, rows, prompts, encoder, found)
             writer.add(sample.ids, sample.counted)
     spool.unlink()
 
@@ -167,13 +168,42 @@ class _SpooledRows:
         return Dialogue(turns=tuple(Turn(*turn) for turn in turns), first_counted=first)
 
 
+def _partners(number: int, prompts: Sequence[int]) -> Iterator[int]:
+    """Yield the rows whose answers a row may get, the first half of the data away."""
+    count = len(prompts)
+    for step in range(min(count - 1, _MOST_PARTNERS)):
+        other = (number + max(1, count // 2) + step) % count
+        if other != number and prompts[other] != prompts[number]:
+            yield other
+
+
+def _with_partners(
+    rows: _SpooledRows, prompts: Sequence[int]
+) -> Iterator[tuple[int, list[Dialogue]]]:
+    """Yield each row's number, and its prompt with the answer that it gets if that fits."""
+    for number in range(len(prompts)):
+        first = next(_partners(number, prompts), None)
+        yield number, [] if first is None else [_joined(rows[number], rows[first])]
+
+
 def _mismatched(
-    number: int, rows: _SpooledRows, prompts: Sequence[int], encoder: DialogueEncoder
+    number: int,
+    rows: _SpooledRows,
+    prompts: Sequence[int],
+    encoder: DialogueEncoder,
+    first: Sequence[Sample],
 ) -> Sample:
     """Return the tokens of a row's prompt with the answer of a row far away.
 
     That row is half of the data away, or the next one after it whose prompt is another and whose
     answer fits; without one that fits, the text is cut.
+
+    Args:
+        number: of the row.
+        rows: all of them.
+        prompts: what tells their prompts apart.
+        encoder: for partners after the first.
+        first: the tokens with the first partner's answer; empty where there is none.
 
     Raises:
         DataError: There is no other row.
@@ -184,20 +214,16 @@ def _mismatched(
             "KTO compares each prompt with the answer of another row, but there is only one row;"
             " give at least two"
         )
+    if first and len(first[0].ids) <= encoder.seq_length:
+        return first[0]
     own = rows[number]
-    sample: Sample | None = None
-    tried = 0
-    for step in range(min(count - 1, _MOST_PARTNERS)):
-        other = (number + max(1, count // 2) + step) % count
-        if other == number or prompts[other] == prompts[number]:
-            continue
+    sample = first[0].cut(encoder.seq_length) if first else None
+    for other in itertools.islice(_partners(number, prompts), 1, _MOST_FITTING):
         found = encoder.encode_whole(_joined(own, rows[other]))
         if len(found.ids) <= encoder.seq_length:
             return found
         if sample is None or not sample.num_counted:
             sample = found.cut(encoder.seq_length)
-        if (tried := tried + 1) == _MOST_FITTING:
-            break
     if sample is None:  # all prompts are the same
         sample = encoder.encode_whole(_joined(own, rows[(number + 1) % count]))
     return sample.cut(encoder.seq_length)

@@ -9,6 +9,7 @@ What counts is green in a terminal, and in 【brackets】 elsewhere. Nothing is 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import shutil
 import sys
@@ -23,6 +24,7 @@ from moe_app.chat.chat_files import BadRows, find_chat_files
 from moe_app.chat.chat_rows import Unit
 from moe_app.chat.chat_tokens import RowCounts, encoded_units
 from moe_app.chat.dialogue import ChatKind, TrainOn
+from moe_app.chat.parallel_encoding import encode_here
 from moe_app.chat.samples import DialogueEncoder, Reading, Sample
 from moe_app.chat.templates import TEMPLATES
 from moe_app.command_line import argument_text, program, report_errors
@@ -63,7 +65,9 @@ def show(args: argparse.Namespace) -> None:
             seq_length=args.seq_length,
             overlong=cfg.overlong,
         )
-        units = encoded_units(files, kind, cfg, encoder, counts=counts, bad=bad)
+        units = encoded_units(
+            files, kind, cfg, functools.partial(encode_here, encoder), counts=counts, bad=bad
+        )
         for where, unit, samples in itertools.islice(units, args.num_rows):
             for line in _described(where, unit, samples, encoder, args):
                 print(line)

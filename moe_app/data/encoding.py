@@ -2,15 +2,11 @@
 
 import argparse
 import multiprocessing
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from typing import BinaryIO
 
 import numpy as np
@@ -22,6 +18,7 @@ from megatron.trainer.data.tokenizer import Tokenizer, load_tokenizer
 from megatron.trainer.data.writer import token_dtype
 from megatron.trainer.errors import DataError
 from moe_app.data.text_chunks import Chunk
+from moe_app.data.worker_process import begin_worker
 
 _CHUNKS_AHEAD = 4
 _MOST_BYTES_AHEAD = 1 << 28
@@ -158,24 +155,13 @@ class _Worker:
     @classmethod
     def start(cls, args: argparse.Namespace, key: str) -> None:
         """Load the tokenizer, and end with the process that started this one."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-        # A worker is one of several: the tokenizers library is not to start as many threads again.
-        os.putenv("TOKENIZERS_PARALLELISM", "false")
+        begin_worker()
         cls.encoder = Encoder(open_tokenizer(args), key=key, append_eod=args.append_eod)
 
     @classmethod
     def encode(cls, chunk: Chunk) -> Encoded:
         """Encode with this process's encoder."""
         return cls.encoder.encode(chunk)
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent is gone, killed for example."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
 
 
 def open_tokenizer(args: argparse.Namespace) -> Tokenizer:

@@ -57,7 +57,15 @@ class PretrainConfig(RunConfig):
 OTHER_KEYS = frozenset(
     (
         *("train_data", "valid_data", "template", "train_on", "overlong", "packing"),
-        *("max_bad_rows", "data_cache", "messages_key", "role_key", "content_key", "prompt_key"),
+        *(
+            "max_bad_rows",
+            "tokenize_workers",
+            "data_cache",
+            "messages_key",
+            "role_key",
+            "content_key",
+            "prompt_key",
+        ),
         *("chosen_key", "rejected_key", "completion_key", "label_key", "train_epochs"),
         *("loss_reduction", "method", "beta", "label_smoothing", "average_log_prob"),
         *("desirable_weight", "undesirable_weight", "reference_load", "reference_ckpt_step"),

@@ -92,6 +92,35 @@ def test_formats_of_files_hold_the_same(tmp_path: Path, choice: TokenizerChoice)
         assert texts(read(path, choice, data_cache=str(tmp_path / "cache")), choice) == expected
 
 
+def test_several_processes_make_the_tokens_of_one(tmp_path: Path, choice: TokenizerChoice) -> None:
+    rows: list[dict[str, Any]] = []
+    for number in range(300):  # several messages for each process
+        answer = "over " * (number % 7) + "dog" * (1 + 200 * (number % 50 == 9))
+        rows.append(
+            {"prompt": f"fox {number // 3}", "completion": answer, "label": number % 2 == 0}
+        )
+    rows[70] = {"prompt": "no", "completion": "answer"}
+    rows[200] = {"prompt": "no", "completion": 3, "label": True}
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    stores = [
+        read(
+            path,
+            choice,
+            "kto",
+            length=60,
+            max_bad_rows=2,
+            tokenize_workers=workers,
+            data_cache=str(tmp_path / f"cache{workers}"),
+        )
+        for workers in (1, 2)
+    ]
+    one, two = stores
+    assert one.facts == two.facts and one.fingerprint == two.fingerprint
+    assert one.facts["overlong"] > 0 and [line[-40:] for line in one.facts["shown"]]
+    for name in ("tokens", "counted", "ends", "labels"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name), err_msg=name)
+
+
 def test_dataset_of_several_splits_is_refused(tmp_path: Path, choice: TokenizerChoice) -> None:
     (tmp_path / "both").mkdir()
     (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')

@@ -316,7 +316,7 @@ def test_alignment_has_a_plot_of_rewards_accuracy_log_probabilities_and_kl(
     tmp_path: Path, drawn: list[Any], method: str, num_axes: int
 ) -> None:
     records = [aligned(step, method) for step in (1, 2, 3)]
-    evaluation = {"consumed_tokens": 3000, "valid_loss": {"valid": 0.5}}
+    evaluation: dict[str, Any] = {"consumed_tokens": 3000, "valid_loss": {"valid": 0.5}}
     evaluation["valid_metrics"] = {"valid": {"rewards_chosen": 0.25, "rewards_accuracy": 0.75}}
     plot_preferences(curves_of([*records, evaluation]), tmp_path / "preferences.png")
     assert png_size(tmp_path / "preferences.png") == (1050, round(150 * (0.6 + 2.1 * num_axes)))
