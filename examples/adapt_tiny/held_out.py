@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.trainer.data.tokenizer import load_tokenizer
 from megatron.trainer.io.atomic_write import write_text
-from moe_app.chat.chat_cache import TokenizerChoice
 from moe_app.chat.chat_config import ChatDataConfig
 from moe_app.chat.chat_rows import read_unit
 from moe_app.chat.samples import DialogueEncoder
@@ -34,8 +34,7 @@ def read(path: str) -> Rows:
 
 def lines(pairs: str, tokenizer: str, output: str) -> None:
     """Write a line for each answer: its tokens after the question's, and how many are its own."""
-    choice = TokenizerChoice(tokenizer_type="SentencePieceTokenizer", tokenizer_model=tokenizer)
-    encodes = choice.load()
+    encodes = load_tokenizer("SentencePieceTokenizer", tokenizer)
     encoder = DialogueEncoder(
         tokenizer=encodes,
         template=BuiltinTemplate(TEMPLATE, encodes),

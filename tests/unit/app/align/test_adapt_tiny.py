@@ -13,6 +13,7 @@ import pytest
 from megatron.trainer.checkpoint import layout
 from megatron.trainer.config.cli import dump_config
 from megatron.trainer.config.validate import validate
+from megatron.trainer.data.tokenizer import load_tokenizer
 from megatron.trainer.records.run_dir import CONFIG_NAME
 from moe_app.align.align_config import AlignConfig
 from moe_app.chat.chat_config import ChatDataConfig
@@ -23,6 +24,7 @@ from moe_app.pretrain.config import PretrainConfig
 from moe_ext.config import MoEModelConfig
 from moe_ext.presets import PRESETS
 from tests.paths import REPO
+from tests.unit.trainer.data.make_tokenizers import make_sentencepiece
 
 FOLDER = REPO / "examples" / "adapt_tiny"
 KINDS: dict[str, ChatKind] = {"chats": "sft", "pairs": "preference", "judged": "kto"}
@@ -129,6 +131,19 @@ def test_recipe_is_valid_for_the_ranks_it_names(name: str, tmp_path: Path) -> No
     assert recipe.read_text("utf-8").startswith("# ranks: 2\n")
     argv = ["--config", str(recipe), "--load", str(tmp_path / "run")]
     validate(parse_tuning(RECIPES[name], argv, prog="test", description=""), 2)
+
+
+def test_lines_have_the_tokens_of_training(tmp_path: Path) -> None:
+    model = make_sentencepiece(tmp_path, control=["<|endoftext|>"])
+    pair = {"prompt": "q?", "chosen": "the fox", "rejected": "no", "rule": "twice"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    script("held_out").lines(str(tmp_path / "pairs.jsonl"), model, str(tmp_path / "lines.jsonl"))
+    own = load_tokenizer("SentencePieceTokenizer", model)
+    for row, answer in zip(read(tmp_path / "lines.jsonl"), ("the fox", "no"), strict=True):
+        text = f"{own.end.text}<|user|>\nq?\n<|assistant|>\n{answer}{own.end.text}"
+        assert row["tokens"] == own.encode_written(text).ids
+        assert own.decode(row["tokens"][-row["num_answer"] : -1]) == answer
+        assert row["tokens"][-1] == own.eod
 
 
 def test_accuracy_is_the_share_of_pairs_in_the_right_order(
