@@ -14,6 +14,8 @@ class Suite:
     """Names of the harness."""
     num_fewshot: Mapping[str, int] = field(default_factory=dict)
     """Examples in a prompt by task; others use the task's own number."""
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """Items of a task, or of each task of a group; others have all."""
     own: tuple[str, ...] = ()
     """Names of what is scored here, and not by the harness: see `OWN_TASKS`."""
     code_samples: int = 1
@@ -43,6 +45,35 @@ SUITES: dict[str, Suite] = {
             "winogrande": 5,
             "gsm8k": 5,
         },
+    ),
+    # OLMoE, Table 11, during pretraining. Validation splits; where the harness's own task has
+    # another one or other prompts, ours is in tasks/.
+    "olmoe_during": Suite(
+        tasks=(
+            "olmoe_during_arc_challenge",
+            "olmoe_during_arc_easy",
+            "boolq",
+            "copa",
+            "olmoe_during_csqa",
+            "hellaswag",
+            "olmoe_during_openbookqa",
+            "piqa",
+            "olmoe_during_sciq",
+            "olmoe_during_socialiqa",
+            "winogrande",
+            "olmoe_during_mmlu",
+            "olmoe_during_mmlu_var",
+        ),
+        num_fewshot={"olmoe_during_mmlu": 5, "olmoe_during_mmlu_var": 5},
+    ),
+    # OLMoE, Table 5.
+    "adapted": Suite(
+        tasks=("mmlu", "gsm8k_cot", "bbh_cot_fewshot", "ifeval"),
+        num_fewshot={"mmlu": 0},
+        limits={"gsm8k_cot": 200, "bbh_cot_fewshot": 40},
+        own=("humaneval", "alpaca_eval", "xstest"),
+        code_samples=20,
+        is_chat=True,
     ),
     "code": Suite(tasks=(), own=("humaneval", "mbpp")),
     "mtbench": Suite(tasks=(), own=("mt_bench",), is_chat=True),

@@ -85,14 +85,7 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Return the log-probability of each continuation, and whether it is greedy."""
         wanted = [self._continuation(context, ids) for _, context, ids in requests]
-        found = self._answer(
-            "continuation",
-            wanted,
-            describe=lambda each: [each.ids, each.count],
-            cost=lambda each: len(each.ids),
-            per_round=self._workers.tokens_per_round * _ROUND_BATCHES,
-            compute=self._workers.continuations,
-        )
+        found = self._log_probs("continuation", wanted, self._workers.continuations)
         return [(float(pair[0]), bool(pair[1])) for pair in found]
 
     def _continuation(self, context: list[int], continuation: list[int]) -> Continuation:
@@ -129,18 +122,27 @@ class HarnessModel(TemplateLM):
                 context, continuation = make_disjoint_window(pair)
                 windows.append(self._continuation(context, continuation))
                 owners.append(owner)
-        scored = self._answer(
-            "text",
-            windows,
-            describe=lambda each: [each.ids, each.count],
-            cost=lambda each: len(each.ids),
-            per_round=self._workers.tokens_per_round * _ROUND_BATCHES,
-            compute=self._workers.texts,
-        )
+        scored = self._log_probs("text", windows, self._workers.texts)
         totals = [0.0] * len(requests)
         for owner, log_prob in zip(owners, scored, strict=True):
             totals[owner] += log_prob
         return totals
+
+    def _log_probs(
+        self,
+        kind: str,
+        wanted: Sequence[Continuation],
+        compute: Callable[[Mapping[int, Continuation]], Mapping[int, Any]],
+    ) -> list[Any]:
+        """Answer requests for log-probabilities of continuations."""
+        return self._answer(
+            kind,
+            wanted,
+            describe=lambda each: [each.ids, each.count],
+            cost=lambda each: len(each.ids),
+            per_round=self._workers.tokens_per_round * _ROUND_BATCHES,
+            compute=compute,
+        )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the continuation of each prompt, up to the text that it stops at."""

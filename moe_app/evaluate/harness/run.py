@@ -39,8 +39,8 @@ def evaluate_suite(
     manager = find_tasks(args.include_path, suite.tasks)
     with local_datasets(None if args.task_data is None else Path(args.task_data)):
         parts = [
-            _run_tasks(model, manager, args, tasks, num_fewshot)
-            for num_fewshot, tasks in _by_fewshot(suite, args.num_fewshot).items()
+            _run_tasks(model, manager, args, tasks, num_fewshot=num_fewshot, limit=limit)
+            for (num_fewshot, limit), tasks in _grouped(suite, args).items()
         ]
     found = parts[0]
     for other in parts[1:]:
@@ -61,12 +61,16 @@ def write_results(output: Path, found: Mapping[str, Any]) -> None:
     write_text(output / RESULTS_NAME, text + "\n", durable=True)
 
 
-def _by_fewshot(suite: Suite, asked: int | None) -> dict[int | None, list[str]]:
-    """Group tasks by the examples in their prompts; None leaves them to the task."""
-    groups: dict[int | None, list[str]] = {}
+def _grouped(
+    suite: Suite, args: argparse.Namespace
+) -> dict[tuple[int | None, int | None], list[str]]:
+    """Group tasks by the examples in their prompts, None leaving them to the task, and by limit."""
+    groups: dict[tuple[int | None, int | None], list[str]] = {}
     for task in suite.tasks:
+        asked = args.num_fewshot
         number = asked if asked is not None else suite.num_fewshot.get(task)
-        groups.setdefault(number, []).append(task)
+        limits = [each for each in (args.limit, suite.limits.get(task)) if each is not None]
+        groups.setdefault((number, min(limits, default=None)), []).append(task)
     return groups
 
 
@@ -75,7 +79,9 @@ def _run_tasks(
     manager: TaskManager,
     args: argparse.Namespace,
     tasks: Sequence[str],
+    *,
     num_fewshot: int | None,
+    limit: int | None,
 ) -> dict[str, Any]:
     """Let the harness evaluate some tasks."""
     try:
@@ -83,7 +89,7 @@ def _run_tasks(
             model=model,
             tasks=list(tasks),
             num_fewshot=num_fewshot,
-            limit=args.limit,
+            limit=limit,
             task_manager=manager,
             gen_kwargs=args.gen_kwargs,
             bootstrap_iters=args.bootstrap_iters,

@@ -2,12 +2,14 @@
 
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import lm_eval
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -16,7 +18,9 @@ from moe_app.evaluate import evaluation as command
 from moe_app.evaluate.execution import prison
 from moe_app.evaluate.workers import Workers
 from tests.distributed.convert_models import CONFIGS, make_hf
+from tests.distributed.launcher import alone
 from tests.unit.app.evaluate.judge_stub import JudgeStub
+from tests.unit.app.evaluate.make_olmes import OLMES_ITEMS, write_olmes
 from tests.unit.trainer.data.make_tokenizers import make_hf_tokenizer
 
 # From the packages of the harness, from torch when it reads a checkpoint, and from megatron-core.
@@ -113,14 +117,16 @@ def model_changes() -> dict[str, Any]:
     return {"vocab_size": ROWS, "max_position_embeddings": LENGTH, "torch_dtype": "float32", **ids}
 
 
+def arguments(folder: Path, family: str, output: Path, *more: str, tasks: str = "") -> list[str]:
+    return [
+        *("--load", str(folder / f"{family}-run"), "--include-path", str(folder)),
+        *("--tasks", tasks or ",".join(TASKS), "--output", str(output), "--fp32"),
+        *("--max-length", str(LENGTH), "--bootstrap-iters", "0", *more),
+    ]
+
+
 def evaluate(folder: Path, family: str, output: Path, *more: str, tasks: str = "") -> int:
-    return command.main(
-        [
-            *("--load", str(folder / f"{family}-run"), "--include-path", str(folder)),
-            *("--tasks", tasks or ",".join(TASKS), "--output", str(output), "--fp32"),
-            *("--max-length", str(LENGTH), "--bootstrap-iters", "0", *more),
-        ]
-    )
+    return command.main(arguments(folder, family, output, *more, tasks=tasks))
 
 
 def samples(output: Path) -> dict[str, list[Any]]:
@@ -215,6 +221,70 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(
     assert evaluate(folder, "olmoe", output) == 0
     assert asked == [0, 0, 0]
     assert (output / "samples_choices.jsonl").read_bytes() == before
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_files(folder: Path, tmp_path: Path) -> None:
+    """Passes of one request each, whose numbers do not depend on what was computed before."""
+    worker = Path(__file__).with_name("kill_evaluation_worker.py")
+
+    def run(before: str, name: str) -> int | None:
+        small = ("--tokens-per-batch", "1", "--batch-size", "1")
+        done = alone(worker, before, *arguments(folder, "olmoe", tmp_path / name, *small))
+        return done.returncode
+
+    assert run("0", "whole") == 0
+    output = tmp_path / "killed"
+    assert run("3", "killed") == -signal.SIGKILL
+    assert not (output / "results.json").exists()
+    kept = (output / command.ANSWERS_NAME).read_bytes()
+    assert len(kept.splitlines()) > 1
+    assert run("0", "killed") == 0
+    assert (output / command.ANSWERS_NAME).read_bytes().startswith(kept)
+    for task in TASKS:
+        name = f"samples_{task}.jsonl"
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    results = [
+        json.loads((tmp_path / name / "results.json").read_text())["results"]
+        for name in ("whole", "killed")
+    ]
+    assert results[0] == results[1]
+
+
+def test_olmes_requests_are_scored_as_the_exported_model_does(folder: Path, tmp_path: Path) -> None:
+    made = write_olmes(tmp_path / "olmes")
+    suite = ("--suite", "olmes", "--task-data", str(tmp_path))
+    given = arguments(folder, "olmoe", tmp_path / "out", *suite)
+    del given[given.index("--tasks") : given.index("--tasks") + 2]
+    assert command.main(given) == 0
+    peer = HFLM(pretrained=str(folder / "olmoe"), device="cpu", dtype="float32", batch_size=1)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    scores = []
+    for name, (norm, items) in OLMES_ITEMS.items():
+        right = {"rc": 0, "mc": 0}
+        for form in right:
+            records = made[f"{name}_{form}"]
+            pairs = [tuple(record["request"].values()) for record in records]
+            requests = [
+                Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0)
+                for pair in pairs
+            ]
+            theirs = [value for value, _ in peer.loglikelihood(requests, disable_tqdm=True)]
+            lines = (tmp_path / "out" / f"samples_olmes_{name}_{form}.jsonl").read_text()
+            for line, (_, choices, gold) in zip(lines.splitlines(), items, strict=True):
+                asked, bare = zip(*(tuple(theirs[2 * n : 2 * n + 2]) for n in (0, 1)), strict=True)
+                del theirs[:4]
+                found = json.loads(line)
+                assert found["log_probs"] == pytest.approx(asked, rel=1e-5)
+                assert found["unconditional"] == pytest.approx(bare, rel=1e-5)
+                by = {
+                    "none": list(asked),
+                    "char": [each / len(text) for each, text in zip(asked, choices, strict=True)],
+                    "pmi": [a - b for a, b in zip(asked, bare, strict=True)],
+                }[norm if form == "rc" else "none"]
+                right[form] += by.index(max(by)) == gold
+        scores.append(max(right.values()) / 2)
+        assert results[f"olmes_{name}"]["score,none"] == scores[-1]
+    assert results["olmes"] == {"score,none": pytest.approx(sum(scores) / 3), "tasks": 3}
 
 
 def test_draws_of_one_prompt_differ_and_repeat_with_the_seed(folder: Path, tmp_path: Path) -> None:
