@@ -153,25 +153,35 @@ def _collect(
     """Run the passes over what is not there yet, a shard at a time."""
     started, done = time.perf_counter(), 0
     pending = _pending(args, opened, domains, tokenizer, writer)
-    is_kept = model.ctx.groups.tp.rank() == 0
     while windows := on_rank0("reading the texts", lambda: next(pending, None)):
-        part = run_windows(
-            model.parallel,
-            capture,
-            windows,
-            tokens_per_batch=args.tokens_per_batch,
-            rank=model.ctx.data_parallel_rank,
-            size=model.ctx.layout.data,
-            is_kept=is_kept,
-        )
-        parts = gather_on_rank0(part)
-        done += sum(len(window.tokens) for window in windows)
-        on_rank0("writing the shard", functools.partial(_write, writer, windows, parts))
+        done += _collect_shard(args, windows, model, capture, writer)
         logger.info(
             "%s tokens collected, %.0f per second",
             f"{done:,}",
             done / (time.perf_counter() - started),
         )
+
+
+def _collect_shard(
+    args: argparse.Namespace,
+    windows: list[Window],
+    model: LoadedModel,
+    capture: RoutingCapture,
+    writer: ShardWriter,
+) -> int:
+    """Run the passes of a shard and write it, so that nothing of it is left for the next one."""
+    part = run_windows(
+        model.parallel,
+        capture,
+        windows,
+        tokens_per_batch=args.tokens_per_batch,
+        rank=model.ctx.data_parallel_rank,
+        size=model.ctx.layout.data,
+        is_kept=model.ctx.groups.tp.rank() == 0,
+    )
+    parts = gather_on_rank0(part)
+    on_rank0("writing the shard", functools.partial(_write, writer, windows, parts))
+    return sum(len(window.tokens) for window in windows)
 
 
 def _write(writer: ShardWriter, windows: list[Window], parts: list[ShardPart]) -> None:
