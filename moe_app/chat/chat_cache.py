@@ -171,8 +171,8 @@ def _key(
     """Return a digest of all that tokens follow from."""
     identity = identify_tokenizer(choice.tokenizer_type, choice.tokenizer_model or "")
     tokenizer = encoder.tokenizer
-    others = ("train_data", "valid_data", "packing", "max_bad_rows")
-    others += ("tokenize_workers", "data_cache")
+    others = {"train_data", "valid_data", "packing", "max_bad_rows", "tokenize_workers"}
+    others.add("data_cache")
     settings = {name: value for name, value in asdict(cfg).items() if name not in others}
     parts = {
         "version": VERSION,

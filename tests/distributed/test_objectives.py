@@ -61,7 +61,7 @@ ROUTER_LOSSES = [("aux", packed) for packed in (False, True)]
 """Router losses on; they are of a micro-batch, so that the truth has as large ones."""
 TEXTS_ALONE = [("aux alone", packed) for packed in (False, True)]
 """Their truth: rows as long as what is in them."""
-IN_BF16 = [("dpo", False), ("kto", True)]
+BOTH_METHODS = [("dpo", False), ("kto", True)]
 TRAINED = {"rmsprop": [("kto 3", False)], "lora": [("dpo 3", True)]}
 """Three steps of training."""
 
@@ -69,11 +69,13 @@ TRAINED = {"rmsprop": [("kto 3", False)], "lora": [("dpo 3", True)]}
 def steps_of(layout: str) -> list[tuple[str, bool]]:
     """Return the objectives of a layout, each packed or not."""
     if layout.startswith("bf16"):
-        return IN_BF16
+        return BOTH_METHODS
+    if layout == "etp2":
+        return [*BOTH_METHODS, *ROUTER_LOSSES[:1]]
     if (name := layout.removesuffix("tp2")) in TRAINED:
         return TRAINED[name]
     if layout in ("block", "modules"):
-        return ROUTER_LOSSES
+        return ROUTER_LOSSES[1:]
     if layout == "one":
         return [*EVERYWHERE, *ON_ONE_RANK, *TEXTS_ALONE, *ROUTER_LOSSES]
     return EVERYWHERE if layout == "pairs" else [*EVERYWHERE, *ROUTER_LOSSES]
