@@ -115,9 +115,12 @@ class RouterSaturation(Hook):
         chosen: dict[RouterId, list[np.ndarray]] = {}
 
         def keeper(name: RouterId) -> Any:
-            def keep(_module: torch.nn.Module, _inputs: object, routing: Routing) -> None:
-                experts = by_gate(routing).experts.cpu().numpy().astype(np.int16)
-                chosen.setdefault(name, []).append(experts)
+            def keep(_module: torch.nn.Module, inputs: tuple[Any, ...], routing: Routing) -> None:
+                experts = by_gate(routing).experts
+                padding = inputs[1] if len(inputs) > 1 else None
+                if padding is not None:
+                    experts = experts[~padding.flatten()]
+                chosen.setdefault(name, []).append(experts.cpu().numpy().astype(np.int16))
 
             return keep
 

@@ -17,7 +17,7 @@ from moe_app.align.align_config import AlignConfig
 from moe_app.convert import convert_checkpoint
 from moe_app.finetune import finetuning
 from moe_app.finetune.tuning_config import FinetuneConfig
-from moe_app.pretrain import command
+from moe_app.pretrain import command, router_saturation
 from moe_app.pretrain.config import OTHER_KEYS, PretrainConfig, read_saved_config
 from tests.distributed.convert_models import make_hf
 from tests.unit.trainer.data.make_tokenizers import make_hf_tokenizer
@@ -106,6 +106,24 @@ def test_dpo_begins_at_log_2_and_learns(folder: Path, tmp_path: Path) -> None:
     assert found[-1]["rewards_chosen"] - found[-1]["rewards_rejected"] == pytest.approx(
         found[-1]["rewards_margin"], rel=1e-4
     )
+
+
+def test_router_saturation_compares_tokens_and_no_padding(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[int] = []
+    real = router_saturation.Saturation.add
+
+    def add(self: Any, reference: Any, choices: Any) -> None:
+        compared.append(len(choices))
+        real(self, reference, choices)
+
+    monkeypatch.setattr(router_saturation.Saturation, "add", add)
+    more = ("--valid-data", str(folder / "sft.jsonl"), "--eval-iters", "1", "--no-packing")
+    more += ("--log-router-saturation", str(folder / "base"), "--train-iters", "1")
+    assert run(folder, finetuning, "sft", tmp_path, *more) == 0
+    # Four texts in rows of 64 positions, none of which fills half of its own.
+    assert len(set(compared)) == 1 and 4 * 8 < compared[0] < 4 * 32
 
 
 @pytest.mark.parametrize(("method", "kind"), [("dpo", "preference"), ("kto", "kto")])
