@@ -25,7 +25,14 @@ from megatron.trainer.runtime.log import configure_logging
 from moe_app.command_line import program
 from moe_app.evaluate import own_flags
 from moe_app.evaluate.answers import AnswerFile
-from moe_app.evaluate.suites import JUDGED_TASKS, OLMES, SUITES, Suite, named_suite
+from moe_app.evaluate.suites import (
+    JUDGED_TASKS,
+    OLMES,
+    SUITES,
+    Suite,
+    asks_in_conversations,
+    named_suite,
+)
 from moe_app.evaluate.workers import Workers
 from moe_app.infer import open_model
 from moe_app.infer.conversations import Conversations
@@ -195,6 +202,11 @@ def _choose(args: argparse.Namespace) -> Suite:
             f"--num-fewshot is {args.num_fewshot}, but the prompts of {', '.join(chosen.own)} are"
             " those of the papers; leave it out, or evaluate other tasks"
         )
+    if args.suite == OLMES and args.template is not None:
+        raise ConfigError(
+            f"--template is {args.template}, but the prompts of {OLMES} are published, and no"
+            " conversations; leave it out, or evaluate other tasks"
+        )
     judged = [name for name in chosen.own if name in JUDGED_TASKS]
     if judged:
         own_flags.judge_settings(args, ", ".join(judged))
@@ -204,7 +216,7 @@ def _choose(args: argparse.Namespace) -> Suite:
 def _has_conversations(args: argparse.Namespace, suite: Suite) -> bool:
     """Return whether a task is asked in conversations."""
     is_judged = any(name in JUDGED_TASKS for name in suite.own)
-    return is_judged or (bool(suite.own) and (suite.is_chat or args.template is not None))
+    return is_judged or asks_in_conversations(args, suite)
 
 
 def _open_conversations(
@@ -283,15 +295,6 @@ def _evaluate(
     )
 
     length = args.max_length or opened.saved.training.seq_length
-    model = HarnessModel(
-        workers,
-        tokenizer,
-        answers,
-        max_length=length,
-        max_gen_toks=args.max_gen_toks,
-        prefix_token_id=_prefix(args, tokenizer),
-        seed=args.seed,
-    )
     info: dict[str, Any] = {
         "model": "megatron_moe",
         "checkpoint": str(opened.found.path),
@@ -299,15 +302,25 @@ def _evaluate(
         "max_length": length,
     }
     found: dict[str, Any] = {"results": {}, "config": info, "limit": args.limit}
-    if args.suite == OLMES:
-        found = evaluate_olmes(model, args, info)
-    elif suite.tasks:
-        found = evaluate_suite(model, suite, args, info)
-    if suite.own:
-        with contextlib.ExitStack() as stack:
-            conversations = None
-            if _has_conversations(args, suite):
-                conversations = stack.enter_context(_open_conversations(args, opened, tokenizer))
+    with contextlib.ExitStack() as stack:
+        conversations = None
+        if _has_conversations(args, suite):
+            conversations = stack.enter_context(_open_conversations(args, opened, tokenizer))
+        model = HarnessModel(
+            workers,
+            tokenizer,
+            answers,
+            max_length=length,
+            max_gen_toks=args.max_gen_toks,
+            prefix_token_id=_prefix(args, tokenizer),
+            seed=args.seed,
+            conversations=conversations,
+        )
+        if args.suite == OLMES:
+            found = evaluate_olmes(model, args, info)
+        elif suite.tasks:
+            found = evaluate_suite(model, suite, args, info)
+        if suite.own:
             found["results"] |= evaluate_own(model, suite, args, conversations)
     write_results(Path(args.output), found)
     for line in summary_lines(found):

@@ -25,8 +25,8 @@ def add_conversation_flag(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
         "--template",
         choices=TEMPLATE_NAMES,
-        help="ask humaneval and mbpp in a conversation, and write conversations with this template;"
-        " without it a suite decides, and the template is that of fine-tuning, or the tokenizer's",
+        help="ask every task in a conversation, and write conversations with this template; without"
+        " it a suite decides, and the template is that of fine-tuning, or the tokenizer's",
     )
 
 

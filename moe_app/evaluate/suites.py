@@ -1,5 +1,6 @@
 """Lists the tasks, examples and metrics of leaderboards and papers."""
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,7 +22,7 @@ class Suite:
     code_samples: int = 1
     """Completions of each problem of programming."""
     is_chat: bool = False
-    """Whether problems of programming are asked in a conversation."""
+    """Whether tasks are asked in conversations."""
 
 
 OLMES = "olmes"
@@ -79,6 +80,11 @@ SUITES: dict[str, Suite] = {
     "mtbench": Suite(tasks=(), own=("mt_bench",), is_chat=True),
 }
 """By the name that --suite takes."""
+
+
+def asks_in_conversations(args: argparse.Namespace, suite: Suite) -> bool:
+    """Return whether tasks are asked in conversations, beside those that a judge scores."""
+    return suite.is_chat or args.template is not None
 
 
 def named_suite(names: Sequence[str]) -> Suite:

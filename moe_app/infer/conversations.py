@@ -79,6 +79,14 @@ class Conversations:
         """
         return prompt_ids(self._opened(), self._tokenizer, turns)
 
+    def write_turns(self, turns: Turns) -> str:
+        """Return the text of a conversation, in which control tokens are spelled.
+
+        Raises:
+            UserError: there is no such template, or it does not take the turns.
+        """
+        return self._opened().announce(turns).text
+
     def encode_messages(self, record: dict[str, Any], where: str) -> list[int]:
         """Return the tokens of the conversation in a line of the input.
 

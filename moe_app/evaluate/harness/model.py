@@ -18,8 +18,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megatron.trainer.data.tokenizer import Tokenizer
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.inference.scoring import Continuation
+from moe_app.chat.dialogue import Turn
 from moe_app.evaluate.answers import AnswerFile, request_key
 from moe_app.evaluate.workers import Sampling, Workers
+from moe_app.infer.conversations import Conversations
 
 logger = logging.getLogger("evaluate")
 
@@ -40,6 +42,7 @@ class HarnessModel(TemplateLM):
         max_gen_toks: new tokens of a continuation whose task does not say.
         prefix_token_id: stands before a text without a context.
         seed: of the first sampled continuation.
+        conversations: writes those that the harness asks for; None for a model without.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class HarnessModel(TemplateLM):
         max_gen_toks: int,
         prefix_token_id: int,
         seed: int,
+        conversations: Conversations | None = None,
     ) -> None:
         super().__init__()
         self._workers = workers
@@ -59,6 +63,8 @@ class HarnessModel(TemplateLM):
         self._answers = answers
         self._prefix_token_id = prefix_token_id
         self._seed = seed
+        self._conversations = conversations
+        self._conversation_ids: dict[str, list[int]] = {}
         self.max_length = max_length
         self.max_gen_toks = max_gen_toks
 
@@ -79,6 +85,44 @@ class HarnessModel(TemplateLM):
         if add_special_tokens is False:
             return self._own_tokenizer.encode(string)
         return self._own_tokenizer.encode_document(string)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Return nothing: the harness keeps no prompts of conversations by this name."""
+        return ""
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return the text of a conversation; its tokens, which a text does not tell, are kept.
+
+        Without `add_generation_prompt` the last turn is how the model's answer begins.
+        """
+        if self._conversations is None:
+            raise ConfigError("conversations are asked for, but nothing says how; give --template")
+        turns = tuple(Turn(each["role"], each["content"]) for each in chat_history)
+        begun = "" if add_generation_prompt else turns[-1].content
+        asked = turns if add_generation_prompt else turns[:-1]
+        text = self._conversations.write_turns(asked) + begun
+        ids = [*self._conversations.encode_turns(asked), *self._own_tokenizer.encode(begun)]
+        self._conversation_ids[text] = ids
+        return text
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a context and of what follows, to which space at its end belongs."""
+        ids = self._conversation_ids.get(context)
+        if ids is None:
+            found: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+            return found
+        border = len(ids)
+        spaces = len(context) - len(context.rstrip())
+        while border > 1 and spaces > 0:
+            text = self._own_tokenizer.decode([ids[border - 1]])
+            if text.strip() or not text or len(text) > spaces:
+                break
+            spaces -= len(text)
+            border -= 1
+        return ids[:border], ids[border:] + self._own_tokenizer.encode(continuation)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
@@ -149,7 +193,9 @@ class HarnessModel(TemplateLM):
         prompts = []
         for request in requests:
             context, settings = request.args
-            prompts.append(self.cut_prompt(self.tok_encode(context), dict(settings)))
+            ids = self._conversation_ids.get(context)
+            ids = self.tok_encode(context) if ids is None else ids
+            prompts.append(self.cut_prompt(ids, dict(settings)))
         return self.continue_prompts(prompts)
 
     def continue_prompts(self, prompts: Sequence[tuple[Sequence[int], Sampling]]) -> list[str]:

@@ -10,7 +10,7 @@ from moe_app.evaluate.harness.code_run import evaluate_code
 from moe_app.evaluate.harness.judge_run import JudgedTasks
 from moe_app.evaluate.harness.model import HarnessModel
 from moe_app.evaluate.judging.judge import Judge
-from moe_app.evaluate.suites import JUDGED_TASKS, Suite
+from moe_app.evaluate.suites import JUDGED_TASKS, Suite, asks_in_conversations
 from moe_app.infer.conversations import Conversations
 
 
@@ -28,7 +28,7 @@ def evaluate_own(
     results: dict[str, dict[str, Any]] = {}
     code = [name for name in suite.own if name in CODE_TASKS]
     if code:
-        is_chat = suite.is_chat or args.template is not None
+        is_chat = asks_in_conversations(args, suite)
         results |= evaluate_code(
             model,
             code,

@@ -17,7 +17,7 @@ from megatron.trainer.io.atomic_write import atomic_write, write_text
 from moe_app.evaluate.harness.model import HarnessModel
 from moe_app.evaluate.harness.task_data import local_datasets
 from moe_app.evaluate.harness.task_search import find_tasks
-from moe_app.evaluate.suites import Suite
+from moe_app.evaluate.suites import Suite, asks_in_conversations
 
 logger = logging.getLogger("evaluate")
 
@@ -39,7 +39,15 @@ def evaluate_suite(
     manager = find_tasks(args.include_path, suite.tasks)
     with local_datasets(None if args.task_data is None else Path(args.task_data)):
         parts = [
-            _run_tasks(model, manager, args, tasks, num_fewshot=num_fewshot, limit=limit)
+            _run_tasks(
+                model,
+                manager,
+                args,
+                tasks,
+                is_chat=asks_in_conversations(args, suite),
+                num_fewshot=num_fewshot,
+                limit=limit,
+            )
             for (num_fewshot, limit), tasks in _grouped(suite, args).items()
         ]
     found = parts[0]
@@ -80,10 +88,11 @@ def _run_tasks(
     args: argparse.Namespace,
     tasks: Sequence[str],
     *,
+    is_chat: bool,
     num_fewshot: int | None,
     limit: int | None,
 ) -> dict[str, Any]:
-    """Let the harness evaluate some tasks."""
+    """Let the harness evaluate some tasks; examples in a conversation are part of the question."""
     try:
         found: dict[str, Any] = lm_eval.simple_evaluate(
             model=model,
@@ -97,6 +106,8 @@ def _run_tasks(
             numpy_random_seed=args.seed,
             torch_random_seed=args.seed,
             fewshot_random_seed=args.seed,
+            apply_chat_template=is_chat,
+            fewshot_as_multiturn=False,
             confirm_run_unsafe_code=False,
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -8,20 +8,23 @@ from typing import Any
 
 import lm_eval
 import pytest
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from moe_app.convert import convert_checkpoint
 from moe_app.evaluate import evaluation as command
-from moe_app.evaluate.execution import prison
 from moe_app.evaluate.workers import Workers
-from tests.distributed.convert_models import CONFIGS, make_hf
+from tests.distributed.convert_models import CONFIGS
 from tests.distributed.launcher import alone
-from tests.unit.app.evaluate.judge_stub import JudgeStub
+from tests.unit.app.evaluate.make_evaluated import (
+    LENGTH,
+    TASKS,
+    arguments,
+    evaluate,
+    write_model,
+    write_tasks,
+)
 from tests.unit.app.evaluate.make_olmes import OLMES_ITEMS, write_olmes
-from tests.unit.trainer.data.make_tokenizers import make_hf_tokenizer
 
 # From the packages of the harness, from torch when it reads a checkpoint, and from megatron-core.
 pytestmark = [
@@ -29,72 +32,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
-
-END = "<|endoftext|>"
-ROWS = 289
-"""Of the embedding: as many as the tokenizer has ids, so that none can be drawn without a text."""
-LENGTH = 40
-TASKS = ["choices", "letters", "texts", "words"]
-QUESTIONS = [
-    ("the quick brown", [" fox", " lazy dog", " the", " jumps over the lazy"], 0),
-    ("", ["over the", "dog", "fox", "lazy the"], 1),
-    ("the lazy dog jumps ", ["over", "é", "日本", "\n"], 2),
-    ("fox " * 60, ["dog", "over the", "fox", "."], 3),  # longer than the model
-]
-
-
-def write_tasks(folder: Path) -> None:
-    docs = [{"q": q, "choices": choices, "gold": gold} for q, choices, gold in QUESTIONS]
-    (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    common = {
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "docs.jsonl")}},
-        "test_split": "test",
-        "doc_to_text": "{{q}}",
-    }
-    accuracy = [
-        {"metric": name, "aggregation": "mean", "higher_is_better": True}
-        for name in ("acc", "acc_norm")
-    ]
-    tasks: dict[str, dict[str, Any]] = {
-        "choices": {
-            "output_type": "multiple_choice",
-            "doc_to_choice": "choices",
-            "doc_to_target": "gold",
-            "target_delimiter": "",
-            "metric_list": accuracy,
-        },
-        "letters": {
-            "output_type": "multiple_choice",
-            "doc_to_choice": ["A", "B", "C", "D"],
-            "doc_to_target": "gold",
-            "metric_list": accuracy[:1],
-        },
-        "texts": {
-            "output_type": "loglikelihood_rolling",
-            "doc_to_text": "",
-            "doc_to_target": "{{q}}{{choices[1]}}",
-            "metric_list": [
-                {
-                    "metric": "bits_per_byte",
-                    "aggregation": "bits_per_byte",
-                    "higher_is_better": False,
-                }
-            ],
-        },
-        "words": {
-            "output_type": "generate_until",
-            "doc_to_text": "{{q}}dog",
-            "doc_to_target": "{{choices[0]}}",
-            "generation_kwargs": {"until": ["zz", "e"], "max_gen_toks": 9, "do_sample": False},
-            "metric_list": [
-                {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
-            ],
-        },
-    }
-    for name, task in tasks.items():
-        # JSON is YAML.
-        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **task}))
 
 
 @pytest.fixture(scope="module")
@@ -105,28 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     patch.setenv("HF_HOME", str(where / "cache"))
     write_tasks(where)
     for family in CONFIGS:
-        hf, _ = make_hf(where / family, family, "fused", dtype=torch.float32, **model_changes())
-        make_hf_tokenizer(hf, [END], tokenizer_config={"eos_token": END, "bos_token": END})
-        run = where / f"{family}-run"
-        assert convert_checkpoint.main(["import", "--hf", str(hf), "--save", str(run)]) == 0
+        write_model(where, family)
     return where
-
-
-def model_changes() -> dict[str, Any]:
-    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    return {"vocab_size": ROWS, "max_position_embeddings": LENGTH, "torch_dtype": "float32", **ids}
-
-
-def arguments(folder: Path, family: str, output: Path, *more: str, tasks: str = "") -> list[str]:
-    return [
-        *("--load", str(folder / f"{family}-run"), "--include-path", str(folder)),
-        *("--tasks", tasks or ",".join(TASKS), "--output", str(output), "--fp32"),
-        *("--max-length", str(LENGTH), "--bootstrap-iters", "0", *more),
-    ]
-
-
-def evaluate(folder: Path, family: str, output: Path, *more: str, tasks: str = "") -> int:
-    return command.main(arguments(folder, family, output, *more, tasks=tasks))
 
 
 def samples(output: Path) -> dict[str, list[Any]]:
@@ -302,51 +219,6 @@ def test_draws_of_one_prompt_differ_and_repeat_with_the_seed(folder: Path, tmp_p
         drawn.append(json.loads(line)["resps"][0])
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(drawn[0])) == 4
-
-
-def test_programs_are_scored_beside_tasks_of_the_harness(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prison, "program_users", lambda: None)
-    data = tmp_path / "openai--openai_humaneval" / "default" / "test.jsonl"
-    data.parent.mkdir(parents=True)
-    problem = {
-        "task_id": "HumanEval/0",
-        "prompt": "def f():\n",
-        "entry_point": "f",
-        "test": "def check(candidate):\n    pass",
-    }
-    data.write_text(json.dumps(problem))
-    more = ("--task-data", str(tmp_path), "--limit", "1", "--gen-kwargs", "max_gen_toks=5")
-    code = ("--unsafe-execution", "limits", "--code-samples", "2", "--template", "zephyr")
-    assert evaluate(folder, "olmoe", tmp_path, *more, *code, tasks="letters,humaneval") == 0
-    results = json.loads((tmp_path / "results.json").read_text())["results"]
-    assert results.keys() == {"letters", "humaneval"}
-    (sample,) = map(json.loads, (tmp_path / "samples_humaneval.jsonl").read_text().splitlines())
-    assert len(set(sample["resps"][0])) == 2
-    # What a random model writes is no Python.
-    assert results["humaneval"]["pass@1,none"] == 0.0
-    assert all(error.startswith("SyntaxError") for error in sample["errors"])
-    assert sample["prompt"].startswith("Complete the following Python function.")
-
-
-def test_conversations_are_had_and_judged(folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "mt_bench" / "question.jsonl"
-    path.parent.mkdir()
-    question = {"question_id": 81, "category": "extraction", "turns": ["fox", "dog"]}
-    path.write_text(json.dumps(question))
-    common = ("--task-data", str(tmp_path), "--template", "zephyr", "--judge-model", "m")
-    more = (*common, "--gen-kwargs", "max_gen_toks=3")
-    stub = JudgeStub(rule=lambda text: "[[3]]" if "second" in text else "[[8]]")
-    with stub.served() as url:
-        done = evaluate(folder, "olmoe", tmp_path, *more, "--judge-url", url, tasks="mt_bench")
-    assert done == 0
-    results = json.loads((tmp_path / "results.json").read_text())["results"]["mt_bench"]
-    assert (results["turn_1,none"], results["turn_2,none"]) == (8.0, 3.0)
-    (sample,) = map(json.loads, (tmp_path / "samples_mt_bench.jsonl").read_text().splitlines())
-    assert all(answer for (answer,) in sample["resps"])
-    told = [each["messages"][-1]["content"] for each in stub.asked]
-    assert all(sample["resps"][0][0] in text for text in told)
 
 
 @pytest.mark.parametrize(
