@@ -172,16 +172,21 @@ class _Run:
         self._seconds, self._samples, self._skipped = 0.0, 0, 0
 
     def _evaluate_all(self) -> None:
-        """Evaluate every validation set; make no record if the run has to stop meanwhile."""
+        """Evaluate validation sets and tasks; make no record if the run has to stop meanwhile."""
         figures = {}
         for name in self.state.validation:
             found = evaluate(self.state, self.objective, name, is_over=self._evaluation_is_over)
             if found is None:
                 return
             figures[name] = found
+        more: Mapping[str, Any] | None = {}
+        if self.state.tasks is not None:
+            more = self.state.tasks.evaluate(self.state, is_over=self._evaluation_is_over)
+            if more is None:
+                return
         self.evaluated = self.state.iteration
-        if figures:
-            record = evaluation_record(self.state, self.objective.loss_name, figures)
+        if figures or more:
+            record = evaluation_record(self.state, self.objective.loss_name, figures) | more
             for hook in self.hooks:
                 hook.on_evaluation(record)
 

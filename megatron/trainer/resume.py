@@ -256,7 +256,7 @@ def rewind(state: TrainState, newest: int) -> bool:
 def evaluation_is_pending(state: TrainState) -> bool:
     """Return whether the previous job was stopped in this step's evaluation; a collective call."""
     cfg = state.cfg
-    if cfg.checkpoint.save is None or not state.validation:
+    if cfg.checkpoint.save is None or not (state.validation or state.tasks):
         return False
     interval, iteration = cfg.evaluation.eval_interval, state.iteration
     is_due = (interval > 0 and iteration % interval == 0) or state.is_done

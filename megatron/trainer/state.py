@@ -43,6 +43,19 @@ class ModelMetrics(Protocol):
         ...
 
 
+class TaskScores(Protocol):
+    """Scores what an application asks of a model while it trains, beside validation sets."""
+
+    def evaluate(
+        self, state: "TrainState", *, is_over: Callable[[], bool]
+    ) -> Mapping[str, Any] | None:
+        """Return figures for the record of an evaluation; a collective call.
+
+        None where `is_over`, called before each pass on every rank, stopped it.
+        """
+        ...
+
+
 @dataclass(kw_only=True)
 class TrainState:
     """Holds everything that changes while a run trains, and the parts it is made of."""
@@ -65,6 +78,8 @@ class TrainState:
     """Source of the next global batch."""
     validation: dict[str, ValidationSet] = field(default_factory=dict)
     """Named validation sets."""
+    tasks: TaskScores | None = None
+    """What else is scored at each evaluation."""
     documents: DocumentRule | None = None
     """How documents within a sequence are kept apart; None lets them run together."""
     metrics: ModelMetrics | None = None

@@ -215,7 +215,7 @@ def run_schedule(
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=list(chunks),
         num_microbatches=len(batches),
-        seq_length=state.cfg.training.seq_length,
+        seq_length=batches[0].tokens.shape[1] * state.ctx.layout.context,
         micro_batch_size=batches[0].tokens.shape[0],
         forward_only=forward_only,
     )

@@ -27,6 +27,7 @@ from megatron.trainer.state import TrainState
 from moe_app.pretrain.config import PretrainConfig
 from moe_app.pretrain.describe import data_lines, describe_run
 from moe_app.pretrain.hooks import RouterHealth
+from moe_app.tasks.passes import open_tasks
 from moe_ext.builder import BuiltModel, build_model
 from moe_ext.compat import check_versions
 from moe_ext.counting import training_flops_per_token
@@ -70,6 +71,7 @@ def build_state(
     schedule = build_schedule(cfg)
     opened = open_token_files(cfg, ctx) if opened is None else opened
     data = opened.bundle
+    tasks = open_tasks(cfg, ctx)
     built = build_chunks(cfg, ctx, seed=cfg.training.seed)
     cfg.trainable.apply(built.chunks, cfg.model)
     chunks = wrap_model(cfg, list(built.chunks), built.config)
@@ -84,6 +86,7 @@ def build_state(
         anneal=(partial(anneal_schedule, cfg) if cfg.checkpoint.anneal_from is not None else None),
         train_data=data.train,
         validation=data.validation,
+        tasks=tasks,
         documents=opened.documents,
         metrics=RouterHealth(built.metrics) if built.metrics else None,
         flops_per_token=training_flops_per_token(cfg.model, cfg.training.seq_length),
@@ -94,7 +97,8 @@ def build_state(
         *cfg.trainable.describe(),
         *describe_lengths(cfg),
     )
-    for line in (*head, *table, *(f"data: {note}" for note in opened.notes)):
+    told = () if tasks is None else tasks.describe()
+    for line in (*head, *table, *(f"data: {note}" for note in opened.notes), *told):
         logger.info(line)
     for line in warnings:
         logger.warning(line)
@@ -255,10 +259,10 @@ def check_data(cfg: PretrainConfig, data: DataBundle, documents: DocumentRule | 
 
 def _check_validation(cfg: PretrainConfig, data: DataBundle) -> None:
     """Refuse, before the first step, a validation set of less than one global batch."""
-    if cfg.evaluation.eval_interval and not data.validation:
+    if cfg.evaluation.eval_interval and not data.validation and not cfg.evaluation.eval_tasks:
         logger.warning(
             "--eval-interval %d, but there is no validation set: give --split 99,1 or"
-            " --valid-data-path",
+            " --valid-data-path, or --eval-tasks",
             cfg.evaluation.eval_interval,
         )
     for validation in data.validation.values():

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 
 from megatron.trainer.records.history import RunHistory, RunState, duration, validation_results
+from megatron.trainer.records.tasks import SHOWN, task_results
 from moe_app.view.curve_figure import curve_figure
 from moe_app.view.load_figure import load_figure
 from moe_app.view.page_data import chosen_events, page_data
@@ -89,6 +90,7 @@ _QUESTIONS = (
     "tokens",
     "training loss",
     "validation loss",
+    "task accuracy",
     "median speed",
     "median model FLOPs",
     "training time",
@@ -128,6 +130,7 @@ def _answers(history: RunHistory, state: RunState) -> dict[str, str]:
         if result.best_iteration is not None:
             best = f" (best {result.best:.4f} at {result.best_iteration:,})"
         known[f"validation loss: {result.name}"] = _formatted(result.last, ".4f") + best
+    known |= _task_answers(history)
     if history.events:
         known["interruptions"] = f"{names.count('resume'):,}"
         known["rewinds"] = f"{names.count('rewind'):,}"
@@ -139,6 +142,19 @@ def _answers(history: RunHistory, state: RunState) -> dict[str, str]:
     if history.unreadable:
         known["damaged lines"] = f"{history.unreadable:,}"
     return {question: answer for question, answer in known.items() if answer}
+
+
+def _task_answers(history: RunHistory) -> dict[str, str]:
+    """Return the last scores of each task, and the best accuracy."""
+    known = {}
+    for task in task_results(history.evaluations):
+        best = ""
+        if task.best is not None and task.best_iteration is not None:
+            best = f" (best {task.best:.1%} at {task.best_iteration:,})"
+        accuracy = _formatted(task.accuracy.get(SHOWN), ".1%")
+        bits = _formatted(task.bits_per_byte, ".3f")
+        known[f"task accuracy: {task.name}"] = f"{accuracy}{best}, {bits} bits per byte"
+    return known
 
 
 def event_seconds(history: RunHistory) -> float | None:

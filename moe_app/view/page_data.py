@@ -2,7 +2,7 @@
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from megatron.trainer.records.run_dir import (
     sample_records,
     spread,
 )
+from megatron.trainer.records.tasks import BITS, SHOWN, numbers_of, shown_accuracies
 
 MAX_POINTS = 1500
 """Maximum number of points per curve."""
@@ -87,6 +88,8 @@ CHARTS = (
         columns={"chosen": "logps_chosen", "rejected": "logps_rejected"},
     ),
     Chart(key="kl", title="KL of mismatched answers", unit="nats", columns={"training": "kl"}),
+    Chart(key="tasks", title="Tasks", unit=f"accuracy ({SHOWN})", columns={}),
+    Chart(key="task_bits", title="Tasks", unit="bits per byte of the answer", columns={}),
     Chart(key="rate", title="Learning rate", unit="", columns={"learning rate": "learning_rate"}),
     Chart(
         key="norm",
@@ -159,7 +162,7 @@ def page_data(runs: Sequence[tuple[str, RunHistory]]) -> dict[str, Any]:
 def _run_data(name: str, history: RunHistory) -> dict[str, Any]:
     return {
         "name": name,
-        "curves": [*_step_curves(history), *_validation_curves(history)],
+        "curves": [*_step_curves(history), *_validation_curves(history), *_task_curves(history)],
         "phases": [_phase(history, *phase) for phase in history.phases],
         "events": [_mark(history, event) for event in chosen_events(history.events)],
         "loads": _loads(history),
@@ -210,20 +213,47 @@ def _number(value: float) -> int | float | None:
 
 
 def _validation_curves(history: RunHistory) -> list[dict[str, Any]]:
+    return _evaluation_curves(
+        history,
+        _loss_chart(history.loss_name),
+        [record["valid_loss"] for record in history.evaluations],
+        prefix="validation: ",
+    )
+
+
+def _task_curves(history: RunHistory) -> list[dict[str, Any]]:
     records = history.evaluations
-    names = dict.fromkeys(name for record in records for name in record["valid_loss"])
+    bits = [numbers_of(record, BITS) for record in records]
+    return [
+        *_evaluation_curves(history, "tasks", [shown_accuracies(record) for record in records]),
+        *_evaluation_curves(history, "task_bits", bits),
+    ]
+
+
+def _evaluation_curves(
+    history: RunHistory,
+    chart: str,
+    figures: Sequence[Mapping[str, float | None]],
+    *,
+    prefix: str = "",
+) -> list[dict[str, Any]]:
+    """Return a curve for each name in the figures of the evaluations."""
     curves = []
-    for name in names:
-        points = [record for record in records if name in record["valid_loss"]]
-        losses = [record["valid_loss"][name] for record in points]
-        kept = thin([math.nan if loss is None else loss for loss in losses], MAX_POINTS)
+    for name in dict.fromkeys(name for each in figures for name in each):
+        points = [
+            (record, each[name])
+            for record, each in zip(history.evaluations, figures, strict=True)
+            if name in each
+        ]
+        kept = thin([math.nan if value is None else value for _, value in points], MAX_POINTS)
+        chosen = [points[index] for index in kept]
         curves.append(
             {
-                "chart": _loss_chart(history.loss_name),
-                "label": f"validation: {name}",
-                "iteration": [points[index]["iteration"] for index in kept],
-                "tokens": [finite(points[index].get("consumed_tokens")) for index in kept],
-                "value": [losses[index] for index in kept],
+                "chart": chart,
+                "label": f"{prefix}{name}",
+                "iteration": [record["iteration"] for record, _ in chosen],
+                "tokens": [finite(record.get("consumed_tokens")) for record, _ in chosen],
+                "value": [value for _, value in chosen],
             }
         )
     return curves

@@ -29,6 +29,7 @@ from megatron.trainer.records.history import (
 from megatron.trainer.records.losses import LOSSES, loss_name
 from megatron.trainer.records.record_file import Record, read_records
 from megatron.trainer.records.run_dir import CONFIG_NAME, EVENTS_NAME, METRICS_NAME, check_run
+from megatron.trainer.records.tasks import SHOWN, TaskResult, task_results
 from megatron.trainer.runtime.launch import run_main
 from moe_app.command_line import program
 from moe_app.pretrain.config import PretrainConfig, read_saved_config
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         "",
         *describe_validation(validation, problem),
         "",
+        *describe_tasks(task_results(metrics.evaluations)),
         *describe_files(directory),
     ):
         print(line)
@@ -212,6 +214,21 @@ def describe_validation(validation: Sequence[Validation], problem: str | None) -
     return lines
 
 
+def describe_tasks(tasks: Sequence[TaskResult]) -> list[str]:
+    """Tabulate the tasks' scores, with an empty line below them; nothing without tasks."""
+    if not tasks:
+        return []
+    names = list(dict.fromkeys(name for each in tasks for name in each.accuracy))
+    rows = [["task accuracy", *names, f"best {SHOWN}", "bits per byte"]]
+    for task in tasks:
+        best = _share(task.best)
+        if task.best_iteration is not None:
+            best += f" at {task.best_iteration:,}"
+        shares = [_share(task.accuracy.get(name)) for name in names]
+        rows.append([task.name, *shares, best, _number(task.bits_per_byte)])
+    return [*_table(rows), ""]
+
+
 def describe_files(directory: Path) -> list[str]:
     """List the paths of a run's existing files."""
     names = {
@@ -221,6 +238,7 @@ def describe_files(directory: Path) -> list[str]:
         "rate plot": "plots/learning_rate.png",
         "source plot": "plots/sources.png",
         "preferences": "plots/preferences.png",
+        "task plot": "plots/tasks.png",
         "expert load": "plots/expert_load.png",
         "TensorBoard": "tensorboard",
     }
@@ -275,6 +293,10 @@ def _expert_rows(cfg: PretrainConfig, record: Mapping[str, Any]) -> list[list[st
 
 def _number(value: float | None, sign: str = "") -> str:
     return "not known" if value is None else f"{value:{sign}.4f}"
+
+
+def _share(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.1%}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -21,6 +21,7 @@ from moe_app.align.preference import DPOObjective, KTOObjective
 from moe_app.cli import COMMANDS, main
 from moe_app.pretrain.config import PretrainConfig, parse_recipe
 from moe_app.pretrain.hooks import RouterHealth
+from moe_app.tasks.passes import score_record
 from moe_ext.metrics import RouterMetrics
 from tests.paths import REPO
 
@@ -219,7 +220,8 @@ def written_records() -> list[Record]:
     straggler = {"straggler_rank": 0, "straggler_ratio": 1.0}
     return [
         loop.step_record(state, result, samples_per_second=8.0, skipped=0) | straggler,
-        loop.evaluation_record(state, "lm_loss", {"code": {"lm_loss": 2.0, "other": 1.0}}),
+        loop.evaluation_record(state, "lm_loss", {"code": {"lm_loss": 2.0, "other": 1.0}})
+        | score_record({}, seconds=1.0),
     ]
 
 

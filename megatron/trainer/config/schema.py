@@ -187,6 +187,11 @@ class EvalConfig:
     """Steps between evaluations on every validation set; 0 means at the end only."""
     eval_iters: int = 10
     """Global batches per validation set and evaluation."""
+    eval_tasks: tuple[str, ...] = ()
+    """Questions to score at every evaluation, cloze or multiple choice: JSON Lines files, NAME=FILE
+    or directories of files; docs/evaluation.md has their form."""
+    eval_tasks_limit: int | None = None
+    """First items of each task to score; None scores all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -151,6 +151,7 @@ def size_problems(cfg: RunConfig) -> list[str]:
         "train_iters": training.train_iters,
         "recompute_num_layers": training.recompute_num_layers,
         "eval_iters": cfg.evaluation.eval_iters,
+        "eval_tasks_limit": cfg.evaluation.eval_tasks_limit,
         "keep_last": cfg.checkpoint.keep_last,
         "keep_every": cfg.checkpoint.keep_every,
         "exit_interval": cfg.reliability.exit_interval,

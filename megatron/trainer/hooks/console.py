@@ -8,6 +8,7 @@ from typing import Any
 from megatron.trainer.hooks.base import Hook
 from megatron.trainer.records.losses import loss_name
 from megatron.trainer.records.record_file import Record
+from megatron.trainer.records.tasks import describe_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +83,14 @@ class Console(Hook):
         logger.info(" | ".join(parts))
 
     def on_evaluation(self, record: Record) -> None:
-        """Log every validation loss."""
+        """Log every validation loss, and the tasks' scores."""
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in record["valid_loss"].items())
-        logger.info("iteration %d | validation loss: %s", record["iteration"], losses)
+        if losses:
+            logger.info("iteration %d | validation loss: %s", record["iteration"], losses)
+        tasks = describe_tasks(record)
+        if tasks:
+            seconds = f"{record['task_seconds']:.1f} s"
+            logger.info("iteration %d | tasks: %s, in %s", record["iteration"], tasks, seconds)
 
     def on_end(self) -> None:
         """Close the bar."""

@@ -9,6 +9,7 @@ from megatron.trainer.io.atomic_write import atomic_write
 from megatron.trainer.records.losses import LOSSES, PREFERENCES, loss_name
 from megatron.trainer.records.record_file import Record
 from megatron.trainer.records.run_dir import RecordTail
+from megatron.trainer.records.tasks import BITS, SHOWN, numbers_of, shown_accuracies
 from megatron.trainer.records.thinned_curve import ThinnedCurve
 
 _COLOURS = ("#2E3168", "#F0539B", "#43C5E0", "#E0A100", "#B11BE8")
@@ -28,6 +29,10 @@ class RunCurves:
         """Of the losses."""
         self.validation: dict[str, ThinnedCurve] = {}
         """Validation loss by set."""
+        self.accuracy: dict[str, ThinnedCurve] = {}
+        """Accuracy by task."""
+        self.bits: dict[str, ThinnedCurve] = {}
+        """Bits per byte of the right choices by task."""
         self.learning_rate = ThinnedCurve()
         self.sources: dict[str, ThinnedCurve] = {}
         """Tokens that each source has given."""
@@ -46,6 +51,10 @@ class RunCurves:
             self.validation.setdefault(name, ThinnedCurve()).add(tokens, _number(loss))
         for name, figures in record.get("valid_metrics", {}).items():
             _add_preferences(self.valid_preferences.setdefault(name, {}), tokens, figures)
+        for name, value in shown_accuracies(record).items():
+            self.accuracy.setdefault(name, ThinnedCurve()).add(tokens, value)
+        for name, value in numbers_of(record, BITS).items():
+            self.bits.setdefault(name, ThinnedCurve()).add(tokens, value)
         name = loss_name(record)
         if name is None:
             return
@@ -66,7 +75,7 @@ class RunCurves:
 
 
 class RunPlots(Hook):
-    """Redraws losses, learning rate, sources and preferences after evaluations and at the end.
+    """Redraws losses, rate, sources, preferences and tasks after evaluations and at the end.
 
     Args:
         metrics: the run's `metrics.jsonl`, of which each record is read once.
@@ -96,6 +105,7 @@ class RunPlots(Hook):
         plot_learning_rate(self._curves, self._directory / "learning_rate.png")
         plot_sources(self._curves, self._directory / "sources.png")
         plot_preferences(self._curves, self._directory / "preferences.png")
+        plot_tasks(self._curves, self._directory / "tasks.png")
 
 
 def plot_losses(curves: RunCurves, path: Path) -> None:
@@ -197,6 +207,30 @@ def _add_preferences(curves: dict[str, ThinnedCurve], tokens: float, figures: Re
                 curves.setdefault(name, ThinnedCurve()).add(tokens, _number(figures[name]))
 
 
+def plot_tasks(curves: RunCurves, path: Path) -> None:
+    """Draw each task's accuracy and bits per byte over tokens; nothing without tasks."""
+    if not curves.accuracy and not curves.bits:
+        return
+    figure, above = new_figure(7.0, 6.0, rows=2)
+    for axes, by_task, label in (
+        (above[0], curves.accuracy, f"accuracy ({SHOWN})"),
+        (above[1], curves.bits, "bits per byte of the answer"),
+    ):
+        for index, (name, curve) in enumerate(sorted(by_task.items())):
+            axes.plot(
+                *_coordinates(curve),
+                color=_COLOURS[index % len(_COLOURS)],
+                linestyle=_STYLES[index // len(_COLOURS) % len(_STYLES)],
+                marker="o",
+                markersize=4,
+                label=name,
+            )
+        _label(axes, curves, label)
+        if by_task:
+            axes.legend(frameon=False)
+    write_figure(figure, path)
+
+
 def _number(value: float | None) -> float:
     """Replace None, which stands for a number that was not finite, by NaN."""
     return math.nan if value is None else value
@@ -226,16 +260,23 @@ def _label(axes: Any, curves: RunCurves, label: str, *, has_x_label: bool = True
         )
 
 
-def new_figure(width: float, height: float) -> tuple[Any, Any]:
-    """Make a figure and its axes, without a display and without the top and right spine."""
+def new_figure(width: float, height: float, *, rows: int = 1) -> tuple[Any, Any]:
+    """Make a figure and its axes, without a display and without the top and right spine.
+
+    Args:
+        width: in inches.
+        height: in inches.
+        rows: axes above each other; of more than one a list is returned.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    found = [figure.add_subplot(rows, 1, row + 1) for row in range(rows)]
+    for axes in found:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, found[0] if rows == 1 else found
 
 
 def write_figure(figure: Any, path: Path) -> None:
