@@ -5,6 +5,7 @@
     python -m benchmarks.scaling --sweep layers --json layers.json --plot-dir plots
     python -m benchmarks.scaling --sweep processes --json processes.json --plot-dir plots
     python -m benchmarks.scaling --sweep model --gpu-tflops 400 --intra-gbps 450 --inter-gbps 50
+    python -m benchmarks.scaling --sweep runs --gpu-tflops 322
 
 The experts sweep keeps k * f and e * f, so parameters and active FLOPs stay the same. The processes
 sweep gives each process one thread; the others use torch's threads. docs/scaling.md says what the
@@ -62,6 +63,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="timed steps per visit in the processes sweep (%(default)s)",
     )  # fmt: skip
     _add_model_flags(parser.add_argument_group("model"))
+    runs = parser.add_argument_group("runs, beside the rates of model")
+    for flag, default, meaning in (
+        ("--memory", 80.0, "GB of a GPU"),
+        ("--dollars", 2.0, "for a GPU hour"),
+        ("--restart-minutes", 10.0, "from a failure until the last checkpoint is loaded"),
+        ("--save-seconds", 10.0, "that training stands still for a checkpoint"),
+    ):
+        runs.add_argument(
+            flag, type=float, default=default, metavar="X", help=f"{meaning} (%(default)s)"
+        )
     return parser.parse_args(argv)
 
 
@@ -179,6 +190,22 @@ def sweep_model(args: argparse.Namespace) -> Mapping[str, Any]:
     return {"sweep": args.sweep, "arguments": vars(args), "rows": rows}
 
 
+def sweep_runs(args: argparse.Namespace) -> Mapping[str, Any]:
+    """Model the papers' whole runs, and the same on more GPUs."""
+    from benchmarks.scaling import whole_runs
+
+    names = ("gpu_tflops", "intra_gbps", "inter_gbps", "gpus_per_node", "latency_us", "memory")
+    flags = [
+        word
+        for name in (*names, "imbalance")
+        for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))
+    ]
+    losses = whole_runs.Losses(restart_s=60 * args.restart_minutes, save_s=args.save_seconds)
+    rows = whole_runs.rows(flags, losses, args.dollars)
+    print(whole_runs.table(rows))
+    return {"sweep": args.sweep, "arguments": vars(args), "rows": rows}
+
+
 def _plot(args: argparse.Namespace) -> Path:
     return Path(args.plot_dir) / f"scaling_{args.sweep}.png"
 
@@ -189,5 +216,6 @@ SWEEPS: Mapping[str, Callable[[argparse.Namespace], Mapping[str, Any]]] = {
     "layers": sweep_points,
     "processes": sweep_processes,
     "model": sweep_model,
+    "runs": sweep_runs,
 }
 """Sweeps by the name that --sweep takes."""

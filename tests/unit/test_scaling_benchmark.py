@@ -9,7 +9,7 @@ import pytest
 from torch.distributed import ProcessGroup
 
 from benchmarks.collectives import recording
-from benchmarks.scaling import cli
+from benchmarks.scaling import cli, whole_runs
 from benchmarks.scaling.plots import plot_processes
 from benchmarks.scaling.points import BLOCK, points
 from benchmarks.scaling.processes import PROCESS_BLOCK, _compare_losses, layout_flags
@@ -88,6 +88,33 @@ def test_table_of_the_document_is_what_the_command_prints(
     faster = run(tmp_path, "--sweep", "model", "--gpu-tflops", "800", "--values", "8", "--ep", "8")
     compute = faster["rows"][0]["seconds"]["compute"]
     assert compute == pytest.approx(by_gpus[8, 8]["seconds"]["compute"] / 2)
+
+
+def test_row_of_a_whole_run_is_what_the_command_prints() -> None:
+    losses = whole_runs.Losses(restart_s=600, save_s=10)
+    jetmoe = whole_runs.PAPERS[1]
+    one = ("--tp", "1", "--cp", "1", "--ep", "1")
+    flags = ("--gpu-tflops", "322", *one)
+    row = whole_runs.describe(jetmoe, 96, 1024, flags, losses, 2.0)
+    printed = whole_runs.table([row]).splitlines()[-1]
+    assert f"\n{printed}\n" in (REPO / "docs" / "scaling.md").read_text("utf-8")
+    assert sum(row["seconds"].values()) == pytest.approx(row["step_seconds"])
+    assert row["rate"] * 96 * row["step_seconds"] == pytest.approx(1024 * 4096)
+    taken_s = jetmoe.tokens / (1024 * 4096) * row["step_seconds"]
+    assert row["days"] * 86400 * (1 - row["lost_share"]) == pytest.approx(taken_s)
+    assert row["dollars"] == pytest.approx(2 * 96 * 24 * row["days"])
+    none = whole_runs.describe(jetmoe, 96, 1024, (*flags, "--memory", "1"), losses, 2.0)
+    assert "none fits" in whole_runs.table([none])
+
+
+def test_time_between_saves_loses_least() -> None:
+    losses = whole_runs.Losses(restart_s=600, save_s=10)
+    between = whole_runs.mean_time_between(10240)
+    assert between / 3600 == pytest.approx(54 * 24 / 419 * 16384 / 10240)
+    lost = {every: 10 / every + (600 + every / 2) / between for every in range(10, 5000)}
+    best = min(lost, key=lambda every: lost[every])
+    assert losses.interval_s(10240) == pytest.approx(best, abs=1)
+    assert losses.share(10240) == pytest.approx(lost[best], rel=1e-3)
 
 
 def test_points_are_measured_beside_the_peer(

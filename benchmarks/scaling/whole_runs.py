@@ -1,0 +1,192 @@
+"""Models the papers' whole pretraining runs, and the same on more GPUs: time, cost, lost nodes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moe_app.planner.plan import parse
+from moe_app.planner.search import Plan, memory_limit, search
+from moe_ext.cost.cluster import Cluster, step_seconds
+
+FAILURES_PER_GPU_HOUR = 419 / (16384 * 54 * 24)
+"""Unexpected interruptions of 16,384 H100 in 54 days: Llama 3, arXiv 2407.21783, section 3.3.4."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """Holds a paper's run."""
+
+    preset: str
+    """Its architecture."""
+    tokens: float
+    """It trained on."""
+    gpus: int
+    """It trained on."""
+    rate: float
+    """Tokens a second and GPU."""
+    source: str
+    """Of the rate."""
+
+
+PAPERS = (
+    Published(
+        preset="olmoe_1b_7b",
+        tokens=5.133e12,
+        gpus=256,
+        rate=23600,
+        source="OLMoE, section 4.1.1: 128 H100",
+    ),
+    Published(
+        preset="jetmoe_8b",
+        tokens=1.25e12,
+        gpus=96,
+        rate=1.25e12 / (30000 * 3600),
+        source="JetMoE, abstract: 1.25T tokens in 30,000 H100 hours",
+    ),
+)
+LARGER: Sequence[tuple[int, int]] = ((1024, 1024), (8192, 1024), (10240, 5120))
+"""GPUs, and sequences of a global batch, of which each model is planned too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Says what a lost node costs."""
+
+    restart_s: float
+    """From the failure until the run is where it was saved, without the steps lost."""
+    save_s: float
+    """That training stands still for a save."""
+
+    def interval_s(self, num_gpus: int) -> float:
+        """Return the time between saves that loses least (Young, 1974)."""
+        return math.sqrt(2 * self.save_s * mean_time_between(num_gpus))
+
+    def share(self, num_gpus: int) -> float:
+        """Return the share of time lost to saves, restarts and steps taken twice."""
+        interval = self.interval_s(num_gpus)
+        lost = self.restart_s + interval / 2
+        return self.save_s / interval + lost / mean_time_between(num_gpus)
+
+
+def mean_time_between(num_gpus: int) -> float:
+    """Return the mean seconds between failures."""
+    return 3600 / (FAILURES_PER_GPU_HOUR * num_gpus)
+
+
+def rows(flags: Sequence[str], losses: Losses, dollars: float) -> list[dict[str, Any]]:
+    """Describe each paper's run and the larger ones under the fastest layout that fits.
+
+    Args:
+        flags: of `tools/plan.py`: rates and memory of a GPU.
+        losses: what a lost node costs.
+        dollars: for a GPU hour.
+    """
+    return [
+        describe(paper, num_gpus, sequences, flags, losses, dollars)
+        for paper in PAPERS
+        for num_gpus, sequences in ((paper.gpus, 1024), *LARGER)
+    ]
+
+
+def describe(
+    paper: Published,
+    num_gpus: int,
+    sequences: int,
+    flags: Sequence[str],
+    losses: Losses,
+    dollars: float,
+) -> dict[str, Any]:
+    """Plan one run; without a layout that fits it says so.
+
+    Raises:
+        ConfigError: a flag is wrong.
+    """
+    cfg, _ = parse(
+        [
+            *("--preset", paper.preset, "--gpus", str(num_gpus)),
+            *("--global-batch-size", str(sequences), *flags),
+        ]
+    )
+    row: dict[str, Any] = {
+        "preset": paper.preset,
+        "gpus": num_gpus,
+        "batch_tokens": sequences * cfg.training.seq_length,
+        "published": paper.rate if num_gpus == paper.gpus else None,
+        "source": paper.source,
+    }
+    plans = search(cfg, num_gpus).plans
+    if not plans or not plans[0].fits(memory_limit(cfg.planning)):
+        return {**row, "layout": None}
+    best = plans[0]
+    seconds = _terms(best, cfg.model, cfg.planning)
+    rate = row["batch_tokens"] / best.seconds / num_gpus
+    share = losses.share(num_gpus)
+    days = paper.tokens / (rate * num_gpus) / 86400 / (1 - share)
+    exchanges = {term: value for term, value in seconds.items() if term != "compute"}
+    return {
+        **row,
+        "layout": _layout(best),
+        "memory_gb": best.footprint.peak / 1e9,
+        "step_seconds": best.seconds,
+        "seconds": seconds,
+        "rate": rate,
+        "limit": max(exchanges, key=lambda term: exchanges[term]),
+        "limit_share": max(exchanges.values()) / best.seconds,
+        "days": days,
+        "gpu_hours": days * 24 * num_gpus,
+        "dollars": days * 24 * num_gpus * dollars,
+        "hours_between_failures": mean_time_between(num_gpus) / 3600,
+        "save_minutes": losses.interval_s(num_gpus) / 60,
+        "lost_share": share,
+    }
+
+
+def _terms(plan: Plan, model: Any, planning: Any) -> dict[str, float]:
+    """Return the terms of the slower of the first and the last stage."""
+    cluster = Cluster(
+        flops_per_second=planning.gpu_tflops * 1e12,
+        intra_bytes_per_second=planning.intra_gbps * 1e9,
+        inter_bytes_per_second=planning.inter_gbps * 1e9,
+        gpus_per_node=planning.gpus_per_node,
+        latency_s=planning.latency_us * 1e-6,
+    )
+    ends = {0, plan.layout.pipeline - 1}
+    each = [step_seconds(model, plan.layout, plan.step, cluster, stage=stage) for stage in ends]
+    return max(each, key=lambda terms: sum(terms.values()))
+
+
+def _layout(plan: Plan) -> str:
+    layout = plan.layout
+    sizes = {
+        "TP": layout.tensor,
+        "PP": layout.pipeline,
+        "CP": layout.context,
+        "EP": layout.expert,
+        "DP": layout.data,
+    }
+    return ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """Format a Markdown table, a row per run."""
+    lines = [
+        "| model | GPUs | tokens a step | layout | tokens/s a GPU | published | largest exchange,"
+        " share of the step | days | GPU hours | $ | hours between failures | minutes between"
+        " saves | lost |",
+        "|---|---:|---:|---|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in found:
+        start = f"| {row['preset']} | {row['gpus']:,} | {row['batch_tokens'] / 1e6:.1f}M |"
+        if row["layout"] is None:
+            lines.append(f"{start} none fits |" + " |" * 9)
+            continue
+        published = "" if row["published"] is None else f"{row['published']:,.0f}"
+        lines.append(
+            f"{start} {row['layout']} | {row['rate']:,.0f} | {published} |"
+            f" {row['limit']}, {row['limit_share']:.0%} | {row['days']:.1f} |"
+            f" {row['gpu_hours']:,.0f} | {row['dollars'] / 1e3:,.0f}k |"
+            f" {row['hours_between_failures']:.1f} | {row['save_minutes']:.0f} |"
+            f" {row['lost_share']:.1%} |"
+        )
+    return "\n".join(lines)
