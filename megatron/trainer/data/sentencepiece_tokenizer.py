@@ -28,13 +28,14 @@ from megatron.trainer.data.sentencepiece_pieces import (
     as_control,
     read_pieces,
 )
-from megatron.trainer.data.sentencepiece_words import WordEncoder, make_word_encoder
+from megatron.trainer.data.sentencepiece_words import make_word_encoder
 from megatron.trainer.data.tokenizer_files import (
     TokenizerSettings,
     read_settings,
     read_tokenizer_file,
     reading,
 )
+from megatron.trainer.data.word_cache import WordCache
 from megatron.trainer.errors import DataError
 
 _KIND_NAME = "a SentencePiece model"
@@ -117,7 +118,7 @@ class SentencePieceTokenizer:
         return [np.concatenate([self.prefix, ids]) if ids.size else ids for ids in found]
 
     @cached_property
-    def _word_encoder(self) -> WordEncoder | None:
+    def _word_encoder(self) -> WordCache | None:
         return make_word_encoder(self._processor)
 
     def decode(self, ids: list[int]) -> str:

@@ -11,7 +11,7 @@ import functools
 import re
 import string
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -27,111 +27,53 @@ from megatron.trainer.data.sentencepiece_pieces import (
     read_rules,
     without_prefix,
 )
+from megatron.trainer.data.word_cache import WordCache
 
 _SPACE = "\u2581"
 _SEPARATORS = [chr(each) for each in (0x0A, *range(0x01, 0x09), *range(0x0E, 0x20))]
 """Characters that hardly any vocabulary has, so that they become their byte; line ends first."""
-_LONGEST_KEPT = 64
-_MOST_KEPT = 1 << 18
 _GROUP_CHARACTERS = 4096
-_SMALL_VOCABULARY = 1 << 16
-_LEAST_REPEATS, _WHOLE_CALLS = 2, 8
 
 
-class WordEncoder:
-    """Encodes texts with a SentencePiece model, and keeps the ids of words that it has seen.
+class _Words:
+    """Encodes words with a model that puts no space before a text.
 
     Args:
-        processor: The model, made to put no space before a text.
-        pattern: Finds the stretches into which a text may be cut; together they are all of it.
+        processor: The model.
         separator: A character that no piece has: its one byte is a token.
-        adds_prefix: Whether a space belongs before each text.
     """
 
-    def __init__(
-        self,
-        processor: SentencePieceProcessor,
-        pattern: str,
-        *,
-        separator: str,
-        adds_prefix: bool,
-    ) -> None:
+    def __init__(self, processor: SentencePieceProcessor, separator: str) -> None:
         self._processor = processor
-        self._cut: Callable[[str], list[str]] = re.compile(pattern).findall
         self._separator = separator
         self._separator_id: int = processor.EncodeAsIds(separator)[0]
-        self._prefix = " " if adds_prefix else ""
-        is_small = processor.GetPieceSize() <= _SMALL_VOCABULARY
-        self._dtype = np.dtype(np.uint16 if is_small else np.int32)
-        self._known: dict[str, bytes] = {}
-        self._whole_calls = 0
 
-    def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the ids of each text."""
-        if self._whole_calls:
-            self._whole_calls -= 1
-            return [
-                self._processor.EncodeAsNumpy(self._prefix + text if text else "") for text in texts
-            ]
-        known = self._known
-        cut = [self._cut(self._prefix + text if text else text) for text in texts]
-        found = [list(map(known.get, words)) for words in cut]
-        new = {
-            word
-            for words, ids in zip(cut, found, strict=True)
-            if None in ids
-            for word, its in zip(words, ids, strict=True)
-            if its is None
-        }
-        if new:
-            self._learn(new)
-        # Where words hardly come again, as in encoded bytes, whole texts are encoded for a while.
-        if sum(map(len, new)) * _LEAST_REPEATS > sum(map(len, texts)):
-            self._whole_calls = _WHOLE_CALLS
-        whole = [
-            b"".join(map(known.__getitem__, words) if None in ids else ids)  # type: ignore[arg-type]
-            for words, ids in zip(cut, found, strict=True)
-        ]
-        self._forget(new)
-        return [np.frombuffer(each, self._dtype) for each in whole]
-
-    def _learn(self, new: Iterable[str]) -> None:
-        """Encode words, many in one text: a separator between two of them cuts it."""
+    def encode(self, words: Sequence[str]) -> Iterator[Ids]:
+        """Yield the ids of each, many encoded as one text: a separator between two cuts it."""
         group: list[str] = []
         size = 0
-        for word in new:
+        for word in words:
             if self._separator in word:
-                self._known[word] = self._bytes(self._processor.EncodeAsNumpy(word))
+                yield from self._encode_group(group)
+                yield self._processor.EncodeAsNumpy(word)
+                group, size = [], 0
                 continue
             group.append(word)
             size += len(word)
             if size > _GROUP_CHARACTERS:
-                self._learn_group(group)
+                yield from self._encode_group(group)
                 group, size = [], 0
-        self._learn_group(group)
+        yield from self._encode_group(group)
 
-    def _learn_group(self, words: Sequence[str]) -> None:
+    def _encode_group(self, words: Sequence[str]) -> Iterator[Ids]:
         ids = self._processor.EncodeAsNumpy("".join(word + self._separator for word in words))
-        encoded, width, start = self._bytes(ids), self._dtype.itemsize, 0
-        ends = np.flatnonzero(ids == self._separator_id).tolist()
-        for word, end in zip(words, ends, strict=True):
-            self._known[word] = encoded[start * width : end * width]
+        start = 0
+        for end in np.flatnonzero(ids == self._separator_id).tolist():
+            yield ids[start:end]
             start = end + 1
 
-    def _bytes(self, ids: Ids) -> bytes:
-        return ids.astype(self._dtype).tobytes()
 
-    def _forget(self, new: Iterable[str]) -> None:
-        """Keep memory bounded."""
-        if len(self._known) > _MOST_KEPT:
-            self._known.clear()
-            return
-        for word in new:
-            if len(word) > _LONGEST_KEPT:
-                del self._known[word]
-
-
-def make_word_encoder(processor: SentencePieceProcessor) -> WordEncoder | None:
+def make_word_encoder(processor: SentencePieceProcessor) -> WordCache | None:
     """Return an encoder by words that gives what a model gives; None where it cannot be known to.
 
     Args:
@@ -156,7 +98,12 @@ def make_word_encoder(processor: SentencePieceProcessor) -> WordEncoder | None:
     if len(bare.EncodeAsIds(separator)) != 1:
         return None
     made = functools.partial(
-        WordEncoder, bare, pattern, separator=separator, adds_prefix=rules.adds_prefix
+        WordCache,
+        pattern,
+        encode_words=_Words(bare, separator).encode,
+        encode_text=bare.EncodeAsNumpy,
+        prefix=" " if rules.adds_prefix else "",
+        vocab_size=len(pieces),
     )
     return made() if _agree(made(), processor, pieces) else None
 
@@ -199,7 +146,7 @@ def _marks(characters: Iterable[str], joined: Iterable[tuple[str, str]]) -> set[
 
 
 def _agree(
-    encoder: WordEncoder, processor: SentencePieceProcessor, pieces: Sequence[SentencePiecePiece]
+    encoder: WordCache, processor: SentencePieceProcessor, pieces: Sequence[SentencePiecePiece]
 ) -> bool:
     """Return whether texts made to try it have the same ids by words as whole."""
     step = max(1, len(pieces) // 400)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
-from megatron.trainer.data import sentencepiece_words
+from megatron.trainer.data import sentencepiece_words, word_cache
 from megatron.trainer.data.sentencepiece_pieces import (
     NORMAL,
     UNUSED,
@@ -21,7 +21,8 @@ from megatron.trainer.data.sentencepiece_pieces import (
     read_rules,
     without_prefix,
 )
-from megatron.trainer.data.sentencepiece_words import WordEncoder, make_word_encoder
+from megatron.trainer.data.sentencepiece_words import make_word_encoder
+from megatron.trainer.data.word_cache import WordCache
 from moe_app.data.train_tokenizer import train_sentencepiece
 from tests.paths import REPO
 from tests.unit.trainer.data.make_tokenizers import SENTENCES, make_sentencepiece
@@ -62,11 +63,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SentencePieceP
 
 
 @pytest.fixture(scope="module")
-def encoders(models: dict[str, SentencePieceProcessor]) -> dict[str, WordEncoder]:
+def encoders(models: dict[str, SentencePieceProcessor]) -> dict[str, WordCache]:
     return {name: encoder_of(model) for name, model in models.items()}
 
 
-def encoder_of(model: SentencePieceProcessor) -> WordEncoder:
+def encoder_of(model: SentencePieceProcessor) -> WordCache:
     found = make_word_encoder(model)
     assert found is not None
     return found
@@ -98,14 +99,14 @@ def odd_texts(model: SentencePieceProcessor) -> Iterator[str]:
     yield from ("", " ", "\n" * 50, " " * 50, "x" * 500, ("ab" * 40 + " ") * 5, "<unk><s><0x0A>")
 
 
-def assert_alike(encoder: WordEncoder, model: SentencePieceProcessor, texts: Sequence[str]) -> None:
+def assert_alike(encoder: WordCache, model: SentencePieceProcessor, texts: Sequence[str]) -> None:
     for text, ids in zip(texts, encoder.encode(texts), strict=True):
         assert ids.tolist() == model.EncodeAsIds(text), text
 
 
 @pytest.mark.parametrize("name", ["ours", *HABITS])
 def test_words_have_the_ids_of_the_whole_text(
-    name: str, models: dict[str, SentencePieceProcessor], encoders: dict[str, WordEncoder]
+    name: str, models: dict[str, SentencePieceProcessor], encoders: dict[str, WordCache]
 ) -> None:
     texts = [*odd_texts(models[name]), *REAL]
     for start in range(0, len(texts), 100):
@@ -118,7 +119,7 @@ def test_any_text_has_the_ids_of_the_library(
     texts: list[str],
     name: str,
     models: dict[str, SentencePieceProcessor],
-    encoders: dict[str, WordEncoder],
+    encoders: dict[str, WordCache],
 ) -> None:
     assert_alike(encoders[name], models[name], texts)
 
@@ -139,44 +140,37 @@ def is_cut(model: SentencePieceProcessor, pattern: Any, text: str) -> bool:
 
 @pytest.mark.parametrize("name", ["ours", *HABITS])
 def test_no_cut_is_inside_a_pair_that_a_piece_has(
-    name: str, models: dict[str, SentencePieceProcessor], encoders: dict[str, WordEncoder]
+    name: str, models: dict[str, SentencePieceProcessor], encoders: dict[str, WordCache]
 ) -> None:
     texts = [*list(odd_texts(models[name]))[::9], *(text[:800] for text in REAL[:3])]
-    assert not any(is_cut(models[name], encoders[name]._cut, text) for text in texts)
+    assert not any(is_cut(models[name], encoders[name].cut, text) for text in texts)
 
 
 def test_word_is_encoded_once(models: dict[str, SentencePieceProcessor]) -> None:
-    texts: list[str] = []
-
-    class Counting:
-        """Notes what the library is asked to encode."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(models["ours"], name)
-
-        def EncodeAsNumpy(self, text: str) -> Any:
-            texts.append(text)
-            return models["ours"].EncodeAsNumpy(text)
-
     encoder = encoder_of(models["ours"])
-    counting: Any = Counting()
-    encoder._processor = counting
+    texts: list[str] = []
+    encode_words = encoder._encode_words
+
+    def counting(words: Sequence[str]) -> Any:
+        texts.extend(words)
+        return encode_words(words)
+
+    encoder._encode_words = counting
     ids = encoder.encode(REAL)
     num_encoded = sum(map(len, texts))
     assert 0 < num_encoded < sum(map(len, REAL)) / 3
     texts.clear()
     again = encoder.encode(REAL)
     assert all(map(np.array_equal, ids, again))
-    kept = sentencepiece_words._LONGEST_KEPT
-    assert sum(len(text) - 1 for text in texts) < num_encoded / 20 and all(
-        len(word) > kept for text in texts for word in text.split("\n") if word
-    )
+    kept = word_cache._LONGEST_KEPT
+    assert sum(map(len, texts)) < num_encoded / 20
+    assert all(len(word) > kept for word in texts)
 
 
 def test_memory_is_bounded_and_words_that_do_not_come_again_are_not_looked_for(
     models: dict[str, SentencePieceProcessor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sentencepiece_words, "_MOST_KEPT", 50)
+    monkeypatch.setattr(word_cache, "_MOST_KEPT", 50)
     encoder = encoder_of(models["ours"])
     draw = random.Random(3)
     for _ in range(30):
