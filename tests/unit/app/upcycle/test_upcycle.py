@@ -135,7 +135,7 @@ def test_first_logits_are_those_of_experts_cut_out_by_hand(
     assert done.returncode == 0, done.stderr[-3000:]
     with torch.no_grad():
         truth = model(ROWS).logits[:, :-1]
-    found = torch.from_numpy(np.load(tmp_path / "logits.npy"))
+    found = torch.from_numpy(np.load(tmp_path / "logits.npy", allow_pickle=False))
     torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
 
 
