@@ -1,0 +1,71 @@
+"""Tasks get the same scores under every layout, with the model that trains under it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.launcher import Outcome, flags, run_cases
+from tests.unit.trainer.data.make_tokenizers import make_hf_tokenizer
+
+END = "<|endoftext|>"
+TP2: dict[str, object] = {"tensor-model-parallel-size": 2}
+PP2: dict[str, object] = {"pipeline-model-parallel-size": 2}
+TWO_RANKS: dict[str, dict[str, object]] = {
+    "tp2": {**TP2, "use-distributed-optimizer": True},
+    "pp2": PP2,
+    "pp2_interleaved": {**PP2, "num-virtual-stages-per-pipeline-rank": 2},
+    "ep2": {"expert-model-parallel-size": 2},
+    "ep2_allgather": {
+        "expert-model-parallel-size": 2,
+        "moe-token-dispatcher-type": "allgather",
+    },
+    "dp2": {},
+    "cp2": {"context-parallel-size": 2},
+}
+WORDS = "the quick brown fox jumps over the lazy dog".split()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """Two steps with an evaluation after each, under every layout."""
+    out = tmp_path_factory.mktemp("task_scores")
+    tokenizer = make_hf_tokenizer(out, [END], tokenizer_config={"eos_token": END})
+    items = [
+        {
+            "context": " ".join(WORDS[number % 5 : 5 + number % 4]),
+            "choices": [" ".join(WORDS[(number + k) % 9 :][: 1 + k]) for k in range(3)],
+            "label": number % 3,
+        }
+        for number in range(13)  # no number of ranks or rows divides it
+    ]
+    file = out / "items.jsonl"
+    file.write_text("".join(json.dumps(item) + "\n" for item in items))
+    given = {
+        "vocab-size": 320,
+        "train-iters": 2,
+        "eval-interval": 1,
+        "micro-batch-size": 1,
+        "eval-tasks": file,
+        "tokenizer-type": "HFTokenizer",
+        "tokenizer-model": tokenizer,
+    }
+    two = {name: flags(**given, **case) for name, case in TWO_RANKS.items()}
+    return {
+        **run_cases(1, {"single": flags(**given)}, Path(out / "1")),
+        **run_cases(2, two, Path(out / "2")),
+    }
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_scores_are_those_of_one_rank(name: str, outcomes: dict[str, Outcome]) -> None:
+    found, truth = outcomes[name], outcomes["single"]
+    assert found.error is None, found.error
+    theirs: list[Any] = truth.series("task_bits_per_byte")
+    ours: list[Any] = found.series("task_bits_per_byte")
+    bits = [each["items"] for each in theirs]
+    assert len(bits) == 2 and bits[0] != bits[1]
+    # fp32 sums in another order.
+    assert [each["items"] for each in ours] == pytest.approx(bits, rel=1e-5)
+    assert found.series("task_accuracy") == truth.series("task_accuracy")
