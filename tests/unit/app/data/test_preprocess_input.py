@@ -1,5 +1,6 @@
 """Give preprocessing hostile input and bad places for output: an error with remedy, or a count."""
 
+import math
 import os
 import re
 import resource
@@ -126,6 +127,7 @@ def test_bomb_is_refused_after_a_bounded_part_of_it(
     monkeypatch.setattr(text_chunks, "_CHUNK_BYTES", 1 << 16)
     monkeypatch.setattr(text_chunks, "_BLOCK_BYTES", 1 << 16)
     monkeypatch.setattr(text_input, "FREE_BYTES", 1 << 18)
+    monkeypatch.setattr(token_work, "_COMMIT_SECONDS", math.inf)  # or its draft would stay
     source = tmp_path / "in.jsonl.zst"
     source.write_bytes(zstandard.compress(line * (20_000_000 // len(line))))
     assert run(tmp_path / "out", "--input", str(source)) == 2
