@@ -139,8 +139,15 @@ def resolve_epochs(cfg: C, layers: Sequence[Collection[str]]) -> C:
             " give one of them"
         )
     if steps_at <= epochs_at:
-        return cfg
+        return cfg if cfg.tuning.train_epochs is None else _with_room(cfg)
     return dataclasses.replace(cfg, tuning=dataclasses.replace(cfg.tuning, train_epochs=None))
+
+
+def _with_room(cfg: C) -> C:
+    """Return the config with steps for its warm-up, until the epochs' own are known."""
+    training = cfg.training
+    steps = max(training.train_iters, cfg.optimizer.lr_warmup_iters + 1)
+    return dataclasses.replace(cfg, training=dataclasses.replace(training, train_iters=steps))
 
 
 def _parse_quietly(parse: Any) -> Any:

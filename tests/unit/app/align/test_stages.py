@@ -244,8 +244,8 @@ def test_what_may_change_in_a_run_that_goes_on(folder: Path, begun: Path, tmp_pa
         (
             finetuning,
             "sft",
-            ["--train-epochs", "2", "--no-packing", "--lr-warmup-iters", "50"],
-            "lr_warmup_iters (50) must be below train_iters (4)",
+            ["--train-epochs", "2", "--no-packing", "--lr-warmup-iters", "150"],
+            "lr_warmup_iters (150) must be below train_iters (4)",
         ),
         (finetuning, "sft", ["--mock-data"], "data_path, phases and mock_data are for pretraining"),
         (finetuning, "preference", [], "messages"),
