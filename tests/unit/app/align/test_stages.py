@@ -119,8 +119,8 @@ def test_router_saturation_compares_tokens_and_no_padding(
         real(self, reference, choices)
 
     monkeypatch.setattr(router_saturation.Saturation, "add", add)
-    more = ("--valid-data", str(folder / "sft.jsonl"), "--eval-iters", "1", "--no-packing")
-    more += ("--log-router-saturation", str(folder / "base"), "--train-iters", "1")
+    more = ["--valid-data", str(folder / "sft.jsonl"), "--eval-iters", "1", "--no-packing"]
+    more += ["--log-router-saturation", str(folder / "base"), "--train-iters", "1"]
     assert run(folder, finetuning, "sft", tmp_path, *more) == 0
     # Four texts in rows of 64 positions, none of which fills half of its own.
     assert len(set(compared)) == 1 and 4 * 8 < compared[0] < 4 * 32
