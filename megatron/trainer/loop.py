@@ -179,14 +179,15 @@ class _Run:
             if found is None:
                 return
             figures[name] = found
-        more: Mapping[str, Any] | None = {}
+        more: Mapping[str, Any] = {}
         if self.state.tasks is not None:
-            more = self.state.tasks.evaluate(self.state, is_over=self._evaluation_is_over)
-            if more is None:
+            scored = self.state.tasks.evaluate(self.state, is_over=self._evaluation_is_over)
+            if scored is None:
                 return
+            more = scored
         self.evaluated = self.state.iteration
         if figures or more:
-            record = evaluation_record(self.state, self.objective.loss_name, figures) | more
+            record = evaluation_record(self.state, self.objective.loss_name, figures) | dict(more)
             for hook in self.hooks:
                 hook.on_evaluation(record)
 
