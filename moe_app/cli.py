@@ -130,6 +130,14 @@ def fetch_tasks(argv: Argv = None) -> int:
 
 
 @prints_any_text
+def report_eval(argv: Argv = None) -> int:
+    """Run `moe_app.evaluate.report_eval`."""
+    from moe_app.evaluate.report_eval import main
+
+    return main(argv)
+
+
+@prints_any_text
 @hide_upstream_warnings()
 @postponed_compile()
 def convert_checkpoint(argv: Argv = None) -> int:
@@ -326,6 +334,11 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             name="fetch-tasks",
             summary="copy the data of tasks, to evaluate without a network",
             run=fetch_tasks,
+        ),
+        Command(
+            name="report-eval",
+            summary="set evaluations beside each other and the papers' figures",
+            run=report_eval,
         ),
         Command(
             name="analyze",

@@ -25,6 +25,7 @@ from megatron.trainer.runtime.log import configure_logging
 from moe_app.command_line import program
 from moe_app.evaluate import own_flags
 from moe_app.evaluate.answers import AnswerFile
+from moe_app.evaluate.costs import model_costs
 from moe_app.evaluate.suites import (
     JUDGED_TASKS,
     OLMES,
@@ -300,6 +301,7 @@ def _evaluate(
         "checkpoint": str(opened.found.path),
         "iteration": opened.found.iteration,
         "max_length": length,
+        **model_costs(opened.saved, opened.found.iteration),
     }
     found: dict[str, Any] = {"results": {}, "config": info, "limit": args.limit}
     with contextlib.ExitStack() as stack:
