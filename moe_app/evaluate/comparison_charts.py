@@ -77,7 +77,7 @@ def _scatter(table: Table, evaluations: Sequence[Evaluation]) -> Chart:
     ax.set_ylabel("MMLU (%)")
     handles = [ax.scatter([], [], color=colour, s=22) for colour in (_MOE, _DENSE, _OURS)]
     names = ["mixtures of experts", "dense models", "these evaluations"]
-    ax.legend(handles, names, frameon=False, loc="lower right")
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
     caption = (
         f"MMLU over active parameters, as in OLMoE's Figure 1. Scores: {table.source}. Active"
         " parameters: OLMoE 1.3 (its Figure 1), JetMoE 2.2 (JetMoE, Table 3), others as in their"
@@ -98,20 +98,22 @@ def _over_flops(table: Table, evaluations: Sequence[Evaluation]) -> Chart:
     for number, (ax, (task, _)) in enumerate(zip(axes, table.columns, strict=True)):
         for (name, values), colour in zip(table.rows.items(), _LINES, strict=True):
             ax.axhline(values[number], color=colour, linewidth=1.0, label=name)
-        points = sorted(
-            (cost, row[number])
-            for cost, row in zip(costs, rows, strict=True)
+        points = [
+            (cost, row[number], each.name)
+            for cost, row, each in zip(costs, rows, evaluations, strict=True)
             if cost and row[number] is not None
-        )
+        ]
+        for cost, score, name in points:
+            _point(ax, cost, score, f"▸ {name}", _OURS)
         if points:
-            ax.plot(*zip(*points, strict=True), "o-", color=_OURS, label="these evaluations")
             ax.set_xscale("log")
             ax.set_xlabel("training FLOPs")
         else:
             ax.set_xticks([])
-        ax.set_title(task)
+        ax.margins(y=0.15)
+        ax.set_title(f"{task} (%)")
     handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
     caption = (
         f"Tasks over training FLOPs, as in OLMoE's Figure 3. Lines: {table.source}. The papers'"
         " models are drawn at the height where they ended, without their way there."

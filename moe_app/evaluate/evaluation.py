@@ -13,7 +13,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.trainer.checkpoint.manifest import MANIFEST_NAME
 from megatron.trainer.data.tokenizer import Tokenizer
@@ -38,6 +38,9 @@ from moe_app.evaluate.workers import Workers
 from moe_app.infer import open_model
 from moe_app.infer.conversations import Conversations
 from moe_app.infer.stop import collect_stops
+
+if TYPE_CHECKING:
+    from moe_app.evaluate.harness.model import HarnessModel
 
 logger = logging.getLogger("evaluate")
 
@@ -157,7 +160,7 @@ def run(args: argparse.Namespace) -> None:
         on_rank0("looking for lm-evaluation-harness", check_harness)
         tasks = on_rank0("choosing the tasks", lambda: _choose(args))
         opened = open_model.open_checkpoint(args, prog=program("evaluate"))
-        given = on_rank0("reading the tokenizer", lambda: _open_tokenizer(args, tasks, opened))
+        given = on_rank0("reading the tokenizer", lambda: open_tokenizer(args, tasks, opened))
         tokenizer, stop_ids = given
         loaded = open_model.load_model(args, opened)
         workers = Workers(
@@ -169,7 +172,7 @@ def run(args: argparse.Namespace) -> None:
         )
 
         def evaluate() -> None:
-            with _on_the_others(workers), _open_answers(args, opened, tokenizer) as answers:
+            with on_the_others(workers), open_answers(args, opened, tokenizer) as answers:
                 _evaluate(args, tasks, opened, tokenizer, workers, answers)
 
         if environment_rank() != 0:
@@ -232,7 +235,7 @@ def _open_conversations(
     return contextlib.closing(conversations)
 
 
-def _open_tokenizer(
+def open_tokenizer(
     args: argparse.Namespace, suite: Suite, opened: open_model.OpenedCheckpoint
 ) -> tuple[Tokenizer, Mapping[int, str]]:
     """Return the tokenizer, and the ids that end a text."""
@@ -247,7 +250,7 @@ def _open_tokenizer(
 
 
 @contextlib.contextmanager
-def _on_the_others(workers: Workers) -> Iterator[None]:
+def on_the_others(workers: Workers) -> Iterator[None]:
     """Let the other ranks serve within the context, and go on after it."""
     try:
         yield
@@ -255,7 +258,7 @@ def _on_the_others(workers: Workers) -> Iterator[None]:
         workers.close()
 
 
-def _open_answers(
+def open_answers(
     args: argparse.Namespace, opened: open_model.OpenedCheckpoint, tokenizer: Tokenizer
 ) -> AnswerFile:
     """Open the file of answers, which are those of one model."""
@@ -285,7 +288,6 @@ def _evaluate(
     answers: AnswerFile,
 ) -> None:
     """Run the harness; on rank 0 alone."""
-    from moe_app.evaluate.harness.model import HarnessModel
     from moe_app.evaluate.harness.olmes_run import evaluate_olmes
     from moe_app.evaluate.harness.own_run import evaluate_own
     from moe_app.evaluate.harness.run import (
@@ -308,16 +310,7 @@ def _evaluate(
         conversations = None
         if _has_conversations(args, suite):
             conversations = stack.enter_context(_open_conversations(args, opened, tokenizer))
-        model = HarnessModel(
-            workers,
-            tokenizer,
-            answers,
-            max_length=length,
-            max_gen_toks=args.max_gen_toks,
-            prefix_token_id=_prefix(args, tokenizer),
-            seed=args.seed,
-            conversations=conversations,
-        )
+        model = harness_model(args, opened, tokenizer, workers, answers, conversations)
         if args.suite == OLMES:
             found = evaluate_olmes(model, args, info)
         elif suite.tasks:
@@ -328,6 +321,29 @@ def _evaluate(
     for line in summary_lines(found):
         logger.info("%s", line)
     logger.info("wrote %s", Path(args.output) / RESULTS_NAME)
+
+
+def harness_model(
+    args: argparse.Namespace,
+    opened: open_model.OpenedCheckpoint,
+    tokenizer: Tokenizer,
+    workers: Workers,
+    answers: AnswerFile,
+    conversations: Conversations | None = None,
+) -> "HarnessModel":
+    """Present the loaded model to the harness; on rank 0 alone."""
+    from moe_app.evaluate.harness.model import HarnessModel
+
+    return HarnessModel(
+        workers,
+        tokenizer,
+        answers,
+        max_length=args.max_length or opened.saved.training.seq_length,
+        max_gen_toks=args.max_gen_toks,
+        prefix_token_id=_prefix(args, tokenizer),
+        seed=args.seed,
+        conversations=conversations,
+    )
 
 
 def _prefix(args: argparse.Namespace, tokenizer: Tokenizer) -> int:

@@ -13,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from moe_app.evaluate import evaluation as command
+from moe_app.evaluate import lm_eval_cli
 from moe_app.evaluate.workers import Workers
 from tests.distributed.convert_models import CONFIGS
 from tests.distributed.launcher import alone
@@ -202,6 +203,32 @@ def test_olmes_requests_are_scored_as_the_exported_model_does(folder: Path, tmp_
         scores.append(max(right.values()) / 2)
         assert results[f"olmes_{name}"]["score,none"] == scores[-1]
     assert results["olmes"] == {"score,none": pytest.approx(sum(scores) / 3), "tasks": 3}
+
+
+def test_the_harness_command_line_finds_what_evaluate_does(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert evaluate(folder, "olmoe", tmp_path / "ours") == 0
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    given = f"load={folder / 'olmoe-run'},seq_length={LENGTH},fp32=True,micro_batch_size=2"
+    rest = ["--tasks", ",".join(TASKS), "--include_path", str(folder), "--output_path"]
+    found = ["--model", "megatron_moe", "--model_args", given, *rest, str(tmp_path / "theirs")]
+    assert lm_eval_cli.main([*found, "--log_samples"]) == 0
+    (file,) = (tmp_path / "theirs").rglob("results_*.json")
+    theirs = json.loads(file.read_text())["results"]
+    ours = json.loads((tmp_path / "ours" / "results.json").read_text())["results"]
+    for task in TASKS:
+        for key, value in ours[task].items():
+            if isinstance(value, float) and "stderr" not in key:
+                assert theirs[task][key] == pytest.approx(value, rel=1e-6), (task, key)
+    found[3] = f"load={folder / 'olmoe-run'},num_layers=3"
+    assert lm_eval_cli.main(found) == 2
+    assert "--model_args has num_layers; known are bf16, ckpt_step" in capsys.readouterr().err
+    assert lm_eval_cli.main(["--model", "hf", *rest, "x"]) == 2
+    assert "this command runs megatron_moe alone" in capsys.readouterr().err
 
 
 def test_draws_of_one_prompt_differ_and_repeat_with_the_seed(folder: Path, tmp_path: Path) -> None:
