@@ -122,8 +122,9 @@ def make_page(
     for table in tables:
         unit = f", {table.unit}" if table.unit else ""
         parts.append(f"<h2>{escaped(table.title + unit)}</h2>")
+        digits = ".1f" if table.unit == "%" else ".4g"
         rows = [
-            [f"▸ {name}" if is_ours else name, *map(_shown, values)]
+            [f"▸ {name}" if is_ours else name, *(_shown(value, digits) for value in values)]
             for name, is_ours, values in rows_of(table, evaluations)
         ]
         parts.append(html_table(["", *(name for name, _ in table.columns)], rows))
@@ -146,7 +147,7 @@ def _all_metrics(evaluations: Sequence[Evaluation]) -> str:
     ]
     keys = dict.fromkeys(key for column in columns for key in column)
     rows = [
-        [f"{task} {metric}", *(_shown(column.get((task, metric)), 4) for column in columns)]
+        [f"{task} {metric}", *(_shown(column.get((task, metric))) for column in columns)]
         for task, metric in keys
     ]
     return html_table(["", *(each.name for each in evaluations)], rows)
@@ -163,8 +164,6 @@ def _metrics(evaluation: Evaluation) -> list[tuple[str, str, float]]:
     ]
 
 
-def _shown(value: float | None, digits: int = 3) -> str:
+def _shown(value: float | None, format_spec: str = ".4g") -> str:
     """Return a number for a table; a dash for none."""
-    if value is None:
-        return "-"
-    return f"{value:.1f}" if digits == 3 and abs(value) >= 10 else f"{value:.{digits}g}"
+    return "-" if value is None else f"{value:{format_spec}}"
