@@ -99,9 +99,9 @@ def _over_flops(table: Table, evaluations: Sequence[Evaluation]) -> Chart:
         for (name, values), colour in zip(table.rows.items(), _LINES, strict=True):
             ax.axhline(values[number], color=colour, linewidth=1.0, label=name)
         points = [
-            (cost, row[number], each.name)
+            (cost, score, each.name)
             for cost, row, each in zip(costs, rows, evaluations, strict=True)
-            if cost and row[number] is not None
+            if cost and (score := row[number]) is not None
         ]
         for cost, score, name in points:
             _point(ax, cost, score, f"▸ {name}", _OURS)

@@ -134,7 +134,7 @@ def _register(model: Any) -> None:
     from lm_eval.api.model import LM
     from lm_eval.api.registry import model_registry
 
-    class Loaded(LM):  # type: ignore[misc]
+    class Loaded(LM):
         """Stands for the class of the model, of which there is one already."""
 
         loaded: Any = None
