@@ -13,7 +13,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron.trainer.checkpoint.manifest import MANIFEST_NAME
 from megatron.trainer.data.tokenizer import Tokenizer
@@ -38,9 +38,6 @@ from moe_app.evaluate.workers import Workers
 from moe_app.infer import open_model
 from moe_app.infer.conversations import Conversations
 from moe_app.infer.stop import collect_stops
-
-if TYPE_CHECKING:
-    from moe_app.evaluate.harness.model import HarnessModel
 
 logger = logging.getLogger("evaluate")
 
@@ -330,8 +327,8 @@ def harness_model(
     workers: Workers,
     answers: AnswerFile,
     conversations: Conversations | None = None,
-) -> "HarnessModel":
-    """Present the loaded model to the harness; on rank 0 alone."""
+) -> Any:
+    """Present the loaded model to the harness, as its `HarnessModel`; on rank 0 alone."""
     from moe_app.evaluate.harness.model import HarnessModel
 
     return HarnessModel(
