@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from moe_app.evaluate.published import Evaluation, Table
+from moe_app.evaluate.published import Evaluation, PublishedTable
 
 _STYLE = {
     "font.size": 9,
@@ -21,11 +21,13 @@ _IN_NAME = re.compile(r"(\d+(?:\.\d+)?)B(?:-\d+B)?")
 _ACTIVE = {"OLMoE-1B-7B": 1.3, "JetMoE-2B-9B": 2.2}
 """Billions of active parameters, from OLMoE's Figure 1 and JetMoE's Table 3; others by name."""
 
-Chart = tuple[str, bytes]
+CaptionedImage = tuple[str, bytes]
 """Caption and PNG."""
 
 
-def draw_charts(tables: Sequence[Table], evaluations: Sequence[Evaluation]) -> dict[str, Chart]:
+def draw_charts(
+    tables: Sequence[PublishedTable], evaluations: Sequence[Evaluation]
+) -> dict[str, CaptionedImage]:
     """Draw the figures.
 
     Args:
@@ -48,7 +50,7 @@ def active_billions(model: str) -> float | None:
     return _ACTIVE.get(model) or (float(found[1]) if found else None)
 
 
-def _scatter(table: Table, evaluations: Sequence[Evaluation]) -> Chart:
+def _scatter(table: PublishedTable, evaluations: Sequence[Evaluation]) -> CaptionedImage:
     column = [name for name, _ in table.columns].index("MMLU")
     figure, axes = _figure(1, 1, (7.2, 4.6))
     (ax,) = axes
@@ -86,7 +88,7 @@ def _scatter(table: Table, evaluations: Sequence[Evaluation]) -> Chart:
     return caption + _left_out(missing, "MMLU or no count of parameters"), _png(figure)
 
 
-def _over_flops(table: Table, evaluations: Sequence[Evaluation]) -> Chart:
+def _over_flops(table: PublishedTable, evaluations: Sequence[Evaluation]) -> CaptionedImage:
     figure, axes = _figure(2, 3, (10.0, 5.6))
     costs = [each.value(("config", "training_flops", 1.0)) for each in evaluations]
     rows = [table.row_of(each) for each in evaluations]

@@ -43,7 +43,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class PublishedTable:
     """Holds a published table."""
 
     name: str
@@ -75,10 +75,10 @@ class Table:
         return values
 
 
-def read_published() -> list[Table]:
+def read_published() -> list[PublishedTable]:
     """Read the tables of the papers."""
     return [
-        Table(
+        PublishedTable(
             name=each["name"],
             title=each["title"],
             source=each["source"],

@@ -17,7 +17,7 @@ from megatron.trainer.errors import ConfigError
 from megatron.trainer.io.atomic_write import write_bytes, write_text
 from moe_app.command_line import printable, program, report_errors
 from moe_app.evaluate.comparison_charts import draw_charts
-from moe_app.evaluate.published import Evaluation, Table, read_evaluations, read_published
+from moe_app.evaluate.published import Evaluation, PublishedTable, read_evaluations, read_published
 from moe_app.view.page_parts import escaped, html_table, page_head
 
 Rows = Sequence[tuple[str, bool, Sequence[float | None]]]
@@ -74,14 +74,14 @@ def write_report(paths: Sequence[Path], output: str) -> None:
     print(printable(f"{directory / 'report.html'}: {len(tables)} tables on {names}"))
 
 
-def rows_of(table: Table, evaluations: Sequence[Evaluation]) -> Rows:
+def rows_of(table: PublishedTable, evaluations: Sequence[Evaluation]) -> Rows:
     """Return the rows of a table: of evaluations that have one of its columns, then published."""
     ours = [(each.name, True, table.row_of(each)) for each in evaluations]
     found = [each for each in ours if any(value is not None for value in each[2])]
     return [*found, *((name, False, values) for name, values in table.rows.items())]
 
 
-def csv_text(tables: Sequence[Table], evaluations: Sequence[Evaluation]) -> str:
+def csv_text(tables: Sequence[PublishedTable], evaluations: Sequence[Evaluation]) -> str:
     """Return every value, one a line: those of the tables, then all metrics of evaluations."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -99,7 +99,7 @@ def csv_text(tables: Sequence[Table], evaluations: Sequence[Evaluation]) -> str:
 
 
 def make_page(
-    tables: Sequence[Table],
+    tables: Sequence[PublishedTable],
     evaluations: Sequence[Evaluation],
     charts: Mapping[str, tuple[str, bytes]],
 ) -> str:
