@@ -111,8 +111,11 @@ def validation_entropies(cfg: PretrainConfig) -> tuple[dict[str, float], str | N
     """Compute the unigram entropy of each validation set of a run, in nats per token.
 
     Returns:
-        The entropies by name, and what kept the data from being read, if anything did.
+        The entropies by name, and what kept the data from being read, if anything did. Nothing of a
+        run on conversations, whose losses are of some tokens alone.
     """
+    if not (cfg.data.data_path or cfg.data.phases or cfg.data.mock_data):
+        return {}, None
     try:
         data = build_data(
             cfg.data,

@@ -178,7 +178,8 @@ def plot_preferences(curves: RunCurves, path: Path) -> None:
         _label(axes, curves, unit, has_x_label=axes is panels[-1])
         handles, labels = axes.get_legend_handles_labels()
         if len(handles) > 1:
-            axes.legend(handles, labels, frameon=False, fontsize=8, ncols=len(handles))
+            above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+            axes.legend(handles, labels, frameon=False, fontsize=8, ncols=len(handles), **above)
     figure.align_ylabels()
     write_figure(figure, path)
 

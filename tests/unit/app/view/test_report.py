@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -172,6 +173,16 @@ def test_run_whose_data_is_gone_is_reported_without_entropy(
     assert "training loss   2.0000 nats per token" in out
     assert "unigram entropy is not known: " in out and "code_text_document" in out
     assert report.main(["--run", str(run), "--require-below-entropy"]) == 1
+
+
+def test_run_on_conversations_is_reported_without_entropy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path, [step(30, 2.0, 100.0), evaluation(30, valid=1.5)], split="1,0")
+    assert report.main(["--run", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^valid +1\.5000 +1\.5000 at 30", out, re.MULTILINE)
+    assert "unigram entropy is not known" not in out
 
 
 def test_run_that_logged_nothing_yet_is_reported(
