@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_app.planner.plan import parse
-from moe_app.planner.search import Plan, memory_limit, search
-from moe_ext.cost.cluster import Cluster, step_seconds
+from moe_app.planner.search import Plan, memory_limit, search, stage_seconds
 
 FAILURES_PER_GPU_HOUR = 419 / (16384 * 54 * 24)
 """Unexpected interruptions of 16,384 H100 in 54 days: Llama 3, arXiv 2407.21783, section 3.3.4."""
@@ -18,15 +17,15 @@ class Published:
     """Holds a paper's run."""
 
     preset: str
-    """Its architecture."""
+    """Name of its architecture."""
     tokens: float
-    """It trained on."""
+    """Tokens that it trained on."""
     gpus: int
-    """It trained on."""
+    """GPUs that it ran on."""
     rate: float
-    """Tokens a second and GPU."""
+    """Tokens per second and GPU."""
     source: str
-    """Of the rate."""
+    """Where the rate is from."""
 
 
 PAPERS = (
@@ -54,9 +53,9 @@ class Losses:
     """Says what a lost node costs."""
 
     restart_s: float
-    """From the failure until the run is where it was saved, without the steps lost."""
+    """Seconds from the failure until the last checkpoint is loaded."""
     save_s: float
-    """That training stands still for a save."""
+    """Seconds that training stands still for a save."""
 
     def interval_s(self, num_gpus: int) -> float:
         """Return the time between saves that loses least (Young, 1974)."""
@@ -119,7 +118,7 @@ def describe(
     if not plans or not plans[0].fits(memory_limit(cfg.planning)):
         return {**row, "layout": None}
     best = plans[0]
-    seconds = _terms(best, cfg.model, cfg.planning)
+    seconds = stage_seconds(cfg, best.layout, best.step)
     rate = row["batch_tokens"] / best.seconds / num_gpus
     share = losses.share(num_gpus)
     days = paper.tokens / (rate * num_gpus) / 86400 / (1 - share)
@@ -140,20 +139,6 @@ def describe(
         "save_minutes": losses.interval_s(num_gpus) / 60,
         "lost_share": share,
     }
-
-
-def _terms(plan: Plan, model: Any, planning: Any) -> dict[str, float]:
-    """Return the terms of the slower of the first and the last stage."""
-    cluster = Cluster(
-        flops_per_second=planning.gpu_tflops * 1e12,
-        intra_bytes_per_second=planning.intra_gbps * 1e9,
-        inter_bytes_per_second=planning.inter_gbps * 1e9,
-        gpus_per_node=planning.gpus_per_node,
-        latency_s=planning.latency_us * 1e-6,
-    )
-    ends = {0, plan.layout.pipeline - 1}
-    each = [step_seconds(model, plan.layout, plan.step, cluster, stage=stage) for stage in ends]
-    return max(each, key=lambda terms: sum(terms.values()))
 
 
 def _layout(plan: Plan) -> str:

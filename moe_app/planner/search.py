@@ -193,23 +193,15 @@ def _divisors(number: int) -> list[int]:
 def _cost(cfg: PlanConfig, layout: Layout, *, is_sharded: bool) -> Plan:
     parallel = dataclasses.replace(cfg.parallel, use_distributed_optimizer=is_sharded)
     planning = cfg.planning
-    cluster = Cluster(
-        flops_per_second=planning.gpu_tflops * 1e12,
-        intra_bytes_per_second=planning.intra_gbps * 1e9,
-        inter_bytes_per_second=planning.inter_gbps * 1e9,
-        gpus_per_node=planning.gpus_per_node,
-        latency_s=planning.latency_us * 1e-6,
-    )
     step = make_step(
         dataclasses.replace(cfg, parallel=parallel),
         layout,
         device_type="cuda",
         imbalance=planning.imbalance if layout.expert > 1 else 1.0,
     )
-    ends = sorted({0, layout.pipeline - 1})
     try:
-        sent = [step_collectives(cfg.model, layout, step, stage=stage) for stage in ends]
-        seconds = [step_seconds(cfg.model, layout, step, cluster, stage=stage) for stage in ends]
+        sent = [step_collectives(cfg.model, layout, step, stage=each) for each in _ends(layout)]
+        seconds = stage_seconds(cfg, layout, step)
     except ValueError as error:  # a dispatcher of unknown traffic
         raise ConfigError(str(error)) from error
     return Plan(
@@ -218,8 +210,27 @@ def _cost(cfg: PlanConfig, layout: Layout, *, is_sharded: bool) -> Plan:
         step=step,
         footprint=footprint(cfg.model, layout, step),
         bytes=max(sum(each.step_bytes for each in stage) for stage in sent),
-        seconds=max(sum(each.values()) for each in seconds),
+        seconds=sum(seconds.values()),
     )
+
+
+def stage_seconds(cfg: PlanConfig, layout: Layout, step: Step) -> dict[str, float]:
+    """Return the terms of a step's time, of the slower of the first and the last stage."""
+    planning = cfg.planning
+    cluster = Cluster(
+        flops_per_second=planning.gpu_tflops * 1e12,
+        intra_bytes_per_second=planning.intra_gbps * 1e9,
+        inter_bytes_per_second=planning.inter_gbps * 1e9,
+        gpus_per_node=planning.gpus_per_node,
+        latency_s=planning.latency_us * 1e-6,
+    )
+    each = [step_seconds(cfg.model, layout, step, cluster, stage=end) for end in _ends(layout)]
+    return max(each, key=lambda terms: sum(terms.values()))
+
+
+def _ends(layout: Layout) -> list[int]:
+    """Return the first and the last stage."""
+    return sorted({0, layout.pipeline - 1})
 
 
 def make_step(
