@@ -11,8 +11,6 @@ difference above its tolerance; 2 when the conversion cannot be done; 130 when i
 import argparse
 import json
 import logging
-import signal
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +40,6 @@ from megatron.trainer.hf_files.publish import check_new
 from megatron.trainer.io.atomic_write import write_durably, write_text
 from megatron.trainer.io.hashing import DigestThread
 from megatron.trainer.records.run_dir import CONFIG_NAME
-from megatron.trainer.runtime.launch import environment_world_size, run_main
 from megatron.trainer.runtime.log import configure_logging
 from megatron.trainer.runtime.malloc import keep_freed_memory
 from moe_app.command_line import program
@@ -60,6 +57,7 @@ from moe_app.convert.checks import (
     total_bytes,
 )
 from moe_app.convert.files import hf_files, native_files, read_auxiliary_files
+from moe_app.convert.one_process import check_one_process, run_interruptible
 from moe_app.convert.surplus import leave_out_surplus
 from moe_app.convert.tokenizer_check import compare_with_transformers
 from moe_app.convert.weights import Progress, TensorDigests, export_weights, import_weights
@@ -76,14 +74,7 @@ REPORT_NAME = "conversion_report.json"
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert as `argv` says; return the exit status."""
     args = parse_args(argv)
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        return run_main(lambda: run(args))
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; unfinished output has been removed\n")
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return run_interruptible(lambda: run(args))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +104,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: a flag, the source or the disk is unsuitable.
     """
     configure_logging(0)
-    if environment_world_size() != 1:
-        raise ConfigError(
-            f"torchrun started {environment_world_size()} processes; a conversion runs in one;"
-            " start the tool without torchrun"
-        )
+    check_one_process("a conversion")
     if args.verify:
         from moe_app.convert.hf_verify import import_transformers, verify
 
@@ -389,8 +376,3 @@ def _write_report(path: Path, report: Mapping[str, Any]) -> None:
             f" {error.strerror}; free some space, and to get a report remove the directory"
             " and convert again"
         ) from error
-
-
-def _interrupt(*_: object) -> None:
-    """Treat SIGTERM as Ctrl-C."""
-    raise KeyboardInterrupt

@@ -10,8 +10,6 @@ optimizer's state. Exit status: 0; 2 when it cannot be done.
 import argparse
 import json
 import logging
-import signal
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -27,11 +25,11 @@ from megatron.trainer.errors import ConfigError
 from megatron.trainer.io.atomic_write import write_text
 from megatron.trainer.io.hashing import DigestThread
 from megatron.trainer.records.run_dir import CONFIG_NAME
-from megatron.trainer.runtime.launch import environment_world_size, run_main
 from megatron.trainer.runtime.log import configure_logging
 from megatron.trainer.runtime.malloc import keep_freed_memory
 from moe_app.command_line import program
 from moe_app.convert.checks import DTYPES, check_new_run, guard_disk_space
+from moe_app.convert.one_process import check_one_process, run_interruptible
 from moe_app.convert.weights import Progress, check_finite
 from moe_app.infer.open_model import positive
 from moe_app.upcycle.dense_source import DenseSource, open_hf, open_run
@@ -52,14 +50,7 @@ _IN, _OUT = f"{EXPERTS}.weight1", f"{EXPERTS}.weight2"
 def main(argv: Sequence[str] | None = None) -> int:
     """Upcycle as `argv` says; return the exit status."""
     args = make_parser().parse_args(argv)
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        return run_main(lambda: run(args))
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; unfinished output has been removed\n")
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return run_interruptible(lambda: run(args))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -138,11 +129,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: a flag, the source or the disk is unsuitable.
     """
     configure_logging(0)
-    if environment_world_size() != 1:
-        raise ConfigError(
-            f"torchrun started {environment_world_size()} processes; upcycling runs in one; start"
-            " the tool without torchrun"
-        )
+    check_one_process("upcycling")
     save = Path(args.save)
     check_new_run(save)
     rule = Upcycling(
@@ -273,7 +260,3 @@ def _share(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be from 0 to 1")
     return value
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
