@@ -9,9 +9,10 @@ how numbers are computed.
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,21 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     open_model.add_model_flags(parser)
     tasks = parser.add_argument_group("tasks")
-    what = tasks.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--tasks",
-        type=task_names,
-        metavar="A,B",
-        help="names of tasks, groups or tags, of the harness or in --include-path",
-    )
-    what.add_argument("--suite", choices=sorted(SUITES), help="tasks of a leaderboard or paper")
-    tasks.add_argument(
-        "--include-path",
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="directory of task files (YAML); they are code: name only what you trust",
-    )
+    own_flags.add_task_flags(tasks)
     tasks.add_argument(
         "--task-data",
         metavar="DIR",
@@ -138,14 +125,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def task_names(text: str) -> list[str]:
-    """Read names that are separated by commas."""
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"{text!r} has an empty name; separate names by one comma")
-    return names
-
-
 def run(args: argparse.Namespace) -> None:
     """Load the model and evaluate every task.
 
@@ -157,24 +136,41 @@ def run(args: argparse.Namespace) -> None:
         on_rank0("looking for lm-evaluation-harness", check_harness)
         tasks = on_rank0("choosing the tasks", lambda: _choose(args))
         opened = open_model.open_checkpoint(args, prog=program("evaluate"))
-        given = on_rank0("reading the tokenizer", lambda: open_tokenizer(args, tasks, opened))
-        tokenizer, stop_ids = given
-        loaded = open_model.load_model(args, opened)
-        workers = Workers(
-            loaded,
-            tokenizer,
-            stop_ids=stop_ids,
-            tokens_per_batch=args.tokens_per_batch,
-            batch_size=args.batch_size,
-        )
+        on_workers(args, tasks, opened, functools.partial(_evaluate, args, tasks, opened))
 
-        def evaluate() -> None:
-            with on_the_others(workers), open_answers(args, opened, tokenizer) as answers:
-                _evaluate(args, tasks, opened, tokenizer, workers, answers)
 
-        if environment_rank() != 0:
-            workers.serve()
-        on_rank0("evaluating", evaluate)
+def on_workers(
+    args: argparse.Namespace,
+    suite: Suite,
+    opened: open_model.OpenedCheckpoint,
+    evaluate: Callable[[Tokenizer, Workers, AnswerFile], None],
+) -> None:
+    """Load the model on all ranks, and evaluate on rank 0 while the others serve.
+
+    Args:
+        args: of the command line.
+        suite: what is evaluated.
+        opened: the checkpoint.
+        evaluate: called on rank 0.
+    """
+    given = on_rank0("reading the tokenizer", lambda: _open_tokenizer(args, suite, opened))
+    tokenizer, stop_ids = given
+    loaded = open_model.load_model(args, opened)
+    workers = Workers(
+        loaded,
+        tokenizer,
+        stop_ids=stop_ids,
+        tokens_per_batch=args.tokens_per_batch,
+        batch_size=args.batch_size,
+    )
+
+    def on_first() -> None:
+        with _on_the_others(workers), _open_answers(args, opened, tokenizer) as answers:
+            evaluate(tokenizer, workers, answers)
+
+    if environment_rank() != 0:
+        workers.serve()
+    on_rank0("evaluating", on_first)
 
 
 def check_harness() -> None:
@@ -232,7 +228,7 @@ def _open_conversations(
     return contextlib.closing(conversations)
 
 
-def open_tokenizer(
+def _open_tokenizer(
     args: argparse.Namespace, suite: Suite, opened: open_model.OpenedCheckpoint
 ) -> tuple[Tokenizer, Mapping[int, str]]:
     """Return the tokenizer, and the ids that end a text."""
@@ -247,7 +243,7 @@ def open_tokenizer(
 
 
 @contextlib.contextmanager
-def on_the_others(workers: Workers) -> Iterator[None]:
+def _on_the_others(workers: Workers) -> Iterator[None]:
     """Let the other ranks serve within the context, and go on after it."""
     try:
         yield
@@ -255,7 +251,7 @@ def on_the_others(workers: Workers) -> Iterator[None]:
         workers.close()
 
 
-def open_answers(
+def _open_answers(
     args: argparse.Namespace, opened: open_model.OpenedCheckpoint, tokenizer: Tokenizer
 ) -> AnswerFile:
     """Open the file of answers, which are those of one model."""

@@ -14,7 +14,8 @@ from pathlib import Path
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.runtime.log import configure_logging
 from moe_app.command_line import program, report_errors
-from moe_app.evaluate.evaluation import check_harness, task_names
+from moe_app.evaluate.evaluation import check_harness
+from moe_app.evaluate.own_flags import add_task_flags
 from moe_app.evaluate.suites import OLMES, SUITES, named_suite
 
 logger = logging.getLogger("evaluate")
@@ -32,21 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog=program("fetch-tasks"),
         description="Copy the data of tasks, to evaluate where there is no network.",
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--tasks",
-        type=task_names,
-        metavar="A,B",
-        help="names of tasks, groups or tags, of the harness or in --include-path",
-    )
-    what.add_argument("--suite", choices=sorted(SUITES), help="tasks of a leaderboard or paper")
-    parser.add_argument(
-        "--include-path",
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="directory of task files (YAML); they are code: name only what you trust",
-    )
+    add_task_flags(parser.add_argument_group("tasks"))
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="gets the data; --task-data of evaluate"
     )

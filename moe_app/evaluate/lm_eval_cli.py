@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.trainer.data.tokenizer import Tokenizer
 from megatron.trainer.errors import ConfigError
-from megatron.trainer.runtime.collective import on_rank0
 from megatron.trainer.runtime.launch import environment_rank, run_main
 from megatron.trainer.runtime.log import configure_logging
 from moe_app.evaluate import evaluation
+from moe_app.evaluate.answers import AnswerFile
 from moe_app.evaluate.suites import Suite
 from moe_app.evaluate.workers import Workers
 from moe_app.infer import open_model
@@ -102,31 +103,12 @@ def model_flags(given: Mapping[str, Any], output: Path) -> argparse.Namespace:
 def _run(cli: Any, asked: argparse.Namespace, args: argparse.Namespace) -> None:
     """Load, and evaluate on rank 0 while the others serve."""
     opened = open_model.open_checkpoint(args, prog="lm_eval_cli")
-    given = on_rank0(
-        "reading the tokenizer", lambda: evaluation.open_tokenizer(args, Suite(tasks=()), opened)
-    )
-    tokenizer, stop_ids = given
-    loaded = open_model.load_model(args, opened)
-    workers = Workers(
-        loaded,
-        tokenizer,
-        stop_ids=stop_ids,
-        tokens_per_batch=args.tokens_per_batch,
-        batch_size=args.batch_size,
-    )
 
-    def evaluate() -> None:
-        with (
-            evaluation.on_the_others(workers),
-            evaluation.open_answers(args, opened, tokenizer) as answers,
-        ):
-            model = evaluation.harness_model(args, opened, tokenizer, workers, answers)
-            _register(model)
-            cli.execute(asked)
+    def evaluate(tokenizer: Tokenizer, workers: Workers, answers: AnswerFile) -> None:
+        _register(evaluation.harness_model(args, opened, tokenizer, workers, answers))
+        cli.execute(asked)
 
-    if environment_rank() != 0:
-        workers.serve()
-    on_rank0("evaluating", evaluate)
+    evaluation.on_workers(args, Suite(tasks=()), opened, evaluate)
 
 
 def _register(model: Any) -> None:

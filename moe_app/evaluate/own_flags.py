@@ -1,4 +1,4 @@
-"""Defines the flags of what is scored here and not by the harness."""
+"""Defines flags: which tasks, and those of what is scored here and not by the harness."""
 
 import argparse
 import os
@@ -8,6 +8,7 @@ from megatron.trainer.errors import ConfigError
 from megatron.trainer.runtime.launch import environment_secret
 from moe_app.chat.prompting import TEMPLATE_NAMES
 from moe_app.evaluate.judging.endpoint import JudgeSettings
+from moe_app.evaluate.suites import SUITES
 from moe_app.infer import open_model
 
 _MOST_KEY_BYTES = 1 << 14
@@ -18,6 +19,33 @@ def natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 0")
     return int(text)
+
+
+def _task_names(text: str) -> list[str]:
+    """Read names that are separated by commas."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name; separate names by one comma")
+    return names
+
+
+def add_task_flags(group: "argparse._ArgumentGroup") -> None:
+    """Add the flags that name tasks."""
+    what = group.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--tasks",
+        type=_task_names,
+        metavar="A,B",
+        help="names of tasks, groups or tags, of the harness or in --include-path",
+    )
+    what.add_argument("--suite", choices=sorted(SUITES), help="tasks of a leaderboard or paper")
+    group.add_argument(
+        "--include-path",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="directory of task files (YAML); they are code: name only what you trust",
+    )
 
 
 def add_conversation_flag(group: "argparse._ArgumentGroup") -> None:
