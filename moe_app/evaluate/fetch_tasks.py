@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Build the command-line parser."""
     parser = argparse.ArgumentParser(
-        prog=program("fetch-tasks"),
+        prog=program("fetch_tasks", command="fetch-tasks"),
         description="Copy the data of tasks, to evaluate where there is no network.",
     )
     add_task_flags(parser.add_argument_group("tasks"))
