@@ -2,15 +2,14 @@
 
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import socket
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from megatron.trainer.data.tokenizer import Tokenizer, load_tokenizer
 from megatron.trainer.errors import DataError
 from megatron.trainer.io.atomic_write import sync_directory
 from megatron.trainer.io.bounded_read import open_regular
+from megatron.trainer.io.file_lock import NO_LOCKS, wait_for_lock
 from megatron.trainer.io.hashing import add_file
 from moe_app.chat.chat_config import ChatDataConfig
 from moe_app.chat.chat_files import check_bad_rows, find_chat_files
@@ -34,11 +34,9 @@ from moe_app.data.sources import CACHE_SUFFIX, SourceFile
 
 logger = logging.getLogger(__name__)
 
-_WAIT_S = 0.2
 _LITTLE_BYTES = 8 << 20
 """Of files that one process tokenises in the time in which others would start."""
 _MOST_WORKERS = 16
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,21 +243,19 @@ def _writing(root: Path, path: Path) -> Iterator[bool]:
     except OSError as error:
         raise _unwritable(root, error) from error
     with lock:
-        is_locked, is_told = True, False
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not is_told:
-                    logger.info("waiting for another process, which tokenises into %s", path)
-                is_told = True
-                time.sleep(_WAIT_S)
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise _unwritable(root, error) from error
-                is_locked = False
-                break
+        is_locked = True
+        try:
+            wait_for_lock(
+                lock,
+                math.inf,
+                on_wait=lambda: logger.info(
+                    "waiting for another process, which tokenises into %s", path
+                ),
+            )
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise _unwritable(root, error) from error
+            is_locked = False
         if is_locked:
             for left in root.glob(f"{path.name}.tmp-*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)

@@ -5,26 +5,22 @@ request. What a killed process left unfinished at the end is dropped.
 """
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.io.atomic_write import atomic_write
+from megatron.trainer.io.file_lock import NO_LOCKS, wait_for_lock
 
 logger = logging.getLogger("evaluate")
 
 PATIENCE_S = 20.0
-"""How long an evaluation that was killed may take to end."""
-_WAIT_S = 0.25
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""Where the file system has no locks, two evaluations are the user's to keep apart."""
+"""How long an evaluation that was killed may take to end. Where the file system has no locks, two
+evaluations are the user's to keep apart."""
 
 Answer = list[Any] | tuple[Any, ...] | float
 """A log-probability, a pair of one and whether it is greedy, or ids."""
@@ -101,22 +97,16 @@ class AnswerFile:
         Raises:
             ConfigError: one writes to it.
         """
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError as error:
-                if time.monotonic() >= deadline:
-                    raise ConfigError(
-                        f"another evaluation keeps its answers in {self._path} now; a directory"
-                        " holds one at a time; wait for it, or name another --output"
-                    ) from error
-                time.sleep(_WAIT_S)
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-                return
+        try:
+            wait_for_lock(lock, PATIENCE_S)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another evaluation keeps its answers in {self._path} now; a directory"
+                " holds one at a time; wait for it, or name another --output"
+            ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
 
     def _read(self, identity: Mapping[str, Any]) -> list[bytes]:
         """Take over the answers of a file; return their lines."""

@@ -143,13 +143,8 @@ def query_job(job_id: str) -> Job | None:
     Raises:
         SlurmError: SLURM does not respond.
     """
-    try:
-        shown = _slurm("scontrol", "show", "job", "--oneliner", job_id)
-    except SlurmError as error:
-        if "Invalid job id" in str(error):
-            return None
-        raise
-    return parse_job(shown)
+    shown = _show(job_id)
+    return None if shown is None else parse_job(shown)
 
 
 def has_ended(job_id: str) -> bool:
@@ -158,13 +153,18 @@ def has_ended(job_id: str) -> bool:
     Raises:
         SlurmError: SLURM does not respond.
     """
+    lines = (_show(job_id) or "").splitlines()
+    return all(parse_job(line).has_ended for line in lines if line.strip())
+
+
+def _show(job_id: str) -> str | None:
+    """Return a line for each element of a job; None once SLURM has purged it."""
     try:
-        shown = _slurm("scontrol", "show", "job", "--oneliner", job_id)
+        return _slurm("scontrol", "show", "job", "--oneliner", job_id)
     except SlurmError as error:
         if "Invalid job id" in str(error):
-            return True
+            return None
         raise
-    return all(parse_job(line).has_ended for line in shown.splitlines() if line.strip())
 
 
 def parse_job(shown: str) -> Job:

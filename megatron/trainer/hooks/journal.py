@@ -2,13 +2,11 @@
 
 import datetime
 import errno
-import fcntl
 import json
 import logging
 import os
 import socket
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any, Protocol, TextIO
 from megatron.trainer.errors import ConfigError, UserError
 from megatron.trainer.hooks.base import Hook
 from megatron.trainer.io.atomic_write import write_text
+from megatron.trainer.io.file_lock import NO_LOCKS, wait_for_lock
 from megatron.trainer.records.record_file import RecordError, append_record
 from megatron.trainer.records.run_dir import ENDED_NAME, EVENTS_NAME
 
@@ -27,7 +26,7 @@ LOCK_NAME = ".lock"
 LOCK_PATIENCE_S = 10.0
 """How long to wait for the lock of a process that is just ending, as when a job restarts."""
 
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+_NO_LOCKS = {*NO_LOCKS, errno.EINVAL}
 
 
 class EarlyStop(Protocol):
@@ -179,31 +178,26 @@ def _take_lock(directory: Path) -> TextIO | None:
     path = directory / LOCK_NAME
     # Opened for appending: until the lock is ours, its text is the other run's.
     lock = path.open("a+", encoding="utf-8")
-    deadline = time.monotonic() + LOCK_PATIENCE_S
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                lock.seek(0)
-                holder = lock.read(200).strip() or "another process"
-                lock.close()
-                raise ConfigError(
-                    f"--save {directory} is in use by {holder}; two runs in one directory would"
-                    " destroy each other's records; stop that one, or give another --save"
-                ) from error
-            time.sleep(0.25)
-        except OSError as error:
-            lock.close()
-            if error.errno not in _NO_LOCKS:
-                raise
-            logger.warning(
-                "%s: this file system has no locks (%s); nothing keeps a second run out",
-                directory,
-                error.strerror,
-            )
-            return None
+    try:
+        wait_for_lock(lock, LOCK_PATIENCE_S)
+    except BlockingIOError as error:
+        lock.seek(0)
+        holder = lock.read(200).strip() or "another process"
+        lock.close()
+        raise ConfigError(
+            f"--save {directory} is in use by {holder}; two runs in one directory would"
+            " destroy each other's records; stop that one, or give another --save"
+        ) from error
+    except OSError as error:
+        lock.close()
+        if error.errno not in _NO_LOCKS:
+            raise
+        logger.warning(
+            "%s: this file system has no locks (%s); nothing keeps a second run out",
+            directory,
+            error.strerror,
+        )
+        return None
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
     lock.flush()
