@@ -6,9 +6,10 @@ Missing fields have the defaults of transformers' `JetMoeConfig`.
 from collections.abc import Mapping
 from typing import Any
 
-from moe_ext.config import MOA, MoEModelConfig
+from moe_ext.config import MoEModelConfig
 from moe_ext.convert.family import TokenIds, common_problems
 from moe_ext.convert.fields import Fields
+from moe_ext.model_fields import MOA
 
 LAYER_NORM_EPSILON = 1.0e-6
 """Epsilon of every norm inside a layer. Every version of transformers builds these norms without

@@ -1,0 +1,139 @@
+"""Define the model's fields, and derive sizes from them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Convention = Literal["olmoe", "per_layer"]
+"""How a paper defines its auxiliary-loss coefficients; see `functional.layer_coefficients`."""
+
+MOA = "moa"
+"""The attention whose query and output projections are experts; see `attention.moa`."""
+
+_TRAINING_ONLY = (
+    "expert_backend",
+    "init_method_cutoff",
+    "init_method_std",
+    "moe_aux_loss_coeff",
+    "moe_loss_convention",
+    "moe_router_dtype",
+    "moe_token_dispatcher_type",
+    "moe_z_loss_coeff",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFields:
+    """Holds the fields of a decoder-only language model with mixture-of-experts layers.
+
+    Names are Megatron's where Megatron has one. Letters in brackets are those of docs/glossary.md.
+    """
+
+    num_layers: int = 4
+    """Transformer layers."""
+    hidden_size: int = 128
+    """Width of the residual stream (h)."""
+    num_attention_heads: int = 4
+    """Query heads (np)."""
+    num_query_groups: int | None = None
+    """Key/value heads (ng); None means the number of query heads."""
+    kv_channels: int | None = None
+    """Size of one head (hn); None means hidden_size / num_attention_heads; required for moa
+    attention."""
+    ffn_hidden_size: int | None = None
+    """Feed-forward width of a dense model; used when num_experts is None."""
+    num_experts: int | None = 64
+    """Experts per layer (e); None builds a dense SwiGLU model."""
+    moe_router_topk: int = 8
+    """Experts per token (k)."""
+    moe_ffn_hidden_size: int = 64
+    """Width of one expert (f)."""
+    moe_output_bias: bool = False
+    """Add one ungated bias [h], shared by all experts, to their sum (JetMoE)."""
+    vocab_size: int = 4096
+    """Token ids the tokenizer can produce (v)."""
+    make_vocab_size_divisible_by: int = 128
+    """Embedding rows are padded to a multiple of this, independent of the tensor parallel size."""
+    rotary_base: float = 10000.0
+    """RoPE's theta."""
+    norm_epsilon: float = 1.0e-5
+    """Epsilon of every RMSNorm, except a final one that sets its own."""
+    final_norm_epsilon: float | None = None
+    """Epsilon of the RMSNorm before the output layer; None means norm_epsilon."""
+    attention: str = "full_width_qk_norm"
+    """Self-attention, a name in moe_ext.attention.ATTENTIONS (OLMoE: full_width_qk_norm; JetMoE:
+    moa, a mixture of attention heads)."""
+    moa_num_experts: int | None = None
+    """Experts of a moa attention; None means num_experts."""
+    moa_router_topk: int | None = None
+    """Experts per token of a moa attention; None means moe_router_topk."""
+    untie_embeddings_and_output_weights: bool = True
+    """Give the output layer its own matrix."""
+    init_method_std: float = 0.02
+    """Standard deviation of every initial matrix, before truncation."""
+    init_method_cutoff: float = 3.0
+    """Truncate initial weights at this many standard deviations (OLMoE: 3)."""
+    router: str = "softmax_topk"
+    """Routing rule, a name in moe_ext.routers.ROUTERS."""
+    moe_router_dtype: Literal["fp32"] | None = None
+    """Precision of the router's matrix product; None means the model's own."""
+    moe_aux_loss_coeff: float = 0.01
+    """Load-balancing loss coefficient as the paper states it (alpha)."""
+    moe_z_loss_coeff: float = 0.001
+    """Router z-loss coefficient as the paper states it (beta)."""
+    moe_loss_convention: Convention = "olmoe"
+    """What those two coefficients multiply; the run logs the value per layer."""
+    expert_backend: str = "auto"
+    """Expert compute: a name in moe_ext.experts.EXPERT_BACKENDS, or auto, which picks the best
+    known for device, precision and sizes, and logs the choice and the reason."""
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
+    """megatron-core's token dispatcher."""
+
+    @property
+    def is_moa(self) -> bool:
+        """Return whether the attention's projections are experts."""
+        return self.attention == MOA
+
+    @property
+    def attention_experts(self) -> int | None:
+        """Return the experts of each layer's self-attention; None if it has no experts."""
+        if not self.is_moa:
+            return None
+        return self.num_experts if self.moa_num_experts is None else self.moa_num_experts
+
+    @property
+    def attention_topk(self) -> int:
+        """Return the experts per token of a moa attention."""
+        return self.moe_router_topk if self.moa_router_topk is None else self.moa_router_topk
+
+    @property
+    def head_size(self) -> int:
+        """Return the width of an attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    def expert_widths(self, *, tensor: int, expert_tensor: int) -> tuple[int, ...]:
+        """Return the row widths of the matrix products in a rank's experts; empty without experts.
+
+        Args:
+            tensor: ranks per attention matrix, at least 1.
+            expert_tensor: ranks per expert, at least 1.
+        """
+        widths = []
+        if self.num_experts is not None:
+            widths.append(self.moe_ffn_hidden_size // expert_tensor)
+        if self.attention_experts is not None:
+            groups = self.num_query_groups or self.num_attention_heads
+            widths.append(groups * (self.kv_channels or 0) // tensor)
+        return (self.hidden_size, *widths) if widths else ()
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Return the rows of the embedding and the output layer: the vocabulary, padded."""
+        step = self.make_vocab_size_divisible_by
+        return -(-self.vocab_size // step) * step
+
+    def architecture(self) -> dict[str, object]:
+        """Return the fields that determine the weights and what they compute.
+
+        The others may differ between a checkpoint and the run that continues it.
+        """
+        return {name: value for name, value in vars(self).items() if name not in _TRAINING_ONLY}
