@@ -1,5 +1,6 @@
 """Define the model's fields, and derive sizes from them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,9 @@ _TRAINING_ONLY = (
     "moe_token_dispatcher_type",
     "moe_z_loss_coeff",
 )
+
+_ADDED: Mapping[str, object] = {}
+"""Fields of the architecture that earlier versions did not have, and what their models were."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,3 +141,7 @@ class ModelFields:
         The others may differ between a checkpoint and the run that continues it.
         """
         return {name: value for name, value in vars(self).items() if name not in _TRAINING_ONLY}
+
+    def before_added(self) -> Mapping[str, object]:
+        """Return what fields were, in effect, in runs of the versions that lacked them."""
+        return _ADDED

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -21,6 +21,7 @@ from megatron.trainer.checkpoint.origin import decide_origin, has_checkpoints
 from megatron.trainer.checkpoint.saved_run import (
     RUN_NAME,
     WEIGHTS_ONLY,
+    Architecture,
     check_architecture,
     check_fixed,
     check_optimizer,
@@ -97,14 +98,6 @@ def checkpoint_writer(
     return write
 
 
-class Architecture(Protocol):
-    """Describes the model group of a run to `resume`."""
-
-    def architecture(self) -> dict[str, object]:
-        """Return the fields that a checkpoint and the run that loads it must share."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Beginning:
     """Holds what a run started from."""
@@ -154,7 +147,7 @@ def resume(state: TrainState, model_config: Architecture) -> Beginning:
         f"reading the configuration in {found.path}",
         lambda: _read_run(
             found,
-            model_config.architecture(),
+            model_config,
             finetune=cfg.finetune,
             check_saved=state.check_saved,
             optimizer=state.cfg.optimizer.optimizer,
@@ -329,7 +322,7 @@ def load_weights(
 
 def _read_run(
     found: FoundCheckpoint,
-    architecture: Mapping[str, Any],
+    model: Architecture,
     *,
     finetune: bool,
     check_saved: Callable[[Mapping[str, Any], bool], tuple[str, ...]] | None,
@@ -341,7 +334,7 @@ def _read_run(
     Returns:
         Its run.json, None where only weights are wanted; and what `check_saved` says it lacks.
     """
-    check_architecture(found, architecture)
+    check_architecture(found, model)
     run = None if finetune else read_run(found)
     saved = saved_config(found)
     is_continued = run is not None and run.get(WEIGHTS_ONLY) is not True

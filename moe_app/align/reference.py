@@ -67,7 +67,7 @@ def find_reference(cfg: AlignConfig) -> FoundCheckpoint:
     found = find_checkpoint(root, iteration=step)
     on_rank0(
         f"reading the configuration in {found.path}",
-        lambda: check_architecture(found, cfg.model.architecture()),
+        lambda: check_architecture(found, cfg.model),
     )
     return found
 

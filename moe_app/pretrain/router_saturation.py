@@ -61,7 +61,7 @@ class RouterSaturation(Hook):
         found = _find(str(state.cfg.logging.log_router_saturation))
         on_rank0(
             f"reading the configuration in {found.path}",
-            lambda: check_architecture(found, model.architecture()),
+            lambda: check_architecture(found, model),
         )
         self._source = str(found.path)
         self._reference = self._choices_of(found)

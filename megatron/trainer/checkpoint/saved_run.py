@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from megatron.trainer.checkpoint.compare_config import compare_configs, config_mismatch
 from megatron.trainer.checkpoint.find import FoundCheckpoint
@@ -46,13 +46,25 @@ def saved_config(found: FoundCheckpoint) -> dict[str, Any]:
     return config
 
 
-def check_architecture(found: FoundCheckpoint, wanted: Mapping[str, Any]) -> None:
+class Architecture(Protocol):
+    """Describes the model group of a run to what loads a checkpoint."""
+
+    def architecture(self) -> dict[str, object]:
+        """Return the fields that a checkpoint and the run that loads it must share."""
+        ...
+
+    def before_added(self) -> Mapping[str, object]:
+        """Return what fields were, in effect, in runs of the versions that lacked them."""
+        ...
+
+
+def check_architecture(found: FoundCheckpoint, model: Architecture) -> None:
     """Refuse a checkpoint of another architecture.
 
     Raises:
-        CheckpointError: some field of `wanted` differs; lists every difference.
+        CheckpointError: some field of the architecture differs; lists every difference.
     """
-    saved = saved_config(found)
+    saved, wanted = {**model.before_added(), **saved_config(found)}, model.architecture()
     differences = compare_configs({key: saved.get(key) for key in wanted}, wanted)
     if differences:
         raise config_mismatch(found.path, differences)
