@@ -36,7 +36,7 @@ class Ceilings:
         """Return nothing to compare."""
         return 0.0, {}
 
-    def sample(self) -> Mapping[str, float]:
+    def sample(self, number: int) -> Mapping[str, float]:
         """Measure `flops_per_second` and `copy_bytes_per_second` (read and written)."""
         started = self._now()
         for _ in range(self._launches):

@@ -49,8 +49,15 @@ class MegaBlocksLayer(LayerSubject):
         with torch.no_grad():
             for weight, rows in ((mine.w1, gate), (mine.v1, up), (mine.w2, weight2.mT)):
                 weight.copy_(rows.reshape(weight.shape))
-        self._gates = problem.routing.gates.to(problem.dtype).requires_grad_()
-        self._given: dict[str, Any] = {"scores": problem.routing.scores.to(problem.dtype)}
+        self._gates = torch.empty_like(problem.routing.gates, dtype=problem.dtype)
+        self.take_routing()
+        self._gates.requires_grad_()
+
+    def take_routing(self) -> None:
+        """See `LayerSubject`; the experts are read in `forward`."""
+        routing = self.problem.routing
+        self._gates.copy_(routing.gates)
+        self._given: dict[str, Any] = {"scores": routing.scores.to(self.problem.dtype)}
         if "logits" in inspect.signature(self._layer.forward).parameters:
             self._given["logits"] = self._given["scores"]
 
@@ -102,7 +109,11 @@ class ScatterMoELayer(LayerSubject):
             # ScatterMoE expects the up half first.
             self._layer.experts.weight.copy_(_swap_halves(weight1))
             self._layer.output_experts.weight.copy_(weight2)
-        self._gates = problem.routing.gates.to(problem.dtype).requires_grad_()
+        self._gates = problem.routing.gates.to(problem.dtype, copy=True).requires_grad_()
+
+    def take_routing(self) -> None:
+        """See `LayerSubject`; the experts are read in `forward`."""
+        self._gates.copy_(self.problem.routing.gates)
 
     def forward(self) -> Tensor:
         """Compute the output [s, b, h]."""
@@ -136,8 +147,6 @@ class ScatterMoAttention(LayerSubject):
         )
 
         super().__init__(problem)
-        self.hidden = batch_first(self.hidden).requires_grad_()
-        self.upstream = batch_first(self.upstream)
         model, weights = problem.shape.model, problem.attention_weights()
         experts, heads, width = weights["q"].shape
         self._heads, self._topk = model.num_query_groups or 0, model.attention_topk
@@ -149,12 +158,24 @@ class ScatterMoAttention(LayerSubject):
             self._output.weight.copy_(weights["o"])
         self._keys_values = nn.Parameter(torch.cat((weights["k"], weights["v"])))
         self._bias = nn.Parameter(torch.zeros_like(weights["o"][0, :, 0]))
-        sizes = (problem.shape.seq_length, problem.shape.micro_batch_size)
-        routing = problem.routing
-        gates = routing.gates.to(problem.dtype).unflatten(0, sizes)  # [s, b, k]
-        self._experts = routing.experts.unflatten(0, sizes).transpose(0, 1).flatten(0, 1)
-        self._gates = gates.transpose(0, 1).flatten(0, 1).contiguous().requires_grad_()
+        self._gates = torch.empty_like(problem.routing.gates, dtype=problem.dtype)
+        self.take_routing()
+        self._gates.requires_grad_()
         self._angles = _angles(problem)
+
+    def arrange(self, rows: Tensor) -> Tensor:
+        """See `LayerSubject`."""
+        return batch_first(rows)
+
+    def take_routing(self) -> None:
+        """See `LayerSubject`; rows become those of [b, s] tokens."""
+        sizes = (self.problem.shape.seq_length, self.problem.shape.micro_batch_size)
+        routing = self.problem.routing
+        self._experts, gates = (
+            each.unflatten(0, sizes).transpose(0, 1).flatten(0, 1)
+            for each in (routing.experts, routing.gates)
+        )  # [t, k] each
+        self._gates.copy_(gates)
 
     def forward(self) -> Tensor:
         """Compute the output [b, s, h]."""

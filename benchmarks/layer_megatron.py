@@ -37,10 +37,17 @@ class GivenRouting(nn.Module):
 
     def __init__(self, problem: LayerProblem) -> None:
         super().__init__()
-        given = problem.routing
+        self._problem = problem
+        self.gates = nn.Parameter(torch.empty_like(problem.routing.gates))
+        with torch.no_grad():
+            self.take()
+
+    def take(self) -> None:
+        """Use the problem's routing from now on."""
+        given = self._problem.routing
         self.experts, order = given.experts.sort(dim=-1)
         self.scores = given.scores
-        self.gates = nn.Parameter(given.gates.gather(1, order))
+        self.gates.copy_(given.gates.gather(1, order))
         self._back = order.argsort(dim=-1)
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -64,9 +71,14 @@ class GivenDenseRouting(nn.Module):
 
     def __init__(self, problem: LayerProblem) -> None:
         super().__init__()
+        self._problem = problem
         probs, self.routing_map = problem.dense_gates()
         self.probs = nn.Parameter(probs)
-        self._problem = problem
+
+    def take(self) -> None:
+        """Use the problem's routing from now on."""
+        probs, self.routing_map = self._problem.dense_gates()
+        self.probs.copy_(probs)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Ignore the layer number, because nothing is recorded."""
@@ -110,6 +122,10 @@ class ExpertsSubject(LayerSubject):
             for mine, given in zip(self._weights(), (weight1, weight2), strict=True):
                 for part, rows in zip(mine, given, strict=True):
                     part.copy_(rows.view_as(part))
+
+    def take_routing(self) -> None:
+        """See `LayerSubject`."""
+        self._router.take()
 
     def _weights(self) -> tuple[list[Tensor], list[Tensor]]:
         """Yield each expert's two matrices, [2f, h] and [h, f], or tensors of the same numel."""
@@ -231,6 +247,10 @@ class MoALayer(LayerSubject):
             self._layer.linear_kv.weight.copy_(pairs.flatten(0, 2))
         positions = torch.arange(problem.shape.seq_length, device=problem.device)[None]  # [1, s]
         self._angles = RotaryAngles(model.kv_channels or 0, base=model.rotary_base)(positions)
+
+    def take_routing(self) -> None:
+        """See `LayerSubject`."""
+        self._router.take()
 
     def _by_head(self, rows: Tensor) -> Tensor:
         return rows.unflatten(0, (self.problem.shape.model.num_query_groups or 0, -1))

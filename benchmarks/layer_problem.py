@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.digests import Digests, digest, random_tensor
-from benchmarks.shapes import Routing, Shape, make_routing
+from benchmarks.shapes import COMPARED, Routing, Shape, make_routing
 from benchmarks.timing import synchronize
 
 
 class LayerProblem:
-    """Holds the inputs, weights and routing that a layer is measured on.
+    """Holds the weights that a layer is measured with, and a sample's inputs and routing.
 
     Tokens are laid out [s, b, h], as in megatron-core. An implementation with another layout views
     the same rows as one sequence of s * b tokens where order does not matter (experts), or gets a
@@ -30,21 +30,27 @@ class LayerProblem:
     def __init__(
         self, shape: Shape, routing: str, device: torch.device, dtype: torch.dtype
     ) -> None:
-        model = shape.model
         self.shape, self.device, self.dtype = shape, device, dtype
+        self._kind = routing
+        self.renew(0)
+
+    def renew(self, number: int) -> None:
+        """Replace hidden states, upstream gradients and routing with those of a sample."""
+        shape, model = self.shape, self.shape.model
         made = make_routing(
-            routing,
+            self._kind,
             num_tokens=shape.num_tokens,
             num_experts=model.num_experts or 0,
             topk=model.moe_router_topk,
             rule=model.router,
+            number=number,
         )
         self.routing = Routing(
-            made.experts.to(device), made.gates.to(device), made.scores.to(device)
+            made.experts.to(self.device), made.gates.to(self.device), made.scores.to(self.device)
         )
         rows = (shape.seq_length, shape.micro_batch_size, model.hidden_size)
-        self.hidden = self.tensor("hidden", rows, std=1.0)  # [s, b, h]
-        self.upstream = self.tensor("upstream", rows, std=1.0)  # [s, b, h]
+        self.hidden = self.tensor(f"hidden{number}", rows, std=1.0)  # [s, b, h]
+        self.upstream = self.tensor(f"upstream{number}", rows, std=1.0)  # [s, b, h]
 
     def tensor(self, name: str, shape: tuple[int, ...], *, std: float) -> Tensor:
         """Sample numbers that are the same in every worker."""
@@ -87,7 +93,7 @@ class LayerProblem:
 class LayerSubject(ABC):
     """Runs forward and backward of one layer, with gradients of the hidden states.
 
-    Each sample starts without gradients.
+    Each sample starts without gradients, on new inputs.
 
     Args:
         problem: inputs and upstream gradient.
@@ -95,9 +101,17 @@ class LayerSubject(ABC):
 
     def __init__(self, problem: LayerProblem) -> None:
         self.problem = problem
-        self.hidden = problem.hidden.clone().requires_grad_()
-        self.upstream = problem.upstream
+        self.hidden = self.arrange(problem.hidden).clone().requires_grad_()
+        self.upstream = self.arrange(problem.upstream)
         self.kept_bytes: int | None = None
+
+    def arrange(self, rows: Tensor) -> Tensor:
+        """Return [s, b, h] in the implementation's own layout."""
+        return rows
+
+    @abstractmethod
+    def take_routing(self) -> None:
+        """Use the problem's routing from now on; called without gradients."""
 
     @abstractmethod
     def forward(self) -> Tensor:
@@ -111,10 +125,9 @@ class LayerSubject(ABC):
     def gradients(self) -> Mapping[str, Tensor]:
         """Return all gradients by common names, in a common layout."""
 
-    def sample(self) -> Mapping[str, float]:
-        """Measure `seconds` of one forward and backward pass."""
-        for leaf in itertools.chain([self.hidden], self.leaves()):
-            leaf.grad = None
+    def sample(self, number: int) -> Mapping[str, float]:
+        """Measure `seconds` of one forward and backward pass on inputs made in advance."""
+        self._take(number)
         synchronize(self.problem.device)
         started = time.perf_counter()
         self.forward().backward(self.upstream)
@@ -125,8 +138,22 @@ class LayerSubject(ABC):
         kept = self.kept_bytes / self.problem.shape.num_tokens
         return {"seconds": seconds, "kept_bytes_per_token": kept}
 
+    def _take(self, number: int) -> None:
+        """Use the inputs and the routing of a sample, without gradients of an earlier one."""
+        self.problem.renew(number)
+        with torch.no_grad():
+            self.hidden.copy_(self.arrange(self.problem.hidden))
+            self.upstream = self.arrange(self.problem.upstream)
+            self.take_routing()
+        for leaf in itertools.chain([self.hidden], self.leaves()):
+            leaf.grad = None
+
     def check(self) -> tuple[float, Digests]:
-        """Compute the mean square of the output, and digests of all gradients."""
+        """Compute the mean square of the output, and digests of all gradients.
+
+        The inputs replace others, as a sample's do, so that what it compares are samples.
+        """
+        self._take(COMPARED)
         output, self.kept_bytes = kept_for_backward(self.forward, list(self.leaves()))
         output.backward(self.upstream)
         gradients = {"hidden": grad_of(self.hidden), **self.gradients()}

@@ -52,8 +52,13 @@ class SortedRouting(nn.Module):
 
     def __init__(self, experts: Tensor, gates: Tensor, num_experts: int) -> None:
         super().__init__()
-        self.gates = nn.Parameter(gates)
+        self.gates = nn.Parameter(gates.clone())
         self._experts, self._num_experts = experts, num_experts
+
+    def take(self, experts: Tensor, gates: Tensor) -> None:
+        """Use another routing of as many tokens."""
+        self._experts = experts
+        self.gates.copy_(gates)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int], Tensor]:
         """Return sorted slots, their tokens, their gates and tokens per expert; no logits."""
@@ -84,6 +89,10 @@ class OlmoeLayer(LayerSubject):
             self._layer.gate_up_proj.copy_(weight1)
             self._layer.down_proj.copy_(weight2)
         self._gates = problem.routing.gates.clone().requires_grad_()
+
+    def take_routing(self) -> None:
+        """See `LayerSubject`; the experts are read in `forward`."""
+        self._gates.copy_(self.problem.routing.gates)
 
     def forward(self) -> Tensor:
         """Compute the output [s, b, h]."""
@@ -130,6 +139,10 @@ class JetMoeLayer(LayerSubject):
             self._layer.output_linear.weight.copy_(weight2)
             self._layer.bias.zero_().requires_grad_(False)
 
+    def take_routing(self) -> None:
+        """See `LayerSubject`."""
+        self._router.take(self.problem.routing.experts, self.problem.routing.gates)
+
     def forward(self) -> Tensor:
         """Compute the output [s, b, h]."""
         output: Tensor = self._layer(self.hidden)
@@ -162,8 +175,6 @@ class JetMoeAttentionLayer(LayerSubject):
         )
 
         super().__init__(problem)
-        self.hidden = batch_first(self.hidden).requires_grad_()
-        self.upstream = batch_first(self.upstream)
         shape, routing = problem.shape, problem.routing
         config = hf_config(shape, problem.dtype)
         with problem.device:
@@ -180,6 +191,15 @@ class JetMoeAttentionLayer(LayerSubject):
             self._layer.experts.output_linear.weight.copy_(weights["o"])
             self._layer.kv_proj.weight.copy_(torch.cat((weights["k"], weights["v"])))
             self._layer.experts.bias.zero_()
+
+    def arrange(self, rows: Tensor) -> Tensor:
+        """See `LayerSubject`."""
+        return batch_first(rows)
+
+    def take_routing(self) -> None:
+        """See `LayerSubject`."""
+        routing = self.problem.routing
+        self._router.take(self._rows(routing.experts), self._rows(routing.gates))
 
     def _rows(self, of_tokens: Tensor) -> Tensor:
         """Reorder [t, k] from [s, b] tokens to [b, s] tokens."""

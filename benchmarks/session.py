@@ -1,6 +1,7 @@
 """Compares the results of all workers, then times them in turns."""
 
 import importlib.util
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,6 +86,7 @@ class Session:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._persistent: dict[str, Worker] = {}
+        self._num_samples: Counter[str] = Counter()
         self.found = {
             name: Measured(missing=_missing(entry)) for name, entry in plan.entries.items()
         }
@@ -154,11 +156,21 @@ class Session:
         if self._plan.is_fresh:
             return  # each visit warms up
         with self._without_failing_peer(name), self._worker(name) as worker:
-            self._prepare(worker)
+            self._prepare(name, worker)
 
-    def _prepare(self, worker: Worker) -> None:
+    def _sample(self, name: str, worker: Worker) -> dict[str, float]:
+        """Take the next sample, on data that no earlier sample of the name had.
+
+        The numbers are the same for all names and outlive workers that are rebuilt.
+        """
+        number = self._num_samples[name]
+        self._num_samples[name] += 1
+        found: dict[str, float] = worker.call("sample", number)
+        return found
+
+    def _prepare(self, name: str, worker: Worker) -> None:
         for _ in range(self._plan.warmup):
-            worker.call("sample")
+            self._sample(name, worker)
         worker.call("restart_peak")
 
     def _visit(self, name: str) -> None:
@@ -166,12 +178,12 @@ class Session:
             return
         with self._without_failing_peer(name), self._worker(name) as worker:
             if name == CEILINGS:
-                self.ceilings.append(worker.call("sample"))
+                self.ceilings.append(self._sample(name, worker))
                 return
             if self._plan.is_fresh:
-                self._prepare(worker)
+                self._prepare(name, worker)
             measured = self.found[name]
-            measured.samples.append(worker.call("sample"))
+            measured.samples.append(self._sample(name, worker))
             if self._plan.is_fresh:
                 measured.peak_bytes = max(measured.peak_bytes or 0, worker.call("peak_bytes"))
 

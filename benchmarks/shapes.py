@@ -113,6 +113,9 @@ class Routing:
 
 ROUTINGS = ("learned", "balanced", "skewed")
 
+COMPARED = -1
+"""Number of the data that implementations are compared on; samples are counted from 0."""
+
 # Logits of the released OLMoE-1B-7B: softmax entropy 3.45 to 3.99 nats of 4.16, top-8 mass 0.30 to
 # 0.55, load-balancing loss 1.14 on web text. Normal logits with these deviations give such figures.
 _LOGIT_STD = 0.76
@@ -120,7 +123,13 @@ _EXPERT_STD = 0.25
 
 
 def make_routing(
-    kind: str, *, num_tokens: int, num_experts: int, topk: int, rule: str, seed: int = 1
+    kind: str,
+    *,
+    num_tokens: int,
+    num_experts: int,
+    topk: int,
+    rule: str,
+    number: int = COMPARED,
 ) -> Routing:
     """Sample a routing of the given kind on the CPU.
 
@@ -129,7 +138,8 @@ def make_routing(
     * balanced: each expert gets as many tokens as any other (or one more).
     * skewed: half of all assignments go to 4 of 64 experts, a sixteenth (JetMoE: 1 of 8).
 
-    Gates are those of the learned kind in all cases.
+    Gates are those of the learned kind in all cases. Which experts are preferred is the same for
+    all numbers, as in a model whose router does not change; the tokens are others.
 
     Args:
         kind: one of ROUTINGS.
@@ -137,13 +147,14 @@ def make_routing(
         num_experts: e.
         topk: k.
         rule: "softmax_topk", or "topk_softmax" whose gates add up to 1.
-        seed: of the generator.
+        number: of the sample.
 
     Raises:
         ValueError: the kind is unknown.
     """
-    generator = torch.Generator().manual_seed(seed)
-    shift = _EXPERT_STD * torch.randn(num_experts, generator=generator)
+    router = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1000 + number)
+    shift = _EXPERT_STD * torch.randn(num_experts, generator=router)
     noise = torch.randn(num_tokens, num_experts, generator=generator)
     scores = (shift + _LOGIT_STD * noise).softmax(dim=-1)  # [t, e]
     gates, experts = scores.topk(topk, dim=-1)  # [t, k]
@@ -151,7 +162,7 @@ def make_routing(
         gates = gates / gates.sum(dim=-1, keepdim=True)
     if kind == "learned":
         return Routing(experts, gates, scores)
-    order = torch.randperm(num_experts, generator=generator)
+    order = torch.randperm(num_experts, generator=router)
     shuffled = torch.randperm(num_tokens, generator=generator)
     if kind == "balanced":
         turns = torch.arange(num_tokens * topk) % num_experts

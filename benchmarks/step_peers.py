@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.digests import Digests, digest, random_tensor
 from benchmarks.layer_transformers import family_name, hf_config
 from benchmarks.native import start
-from benchmarks.shapes import Shape
+from benchmarks.shapes import COMPARED, Shape
 from benchmarks.timing import synchronize
 from megatron.trainer.data.batch import Batch
 from megatron.trainer.objective import NEXT_TOKEN
@@ -45,7 +45,6 @@ class StepSubject(ABC):
 
     def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
         self.shape, self.device, self.dtype = shape, device, dtype
-        self.steps = 0
 
     @abstractmethod
     def step(self, batch: Batch) -> float:
@@ -59,19 +58,18 @@ class StepSubject(ABC):
     def gradient_parts(self) -> Iterator[tuple[str, int, Tensor]]:
         """Yield gradients under transformers' names, in the parts of `fused_pieces`."""
 
-    def sample(self) -> Mapping[str, float]:
-        """Measure `seconds` and `loss` of one step on the next batch, which is made in advance."""
-        batch = make_batch(self.shape, self.steps, self.device)
+    def sample(self, number: int) -> Mapping[str, float]:
+        """Measure `seconds` and `loss` of one step on a batch, which is made in advance."""
+        batch = make_batch(self.shape, number, self.device)
         synchronize(self.device)
         started = time.perf_counter()
         loss = self.step(batch)
         synchronize(self.device)
-        self.steps += 1
         return {"seconds": time.perf_counter() - started, "loss": loss}
 
     def check(self) -> tuple[float, Digests]:
         """Compute loss and digests of all gradients on a separate batch."""
-        loss = self.loss_and_backward(make_batch(self.shape, -1, self.device))
+        loss = self.loss_and_backward(make_batch(self.shape, COMPARED, self.device))
         return loss, digest(self.gradient_parts())
 
 
@@ -184,7 +182,7 @@ class NativeStep(StepSubject):
                 style="constant", peak=LEARNING_RATE, final=LEARNING_RATE, warmup=0,
                 warmup_init=LEARNING_RATE, decay_end=1,
             ),
-            train_data=OneBatch(),  # type: ignore[arg-type]
+            train_data=GivenBatch(),  # type: ignore[arg-type]
         )  # fmt: skip
 
     def step(self, batch: Batch) -> float:
@@ -215,8 +213,8 @@ class NativeStep(StepSubject):
                     yield part.name, part.start, rows
 
 
-class OneBatch:
-    """Replaces the stream of samples with the batch that was set."""
+class GivenBatch:
+    """Replaces the stream of samples with the batch that was set for this step."""
 
     batch: Batch
     consumed_samples = 0

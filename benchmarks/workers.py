@@ -23,8 +23,8 @@ class Subject(Protocol):
         """Return a scalar of the forward pass, and digests of all gradients."""
         ...
 
-    def sample(self) -> Mapping[str, float]:
-        """Run once; return `seconds` and other figures."""
+    def sample(self, number: int) -> Mapping[str, float]:
+        """Run once on the data of a number, the same in all peers; return `seconds` and others."""
         ...
 
 
@@ -64,14 +64,18 @@ class Worker:
         self._process.start()
         theirs.close()
 
-    def call(self, command: str) -> Any:
+    def call(self, command: str, *arguments: int) -> Any:
         """Have the worker run `check`, `sample`, `restart_peak` or `peak_bytes`.
+
+        Args:
+            command: its name.
+            arguments: for `sample` the number of its data.
 
         Raises:
             RuntimeError: the worker failed; the message is its traceback.
         """
         try:
-            self._connection.send(command)
+            self._connection.send((command, arguments))
             outcome, value = self._connection.recv()
         except (EOFError, BrokenPipeError) as error:
             self._process.join()
@@ -97,7 +101,7 @@ def _serve(
     memory: PeakMemory | None = None
     while True:
         try:
-            command = connection.recv()
+            command, arguments = connection.recv()
         except EOFError:
             return
         try:
@@ -110,17 +114,18 @@ def _serve(
                     entry.load()
                 memory = PeakMemory(device)
                 subject = entry.build(device, *entry.arguments)
-            connection.send(("done", _run(command, subject, memory)))
+            connection.send(("done", answer(command, arguments, subject, memory)))
         except Exception:
             # The parent raises it.
             connection.send(("failed", traceback.format_exc()))
 
 
-def _run(command: str, subject: Subject, memory: PeakMemory) -> Any:
+def answer(command: str, arguments: tuple[int, ...], subject: Subject, memory: PeakMemory) -> Any:
+    """Run one command."""
     if command == "check":
         return subject.check()
     if command == "sample":
-        return dict(subject.sample())
+        return dict(subject.sample(*arguments))
     if command == "restart_peak":
         return memory.restart()
     if command == "peak_bytes":

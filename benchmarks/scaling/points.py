@@ -134,11 +134,11 @@ def measure(shapes: Mapping[int, Shape], how: Measurement) -> dict[str, Any]:
         for value in shapes if how.with_peer else ():
             _compare(workers[_key(NATIVE, value)], workers[_key(PEER, value)], value)
         for worker in workers.values():
-            for _ in range(how.warmup):
-                worker.call("sample")
+            for number in range(how.warmup):
+                worker.call("sample", number)
             worker.call("restart_peak")
-        for _, name in interleave(list(visits), how.rounds):
-            samples[name].append(workers[name].call("sample"))
+        for number, name in interleave(list(visits), how.rounds):
+            samples[name].append(workers[name].call("sample", how.warmup + number))
         peaks = {name: worker.call("peak_bytes") for name, worker in workers.items()}
     finally:
         for worker in workers.values():

@@ -221,7 +221,7 @@ def test_worker_sends_its_failure_to_the_parent_and_continues() -> None:
     try:
         with pytest.raises(RuntimeError, match=re.escape("unknown command 'dance'")):
             worker.call("dance")
-        assert worker.call("sample")["flops_per_second"] > 0
+        assert worker.call("sample", 0)["flops_per_second"] > 0
     finally:
         worker.close()
 
