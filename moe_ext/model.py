@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from moe_ext.attention.packed import PackedDocuments, pack_documents
 from moe_ext.layers.head import VocabularyPart, linear_cross_entropy
 from moe_ext.layers.rotary import RotaryAngles
 
@@ -119,6 +120,7 @@ class LanguageModel(LanguageModule):
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         runtime_gather_output: bool | None = None,
     ) -> Tensor:
         """Computes logits, losses, or this pipeline stage's hidden states.
@@ -134,6 +136,9 @@ class LanguageModel(LanguageModule):
                 which saves a product; None where it is not known.
             padding_mask: [b, s] bool, True where no token is, which the losses and counts of the
                 routers leave out; None for no padding.
+            cu_seqlens: [n + 1] int32 in host memory, where the n documents of all rows begin, row
+                after row of the whole sequences, and at last where they end: attention computes
+                each on its own. None where it crosses them, or where a mask keeps them apart.
             runtime_gather_output: gather the logits of all tensor parallel ranks.
 
         Returns:
@@ -146,6 +151,7 @@ class LanguageModel(LanguageModule):
             attention_mask=attention_mask,
             context_mask=self._own_part(padding_mask),
             rotary_pos_emb=self.rotary_angles(position_ids),
+            packed_seq_params=self._packed(input_ids, cu_seqlens),
         )  # [s, b, h], this rank's part of s under sequence parallelism
         if not self.post_process:
             return hidden_states
@@ -158,6 +164,18 @@ class LanguageModel(LanguageModule):
         )  # [s, b, v]
         output: Tensor = logits.transpose(0, 1).contiguous()  # [b, s, v]
         return output
+
+    def _packed(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> PackedDocuments | None:
+        """Returns what core attention needs to know of documents, which all layers share."""
+        if cu_seqlens is None:
+            return None
+        ranks = self.config.context_parallel_size
+        return pack_documents(
+            cu_seqlens,
+            num_rows=input_ids.shape[0],
+            length=input_ids.shape[1] * ranks,
+            device=input_ids.device,
+        )
 
     def _own_part(self, padding_mask: Tensor | None) -> Tensor | None:
         """Returns the columns of [b, s] that are this rank's under sequence parallelism."""

@@ -143,6 +143,7 @@ def run_model(batch: Batch, model: nn.Module, *, loss_mask: Tensor | None) -> Te
         labels=batch.labels,
         loss_mask=loss_mask,
         padding_mask=batch.padding,
+        cu_seqlens=batch.borders if batch.is_varlen else None,
     )
     return output
 

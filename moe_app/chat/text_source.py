@@ -1,14 +1,15 @@
 """Makes micro-batches of tokenized texts: a source of samples for the trainer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron.trainer.data.batch import Batch
+from megatron.trainer.data.batch import Batch, find_borders
 from megatron.trainer.data.permutation import KeyedPermutation
 from megatron.trainer.errors import DataError
 from moe_app.chat.chat_cache import TokenizerChoice, open_tokens_of
@@ -143,6 +144,7 @@ class TextSource:
             loss_mask=torch.from_numpy(mask),
             position_ids=torch.from_numpy(places),
             document_starts=torch.from_numpy(starts),
+            borders=find_borders(starts),
             segments=torch.from_numpy(segments),
             padding=torch.from_numpy(padding),
             texts={
@@ -223,5 +225,6 @@ def _packs(store: TokenStore, kind: ChatKind, seq_length: int, *, is_packed: boo
 def _pinned(batch: Batch) -> Batch:
     """Return the batch in page-locked memory."""
     tensors = {name: each for name, each in vars(batch).items() if isinstance(each, Tensor)}
-    pinned = {name: each.pin_memory() for name, each in tensors.items()}
-    return Batch(**pinned, texts={name: each.pin_memory() for name, each in batch.texts.items()})
+    pinned: dict[str, Any] = {name: each.pin_memory() for name, each in tensors.items()}
+    texts = {name: each.pin_memory() for name, each in batch.texts.items()}
+    return replace(batch, **pinned, texts=texts)

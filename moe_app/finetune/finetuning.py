@@ -111,7 +111,12 @@ def open_texts(cfg: TuningConfig, ctx: RunContext, kind: ChatKind) -> tuple[Open
         each.num_global_batches(
             cfg.evaluation.eval_iters, global_batch_size=cfg.training.global_batch_size
         )
-    rule = DocumentRule(eod=None, reset_position_ids=True, reset_attention_mask=True)
+    rule = DocumentRule(
+        eod=None,
+        reset_position_ids=True,
+        reset_attention_mask=True,
+        is_varlen=cfg.data.packed_attention != "mask",
+    )
     (train,) = data.train.sources
     return OpenedData(bundle=data, documents=rule), int(train.num_windows or 0)
 

@@ -25,7 +25,7 @@ from megatron.trainer.runtime.collective import on_all_ranks, on_rank0, require_
 from megatron.trainer.runtime.launch import RunContext
 from megatron.trainer.state import TrainState
 from moe_app.pretrain.config import PretrainConfig
-from moe_app.pretrain.describe import data_lines, describe_run
+from moe_app.pretrain.describe import data_lines, describe_documents, describe_run
 from moe_app.pretrain.hooks import RouterHealth
 from moe_app.tasks.passes import open_tasks
 from moe_ext.builder import BuiltModel, build_model
@@ -96,6 +96,7 @@ def build_state(
         *describe_run(cfg, ctx, built.backend),
         *cfg.trainable.describe(),
         *describe_lengths(cfg),
+        *describe_documents(cfg, ctx, opened.documents),
     )
     told = () if tasks is None else tasks.describe()
     for line in (*head, *table, *(f"data: {note}" for note in opened.notes), *told):
@@ -232,6 +233,7 @@ def document_rule(data: DataConfig, vocab_size: int) -> DocumentRule | None:
         eod=eod,
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
+        is_varlen=data.reset_attention_mask and data.packed_attention != "mask",
     )
 
 

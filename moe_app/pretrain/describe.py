@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from megatron.trainer.config.durations import run_samples
 from megatron.trainer.config.schema import RunConfig
+from megatron.trainer.data.batch_views import DocumentRule
 from megatron.trainer.data.build import DataBundle
 from megatron.trainer.data.describe import describe, repeated_sources
 from megatron.trainer.runtime.launch import RunContext
 from moe_app.pretrain.config import PretrainConfig
+from moe_ext.attention.packed import way_of
 from moe_ext.config import MoEModelConfig
 from moe_ext.counting import count_parameters
 from moe_ext.experts import BackendChoice
@@ -71,6 +75,20 @@ def _describe_losses(model: MoEModelConfig, *, topk: int, routers: str = "") -> 
         f" '{model.moe_loss_convention}' convention = {z:g} for each layer's loss; logged"
         " without it, mean over layers and tokens of logsumexp squared",
     ]
+
+
+def describe_documents(
+    cfg: PretrainConfig, ctx: RunContext, rule: DocumentRule | None
+) -> list[str]:
+    """Return a line that says how attention keeps documents apart, where it does."""
+    if rule is None or not rule.reset_attention_mask:
+        return []
+    way = "a mask of s x s entries"
+    if rule.is_varlen:
+        dtype = torch.bfloat16 if cfg.training.bf16 else torch.float32
+        found = way_of(ctx.device, dtype, cfg.model.head_size, ctx.layout.context)
+        way = f"variable-length attention, {found}"
+    return [f"attention: documents of a sequence are kept apart by {way} (--packed-attention)"]
 
 
 def data_lines(cfg: RunConfig, data: DataBundle) -> tuple[list[str], list[str]]:

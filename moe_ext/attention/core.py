@@ -16,6 +16,12 @@ from torch import Tensor, nn
 
 from moe_ext.attention.cache import KeyValueCache, LayerCache
 from moe_ext.attention.context_parallel import gather_sequence, query_parts
+from moe_ext.attention.packed import (
+    PackedDocuments,
+    attend_at_once,
+    attend_one_by_one,
+    has_kernel,
+)
 
 _MASKS = (AttnMaskType.causal, AttnMaskType.no_mask)
 
@@ -95,19 +101,19 @@ class SDPACoreAttention(MegatronModule):
                 not look (megatron-core's sense), causality included; None leaves it to the type.
             attn_mask_type: causal or no_mask; None means the constructor's.
             attention_bias: must be None.
-            packed_seq_params: must be None.
+            packed_seq_params: documents that attention does not leave, a `PackedDocuments`; None
+                where it does, or where the mask says it.
 
         Returns:
             [s, b, np * hn].
 
         Raises:
-            ValueError: a bias, packed sequences or another mask type is given, a mask with type
-                no_mask or of another shape, causal attention with queries and keys of different
-                lengths, or unmasked attention under context parallelism.
+            ValueError: a bias, packed sequences of another form or another mask type is given, a
+                mask with type no_mask or of another shape, causal attention with queries and keys
+                of different lengths, or unmasked attention under context parallelism.
         """
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         _require("attention_bias", attention_bias, None)
-        _require("packed_seq_params", packed_seq_params, None)
         if mask_type not in _MASKS:
             raise ValueError(
                 f"attn_mask_type is {mask_type.name}, but this attention knows "
@@ -115,6 +121,10 @@ class SDPACoreAttention(MegatronModule):
             )
         is_causal = mask_type == AttnMaskType.causal
         self._check(query, key, attention_mask, is_causal=is_causal)
+        if packed_seq_params is not None:
+            return self._attend_packed(
+                query, key, value, attention_mask, packed_seq_params, is_causal=is_causal
+            )
         if self.cache is not None:
             _require("attn_mask_type with a key-value cache", mask_type, AttnMaskType.causal)
             _require("attention_mask with a key-value cache", attention_mask, None)
@@ -155,6 +165,31 @@ class SDPACoreAttention(MegatronModule):
                 f"attention_mask is {list(attention_mask.shape)} {attention_mask.dtype}, but must "
                 f"be {list(wanted[0])} torch.bool, True where a query must not look"
             )
+
+    def _attend_packed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        packed: PackedSeqParams,
+        *,
+        is_causal: bool,
+    ) -> Tensor:
+        """Computes causal attention within documents."""
+        if not isinstance(packed, PackedDocuments):
+            raise ValueError(
+                f"packed_seq_params is {packed!r}, but SDPACoreAttention needs PackedDocuments;"
+                " make them with pack_documents"
+            )
+        _require("attention_mask with packed_seq_params", attention_mask, None)
+        _require("causal attention with packed_seq_params", is_causal, True)
+        _require("cache with packed_seq_params", self.cache, None)
+        if self.cp_group is None and has_kernel(query.device, query.dtype, query.shape[-1]):
+            return attend_at_once(query, key, value, packed, self.softmax_scale)
+        return attend_one_by_one(
+            query, key, value, packed, self.softmax_scale, cp_group=self.cp_group
+        )
 
     def _attend_in_parts(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None

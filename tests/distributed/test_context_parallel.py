@@ -16,6 +16,8 @@ DOCUMENTS: dict[str, object] = {
     "reset-position-ids": True,
     "reset-attention-mask": True,
 }
+MASKED = {**DOCUMENTS, "packed-attention": "mask"}
+"""The truth of the others, whose documents are kept apart without a mask."""
 PACKED = {"vocab-size": 9}
 JETMOE: dict[str, object] = {
     "attention": "moa",
@@ -67,8 +69,8 @@ def short(**overrides: object) -> list[str]:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     out = tmp_path_factory.mktemp("context")
-    single = {"plain": short(), "documents": short(**DOCUMENTS), "together": short(**PACKED)}
-    single |= {"jetmoe": short(**JETMOE), "jetmoe_documents": short(**JETMOE, **DOCUMENTS)}
+    single = {"plain": short(), "documents": short(**MASKED), "together": short(**PACKED)}
+    single |= {"jetmoe": short(**JETMOE), "jetmoe_documents": short(**JETMOE, **MASKED)}
     two = {name: short(**case) for name, (_, case) in TWO_RANKS.items()}
     four = {name: short(**case) for name, (_, case) in FOUR_RANKS.items()}
     return {

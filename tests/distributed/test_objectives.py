@@ -25,27 +25,29 @@ from tests.distributed.trl_truth import (
 )
 
 FAMILIES = ("olmoe", "jetmoe")
+VARLEN = ["--packed-attention", "varlen"]
+"""Texts of a sequence apart without the mask that `one` uses."""
 TP2 = ["--tensor-model-parallel-size", "2"]
 RMSPROP = ["--optimizer", "rmsprop", "--lr", "1e-3", "--min-lr", "1e-3"]
 LORA = ["--lora-rank", "3", "--lora-alpha", "5", "--lr", "1e-2", "--min-lr", "1e-2"]
 LAYOUTS: dict[int, dict[str, list[str]]] = {
     1: {
         "one": [],
-        "pairs": ["--micro-batch-size", "2"],
+        "pairs": ["--micro-batch-size", "2", *VARLEN],
         "recompute": ["--recompute-granularity", "full"],
-        "block": ["--recompute-granularity", "full", "--recompute-method", "block"],
-        "modules": ["--recompute-granularity", "selective"],
+        "block": ["--recompute-granularity", "full", "--recompute-method", "block", *VARLEN],
+        "modules": ["--recompute-granularity", "selective", *VARLEN],
         "bf16": ["--bf16"],
         "rmsprop": RMSPROP,
         "lora": [*LORA, "--lora-targets", "attention,experts,router"],
     },
     2: {
-        "tp2": TP2,
-        "pp2": ["--pipeline-model-parallel-size", "2"],
+        "tp2": [*TP2, *VARLEN],
+        "pp2": ["--pipeline-model-parallel-size", "2", *VARLEN],
         "ep2": ["--expert-model-parallel-size", "2"],
         "etp2": ["--expert-tensor-parallel-size", "2"],
         "dp2": [],
-        "cp2": ["--context-parallel-size", "2"],
+        "cp2": ["--context-parallel-size", "2", *VARLEN],
         "bf16tp2": ["--bf16", *TP2, "--use-distributed-optimizer"],
         "rmsproptp2": [*RMSPROP, *TP2, "--use-distributed-optimizer"],
         "loratp2": [*LORA, "--lora-targets", "attention,experts,router", *TP2],

@@ -41,7 +41,6 @@ from tests.distributed.hf_models import adapters, fill, shards, to_native
 from tests.distributed.hf_parity_worker import configure
 from tests.distributed.preference_texts import SEQUENCE, source_of
 
-RULE = DocumentRule(eod=None, reset_position_ids=True, reset_attention_mask=True)
 KINDS: dict[str, ChatKind] = {"dpo": "preference", "kto": "kto"}
 
 
@@ -138,7 +137,13 @@ def run_case(case: dict[str, Any], out: Path) -> None:
     cfg = configure({**case, "flags": [*flags, *case["flags"]]}, given, SEQUENCE)
     ctx = initialize(cfg)
     data = DataBundle(stream_of("sft", is_packed=False), {})
-    state = build_state(cfg, ctx, OpenedData(bundle=data, documents=RULE))
+    rule = DocumentRule(
+        eod=None,
+        reset_position_ids=True,
+        reset_attention_mask=True,
+        is_varlen=cfg.data.packed_attention == "varlen",
+    )
+    state = build_state(cfg, ctx, OpenedData(bundle=data, documents=rule))
     family = given["config"]["model_type"]
     native = partial(to_native, family, cfg.model, "fused")
     fill(state.modules, native(given["policy"]))

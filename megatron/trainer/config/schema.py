@@ -174,6 +174,9 @@ class DataConfig:
     """Restart position ids at each document of a sequence; a file's index says where they end."""
     reset_attention_mask: bool = False
     """Restrict attention to within each document of a sequence, by the same index."""
+    packed_attention: Literal["auto", "mask", "varlen"] = "auto"
+    """How attention keeps the documents or texts of a sequence apart: by a mask of s x s, or by
+    variable-length attention, which computes each on its own; auto is varlen."""
     eod_token_id: int | None = None
     """Id that must end every document under the two resets, and is where random tokens end one;
     None means the tokenizer's, which token files need not hold."""

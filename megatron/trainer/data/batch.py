@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +28,14 @@ class Batch:
     document_starts: Tensor | None = None
     """[b, s] bool, True where a document begins, the first position of a row aside; None where that
     is not known."""
+    borders: Tensor | None = None
+    """[n + 1] int32, always in host memory: where the n documents of all rows begin, row after row
+    of whole sequences, and at last b * s; None where that is not known."""
+    is_varlen: bool = False
+    """Attention keeps documents apart by `borders`, computing each on its own."""
     documents: Tensor | None = None
     """[b, s of the whole sequence] int64 numbers of the documents that attention keeps apart; None
-    lets it cross them."""
+    puts no mask between them."""
     loss_tokens: Tensor | None = None
     """[] float32, what the sum of losses is divided by; None means the sum of loss_mask."""
     places: Tensor | None = None
@@ -46,15 +52,22 @@ class Batch:
     """Facts of the n texts by name, [n] each; see `RowSource`."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return the same batch on a device; from page-locked memory to a GPU without blocking."""
+        """Return the same batch on a device; from page-locked memory to a GPU without blocking.
+
+        The borders stay in host memory, where attention needs them to say which part is whose.
+        """
         to_gpu = torch.device(device).type == "cuda"
 
         def move(value: Tensor) -> Tensor:
             return value.to(device, non_blocking=to_gpu)
 
-        tensors = {name: each for name, each in vars(self).items() if isinstance(each, Tensor)}
-        moved = {name: move(each) for name, each in tensors.items()}
-        return Batch(**moved, texts={name: move(each) for name, each in self.texts.items()})
+        moved: dict[str, Any] = {
+            name: move(each)
+            for name, each in vars(self).items()
+            if isinstance(each, Tensor) and name != "borders"
+        }
+        texts = {name: move(each) for name, each in self.texts.items()}
+        return replace(self, **moved, texts=texts)
 
     def attention_mask(self) -> Tensor | None:
         """Return [b, 1, s, s of the whole sequence] bool, True where a query must not look.
@@ -96,19 +109,28 @@ def make_batch(
         row_labels[:] = window[1:]
     loss_mask.numpy()[:] = 1.0
     position_ids.numpy()[:] = np.arange(shape[1])
-    document_starts = None
+    document_starts = borders = None
     if starts is not None:
         document_starts = torch.empty(shape, dtype=torch.bool, pin_memory=pin_memory)  # [b, s]
         document_starts.numpy()[:] = False
         for row_starts, positions in zip(document_starts.numpy(), starts, strict=True):
             row_starts[positions] = True
+        borders = find_borders(document_starts.numpy())
     return Batch(
         tokens=tokens,
         labels=labels,
         loss_mask=loss_mask,
         position_ids=position_ids,
         document_starts=document_starts,
+        borders=borders,
     )
+
+
+def find_borders(starts: npt.NDArray[np.bool_]) -> Tensor:
+    """Return `Batch.borders` of rows whose documents begin at `starts` [b, s], and at 0."""
+    begins = starts.copy()
+    begins[:, 0] = True
+    return torch.from_numpy(np.append(np.flatnonzero(begins), begins.size).astype(np.int32))
 
 
 def mask_rows(batch: Batch, is_masked: Sequence[bool]) -> Batch:

@@ -20,6 +20,8 @@ class DocumentRule:
     """Count positions from 0 in each document."""
     reset_attention_mask: bool
     """Let no query look into an earlier document."""
+    is_varlen: bool = False
+    """Do that by computing each document's attention on its own, not by a mask."""
 
 
 def separate_documents(batch: Batch, rule: DocumentRule) -> Batch:
@@ -31,10 +33,13 @@ def separate_documents(batch: Batch, rule: DocumentRule) -> Batch:
         ValueError: The batch does not say where documents begin.
     """
     begins = batch.document_starts  # [b, s]
-    if begins is None:
+    is_varlen = rule.reset_attention_mask and rule.is_varlen
+    if begins is None or (is_varlen and batch.borders is None):
         raise ValueError(
-            "the batch has no document_starts; its source must be read with them to reset anything"
+            "the batch has no document_starts, or no borders; its source must be read with them to"
+            " reset anything"
         )
+    has_mask = rule.reset_attention_mask and not is_varlen
     position_ids = batch.position_ids
     if rule.reset_position_ids:
         counting = torch.arange(begins.shape[1], device=begins.device)[None]  # [1, s]
@@ -44,7 +49,8 @@ def separate_documents(batch: Batch, rule: DocumentRule) -> Batch:
         batch,
         position_ids=position_ids,
         document_starts=None,
-        documents=begins.cumsum(dim=1) if rule.reset_attention_mask else None,  # [b, s]
+        is_varlen=is_varlen,
+        documents=begins.cumsum(dim=1) if has_mask else None,  # [b, s]
     )
 
 

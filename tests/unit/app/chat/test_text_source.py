@@ -137,13 +137,18 @@ def test_pair_that_does_not_fit_one_sequence_is_named(opened: Callable[..., Text
     assert opened("preference", packing=False, length=longest).num_windows == 3
 
 
+@pytest.mark.parametrize("is_varlen", [False, True])
 def test_packed_and_padded_train_like_each_text_alone(
-    opened: Callable[..., TextSource], make_state: Callable[..., TrainState]
+    is_varlen: bool,
+    opened: Callable[..., TextSource],
+    make_state: Callable[..., TrainState],
 ) -> None:
     alone = {"moe-aux-loss-coeff": 0, "moe-z-loss-coeff": 0, "vocab-size": 512, "seq-length": S}
     state = make_state(**alone)
     cfg = parse_recipe(flags(device="cpu", **alone), prog="test", description="")
-    rule = DocumentRule(eod=None, reset_position_ids=True, reset_attention_mask=True)
+    rule = DocumentRule(
+        eod=None, reset_position_ids=True, reset_attention_mask=True, is_varlen=is_varlen
+    )
 
     def gradients(losses: torch.Tensor, model: torch.nn.Module) -> list[torch.Tensor]:
         model.zero_grad()

@@ -278,11 +278,8 @@ def test_wrong_settings_are_refused(
 
 def test_step_has_what_the_recipe_says() -> None:
     flags: list[Any] = ["--recompute-granularity", "selective", "--recompute-modules", "core_attn"]
-    cfg = parse_recipe(
-        [*SMALL, *flags, "--reset-attention-mask", "--expert-backend", "loop"],
-        prog="test",
-        description="",
-    )
+    flags += ["--expert-backend", "loop", "--reset-attention-mask", "--packed-attention", "mask"]
+    cfg = parse_recipe([*SMALL, *flags], prog="test", description="")
     layout = resolve_layout(cfg.parallel, 4)
     step = search.make_step(cfg, layout, device_type="cuda")
     assert (step.recompute, step.recompute_core_attention) == (None, True)

@@ -46,6 +46,10 @@ def test_run_with_the_tokenizer_of_its_data_starts_without_a_word(
     flags = make_tokenizer(tmp_path / "copy.json", [*WORDS, END])
     make_state(data_path=data_path, reset_attention_mask=True, **flags)
     assert not [line for line in caplog.messages if line.startswith("data: ")]
+    assert (
+        "attention: documents of a sequence are kept apart by variable-length attention, one call"
+        " of causal attention a document (--packed-attention)" in caplog.messages
+    )
 
 
 def test_run_with_another_tokenizer_than_its_data_is_refused(

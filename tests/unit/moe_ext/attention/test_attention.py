@@ -148,7 +148,7 @@ def test_the_output_is_contiguous_and_the_default_mask_is_the_constructors(
         ),
         (
             {"packed_seq_params": "some"},
-            "packed_seq_params is 'some', but SDPACoreAttention needs None",
+            "packed_seq_params is 'some', but SDPACoreAttention needs PackedDocuments",
         ),
         ({"attention_bias": 1}, "attention_bias is 1, but SDPACoreAttention needs None"),
         (

@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.trainer.data.batch import Batch
+from megatron.trainer.data.batch import Batch, find_borders, make_batch
 from megatron.trainer.data.batch_views import DocumentRule, separate_documents, shard_positions
 from moe_ext.attention.context_parallel import chunk_order, query_parts
 
@@ -27,11 +28,14 @@ def batch_of(rows: list[list[int]]) -> Batch:
         loss_mask=torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)),
         position_ids=torch.arange(tokens.shape[1])[None],
         document_starts=torch.tensor(starts),
+        borders=find_borders(np.array(starts)),
     )
 
 
-def rule(*, positions: bool = True, mask: bool = True) -> DocumentRule:
-    return DocumentRule(eod=EOD, reset_position_ids=positions, reset_attention_mask=mask)
+def rule(*, positions: bool = True, mask: bool = True, is_varlen: bool = False) -> DocumentRule:
+    return DocumentRule(
+        eod=EOD, reset_position_ids=positions, reset_attention_mask=mask, is_varlen=is_varlen
+    )
 
 
 @given(rows=ROWS)
@@ -51,6 +55,30 @@ def test_positions_and_mask_equal_those_of_a_loop_over_each_row(rows: list[list[
                 start = query + 1
 
 
+@given(rows=ROWS)
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+def test_borders_are_where_a_loop_over_all_rows_finds_them(rows: list[list[int]]) -> None:
+    flat = [token for row in rows for token in row]
+    expected = [at for at in range(len(flat)) if at % 12 == 0 or flat[at - 1] == EOD]
+    separated = separate_documents(batch_of(rows), rule(is_varlen=True))
+    assert separated.is_varlen and separated.attention_mask() is None
+    assert torch.equal(
+        separated.position_ids, separate_documents(batch_of(rows), rule()).position_ids
+    )
+    for batch in (separated, separated.to("meta"), shard_positions(separated, rank=1, size=2)):
+        assert batch.borders is not None and batch.borders.device.type == "cpu"
+        assert batch.is_varlen and batch.borders.tolist() == [*expected, len(flat)]
+    assert separated.to("meta").tokens.device.type == "meta"
+
+
+def test_windows_bring_their_borders() -> None:
+    windows = [np.arange(6), np.arange(6)]
+    starts = [np.array([2, 4]), np.array([], np.int64)]
+    batch = make_batch(windows, starts)
+    assert batch.borders is not None and batch.borders.tolist() == [0, 2, 4, 5, 10]
+    assert make_batch(windows).borders is None
+
+
 def test_each_reset_happens_only_where_it_is_set() -> None:
     batch = batch_of([[1, EOD, 1, 1]])
     only_mask = separate_documents(batch, rule(positions=False))
@@ -59,6 +87,7 @@ def test_each_reset_happens_only_where_it_is_set() -> None:
     only_positions = separate_documents(batch, rule(mask=False))
     assert only_positions.position_ids.tolist() == [[0, 1, 0, 1]]
     assert only_positions.attention_mask() is None
+    assert not separate_documents(batch, rule(mask=False, is_varlen=True)).is_varlen
     assert batch.attention_mask() is None
 
 
@@ -94,6 +123,9 @@ def test_batch_that_does_not_say_where_documents_begin_is_refused() -> None:
     batch = dataclasses.replace(batch_of([[1, EOD, 1, 1]]), document_starts=None)
     with pytest.raises(ValueError, match="the batch has no document_starts"):
         separate_documents(batch, rule())
+    batch = dataclasses.replace(batch_of([[1, EOD, 1, 1]]), borders=None)
+    with pytest.raises(ValueError, match="or no borders"):
+        separate_documents(batch, rule(is_varlen=True))
 
 
 def test_single_rank_keeps_the_batch_unchanged() -> None:

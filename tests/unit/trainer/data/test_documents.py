@@ -1,6 +1,7 @@
 """Which token ends a document: valid values of `--eod-token-id`, and its default."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -51,5 +52,8 @@ def test_a_reset_of_random_tokens_needs_an_id_or_a_tokenizer() -> None:
 
 
 def test_a_reset_of_token_files_needs_no_id() -> None:
-    found = document_rule(DataConfig(reset_attention_mask=True, data_path=("a",)), 50)
+    data = DataConfig(reset_attention_mask=True, data_path=("a",), packed_attention="mask")
+    found = document_rule(data, 50)
     assert found == DocumentRule(eod=None, reset_position_ids=False, reset_attention_mask=True)
+    auto = document_rule(replace(data, packed_attention="auto"), 50)
+    assert auto == replace(found, is_varlen=True)
