@@ -8,11 +8,9 @@ import math
 import re
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-
-from datatrove.executor.ray import RayPipelineExecutor
-from datatrove.utils.stats import PipelineStats
+from typing import Any
 
 from megatron.trainer.errors import ConfigError, DataError
 from megatron.trainer.io.atomic_write import write_text
@@ -29,6 +27,9 @@ from moe_app.filter.submissions import (
 from moe_app.filter.work_folder import WorkFolder
 from moe_app.slurm.jobs import submit
 
+_CPU_WAIT_S = 300.0
+_RETRIES = 3
+"""Of a share whose process or node was lost; an error of a task is not tried again."""
 _MOST_JOBS = 1000
 """Of one array; SLURM's default of MaxArraySize allows one more."""
 
@@ -155,21 +156,16 @@ def _script(settings: Mapping[str, str], command: str) -> str:
     return f"#!/bin/bash\n{directives}set -eu\nexec {command}\n"
 
 
-class RayExecutor(RayPipelineExecutor):
-    """Runs the tasks of a stage on a Ray cluster."""
-
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
-        with quiet():
-            return super()._run_for_rank(rank, local_rank, node_rank)
-
-
 def run_on_ray(
     stages: Sequence[FilterStage], folder: WorkFolder, *, jobs: int | None, workers: int | None
 ) -> None:
     """Run what is missing of all stages on the Ray cluster of this node, or on a new local one.
 
+    datatrove's Ray executor hands its tasks over in a thread, and waits without end for what that
+    thread was to hand over if anything fails there. Ours hands them over itself.
+
     Raises:
-        ConfigError: Ray is not installed.
+        ConfigError: Ray is not installed, or its cluster has no CPU.
         DataError: A task failed.
     """
     try:
@@ -181,31 +177,87 @@ def run_on_ray(
         ) from error
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="error", include_dashboard=False)
+    _wait_for_cpus(ray)
     for stage in stages:
+        executor = _executor(stage, folder)
         with quiet():
-            executor = RayExecutor(
-                list(stage.steps),
-                tasks=stage.tasks,
-                workers=workers or -1,
-                tasks_per_job=tasks_per_job(stage, jobs),
-                mem_per_cpu_gb=0,
-                logging_dir=local_folder(folder.stage(stage.name)),
-            )
-            executor.run()
-        missing = executor.get_incomplete_ranks()
-        if missing:
-            log = folder.stage(stage.name) / "logs" / f"task_{missing[0]:05d}.log"
+            missing = executor.get_incomplete_ranks()
+        count = tasks_per_job(stage, jobs)
+        shares = [missing[first : first + count] for first in range(0, len(missing), count)]
+        errors = _run_shares(ray, executor, shares, at_once=workers or len(shares))
+        if errors:
+            first = min(errors)
             raise DataError(
-                f"{stage.name}: {len(missing)} of {stage.tasks} tasks failed, first task"
-                f" {missing[0]}: {_last_error(log)}; mend it and start again (its log is {log})"
+                f"{stage.name}: {len(errors)} of {stage.tasks} tasks failed, first task {first}:"
+                f" {errors[first]}; mend it and start again (logs are in"
+                f" {folder.stage(stage.name) / 'logs'})"
             )
 
 
-def _last_error(log: Path) -> str:
-    """Return the last line of a log that names an error."""
+def _wait_for_cpus(ray: Any) -> None:
+    """Wait until the cluster, which may have to start nodes first, has a CPU for a task.
+
+    Raises:
+        ConfigError: It gets none.
+    """
+    end = time.monotonic() + _CPU_WAIT_S
+    while ray.cluster_resources().get("CPU", 0) < 1:
+        if time.monotonic() > end:
+            raise ConfigError(
+                f"the Ray cluster had no CPU for {_CPU_WAIT_S:g} s, and each task needs one; add"
+                " nodes to it, or use --executor local"
+            )
+        time.sleep(0.2)
+
+
+def _run_shares(
+    ray: Any, executor: LocalExecutor, shares: Sequence[Sequence[int]], *, at_once: int
+) -> dict[int, str]:
+    """Run tasks on the cluster, a share of them in each of its processes.
+
+    Args:
+        ray: The module.
+        executor: Of the stage.
+        shares: Of its tasks.
+        at_once: Shares that run at the same time, at most.
+
+    Returns:
+        What went wrong, by task.
+    """
+    run = ray.remote(num_cpus=1, max_retries=_RETRIES)(run_ranks)
+    steps = ray.put(executor)
+    queued = list(reversed(shares))
+    running: dict[Any, Sequence[int]] = {}
+    errors: dict[int, str] = {}
     try:
-        lines = log.read_text("utf-8", errors="replace").splitlines()
-    except OSError:
-        return "it left no log"
-    found = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
-    return found[-1] if found else "its log names no error"
+        while queued or running:
+            while queued and len(running) < at_once:
+                share = queued.pop()
+                running[run.remote(steps, list(share))] = share
+            (done,), _ = ray.wait(list(running))
+            share = running.pop(done)
+            try:
+                errors |= ray.get(done)
+            except ray.exceptions.RayError as error:  # a process or node that was lost, say
+                errors |= dict.fromkeys(share, _one_line(error))
+    finally:
+        for each in running:
+            ray.cancel(each, force=True)
+    return errors
+
+
+def run_ranks(executor: LocalExecutor, ranks: Sequence[int]) -> dict[int, str]:
+    """Run tasks one after the other, in a process of a cluster; return what went wrong, by task."""
+    errors = {}
+    for rank in ranks:
+        try:
+            executor.run_task(rank)
+        except Exception as error:  # it ends the command, which says so; the other tasks stay done
+            errors[rank] = _one_line(error)
+    return errors
+
+
+def _one_line(error: Exception) -> str:
+    """Return the name of an error and the last line of what it says, which names the cause."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else 'it says no more'}"
