@@ -5,15 +5,12 @@ A command imports its module when it is called, so that `megatron-moe watch` nee
 """
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 
 from megatron.trainer.runtime.postponed_compile import postponed_compile
 from megatron.trainer.runtime.upstream_warnings import hide_upstream_warnings
+from moe_app.command_entry import Argv, Command
 from moe_app.command_line import prints_any_text
-
-Argv = Sequence[str] | None
 
 
 @prints_any_text
@@ -189,6 +186,16 @@ def plan(argv: Argv = None) -> int:
 
 @prints_any_text
 @hide_upstream_warnings()
+@postponed_compile()
+def ablate(argv: Argv = None) -> int:
+    """Run `moe_app.ablate.ablate_command`."""
+    from moe_app.ablate.ablate_command import main
+
+    return main(argv)
+
+
+@prints_any_text
+@hide_upstream_warnings()
 def submit(argv: Argv = None) -> int:
     """Run `moe_app.slurm.submit`."""
     from moe_app.slurm.submit import main
@@ -228,21 +235,6 @@ def report_run(argv: Argv = None) -> int:
     from moe_app.view.report_run import main
 
     return main(argv)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """Describes one command in the list of `--help`."""
-
-    name: str
-    """As in `megatron-moe NAME`."""
-    summary: str
-    run: Callable[[Argv], int]
-
-    @property
-    def tool(self) -> str:
-        """Return its name as in `tools/TOOL.py`: that of the function."""
-        return self.run.__name__
 
 
 GROUPS: dict[str, tuple[Command, ...]] = {
@@ -286,6 +278,11 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         ),
         Command(name="finetune", summary="fine-tune a model on conversations", run=finetune),
         Command(name="align", summary="align a model with preferences", run=align),
+        Command(
+            name="ablate",
+            summary="train variants of a recipe and compare them with findings",
+            run=ablate,
+        ),
         Command(
             name="plan",
             summary="list the layouts that fit a number of GPUs",

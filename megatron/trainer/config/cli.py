@@ -25,7 +25,7 @@ from megatron.trainer.config.recipe import (
 )
 from megatron.trainer.errors import ConfigError
 
-__all__ = ["dump_config", "flatten", "load_config"]
+__all__ = ["dump_config", "flatten", "load_config", "with_overrides"]
 
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ def load_config(
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         try:
             cfg, is_print_only = _parse_flags(
-                _with_values(config_class, schema, values),
+                _with_values(config_class(), schema, values),
                 argv,
                 prog=prog,
                 description=description,
@@ -160,11 +160,27 @@ def _preset_values(
     return dict(presets[name])
 
 
-def _with_values(
-    config_class: type[T], schema: Mapping[str, FieldPlace], values: Mapping[str, object]
+def with_overrides(
+    cfg: T,
+    values: Mapping[str, object],
+    *,
+    resolve: Callable[[T, list[frozenset[str]]], T] | None = None,
 ) -> T:
-    """Return the defaults with some fields replaced."""
-    cfg = config_class()
+    """Return a config with some fields replaced, as flags replace those of a recipe.
+
+    Args:
+        cfg: complete, as `load_config` returns it.
+        values: of the fields' types, by name.
+        resolve: as in `load_config`.
+    """
+    cfg = _with_values(cfg, schema_of(type(cfg)), values)
+    if resolve is None:
+        return cfg
+    return resolve(cfg, [frozenset(name for name, value in values.items() if value is not None)])
+
+
+def _with_values(cfg: T, schema: Mapping[str, FieldPlace], values: Mapping[str, object]) -> T:
+    """Return a config with some fields replaced."""
     changes: dict[str, dict[str, object]] = {}
     for name, value in values.items():
         changes.setdefault(schema[name].group, {})[name] = value

@@ -14,7 +14,7 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,9 +151,30 @@ def read_recipe(
         schema: the fields.
         ignored: keys that are passed over: settings of another kind of run.
     """
+    return read_values(recipe_nodes(path), schema, path=path, ignored=ignored)
+
+
+def read_values(
+    pairs: Iterable[tuple[yaml.Node, yaml.Node]],
+    schema: Mapping[str, FieldPlace],
+    *,
+    path: str,
+    ignored: Collection[str] = (),
+) -> tuple[dict[str, object], str | None]:
+    """Read field values, and the preset's name, from the keys and values of a mapping.
+
+    Args:
+        pairs: key and value nodes.
+        schema: the fields.
+        path: of the file, for messages.
+        ignored: keys that are passed over: settings of another kind of run.
+
+    Raises:
+        ConfigError: a key is unknown or set twice, or a value is of another type.
+    """
     values: dict[str, object] = {}
     preset: str | None = None
-    for key_node, value_node in recipe_nodes(path):
+    for key_node, value_node in pairs:
         where = f"{path}:{key_node.start_mark.line + 1}"
         written = key_node.value if isinstance(key_node, yaml.ScalarNode) else str(key_node.tag)
         key = written.replace("-", "_")

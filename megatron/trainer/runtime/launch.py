@@ -87,6 +87,15 @@ def slurm_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
 
 
+def child_environment(*, threads: int) -> dict[str, str]:
+    """Return this process's environment for one that it starts.
+
+    Args:
+        threads: its CPU threads a rank, unless the user has set OMP_NUM_THREADS.
+    """
+    return {"OMP_NUM_THREADS": str(threads), **os.environ}
+
+
 def environment_secret(name: str) -> str | None:
     """Return the environment variable that the user names for a secret; None where it is not set.
 
@@ -230,14 +239,14 @@ def _resolve_threads(parallel: ParallelConfig) -> int:
         return parallel.threads_per_rank
     if "OMP_NUM_THREADS" in os.environ and not _is_omp_of_torchrun():
         return _omp_threads(os.environ["OMP_NUM_THREADS"])
-    return max(1, _num_cores() // _local_world_size())
+    return max(1, num_cores() // _local_world_size())
 
 
 def _local_world_size() -> int:
     return whole_number(os.environ, "LOCAL_WORLD_SIZE", at_least=1) or 1
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """Return the number of cores this process may use, which a job may limit."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

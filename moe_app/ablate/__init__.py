@@ -1,0 +1,1 @@
+"""Trains variants of a recipe under several seeds and compares them with published findings."""
