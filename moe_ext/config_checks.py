@@ -38,6 +38,8 @@ def layout_problems(
         expert_tensor = ("expert_tensor_parallel_size", expert_tensor_parallel_size)
         pairs.append(("num_experts", model.num_experts, *expert))
         pairs.append(("moe_ffn_hidden_size", model.moe_ffn_hidden_size, *expert_tensor))
+        if (shared := model.moe_shared_expert_intermediate_size) is not None:
+            pairs.append(("moe_shared_expert_intermediate_size", shared, *tensor))
     found = [message for pair in pairs for message in _divisibility_problems(*pair)]
     found += _chunk_problems(model, pipeline_model_parallel_size, virtual_stages)
     if model.padded_vocab_size % tensor_model_parallel_size:
@@ -76,6 +78,7 @@ def _size_problems(model: ModelFields) -> list[str]:
         "moa_num_experts": model.moa_num_experts,
         "moa_router_topk": model.moa_router_topk,
         "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
         "vocab_size": model.vocab_size,
         "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
     }
@@ -153,24 +156,35 @@ def _moa_problems(model: ModelFields) -> list[str]:
 
 
 def _expert_problems(model: ModelFields) -> list[str]:
-    if model.num_experts is None and model.moe_output_bias:
-        return [
-            "moe_output_bias (True) needs experts, but num_experts is None; set it to False, or"
-            " set num_experts"
-        ]
     if model.num_experts is None:
-        if model.ffn_hidden_size is not None:
-            return []
-        return [
-            "ffn_hidden_size (None) must be set when num_experts is None, which is a dense"
-            " model; set the feed-forward width, or set num_experts"
-        ]
+        return _dense_problems(model)
     if model.moe_router_topk <= model.num_experts:
         return []
     return [
         f"moe_router_topk ({model.moe_router_topk}) must be at most num_experts"
         f" ({model.num_experts}); use 1 to {model.num_experts} experts per token"
     ]
+
+
+def _dense_problems(model: ModelFields) -> list[str]:
+    """List what is wrong without experts."""
+    shared = model.moe_shared_expert_intermediate_size
+    needing = (
+        ("moe_output_bias", model.moe_output_bias, False, False),
+        ("moe_shared_expert_intermediate_size", shared, None, None),
+    )
+    found = [
+        f"{name} ({value}) needs experts, but num_experts is None; set it to {off}, or set"
+        " num_experts"
+        for name, value, default, off in needing
+        if value != default
+    ]
+    if model.ffn_hidden_size is None:
+        found.append(
+            "ffn_hidden_size (None) must be set when num_experts is None, which is a dense"
+            " model; set the feed-forward width, or set num_experts"
+        )
+    return found
 
 
 def _range_problems(model: ModelFields) -> list[str]:

@@ -65,6 +65,7 @@ def _feed_forward_parameters(model: MoEModelConfig) -> tuple[int, int]:
         return count, count
     expert = 3 * h * model.moe_ffn_hidden_size
     shared = model.num_experts * h + (h if model.moe_output_bias else 0)  # router, output bias
+    shared += 3 * h * (model.moe_shared_expert_intermediate_size or 0)
     return shared + model.num_experts * expert, shared + model.moe_router_topk * expert
 
 

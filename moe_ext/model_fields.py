@@ -53,6 +53,9 @@ class ModelFields:
     """Width of one expert (f)."""
     moe_output_bias: bool = False
     """Add one ungated bias [h], shared by all experts, to their sum (JetMoE)."""
+    moe_shared_expert_intermediate_size: int | None = None
+    """Width of an expert that every token has, without a gate, beside those it is routed to; the
+    summed width of several. None means none."""
     vocab_size: int = 4096
     """Token ids the tokenizer can produce (v)."""
     make_vocab_size_divisible_by: int = 128

@@ -2,7 +2,10 @@
 
 from moe_ext.config import MoEModelConfig
 
-GROUPS = ("embedding", "attention", "router", "experts", "mlp", "norm", "head")
+GROUPS = (
+    *("embedding", "attention", "router", "experts", "shared_experts"),
+    *("mlp", "norm", "head"),
+)
 """Every group; `mlp` is the feed-forward layers of a dense model."""
 
 
@@ -24,6 +27,8 @@ def group_of(name: str, model: MoEModelConfig) -> str:
         return "router"
     if "self_attention" in parts:
         return "attention"
+    if "shared_experts" in parts:
+        return "shared_experts"
     if "mlp" in parts:
         return "mlp" if model.num_experts is None else "experts"
     if "output_layer" in parts and model.untie_embeddings_and_output_weights:
@@ -37,6 +42,7 @@ def groups_of_model(model: MoEModelConfig) -> tuple[str, ...]:
     absent = {
         "router": not has_router,
         "experts": model.num_experts is None,
+        "shared_experts": model.moe_shared_expert_intermediate_size is None,
         "mlp": model.num_experts is not None,
         "head": not model.untie_embeddings_and_output_weights,
     }

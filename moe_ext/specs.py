@@ -10,7 +10,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -31,6 +31,7 @@ from moe_ext.functional import layer_coefficients
 from moe_ext.layers.decoder import DecoderLayer
 from moe_ext.layers.linear import ColumnParallelLinear, RowParallelLinear
 from moe_ext.layers.norm import RMSNorm
+from moe_ext.layers.swiglu import MATRICES, DenseMLP
 from moe_ext.metrics import MOA, MOE, RouterMetrics
 from moe_ext.routers import MoERouter, get_router
 
@@ -154,16 +155,20 @@ def _feed_forward_spec(
 ) -> _FeedForwardSpec:
     if model.num_experts is None:
         return _FeedForwardSpec(
-            module=MLP,
-            params={"ffn_hidden_size": model.ffn_hidden_size, "tp_group": pg_collection.tp},
-            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            module=DenseMLP,
+            params={"ffn_hidden_size": model.ffn_hidden_size, "pg_collection": pg_collection},
+            submodules=MATRICES,
         )
     router = _router(model, metrics[MOE], num_experts=model.num_experts, topk=model.moe_router_topk)
     experts = ModuleSpec(module=ExpertMLP, params={"backend": backend})
     submodules = MoESubmodules(experts=experts, router=router)
     return _FeedForwardSpec(
         module=ExpertsLayer,
-        params={"pg_collection": pg_collection, "has_output_bias": model.moe_output_bias},
+        params={
+            "pg_collection": pg_collection,
+            "has_output_bias": model.moe_output_bias,
+            "shared_width": model.moe_shared_expert_intermediate_size,
+        },
         submodules=submodules,
     )
 

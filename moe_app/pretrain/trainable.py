@@ -20,7 +20,8 @@ class TrainableConfig:
 
     freeze: tuple[str, ...] = ()
     """Groups of weights that keep their values, after one another or joined by commas: embedding,
-    attention, router, experts, mlp, norm, head. They have neither gradients nor optimizer state."""
+    attention, router, experts, shared_experts, mlp, norm, head. They have neither gradients nor
+    optimizer state."""
     lr_multipliers: tuple[str, ...] = ()
     """GROUP=FACTOR for each group whose learning rate is not the run's."""
     weight_decay_multipliers: tuple[str, ...] = ()

@@ -243,6 +243,8 @@ def experts_layer(rank: StepRank, *, experts: int) -> Iterator[KeptBytes]:
     if rank.batch.keeps_activation:
         ffn = model.moe_ffn_hidden_size // rank.layout.expert_tensor
         yield KeptBytes("experts", rows * 3 * ffn * width)
+    if (shared := model.moe_shared_expert_intermediate_size) is not None:
+        yield _swiglu(rank, "experts", ffn=shared)
 
 
 def _dispatch(rank: StepRank, *, rows: float, experts: int) -> Iterator[KeptBytes]:
@@ -262,11 +264,14 @@ def _dispatch(rank: StepRank, *, rows: float, experts: int) -> Iterator[KeptByte
 def dense_layer(rank: StepRank) -> Iterator[KeptBytes]:
     """List what a dense SwiGLU layer keeps, with the norm before it."""
     model = rank.model
-    ffn = (model.ffn_hidden_size or 0) // rank.layout.tensor
     yield from norm(rank)
     yield KeptBytes("feed_forward", rank.own_tokens * model.hidden_size * rank.width)
-    # Both projections, SiLU of the gate, a copy of the other half, and their product.
-    yield KeptBytes("feed_forward", rank.tokens * 5 * ffn * rank.width)
+    yield _swiglu(rank, "feed_forward", ffn=model.ffn_hidden_size or 0)
+
+
+def _swiglu(rank: StepRank, part: str, *, ffn: int) -> KeptBytes:
+    """Count both projections, SiLU of the gate, a copy of the other half, and their product."""
+    return KeptBytes(part, rank.tokens * 5 * (ffn // rank.layout.tensor) * rank.width)
 
 
 def embedding_and_head(rank: StepRank, chunk: Chunk) -> Iterator[KeptBytes]:

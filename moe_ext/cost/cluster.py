@@ -94,11 +94,12 @@ def collective_seconds(collective: Collective, cluster: Cluster, layout: Layout)
 def compute_flops(model: MoEModelConfig, batch: Batch) -> float:
     """Return the FLOPs of a token, forward and backward with recomputation, on the busiest rank."""
     total = training_flops_per_token(model, batch.seq_length)
-    experts = 0.0
+    experts = shared = 0.0
     if model.num_experts is not None:
-        matrices = 3 * model.hidden_size * model.moe_ffn_hidden_size
-        experts = 6.0 * model.num_layers * model.moe_router_topk * matrices
-    again = {"full": total, "moe": experts, None: 0.0}[batch.recompute] / 3
+        column = 6.0 * model.num_layers * 3 * model.hidden_size
+        experts = column * model.moe_router_topk * model.moe_ffn_hidden_size
+        shared = column * (model.moe_shared_expert_intermediate_size or 0)
+    again = {"full": total, "moe": experts + shared, None: 0.0}[batch.recompute] / 3
     return total + (batch.imbalance - 1) * experts + again
 
 

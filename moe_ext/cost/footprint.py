@@ -140,7 +140,12 @@ def _buffers(rank: StepRank) -> Iterator[tuple[list[int], Group, int]]:
 def _gather_buffer(rank: StepRank) -> int:
     """Return the bytes of the one buffer in which megatron-core gathers split sequences."""
     model, sizes = rank.model, [0]
-    if rank.is_split and (model.attention_experts is None or model.num_experts is None):
+    has_column_linear = (
+        model.attention_experts is None
+        or model.num_experts is None
+        or model.moe_shared_expert_intermediate_size is not None
+    )
+    if rank.is_split and has_column_linear:
         sizes.append(rank.tokens)
     is_distributed = rank.layout.expert * rank.layout.expert_tensor > 1
     if is_distributed and model.moe_token_dispatcher_type == "allgather":

@@ -118,9 +118,7 @@ def layer_shards(model: MoEModelConfig, layout: Layout) -> Iterator[Shard]:
         yield from _self_attention(model, layout)
     yield Shard(name="pre_mlp_layernorm", numel=h, is_split_sequence=True)
     if model.num_experts is None:
-        ffn = (model.ffn_hidden_size or 0) // layout.tensor
-        yield Shard(name="mlp.linear_fc1", numel=2 * ffn * h)
-        yield Shard(name="mlp.linear_fc2", numel=h * ffn)
+        yield from _dense_mlp(model, layout, name="mlp", width=model.ffn_hidden_size or 0)
         return
     if model.moe_output_bias:
         yield Shard(name="mlp.output_bias", numel=h, is_split_sequence=True)
@@ -130,6 +128,14 @@ def layer_shards(model: MoEModelConfig, layout: Layout) -> Iterator[Shard]:
     )
     yield Shard(name="mlp.experts.weight1", numel=2 * matrix, is_expert=True)
     yield Shard(name="mlp.experts.weight2", numel=matrix, is_expert=True)
+    if (width := model.moe_shared_expert_intermediate_size) is not None:
+        yield from _dense_mlp(model, layout, name="mlp.shared_experts", width=width)
+
+
+def _dense_mlp(model: MoEModelConfig, layout: Layout, *, name: str, width: int) -> Iterator[Shard]:
+    matrix = width // layout.tensor * model.hidden_size
+    yield Shard(name=f"{name}.linear_fc1", numel=2 * matrix)
+    yield Shard(name=f"{name}.linear_fc2", numel=matrix)
 
 
 def head_widths(model: MoEModelConfig) -> tuple[int, int]:

@@ -162,6 +162,10 @@ def layers(rank: Rank) -> Iterator[Collective]:
     else:
         yield router_counts(rank, experts=model.num_experts)
         yield from dispatcher(rank, experts=model.num_experts)
+        if model.moe_shared_expert_intermediate_size is not None:
+            passes = rank.forward_passes("experts")
+            yield from column_linear(rank, "feed_forward", passes=passes)
+            yield from row_linear(rank, "feed_forward", passes=passes)
 
 
 def column_linear(rank: Rank, purpose: Purpose, *, passes: int) -> Iterator[Collective]:

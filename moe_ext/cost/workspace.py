@@ -62,9 +62,10 @@ def layer_workspace(rank: StepRank) -> float:
     hidden = rank.own_tokens * rank.model.hidden_size * rank.width
     middle = _attention(rank)
     if rank.model.num_experts is not None:
-        middle = max(middle, expert_workspace(rank))
+        shared = rank.model.moe_shared_expert_intermediate_size or 0
+        middle = max(middle, expert_workspace(rank), _dense(rank, width=shared))
     else:
-        middle = max(middle, _dense(rank))
+        middle = max(middle, _dense(rank, width=rank.model.ffn_hidden_size or 0))
     return 2 * hidden + middle
 
 
@@ -77,10 +78,9 @@ def _attention(rank: StepRank) -> float:
     return float(num_bytes)
 
 
-def _dense(rank: StepRank) -> float:
+def _dense(rank: StepRank, *, width: int) -> float:
     """Return the bytes of the gradients of both halves; kept activations are freed on the way."""
-    ffn = (rank.model.ffn_hidden_size or 0) // rank.layout.tensor
-    return float(rank.tokens * 2 * ffn * rank.width)
+    return float(rank.tokens * 2 * (width // rank.layout.tensor) * rank.width)
 
 
 def expert_workspace(rank: StepRank) -> float:

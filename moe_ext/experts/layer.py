@@ -10,6 +10,7 @@ from moe_ext.experts.mlp import ExpertMLP
 from moe_ext.experts.slots import sort_by_expert
 from moe_ext.functional import Routing, dense_routing
 from moe_ext.layers.parameters import new_parameter
+from moe_ext.layers.swiglu import MATRICES, SharedExperts
 
 
 class ExpertsLayer(MoELayer):
@@ -26,6 +27,8 @@ class ExpertsLayer(MoELayer):
         pg_collection: this rank's groups.
         has_output_bias: add one bias [h], that no gate multiplies, to what a token's experts add
             up to (JetMoE).
+        shared_width: width of an expert that every token has, ungated, beside the others; None for
+            none.
     """
 
     def __init__(
@@ -35,8 +38,14 @@ class ExpertsLayer(MoELayer):
         *,
         pg_collection: ProcessGroupCollection,
         has_output_bias: bool = False,
+        shared_width: int | None = None,
     ) -> None:
         super().__init__(config=config, submodules=submodules, pg_collection=pg_collection)
+        if shared_width is not None:  # megatron-core's forward then adds them too
+            self.use_shared_expert = True
+            self.shared_experts = SharedExperts(
+                config, MATRICES, ffn_hidden_size=shared_width, pg_collection=pg_collection
+            )
         self.is_local = pg_collection.ep.size() * pg_collection.expt_tp.size() == 1
         self.output_bias: nn.Parameter | None = None
         if has_output_bias:
@@ -94,4 +103,6 @@ class ExpertsLayer(MoELayer):
         routing: Routing = self.router(hidden, padding_mask)
         order = sort_by_expert(routing.experts, num_experts=self.num_local_experts)
         tokens = hidden.reshape(-1, hidden.shape[-1])  # [t, h]
-        return experts.compute_routed(tokens, order, routing.gates).view_as(hidden)
+        output = experts.compute_routed(tokens, order, routing.gates).view_as(hidden)
+        shared: Tensor | None = self.shared_experts_compute(hidden)
+        return output if shared is None else output + shared

@@ -42,6 +42,7 @@ ROWS: Case = {"reset-position-ids": True, "eod-token-id": 3}
 ONE: Case = {"micro-batch-size": 1}
 LEARNED: Case = {"router": "softmax_topk"}
 DENSE: Case = {"num-experts": "None", "ffn-hidden-size": 40, "attention": "standard"}
+SHARED_EXPERT: Case = {"moe-shared-expert-intermediate-size": 18}
 JETMOE: Case = jetmoe_cases.JETMOE
 
 CASES: dict[int, dict[str, Case]] = {
@@ -58,6 +59,7 @@ CASES: dict[int, dict[str, Case]] = {
         "moe": MOE,
         "core": CORE,
         "dense_bf16": {**DENSE, **BF16},
+        "shared_expert_bf16": {**SHARED_EXPERT, **BF16},
         "jetmoe": JETMOE,
         "jetmoe_loop": {**JETMOE, "expert-backend": "loop"},
         "jetmoe_core_bf16": {**JETMOE, **CORE, **BF16},
@@ -72,6 +74,7 @@ CASES: dict[int, dict[str, Case]] = {
         "tp2": TP2,
         "tp2_etp1_bf16": {**TP2, **ETP1, **BF16},
         "tp2_dense": {**TP2, **DENSE},
+        "tp2_shared_expert": {**TP2, **SHARED_EXPERT},
         "tp2_jetmoe": {**TP2, **JETMOE},
         "cp2_bf16": {**CP2, **BF16},
         "cp2_mask": {**CP2, **MASK},

@@ -38,6 +38,7 @@ NO_SP: Case = {"no-sequence-parallel": True}
 LEARNED: Case = {"router": "softmax_topk"}
 DENSE: Case = {"num-experts": "None", "ffn-hidden-size": 40, "attention": "standard"}
 JETMOE: Case = {**jetmoe_cases.JETMOE, "router": "round_robin"}
+SHARED_EXPERT: Case = {"moe-shared-expert-intermediate-size": 18}
 MOA_DENSE: Case = {**JETMOE, **DENSE, "attention": "moa", "moe-output-bias": False}
 
 CASES: dict[int, dict[str, Case]] = {
@@ -57,6 +58,7 @@ CASES: dict[int, dict[str, Case]] = {
         "pp2_interleaved": {**PP2, **VIRTUAL},
         "cp2": CP2,
         "dense_tp2": {**DENSE, **TP2},
+        "shared_expert_tp2_moe": {**SHARED_EXPERT, **TP2, **SELECTIVE},
         "jetmoe_tp2": {**JETMOE, **TP2},
         "moa_dense_tp2_no_sp": {**MOA_DENSE, **TP2, **NO_SP},
     },

@@ -50,6 +50,7 @@ ODD: dict[str, dict[str, Any]] = {
     },
     "moa_dense": {**MOA, "num_experts": None, "ffn_hidden_size": 34, "moa_num_experts": 7},
     "one_expert": {"num_experts": 1, "moe_router_topk": 1},
+    "shared_expert": {"moe_shared_expert_intermediate_size": 22},
 }
 
 
@@ -96,6 +97,14 @@ def test_flops_are_three_times_those_of_the_forward_pass() -> None:
     layer = attention_products + scores_and_use + experts_and_router + norms
     multiply_adds = 3 * layer + h + h * 40
     assert training_flops_per_token(model, seq_length) == 3 * 2 * multiply_adds
+
+
+def test_flops_count_a_shared_expert_for_every_token() -> None:
+    without, shared = (
+        training_flops_per_token(MoEModelConfig(**{**SMALL, **ODD[name]}), 11)
+        for name in ("experts", "shared_expert")
+    )
+    assert shared - without == 3 * 2 * 3 * (3 * 20 * 22)
 
 
 def test_flops_of_moa_count_k_experts_and_all_their_heads() -> None:

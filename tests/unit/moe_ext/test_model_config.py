@@ -92,6 +92,11 @@ MODEL_RULES: list[tuple[dict[str, Any], str]] = [
         "moe_output_bias (True) needs experts, but num_experts is None; set it to False, or set"
         " num_experts",
     ),
+    (
+        {"num_experts": None, "ffn_hidden_size": 8, "moe_shared_expert_intermediate_size": 4},
+        "moe_shared_expert_intermediate_size (4) needs experts, but num_experts is None; set it to"
+        " None, or set num_experts",
+    ),
     *[
         ({name: value}, f"{name} ({value}) must be above 0; use a positive number")
         for name, value in (
@@ -112,6 +117,7 @@ MODEL_SIZES = (
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
     *("ffn_hidden_size", "num_experts", "moe_router_topk", "moe_ffn_hidden_size", "vocab_size"),
     *("make_vocab_size_divisible_by", "moa_num_experts", "moa_router_topk"),
+    "moe_shared_expert_intermediate_size",
 )
 
 

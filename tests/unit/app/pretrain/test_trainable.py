@@ -18,6 +18,7 @@ from tests.distributed.jetmoe_cases import JETMOE
 from tests.distributed.launcher import flags
 
 DENSE: dict[str, object] = {"num-experts": "None", "ffn-hidden-size": 40, "attention": "standard"}
+SHARED: dict[str, object] = {"moe-shared-expert-intermediate-size": 18}
 EVERY = "embedding,attention,router,experts,norm,head"
 
 
@@ -44,6 +45,11 @@ def ctx() -> Iterator[RunContext]:
         ({"lr-multipliers": "router=0"}, "give --freeze router instead"),
         ({"freeze": "router", "lr-multipliers": "router=2"}, "which has no rate"),
         ({"weight-decay-multipliers": "heads=2"}, "did you mean"),
+        ({"freeze": "shared_experts"}, "freeze ('shared_experts') is no group of this model here"),
+        (
+            {**SHARED, "lora-rank": 4, "lora-targets": "shared_experts"},
+            "lora_targets ('shared_experts')",
+        ),
     ],
 )
 def test_a_wrong_name_is_refused_with_the_right_ones(
@@ -53,7 +59,7 @@ def test_a_wrong_name_is_refused_with_the_right_ones(
         validate(config(**overrides), 1)
 
 
-@pytest.mark.parametrize("overrides", [{}, JETMOE, DENSE])
+@pytest.mark.parametrize("overrides", [{}, JETMOE, DENSE, SHARED])
 def test_every_parameter_is_in_a_group_and_every_group_has_one(
     overrides: dict[str, object], ctx: RunContext
 ) -> None:
@@ -70,7 +76,7 @@ def test_every_parameter_is_in_a_group_and_every_group_has_one(
         "linear_kv": "attention",
         "mlp.output_bias": "experts",
         "weight1": "experts",
-        "linear_fc1": "mlp",
+        "linear_fc1": "shared_experts" if overrides is SHARED else "mlp",
         "output_layer": "head",
     }.items():
         assert {found[name] for name in names if part in name} <= {group}, part
