@@ -7,11 +7,15 @@ from datetime import date, time
 from typing import Any
 
 from megatron.trainer.data.jsonl import parse_object, text_under
+from megatron.trainer.data.text_input import check_ratio
 from megatron.trainer.errors import DataError
 from moe_app.data.sources import SourceFile
 from moe_app.filter import binary_lines
 
 _ROWS_AT_ONCE = 64
+_BYTES_AT_ONCE = 1 << 28
+"""Of rows decoded together. Thousands of rows may be one value, which is in the file once; a value
+has at most the bytes that its row group is said to unpack to, or its batch holds."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,15 @@ def read_rows(source: SourceFile, *, most_line_bytes: int | None = None) -> Iter
 
     Args:
         source: The file.
-        most_line_bytes: Of a line of JSON; None means as much as a document may have.
+        most_line_bytes: Of a line of JSON, or a row; None means as much as a document may have.
 
     Raises:
         DataError: The file as a whole cannot be read.
     """
+    most_bytes = most_line_bytes or binary_lines.MOST_LINE_BYTES
     if source.kind == "jsonl":
-        return _json_lines(source, most_line_bytes or binary_lines.MOST_LINE_BYTES)
-    return _table_rows(source)
+        return _json_lines(source, most_bytes)
+    return _table_rows(source, most_bytes)
 
 
 def _json_lines(source: SourceFile, most_bytes: int) -> Iterator[NumberedRow]:
@@ -98,19 +103,20 @@ def _json_lines(source: SourceFile, most_bytes: int) -> Iterator[NumberedRow]:
                 yield number, line, value
 
 
-def _table_rows(source: SourceFile) -> Iterator[NumberedRow]:
+def _table_rows(source: SourceFile, most_bytes: int) -> Iterator[NumberedRow]:
     """Yield the rows of a Parquet or Arrow file.
 
     Raises:
-        DataError: It is none.
+        DataError: It is none, or unpacks to far more than text does.
     """
     import pyarrow
 
     number = 0
     try:
         for batch in _batches(source):
-            for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
-                for row in _rows(batch.slice(start, _ROWS_AT_ONCE)):
+            step = _rows_at_once(batch.nbytes)
+            for start in range(0, batch.num_rows, step):
+                for row in _rows(batch.slice(start, step), most_bytes):
                     number += 1
                     where = f"{source.path}, row {number}"
                     yield number, None, row if isinstance(row, dict) else f"{where}: {row}"
@@ -128,7 +134,11 @@ def _batches(source: SourceFile) -> Iterator[Any]:
         from pyarrow import parquet
 
         with parquet.ParquetFile(source.path) as file:
-            yield from file.iter_batches(batch_size=_ROWS_AT_ONCE)
+            groups = [file.metadata.row_group(each) for each in range(file.num_row_groups)]
+            sizes = [each.total_byte_size for each in groups]
+            check_ratio(source.path, sum(sizes), source.size)
+            for group, size in enumerate(sizes):
+                yield from file.iter_batches(batch_size=_rows_at_once(size), row_groups=[group])
         return
     import pyarrow
 
@@ -136,8 +146,23 @@ def _batches(source: SourceFile) -> Iterator[Any]:
         yield from pyarrow.ipc.open_stream(mapped)
 
 
-def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """Yield a batch's rows; where one cannot be read, what is wrong with it."""
+def _rows_at_once(num_bytes: int) -> int:
+    """Return how many rows to decode together, each of which may have `num_bytes`."""
+    return max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // max(1, num_bytes)))
+
+
+def _rows(batch: Any, most_bytes: int) -> Iterator[dict[str, Any] | str]:
+    """Yield a batch's rows; where one cannot be read or is too large, what is wrong with it."""
+    if batch.nbytes > most_bytes:
+        if batch.num_rows == 1:
+            yield (
+                f"has more than {most_bytes:,} bytes; each row must have at most that many; split"
+                " the document"
+            )
+            return
+        for index in range(batch.num_rows):
+            yield from _rows(batch.slice(index, 1), most_bytes)
+        return
     try:
         rows = batch.to_pylist()
     except UnicodeDecodeError as error:
@@ -145,7 +170,7 @@ def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
             yield f"not UTF-8 ({error}); repair or remove the row"
             return
         for index in range(batch.num_rows):
-            yield from _rows(batch.slice(index, 1))
+            yield from _rows(batch.slice(index, 1), most_bytes)
         return
     yield from rows
 

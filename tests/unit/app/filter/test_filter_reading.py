@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
@@ -14,7 +15,7 @@ from pyarrow import parquet
 from megatron.trainer.data import text_input
 from megatron.trainer.errors import DataError
 from moe_app.data.sources import SourceFile, find_sources
-from moe_app.filter import binary_lines
+from moe_app.filter import binary_lines, records
 from moe_app.filter.records import BadEntry, Entry, json_line, read_entries
 
 VALUES = [{"text": f"text {number} é\u0000", "n": number} for number in range(150)]
@@ -158,6 +159,63 @@ def test_bomb_is_refused_after_a_bounded_part_of_it(
     monkeypatch.setattr(binary_lines, "MOST_LINE_BYTES", 1 << 10)
     path = write(tmp_path / "a.jsonl.zst", zstd(line * (20_000_000 // len(line))))
     with pytest.raises(DataError, match=r"unpacks to more than [12],\d{3},\d{3};"):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_many_rows_of_one_large_value_are_decoded_a_few_at_a_time(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = 1 << 18
+    values = pyarrow.array(["a" * large]).dictionary_encode().dictionary
+    rows = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 64), values)
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        table = pyarrow.table({"text": rows.dictionary_decode()})
+        parquet.write_table(table, path, compression="zstd")
+        assert path.stat().st_size < 10_000
+    else:
+        batch = pyarrow.record_batch({"text": rows})
+        with pyarrow.OSFile(str(path), "wb") as file:
+            with pyarrow.ipc.new_stream(file, batch.schema) as writer:
+                writer.write_batch(batch)
+    monkeypatch.setattr(records, "_BYTES_AT_ONCE", 2 * large)
+    source = SourceFile(str(path), "parquet" if kind == "parquet" else "arrow", "a", 1 << 20, 0)
+    most = 0
+    before = pyarrow.default_memory_pool()
+    pool = pyarrow.proxy_memory_pool(before)
+    pyarrow.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        for number, _, value in records.read_rows(source):
+            assert isinstance(value, dict) and len(value["text"]) == large
+            most = max(most, number)
+        python_peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        pyarrow.set_memory_pool(before)
+    assert most == 64
+    # Some copies of the two rows that are decoded together; all 64 would be 16 MiB.
+    assert pool.max_memory() < 12 * large and python_peak < 8 * large
+
+
+def test_a_row_that_is_too_large_is_a_bad_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["one", "t" * 5000, "three"]}), path)
+    (source,) = find_sources([str(path)])
+    found = [value for _, _, value in records.read_rows(source, most_line_bytes=1000)]
+    assert found[::2] == [{"text": "one"}, {"text": "three"}]
+    assert str(found[1]).startswith(f"{path}, row 2: has more than 1,000 bytes")
+
+
+def test_parquet_that_says_it_unpacks_to_a_bomb_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_input, "FREE_BYTES", 1 << 20)
+    table = pyarrow.table({"text": ["a" * 100_000] * 64})
+    path = tmp_path / "a.parquet"
+    parquet.write_table(table, path, compression="zstd", use_dictionary=False)
+    with pytest.raises(DataError, match=r"a.parquet unpacks to more than 6,4\d\d,\d{3}; "):
         read(path)
 
 
