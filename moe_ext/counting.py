@@ -27,8 +27,8 @@ def count_parameters(model: MoEModelConfig) -> ParameterCount:
     vocabulary = embedding * (2 if model.untie_embeddings_and_output_weights else 1)
     attention, active_attention = _attention_parameters(model)
     feed_forward, active_feed_forward = _feed_forward_parameters(model)
-    norms = 2 * h
-    shared = model.num_layers * norms + h + vocabulary
+    norms = (2 * model.num_layers + 1) * h if model.has_norm_weights else 0
+    shared = norms + vocabulary
     return ParameterCount(
         total=shared + model.num_layers * (attention + feed_forward),
         active=shared + model.num_layers * (active_attention + active_feed_forward),
@@ -52,7 +52,7 @@ def _attention_parameters(model: MoEModelConfig) -> tuple[int, int]:
             shared + model.attention_topk * expert,
         )
     count = h * (query_width + 2 * key_width) + query_width * h
-    if model.attention == "full_width_qk_norm":
+    if model.attention == "full_width_qk_norm" and model.has_norm_weights:
         count += query_width + key_width
     return count, count
 

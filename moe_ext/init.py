@@ -14,8 +14,10 @@ Fill = Callable[[torch.Tensor, torch.Generator], None]
 """Draws a matrix in place."""
 
 
-def initialize_weights(chunks: list[nn.Module], *, seed: int, std: float, cutoff: float) -> None:
-    """Draws every matrix of the model from a truncated normal distribution, in place.
+def initialize_weights(
+    chunks: list[nn.Module], *, seed: int, std: float, cutoff: float | None
+) -> None:
+    """Draws every matrix of the model from a normal distribution, in place.
 
     Each matrix has a random stream of its own, seeded by the run's seed, its global name and its
     layer and expert number; a rank draws the whole matrix on the CPU and keeps its shard. Any
@@ -26,10 +28,13 @@ def initialize_weights(chunks: list[nn.Module], *, seed: int, std: float, cutoff
         chunks: this rank's model chunks, unwrapped (megatron-core modules).
         seed: the run's seed.
         std: standard deviation before truncation.
-        cutoff: values beyond this many standard deviations are redrawn.
+        cutoff: values beyond this many standard deviations are redrawn; None keeps all.
     """
 
     def normal(full: torch.Tensor, generator: torch.Generator) -> None:
+        if cutoff is None:
+            full.normal_(std=std, generator=generator)
+            return
         bound = cutoff * std
         nn.init.trunc_normal_(full, std=std, a=-bound, b=bound, generator=generator)
 

@@ -21,7 +21,7 @@ _TRAINING_ONLY = (
     "moe_z_loss_coeff",
 )
 
-_ADDED: Mapping[str, object] = {}
+_ADDED: Mapping[str, object] = {"normalization": "RMSNorm"}
 """Fields of the architecture that earlier versions did not have, and what their models were."""
 
 
@@ -62,10 +62,13 @@ class ModelFields:
     """Embedding rows are padded to a multiple of this, independent of the tensor parallel size."""
     rotary_base: float = 10000.0
     """RoPE's theta."""
+    normalization: Literal["RMSNorm", "NonParametricLayerNorm"] = "RMSNorm"
+    """Every norm of the model, those of queries and keys too: RMSNorm with a weight, or LayerNorm
+    without weight and bias (OLMo)."""
     norm_epsilon: float = 1.0e-5
-    """Epsilon of every RMSNorm, except a final one that sets its own."""
+    """Epsilon of every norm, except a final one that sets its own."""
     final_norm_epsilon: float | None = None
-    """Epsilon of the RMSNorm before the output layer; None means norm_epsilon."""
+    """Epsilon of the norm before the output layer; None means norm_epsilon."""
     attention: str = "full_width_qk_norm"
     """Self-attention, a name in moe_ext.attention.ATTENTIONS (OLMoE: full_width_qk_norm; JetMoE:
     moa, a mixture of attention heads)."""
@@ -77,8 +80,9 @@ class ModelFields:
     """Give the output layer its own matrix."""
     init_method_std: float = 0.02
     """Standard deviation of every initial matrix, before truncation."""
-    init_method_cutoff: float = 3.0
-    """Truncate initial weights at this many standard deviations (OLMoE: 3)."""
+    init_method_cutoff: float | None = 3.0
+    """Truncate initial weights at this many standard deviations (OLMoE: 3); None draws from the
+    whole normal distribution."""
     router: str = "softmax_topk"
     """Routing rule, a name in moe_ext.routers.ROUTERS."""
     moe_router_dtype: Literal["fp32"] | None = None
@@ -111,6 +115,11 @@ class ModelFields:
     def attention_topk(self) -> int:
         """Return the experts per token of a moa attention."""
         return self.moe_router_topk if self.moa_router_topk is None else self.moa_router_topk
+
+    @property
+    def has_norm_weights(self) -> bool:
+        """Return whether norms have parameters."""
+        return self.normalization == "RMSNorm"
 
     @property
     def head_size(self) -> int:

@@ -44,6 +44,7 @@ def groups_of_model(model: MoEModelConfig) -> tuple[str, ...]:
         "experts": model.num_experts is None,
         "shared_experts": model.moe_shared_expert_intermediate_size is None,
         "mlp": model.num_experts is not None,
+        "norm": not model.has_norm_weights,
         "head": not model.untie_embeddings_and_output_weights,
     }
     return tuple(group for group in GROUPS if not absent.get(group, False))

@@ -30,7 +30,7 @@ from moe_ext.experts.layer import ExpertsLayer
 from moe_ext.functional import layer_coefficients
 from moe_ext.layers.decoder import DecoderLayer
 from moe_ext.layers.linear import ColumnParallelLinear, RowParallelLinear
-from moe_ext.layers.norm import RMSNorm
+from moe_ext.layers.norm import NonParametricLayerNorm, RMSNorm, norm_class
 from moe_ext.layers.swiglu import MATRICES, DenseMLP
 from moe_ext.metrics import MOA, MOE, RouterMetrics
 from moe_ext.routers import MoERouter, get_router
@@ -58,13 +58,14 @@ def block_spec(
     Raises:
         ValueError: a block is named that nobody registered.
     """
+    norm = norm_class(model.normalization)
     layer = ModuleSpec(
         module=DecoderLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=_attention_spec(model, metrics, backend),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=_feed_forward_spec(model, metrics, pg_collection, backend),
             mlp_bda=get_bias_dropout_add,
         ),
@@ -75,15 +76,6 @@ def block_spec(
     return TransformerBlockSubmodules(
         layer_specs=[layer] * num_layers, layer_norm=_final_norm_spec(model)
     )
-
-
-class _FinalRMSNorm(RMSNorm):
-    """Applies RMSNorm with an epsilon of its own; megatron-core hands every norm the same."""
-
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, *, own_eps: float, **ignored: object
-    ) -> None:
-        super().__init__(config, hidden_size, own_eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +96,13 @@ class _FeedForwardSpec:
         return self.module(config=config, submodules=self.submodules, **self.params)
 
 
-def _final_norm_spec(model: MoEModelConfig) -> ModuleSpec | type[RMSNorm]:
+def _final_norm_spec(
+    model: MoEModelConfig,
+) -> ModuleSpec | type[RMSNorm] | type[NonParametricLayerNorm]:
+    norm = norm_class(model.normalization)
     if model.final_norm_epsilon is None:
-        return RMSNorm
-    return ModuleSpec(module=_FinalRMSNorm, params={"own_eps": model.final_norm_epsilon})
+        return norm
+    return ModuleSpec(module=norm, params={"own_eps": model.final_norm_epsilon})
 
 
 def _attention_spec(

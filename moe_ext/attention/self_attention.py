@@ -1,4 +1,4 @@
-"""Computes self-attention with RMSNorm over the whole width of q and of k."""
+"""Computes self-attention with a norm over the whole width of q and of k."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
-from moe_ext.layers.norm import split_unit_rms
+from moe_ext.layers.norm import split_unit_rms, split_unit_variance
 from moe_ext.layers.parameters import new_parameter
 
 
@@ -72,11 +72,38 @@ class FullWidthRMSNorm(MegatronModule):
         return sharded
 
 
+class FullWidthLayerNorm(MegatronModule):
+    """Applies LayerNorm without weight and bias over all heads of a projection jointly.
+
+    Mean and variance are those of the whole vector, reduced over the tensor parallel group.
+
+    Args:
+        config: gives eps (layernorm_epsilon).
+        num_heads: not needed.
+        head_size: not needed.
+        tp_group: tensor parallel ranks.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *, num_heads: int, head_size: int, tp_group: Any
+    ) -> None:
+        super().__init__(config=config)
+        del num_heads, head_size
+        self.eps: float = config.layernorm_epsilon
+        self.tp_group = tp_group
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """Normalises [s, b, heads of this rank, hn], same shape out."""
+        normed = split_unit_variance(heads.flatten(2), self.eps, group=self.tp_group)
+        return normed.view(heads.shape)
+
+
 class QKNormSelfAttention(SelfAttention):
     """Adds OLMoE's norm of q and k, before the rotary embedding, to megatron-core's attention.
 
     megatron-core's own `qk_layernorm` normalises each head by itself; here one norm spans all
-    query heads and one all key heads, under any tensor parallel size.
+    query heads and one all key heads, under any tensor parallel size. It is of the kind of the
+    layers' norms: RMSNorm with a weight, or LayerNorm without parameters.
 
     Raises:
         ValueError: a key head would have to be shared by several tensor parallel ranks.
@@ -107,13 +134,15 @@ class QKNormSelfAttention(SelfAttention):
                 f"parallel size ({self.world_size}) for QK-norm over the whole width"
             )
         head_size = self.hidden_size_per_attention_head
-        self.q_norm = FullWidthRMSNorm(
+        is_rms = config.normalization == "RMSNorm"
+        norm: type[Any] = FullWidthRMSNorm if is_rms else FullWidthLayerNorm
+        self.q_norm = norm(
             config,
             num_heads=self.num_attention_heads_per_partition,
             head_size=head_size,
             tp_group=self.tp_group,
         )
-        self.k_norm = FullWidthRMSNorm(
+        self.k_norm = norm(
             config,
             num_heads=self.num_query_groups_per_partition,
             head_size=head_size,

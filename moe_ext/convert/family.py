@@ -16,12 +16,16 @@ def common_problems(model: MoEModelConfig) -> list[str]:
     """List what prevents `model` from being expressed in any family."""
     if model.num_experts is None:
         return ["num_experts is None, a dense model, and the family has experts in every layer"]
-    width = model.moe_shared_expert_intermediate_size
-    if width is not None:
-        return [
-            f"moe_shared_expert_intermediate_size is {width}, and the family has no shared expert"
-        ]
-    return []
+    shared = model.moe_shared_expert_intermediate_size
+    others: tuple[tuple[str, object, object, str], ...] = (
+        ("moe_shared_expert_intermediate_size", shared, None, "has no shared expert"),
+        ("normalization", model.normalization, "RMSNorm", "has RMSNorm"),
+    )
+    return [
+        f"{name} is {value}, and the family {has}"
+        for name, value, wanted, has in others
+        if value != wanted
+    ]
 
 
 class WriteConfig(Protocol):

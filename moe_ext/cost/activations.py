@@ -96,13 +96,21 @@ def layer_bytes(rank: StepRank) -> float:
 
 
 def norm(rank: StepRank) -> Iterator[KeptBytes]:
-    """List what RMSNorm of the hidden states keeps, without its output.
-
-    It keeps the input (converted to fp32 on a CPU), its root mean square, and the normalized input.
-    """
+    """List what the norm of the hidden states keeps, without its output; see `_norm_size`."""
     of_input = _FP32 if rank.batch.device_type == "cpu" else rank.width
-    size = rank.model.hidden_size * (of_input + rank.width) + _FP32
+    size = _norm_size(rank, rank.model.hidden_size, of_input)
     yield KeptBytes("norms", rank.own_tokens * size)
+
+
+def _norm_size(rank: StepRank, width: int, of_input: int) -> int:
+    """Return the bytes that a norm keeps of a vector, whose elements it keeps in `of_input` bytes.
+
+    It keeps the input (converted to fp32 on a CPU) and its root mean square. For its weight RMSNorm
+    keeps the normalized input; LayerNorm, which has none, keeps the mean.
+    """
+    if rank.model.has_norm_weights:
+        return width * (of_input + rank.width) + _FP32
+    return width * of_input + 2 * _FP32
 
 
 def attention_layer(rank: StepRank) -> Iterator[KeptBytes]:
@@ -130,7 +138,7 @@ def _qk_norm(rank: StepRank, *, widths: tuple[int, int]) -> Iterator[KeptBytes]:
     if _norms_keep_views(rank):
         of_input = 0
     for width in widths:
-        yield KeptBytes("norms", rank.tokens * (width * (of_input + rank.width) + _FP32))
+        yield KeptBytes("norms", rank.tokens * _norm_size(rank, width, of_input))
 
 
 def _norms_keep_views(rank: StepRank) -> bool:

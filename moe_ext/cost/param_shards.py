@@ -111,12 +111,14 @@ def model_chunks(model: MoEModelConfig, layout: Layout, stage: int) -> list[Chun
 def layer_shards(model: MoEModelConfig, layout: Layout) -> Iterator[Shard]:
     """Yield the parameters of one layer on one rank."""
     h = model.hidden_size
-    yield Shard(name="input_layernorm", numel=h, is_split_sequence=True)
+    if model.has_norm_weights:
+        yield Shard(name="input_layernorm", numel=h, is_split_sequence=True)
     if model.attention_experts is not None:
         yield from _moa(model, layout, experts=model.attention_experts)
     else:
         yield from _self_attention(model, layout)
-    yield Shard(name="pre_mlp_layernorm", numel=h, is_split_sequence=True)
+    if model.has_norm_weights:
+        yield Shard(name="pre_mlp_layernorm", numel=h, is_split_sequence=True)
     if model.num_experts is None:
         yield from _dense_mlp(model, layout, name="mlp", width=model.ffn_hidden_size or 0)
         return
@@ -150,7 +152,7 @@ def _self_attention(model: MoEModelConfig, layout: Layout) -> Iterator[Shard]:
     queries, keys = (width // layout.tensor for width in head_widths(model))
     yield Shard(name="self_attention.linear_proj", numel=model.hidden_size * queries)
     yield Shard(name="self_attention.linear_qkv", numel=(queries + 2 * keys) * model.hidden_size)
-    if model.attention == "full_width_qk_norm":
+    if model.attention == "full_width_qk_norm" and model.has_norm_weights:
         yield Shard(name="self_attention.q_norm", numel=queries)
         yield Shard(name="self_attention.k_norm", numel=keys)
 
@@ -171,7 +173,8 @@ def _embedding(model: MoEModelConfig, layout: Layout) -> Iterator[Shard]:
 
 
 def _head(model: MoEModelConfig, layout: Layout, *, is_first: bool) -> Iterator[Shard]:
-    yield Shard(name="final_layernorm", numel=model.hidden_size, is_split_sequence=True)
+    if model.has_norm_weights:
+        yield Shard(name="final_layernorm", numel=model.hidden_size, is_split_sequence=True)
     is_tied = not model.untie_embeddings_and_output_weights
     if not (is_tied and is_first):
         rows = model.padded_vocab_size // layout.tensor

@@ -189,9 +189,16 @@ def row_linear(rank: Rank, purpose: Purpose, *, passes: int) -> Iterator[Collect
 
 
 def qk_norm(rank: Rank) -> Iterator[Collective]:
-    """List those of the query and key norms: one sum per token each, forward and backward."""
-    count = 2 * rank.layer_runs * (rank.forward_passes("attention") + 1)
-    yield rank.call("all_reduce", "tp", count, rank.tokens * _FP32, "qk_norm")
+    """List those of the query and key norms: one sum per token each, forward and backward.
+
+    LayerNorm has two, one after the other forward and together backward.
+    """
+    runs, passes, size = 2 * rank.layer_runs, rank.forward_passes("attention"), rank.tokens * _FP32
+    if rank.model.has_norm_weights:
+        yield rank.call("all_reduce", "tp", runs * (passes + 1), size, "qk_norm")
+        return
+    yield rank.call("all_reduce", "tp", runs * passes * 2, size, "qk_norm")
+    yield rank.call("all_reduce", "tp", runs, 2 * size, "qk_norm")
 
 
 def moa(rank: Rank, *, experts: int) -> Iterator[Collective]:
@@ -360,7 +367,8 @@ def split_sequence_gradients(rank: Rank) -> Iterator[Collective]:
     if rank.is_split:
         shards = [shard for chunk in rank.chunks for shard in chunk.shards]
         numel = sum(shard.numel for shard in shards if shard.is_split_sequence)
-        yield rank.call("all_reduce", "tp", 1, numel * _FP32, "gradients")
+        if numel:
+            yield rank.call("all_reduce", "tp", 1, numel * _FP32, "gradients")
 
 
 def optimizer(rank: Rank) -> Iterator[Collective]:

@@ -1,4 +1,6 @@
-"""Defines RMSNorm that megatron-core can build and that works under sequence parallelism."""
+"""Defines norms that megatron-core can build and that work under sequence parallelism."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +21,21 @@ class RMSNorm(nn.Module):
             tensor parallel group: megatron-core then sums the weight's gradient over it.
         hidden_size: width (h).
         eps: added to the mean square.
+        own_eps: instead of eps; megatron-core hands every norm the same.
         ignored: what megatron-core passes to norms of other kinds.
     """
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **ignored: object
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        *,
+        own_eps: float | None = None,
+        **ignored: object,
     ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps = eps if own_eps is None else own_eps
         self.weight = new_parameter(hidden_size, config=config)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         nn.init.ones_(self.weight)
@@ -34,6 +43,50 @@ class RMSNorm(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalises [..., h] to [..., h]."""
         return unit_rms(hidden, self.eps) * self.weight
+
+
+class NonParametricLayerNorm(nn.Module):
+    """Applies LayerNorm over the last dimension, without weight and bias (OLMo).
+
+    Statistics are taken in fp32 (fp64 for fp64 inputs).
+
+    Args:
+        config: not needed.
+        hidden_size: not needed.
+        eps: added to the variance.
+        own_eps: instead of eps; megatron-core hands every norm the same.
+        ignored: what megatron-core passes to norms of other kinds.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        *,
+        own_eps: float | None = None,
+        **ignored: object,
+    ) -> None:
+        super().__init__()
+        del config, hidden_size
+        self.eps = eps if own_eps is None else own_eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalises [..., h] to [..., h]."""
+        return unit_variance(hidden, self.eps)
+
+
+def norm_class(normalization: str) -> type[RMSNorm] | type[NonParametricLayerNorm]:
+    """Returns the norm of hidden states that `ModelFields.normalization` names."""
+    return RMSNorm if normalization == "RMSNorm" else NonParametricLayerNorm
+
+
+def unit_variance(hidden: Tensor, eps: float) -> Tensor:
+    """Shifts and scales the last dimension to a mean of 0 and a variance of 1, same dtype."""
+    wide = hidden
+    if not hidden.is_cuda:  # whose kernel has statistics in fp32 whatever the input
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    return F.layer_norm(wide, (hidden.shape[-1],), eps=eps).to(hidden.dtype)
 
 
 def unit_rms(hidden: Tensor, eps: float) -> Tensor:
@@ -93,4 +146,61 @@ def split_unit_rms(hidden: Tensor, eps: float, *, group: torch.distributed.Proce
     if group.size() == 1:
         return unit_rms(hidden, eps)
     output: Tensor = _SplitUnitRMS.apply(hidden, group, eps)
+    return output
+
+
+class _SplitUnitVariance(torch.autograd.Function):
+    """Computes `unit_variance` of vectors whose elements are split over a process group.
+
+    The forward pass sums elements, then squared deviations, over the whole vector; the backward
+    pass sums the gradient and the gradient times the output, in one call. Differentiable once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, group: torch.distributed.ProcessGroup, eps: float
+    ) -> Tensor:
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        width = wide.shape[-1] * group.size()
+        mean = wide.sum(dim=-1, keepdim=True)  # [..., 1]
+        torch.distributed.all_reduce(mean, group=group)  # sum over tensor parallel ranks
+        mean /= width
+        variance = (wide - mean).square().sum(dim=-1, keepdim=True)  # [..., 1]
+        torch.distributed.all_reduce(variance, group=group)  # sum over tensor parallel ranks
+        scale = torch.rsqrt(variance / width + eps)
+        ctx.save_for_backward(hidden, mean, scale)
+        ctx.group = group
+        return ((wide - mean) * scale).to(hidden.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        hidden, mean, scale = ctx.saved_tensors
+        normed = (hidden.to(scale.dtype) - mean) * scale
+        grad = grad.to(scale.dtype)
+        sums = torch.cat(
+            [grad.sum(dim=-1, keepdim=True), (grad * normed).sum(dim=-1, keepdim=True)], dim=-1
+        )  # [..., 2]
+        torch.distributed.all_reduce(sums, group=ctx.group)  # sum over tensor parallel ranks
+        sums /= hidden.shape[-1] * ctx.group.size()
+        own, projection = sums.split(1, dim=-1)
+        return ((grad - own - normed * projection) * scale).to(hidden.dtype), None, None
+
+
+def split_unit_variance(
+    hidden: Tensor, eps: float, *, group: torch.distributed.ProcessGroup
+) -> Tensor:
+    """Computes `unit_variance` over the concatenation of all the group's last dimensions.
+
+    Args:
+        hidden: [..., n] this rank's slice; every rank holds slices of the same width.
+        eps: added to the variance.
+        group: the ranks that hold the slices; collectives in both passes.
+
+    Returns:
+        [..., n] this rank's slice of the result, hidden's dtype.
+    """
+    if group.size() == 1:
+        return unit_variance(hidden, eps)
+    output: Tensor = _SplitUnitVariance.apply(hidden, group, eps)
     return output

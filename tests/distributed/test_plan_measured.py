@@ -42,6 +42,7 @@ ROWS: Case = {"reset-position-ids": True, "eod-token-id": 3}
 ONE: Case = {"micro-batch-size": 1}
 LEARNED: Case = {"router": "softmax_topk"}
 DENSE: Case = {"num-experts": "None", "ffn-hidden-size": 40, "attention": "standard"}
+LAYER_NORM: Case = {"normalization": "NonParametricLayerNorm"}
 SHARED_EXPERT: Case = {"moe-shared-expert-intermediate-size": 18}
 JETMOE: Case = jetmoe_cases.JETMOE
 
@@ -59,6 +60,7 @@ CASES: dict[int, dict[str, Case]] = {
         "moe": MOE,
         "core": CORE,
         "dense_bf16": {**DENSE, **BF16},
+        "layer_norm_bf16": {**LAYER_NORM, **BF16},
         "shared_expert_bf16": {**SHARED_EXPERT, **BF16},
         "jetmoe": JETMOE,
         "jetmoe_loop": {**JETMOE, "expert-backend": "loop"},
@@ -74,6 +76,7 @@ CASES: dict[int, dict[str, Case]] = {
         "tp2": TP2,
         "tp2_etp1_bf16": {**TP2, **ETP1, **BF16},
         "tp2_dense": {**TP2, **DENSE},
+        "tp2_layer_norm": {**TP2, **LAYER_NORM},
         "tp2_shared_expert": {**TP2, **SHARED_EXPERT},
         "tp2_jetmoe": {**TP2, **JETMOE},
         "cp2_bf16": {**CP2, **BF16},

@@ -58,6 +58,7 @@ CASES: dict[int, dict[str, Case]] = {
         "pp2_interleaved": {**PP2, **VIRTUAL},
         "cp2": CP2,
         "dense_tp2": {**DENSE, **TP2},
+        "layer_norm_tp2": {"normalization": "NonParametricLayerNorm", **TP2},
         "shared_expert_tp2_moe": {**SHARED_EXPERT, **TP2, **SELECTIVE},
         "jetmoe_tp2": {**JETMOE, **TP2},
         "moa_dense_tp2_no_sp": {**MOA_DENSE, **TP2, **NO_SP},

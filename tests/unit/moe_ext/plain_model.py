@@ -1,6 +1,7 @@
 """The whole model as plain loops over layers, tokens and experts, from a chunk's own weights."""
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +24,18 @@ def plain_loss(weights: Weights, model: MoEModelConfig, tokens: Tensor) -> Tenso
         into = norm(hidden, weights, f"{own}.pre_mlp_layernorm", model)
         output, extra = feed_forward(into, weights, own, model)
         hidden, auxiliary = hidden + output, auxiliary + extra
-    hidden = norm(hidden, weights, "decoder.final_layernorm", model)
+    final = replace(model, norm_epsilon=model.final_norm_epsilon or model.norm_epsilon)
+    hidden = norm(hidden, weights, "decoder.final_layernorm", final)
     logits = hidden @ weights["output_layer.weight"].T
     logits = logits[..., : model.vocab_size]
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) + auxiliary
 
 
 def norm(hidden: Tensor, weights: Weights, name: str, model: MoEModelConfig) -> Tensor:
-    """RMSNorm with the weight of that name."""
+    """RMSNorm with the weight of that name, or LayerNorm without any."""
+    if model.normalization == "NonParametricLayerNorm":
+        centred = hidden - hidden.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + model.norm_epsilon).sqrt()
     mean_square = hidden.square().mean(-1, keepdim=True)
     return hidden / (mean_square + model.norm_epsilon).sqrt() * weights[f"{name}.weight"]
 

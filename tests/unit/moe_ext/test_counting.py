@@ -50,6 +50,7 @@ ODD: dict[str, dict[str, Any]] = {
     },
     "moa_dense": {**MOA, "num_experts": None, "ffn_hidden_size": 34, "moa_num_experts": 7},
     "one_expert": {"num_experts": 1, "moe_router_topk": 1},
+    "no_norm_weights": {"normalization": "NonParametricLayerNorm"},
     "shared_expert": {"moe_shared_expert_intermediate_size": 22},
 }
 

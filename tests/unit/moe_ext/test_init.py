@@ -186,3 +186,14 @@ def test_lower_precision_rounds_the_same_draw(groups: ProcessGroupCollection) ->
     for name, p in chunk.named_parameters():
         assert p.dtype == torch.bfloat16, name
         assert torch.equal(p, exact[name].bfloat16()), name
+
+
+def test_without_a_cutoff_weights_are_of_the_whole_normal_distribution(
+    groups: ProcessGroupCollection,
+) -> None:
+    model = dataclasses.replace(MODEL, init_method_cutoff=None, init_method_std=0.5)
+    weights = matrices(build(groups, 5, model))
+    values = torch.cat([weight.flatten() for weight in weights.values()]).double() / 0.5
+    assert values.std().item() == pytest.approx(1.0, rel=0.01)
+    tail = (values.abs() > 3).double().mean().item()
+    assert tail == pytest.approx(0.0027, rel=0.1)

@@ -28,6 +28,8 @@ SMALL: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "no_qk_norm": {"attention": "standard"},
+    "layer_norm": {"normalization": "NonParametricLayerNorm", "final_norm_epsilon": 1e-2},
+    "whole_normal": {"init_method_cutoff": None},
     "shared_expert": {"moe_shared_expert_intermediate_size": 9},
 }
 

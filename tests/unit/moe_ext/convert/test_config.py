@@ -283,6 +283,7 @@ OTHER: dict[str, dict[str, dict[str, Any]]] = {
         "num_experts": {"num_experts": 8},
         "moe_router_topk": {"moe_router_topk": 2},
         "moe_ffn_hidden_size": {"moe_ffn_hidden_size": 32},
+        "normalization": {"normalization": "NonParametricLayerNorm"},
         "moe_output_bias": {"moe_output_bias": True},
         "moe_shared_expert_intermediate_size": {"moe_shared_expert_intermediate_size": 16},
         "vocab_size": {"vocab_size": 112},
@@ -308,6 +309,7 @@ OTHER: dict[str, dict[str, dict[str, Any]]] = {
         "num_experts": {"num_experts": 8},
         "moe_router_topk": {"moe_router_topk": 2, "num_attention_heads": 8},
         "moe_ffn_hidden_size": {"moe_ffn_hidden_size": 32},
+        "normalization": {"normalization": "NonParametricLayerNorm"},
         "moe_output_bias": {"moe_output_bias": False},
         "moe_shared_expert_intermediate_size": {"moe_shared_expert_intermediate_size": 16},
         "vocab_size": {"vocab_size": 112},
@@ -351,6 +353,10 @@ INEXPRESSIBLE: list[tuple[dict[str, Any], str]] = [
     (
         {**JETMOE_NATIVE, "moe_shared_expert_intermediate_size": 16},
         "jetmoe: moe_shared_expert_intermediate_size is 16, and the family has no shared expert",
+    ),
+    (
+        {"normalization": "NonParametricLayerNorm"},
+        "olmoe: normalization is NonParametricLayerNorm, and the family has RMSNorm",
     ),
     ({"num_layers": 3}, ""),
     ({**JETMOE_NATIVE, "norm_epsilon": 1e-5}, "jetmoe: norm_epsilon is 1e-05, and transformers"),
