@@ -9,7 +9,7 @@ import secrets
 import socket
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from megatron.trainer.config.cli import flatten
 from megatron.trainer.config.schema import ParallelConfig
 from megatron.trainer.data.writer import TokenFileWriter
 from megatron.trainer.hf_files import new_directory
+from megatron.trainer.hooks import plots
 from megatron.trainer.inference.lines import OutputFile
 from megatron.trainer.io.atomic_write import write_durably
 from megatron.trainer.runtime import launch
@@ -96,7 +97,11 @@ def restored_process() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=[0o077, 0o022], ids="umask {:03o}".format)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def run(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    write_figure: Callable[[Any, Path], None],
+) -> Iterator[Run]:
     """Train two steps with all writers: metrics, TensorBoard, wandb, plots, checkpoints."""
     run = Run(
         directory=tmp_path_factory.mktemp("secure") / "run",
@@ -110,6 +115,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         for name, value in run.secrets.items():
             patch.setenv(name, value)
         patch.setitem(sys.modules, "wandb", wandb_for(run))
+        patch.setattr(plots, "write_figure", write_figure)
         plan: dict[str, Any] = {
             "train_iters": 2,
             "num_layers": 1,

@@ -94,6 +94,7 @@ def test_reductions_scale_the_gradient_and_report_one_loss(folder: Path, tmp_pat
     assert norms["sample-mean"] != pytest.approx(norms["token-mean"], rel=1e-3)
 
 
+@pytest.mark.usefixtures("with_pixels")
 def test_dpo_begins_at_log_2_and_learns(folder: Path, tmp_path: Path) -> None:
     more = ("--method", "dpo", "--beta", "0.5", "--train-iters", "8", "--weight-decay", "0")
     assert run(folder, alignment, "preference", tmp_path, *more) == 0

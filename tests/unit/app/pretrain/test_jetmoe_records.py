@@ -54,6 +54,7 @@ def test_reset_forgets_both_kinds(health: RouterHealth) -> None:
     assert "moa_z_loss" not in health.reduce()
 
 
+@pytest.mark.usefixtures("with_pixels")
 def test_both_loads_are_written_and_drawn(health: RouterHealth, tmp_path: Path) -> None:
     hook = ExpertLoad(health, tmp_path)
     hook.on_start(0, 10)

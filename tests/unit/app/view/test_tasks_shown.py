@@ -14,6 +14,8 @@ from megatron.trainer.records.history import RunHistory
 from megatron.trainer.records.tasks import task_results
 from moe_app.view import html_page, page_data, report
 
+pytestmark = pytest.mark.usefixtures("with_pixels")
+
 NAMES = ("none", "char", "byte")
 
 

@@ -32,6 +32,8 @@ from megatron.trainer.records.record_file import (
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
+pytestmark = pytest.mark.usefixtures("with_pixels")
+
 
 def png_size(path: Path) -> tuple[int, int]:
     """Width and height in pixels, of a file that begins and ends as a PNG does."""
