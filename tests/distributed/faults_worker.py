@@ -30,7 +30,7 @@ from moe_app.pretrain import build, command
 from tests.distributed.ports import free_port
 from tests.paths import REPO
 
-PATIENCE_S = 60
+PATIENCE_S = 180
 
 
 def arm(stage: str, iteration: int, action: Callable[[], None]) -> None:

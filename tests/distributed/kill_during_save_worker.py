@@ -210,14 +210,14 @@ def kill_when_due(pids: list[int], journal: Path, moment: Moment) -> None:
     """Kill the victim, unless it does it itself; then see the other one off."""
     victim, other = pids[moment.victim], pids[1 - moment.victim]
     if moment.patch is None:
-        deadline = time.monotonic() + 30.0
+        deadline = time.monotonic() + 120.0
         while sum(row[0] == "start" for row in read_journal(journal)) < moment.save:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{moment.name}: the save never began")
             time.sleep(0.0005)
         time.sleep(moment.delay_s)
         os.kill(victim, signal.SIGKILL)
-    status = wait(victim, 30.0)
+    status = wait(victim, 120.0)
     if status is None or not os.WIFSIGNALED(status):
         raise RuntimeError(f"{moment.name}: the victim ended with {status}, not by its signal")
     if wait(other, SURVIVOR_S) is None:

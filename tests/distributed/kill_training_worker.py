@@ -39,7 +39,7 @@ def main() -> None:
         more = ["--async-save"] if attempt % 4 >= 2 else []  # both ranks are killed under both
         children = fork_ranks({**training, "flags": [*training["flags"], *more]})
         # The second save of the attempt, so that a step was trained in between.
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         first = await_save(run, older, deadline)
         begun = time.monotonic()
         during = await_save(run, {*older, first}, deadline)

@@ -19,7 +19,7 @@ JOURNAL = {".lock", "ended.json", "events.jsonl"}
 Done = subprocess.CompletedProcess[str]
 
 # A collective that waited for a lost rank would take ten minutes.
-TIMEOUT_S = 150
+TIMEOUT_S = 300
 
 
 def pretrain(*arguments: str) -> Done:

@@ -13,7 +13,7 @@ NO_SPACE = "OSError: [Errno 28] No space left on device"
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """How each stage ended, by rank."""
     out = tmp_path_factory.mktemp("collective")
-    done = ranks(2, HERE / "worker_collective.py", str(out), timeout=100)
+    done = ranks(2, HERE / "worker_collective.py", str(out), timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 

@@ -196,7 +196,7 @@ def test_torchrun_restarts_after_a_kill_and_passes_over_a_damaged_checkpoint(
         *("--nproc-per-node", "2", *program(HERE / "faults_restart_worker.py"), str(tmp_path)),
         *run_flags(run),
     ]
-    done = run_session(command, rank_environment(), timeout=200)
+    done = run_session(command, rank_environment(), timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "killed").exists()
     passed_over = events(run, "fallback")

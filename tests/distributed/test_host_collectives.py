@@ -17,7 +17,7 @@ Answers = list[dict[str, Any]]
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     """Each rank's answers."""
     out = tmp_path_factory.mktemp("collectives")
-    done = ranks(2, HERE / "host_worker.py", str(out), timeout=200)
+    done = ranks(2, HERE / "host_worker.py", str(out), timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 

@@ -33,7 +33,7 @@ OBJECT_KEY = "decoder.surprise/shard_0_1"
 
 def pretrain(*arguments: str) -> Ended:
     """The command alone, without torchrun, whose exit status would hide ours."""
-    return alone(REPO / "tools" / "pretrain.py", *arguments, timeout=150)
+    return alone(REPO / "tools" / "pretrain.py", *arguments, timeout=300)
 
 
 class Payload:

@@ -13,7 +13,7 @@ WORKER = Path(__file__).with_name("kill_during_save_worker.py")
 
 def run_worker(mode: str, root: Path) -> list[dict[str, Any]]:
     """What the worker printed, an object a line."""
-    done = alone(WORKER, mode, str(root), "20240607", timeout=180)
+    done = alone(WORKER, mode, str(root), "20240607", timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -107,7 +107,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
         listing = [{"name": name, "flags": case_flags(num_ranks, name)} for name in cases]
         (out / "cases.json").write_text(json.dumps(listing))
         script = HERE / "plan_worker.py"
-        done = ranks(num_ranks, script, str(out / "cases.json"), str(out), timeout=200)
+        done = ranks(num_ranks, script, str(out / "cases.json"), str(out), timeout=400)
         assert done.returncode == 0, done.stderr[-6000:]
         for name in cases:
             files = [out / f"{name}.rank{rank}.json" for rank in range(num_ranks)]

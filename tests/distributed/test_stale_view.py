@@ -114,7 +114,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     ]
     (root / "cases.json").write_text(json.dumps(listing))
     arguments = (str(root / "cases.json"), str(root))
-    done = ranks(2, HERE / "worker_stale.py", *arguments, timeout=200)
+    done = ranks(2, HERE / "worker_stale.py", *arguments, timeout=400)
     assert done.returncode == 0, done.stderr[-5000:]
     outcomes = {}
     for case in listing:

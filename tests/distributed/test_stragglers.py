@@ -24,7 +24,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     listing = [{"name": name, "flags": case} for name, case in CASES.items()]
     (out / "cases.json").write_text(json.dumps(listing))
     worker = HERE / "worker_stragglers.py"
-    done = ranks(2, worker, str(out / "cases.json"), str(out), timeout=120)
+    done = ranks(2, worker, str(out / "cases.json"), str(out), timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
     return {name: json.loads((Path(out) / f"{name}.json").read_text()) for name in CASES}
 

@@ -90,7 +90,7 @@ def record(num_ranks: int, out: Path) -> dict[str, list[Calls]]:
     listing = [{"name": name, "flags": case_flags(cases[name], num_ranks)} for name in cases]
     (out / "cases.json").write_text(json.dumps(listing))
     script = HERE / "worker_traffic.py"
-    done = ranks(num_ranks, script, str(out / "cases.json"), str(out), timeout=200)
+    done = ranks(num_ranks, script, str(out / "cases.json"), str(out), timeout=400)
     assert done.returncode == 0, done.stderr[-6000:]
     return {
         f"{num_ranks}:{name}": [

@@ -20,7 +20,7 @@ from tests.distributed.launcher import HERE, REPO, program, ranks
 from tests.distributed.worker_watchdog import TIMEOUT_S
 
 WORKER = HERE / "worker_watchdog.py"
-SLACK_S = 4.0
+SLACK_S = 20.0
 """For a crowded machine, beside the tenth of the time-out that the watchdog itself may take."""
 
 
@@ -73,7 +73,7 @@ def run_job(fault: str, victim: int, out: Path, *, restarts: int = 0) -> Ended:
     return Ended(status, stdout, "".join(said), spoke_at - began, survivors)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_frozen_rank_is_named_in_time_and_the_job_ends(tmp_path: Path) -> None:
     """Rank 0, so that another has to speak."""
     done = run_job("stop", 0, tmp_path)
@@ -89,7 +89,7 @@ def test_frozen_rank_is_named_in_time_and_the_job_ends(tmp_path: Path) -> None:
     assert done.survivors == []
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_sleeping_rank_is_named_with_its_line_and_torchrun_starts_again(tmp_path: Path) -> None:
     done = run_job("sleep", 2, tmp_path, restarts=1)
     assert f"rank 2 on {socket.gethostname()} hangs" in done.stderr, done.stderr[-4000:]
@@ -107,10 +107,10 @@ def test_sleeping_rank_is_named_with_its_line_and_torchrun_starts_again(tmp_path
     assert done.survivors == []
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_rank_that_serves_the_store_is_named_by_its_silence(tmp_path: Path) -> None:
     """Without torchrun rank 0 serves the store, so no heartbeat can be read when it is frozen."""
-    done = ranks(2, WORKER, "stop", "0", str(tmp_path), timeout=60)
+    done = ranks(2, WORKER, "stop", "0", str(tmp_path), timeout=200)
     assert "watchdog: rank 1 on" in done.stderr, done.stderr[-4000:]
     assert "the job's store has not answered" in done.stderr
     assert done.codes == [-signal.SIGTERM, 1]

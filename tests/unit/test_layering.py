@@ -363,7 +363,7 @@ def import_without(
     """Import modules in a process that cannot import the blocked packages."""
     command = [sys.executable, "-c", IMPORTER, ",".join(blocked), ",".join(modules)]
     return subprocess.run(
-        command, cwd=REPO, capture_output=True, text=True, check=False, timeout=120
+        command, cwd=REPO, capture_output=True, text=True, check=False, timeout=300
     )
 
 

@@ -59,7 +59,7 @@ def test_a_command_runs_under_an_ascii_locale(tmp_path: Path) -> None:
         ],
         env={**os.environ, **ASCII_ONLY},
         capture_output=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 2

@@ -26,7 +26,7 @@ from tests.unit.app.data.token_files import GOOD, TEXTS, WORDS, files
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
-    for _ in range(1200):
+    for _ in range(6000):
         if is_so():
             return
         time.sleep(0.05)

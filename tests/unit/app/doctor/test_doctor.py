@@ -214,7 +214,7 @@ TOOL = REPO / "tools/doctor.py"
 
 def run_doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the doctor in its own process, because it redirects torch.cuda."""
-    return alone(TOOL, "--device", "cpu", *arguments, timeout=120)
+    return alone(TOOL, "--device", "cpu", *arguments, timeout=300)
 
 
 def test_single_rank_prints_json(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_single_rank_prints_json(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
         env={**os.environ, "SLURM_JOB_ID": "78"},
     )
     assert done.returncode == 0, done.stderr[-3000:]

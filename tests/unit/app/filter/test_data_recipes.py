@@ -227,7 +227,7 @@ def test_token_files_of_other_work_are_not_taken_for_finished(tmp_path: Path) ->
             env={"PATH": os.defpath, "REPO": str(REPO), "PYTHON": str(tmp_path / "tool")},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
         calls = (tmp_path / "calls").read_text().splitlines()
         return done.returncode, [Path(each.split()[0]).stem for each in calls], done.stderr

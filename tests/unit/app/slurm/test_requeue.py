@@ -213,6 +213,6 @@ def test_script_runs_on_python_3_7_without_packages(run: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
     assert (done.returncode, done.stdout) == (0, "job 12 starts; newest checkpoint: none\n")

@@ -218,7 +218,7 @@ def test_script_passes_any_path_unchanged(name: str, tmp_path: Path) -> None:
         variables={"CONTAINER_IMAGE": name},
     ).script()
     done = subprocess.run(
-        ["bash", "-c", text], capture_output=True, text=True, check=True, timeout=30
+        ["bash", "-c", text], capture_output=True, text=True, check=True, timeout=300
     )
     recipe_path = tmp_path / name / "a.yaml"
     assert done.stdout.splitlines() == [str(repository), name, str(recipe_path), "/runs"]

@@ -42,7 +42,7 @@ def browse_with_log(page: Path, *flags: str) -> tuple[str, str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=300,
     )
     return done.stdout, done.stderr
 

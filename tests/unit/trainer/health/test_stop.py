@@ -49,7 +49,7 @@ def test_duration_counts_from_the_start_of_the_process(
     world: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = rule(exit_duration_in_mins=2.0)
-    monkeypatch.setattr(signals, "STARTED", time.monotonic() - 119)
+    monkeypatch.setattr(signals, "STARTED", time.monotonic() - 20)
     assert made.check(3) is None
     monkeypatch.setattr(signals, "STARTED", time.monotonic() - 120)
     assert made.check(4) == Stop(reason="duration", detail="--exit-duration-in-mins 2 are over")
