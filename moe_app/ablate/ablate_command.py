@@ -8,6 +8,7 @@ studies and the report. Exit status: 0; 1 when a run failed; 2 for an error befo
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,9 @@ from megatron.trainer.errors import ConfigError, printable
 from megatron.trainer.runtime import signals
 from moe_app.ablate.derived_recipes import derive_recipes
 from moe_app.ablate.studies_file import Sweep, choose_studies, read_studies
+from moe_app.ablate.sweep_export import export_sweep
 from moe_app.ablate.sweep_jobs import SweepJob, check_recipe, list_jobs
+from moe_app.ablate.sweep_report import write_report
 from moe_app.ablate.sweep_runner import SweepRunner, SweepStopped
 from moe_app.command_line import program, report_errors
 from moe_app.infer.open_model import positive
@@ -27,7 +30,7 @@ STOPPED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sweep that `argv` asks for; return the exit status."""
-    args = make_parser().parse_args(argv)
+    args = make_parser().parse_args(argv, argparse.Namespace(argv=argv))
     status = [0]
 
     def act() -> None:
@@ -61,6 +64,14 @@ def make_parser() -> argparse.ArgumentParser:
     mode.add_argument(
         "--index", type=int, metavar="I", help="train run I of the list alone, as in a job array"
     )
+    mode.add_argument(
+        "--report-only", action="store_true", help="train none, write the report of what is there"
+    )
+    parser.add_argument(
+        "--export",
+        metavar="DIR",
+        help="copy tables, figures, recipes and a manifest to this directory, to be committed",
+    )
     return parser
 
 
@@ -77,12 +88,30 @@ def run(args: argparse.Namespace) -> int:
     jobs = list_jobs(sweep, derive_recipes(sweep), Path(args.output))
     if args.list:
         for number, job in enumerate(jobs):
-            print(printable(f"{number} {job.run.name} seed {job.seed} {job.state}"))
+            sources = [i for i, each in enumerate(jobs) if each.directory == job.source]
+            after = f" after {sources[0]}" if sources else ""
+            print(printable(f"{number} {job.run.name} seed {job.seed} {job.state}{after}"))
         return 0
-    chosen = jobs if args.index is None else [_one(jobs, args.index)]
-    for job in chosen:
-        check_recipe(job)
-    return _train(sweep, chosen, args.jobs)
+    status = 0
+    if not args.report_only:
+        chosen = jobs if args.index is None else [_one(jobs, args.index)]
+        for job in chosen:
+            check_recipe(job)
+        status = _train(sweep, chosen, args.jobs)
+    if args.index is None:
+        _report(sweep, jobs, args)
+    return status
+
+
+def _report(sweep: Sweep, jobs: Sequence[SweepJob], args: argparse.Namespace) -> None:
+    """Write the report of what is finished, if anything is, and export it if that is wanted."""
+    output = Path(args.output)
+    if not args.report_only and not any(job.state == "finished" for job in jobs):
+        return
+    _say(f"report: {write_report(sweep, jobs, output)}")
+    if args.export is not None:
+        argv = sys.argv[1:] if args.argv is None else args.argv
+        _say(f"export: {export_sweep(sweep, jobs, output, Path(args.export), argv=argv)}")
 
 
 def _train(sweep: Sweep, jobs: Sequence[SweepJob], side_by_side: int) -> int:

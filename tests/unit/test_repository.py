@@ -36,7 +36,10 @@ RECIPES = sorted(
     path
     for path in (REPO / "examples").rglob("*.yaml")
     # Those of fine-tuning and alignment are in app/align/test_tuning_recipes.py.
-    if path.parent.name != "filters" and "train_data:" not in path.read_text("utf-8")
+    # Files of studies are in app/ablate/test_studies_file.py.
+    if path.parent.name != "filters"
+    and path.name != "studies.yaml"
+    and "train_data:" not in path.read_text("utf-8")
 )
 TOOLS = sorted(path.stem for path in (REPO / "tools").glob("*.py"))
 DOCUMENTS = sorted(

@@ -7,6 +7,7 @@ import pytest
 from megatron.trainer.errors import ConfigError
 from moe_app.ablate.derived_recipes import derive_recipes
 from moe_app.ablate.studies_file import Branch, choose_studies, read_studies
+from tests.paths import REPO
 from tests.unit.app.ablate.conftest import RUNS, STUDIES, WriteStudies
 
 
@@ -164,3 +165,12 @@ def test_wrong_seeds_are_refused(write_studies: WriteStudies, seeds: str) -> Non
 def test_a_file_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         read_studies(str(tmp_path / "none.yaml"))
+
+
+def test_the_studies_of_the_examples_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)  # recipes are named from there
+
+    for path in sorted((REPO / "examples").rglob("studies.yaml")):
+        sweep = read_studies(str(path))
+        assert derive_recipes(sweep).keys() == sweep.runs.keys()
+        assert {run for study in sweep.studies for run in study.runs} <= sweep.runs.keys()

@@ -218,10 +218,10 @@ def test_the_list_numbers_the_runs(
     assert capsys.readouterr().out.splitlines() == [
         "0 base seed 7 new",
         "1 no_balancing seed 7 new",
-        "2 tail seed 7 new",
+        "2 tail seed 7 new after 0",
         "3 base seed 2 finished",
         "4 no_balancing seed 2 new",
-        "5 tail seed 2 new",
+        "5 tail seed 2 new after 3",
     ]
 
 
