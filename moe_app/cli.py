@@ -197,8 +197,8 @@ def ablate(argv: Argv = None) -> int:
 @prints_any_text
 @hide_upstream_warnings()
 def submit(argv: Argv = None) -> int:
-    """Run `moe_app.slurm.submit`."""
-    from moe_app.slurm.submit import main
+    """Run `moe_app.submission.submit`."""
+    from moe_app.submission.submit import main
 
     return main(argv)
 

@@ -1,4 +1,4 @@
-"""Submits, follows and requeues SLURM jobs.
+"""Asks SLURM about jobs, formats their scripts and requeues them.
 
 The batch scripts are in examples/slurm.
 """

@@ -2,9 +2,10 @@
 
     python tools/submit.py RECIPE --nodes 32 --gpus-per-node 8 --time 24:00:00 --follow [FLAGS]
 
-All other flags are those of tools/pretrain.py; --save DIR, or the recipe's, is the run directory.
-The resolved recipe and the batch script, which runs examples/slurm/pretrain.sbatch, go to
-DIR/slurm/, logs to DIR/logs/. Exit status: 0; with --follow the job's; 2 for an error before that.
+All other flags are those of the tool that trains: tools/pretrain.py, finetune.py or align.py, by
+the settings in the recipe, or --stage. --save DIR, or the recipe's, is the run directory. The
+resolved recipe and the batch script, which runs examples/slurm/pretrain.sbatch, go to DIR/slurm/,
+logs to DIR/logs/. Exit status: 0; with --follow the job's; 2 for an error before that.
 """
 
 import argparse
@@ -15,7 +16,6 @@ from pathlib import Path
 
 from megatron.trainer.config.cli import dump_config
 from megatron.trainer.config.parallel_layout import num_microbatches, resolve_layout
-from megatron.trainer.config.schedule_lengths import describe_lengths
 from megatron.trainer.config.validate import validate
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.io.atomic_write import write_text
@@ -25,8 +25,16 @@ from megatron.trainer.records.record_file import Record
 from megatron.trainer.records.run_dir import EVENTS_NAME, METRICS_NAME, RecordTail, read_ended
 from megatron.trainer.runtime.launch import run_main
 from moe_app.command_line import program, seconds_up_to
-from moe_app.pretrain.config import PretrainConfig, parse_recipe
+from moe_app.pretrain.config import PretrainConfig
 from moe_app.slurm.jobs import JobRequest, poll_job, query_job, submit
+from moe_app.submission.job_stages import (
+    STAGES,
+    JobStage,
+    has_known_length,
+    length_lines,
+    parse_stage,
+    stage_of,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 """Checkout that contains this file, unless it is installed as a package."""
@@ -45,10 +53,15 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     parser = argparse.ArgumentParser(
         prog=program("submit"),
         description="Submit a recipe to SLURM.",
-        epilog="All other flags are those of tools/pretrain.py and override the recipe.",
+        epilog="All other flags are those of the tool that trains, and override the recipe.",
         allow_abbrev=False,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="YAML recipe")
+    parser.add_argument(
+        "--stage",
+        choices=STAGES,
+        help="the tool that trains; by default the one whose settings the recipe has",
+    )
     parser.add_argument("--nodes", type=_positive, default=1, metavar="N", help="(%(default)s)")
     parser.add_argument(
         "--gpus-per-node", type=_positive, metavar="N", help="GPUs per node, one rank each"
@@ -104,8 +117,9 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
     Raises:
         UserError: recipe, layout or directory are invalid, or SLURM rejects the job.
     """
-    cfg = parse_recipe(["--config", args.recipe, *flags], prog=program("submit"), description="")
-    request = make_request(args, cfg)
+    stage = args.stage or stage_of(args.recipe, flags)
+    cfg = parse_stage(stage, args.recipe, flags, prog=program("submit"))
+    request = make_request(args, cfg, stage)
     script, resolved = request.script(), dump_config(cfg)
     print("\n".join(describe(request, cfg)))
     if args.dry_run:
@@ -122,7 +136,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
         return 130
 
 
-def make_request(args: argparse.Namespace, cfg: PretrainConfig) -> JobRequest:
+def make_request(args: argparse.Namespace, cfg: PretrainConfig, stage: JobStage) -> JobRequest:
     """Validate the run and build the request for its job.
 
     Raises:
@@ -139,7 +153,9 @@ def make_request(args: argparse.Namespace, cfg: PretrainConfig) -> JobRequest:
     validate(cfg, args.nodes * ranks_per_node)
     save = Path(cfg.checkpoint.save).resolve()
     options = [f"--{name}={getattr(args, name)}" for name in _SBATCH if getattr(args, name)]
-    variables = {} if args.container_image else {"PYTHON": sys.executable}
+    variables: dict[str, str] = {} if stage == "pretrain" else {"STAGE": stage}
+    if not args.container_image:
+        variables["PYTHON"] = sys.executable
     for flag in ("container_image", "container_mounts"):
         if getattr(args, flag):
             variables[flag.upper()] = getattr(args, flag)
@@ -181,12 +197,13 @@ def describe(request: JobRequest, cfg: PretrainConfig) -> list[str]:
     training = cfg.training
     return [
         f"run: {request.run}",
+        f"tool: tools/{request.variables.get('STAGE', 'pretrain')}.py",
         f"layout: {request.nodes} nodes x {request.ranks_per_node} ranks = {world}; TP"
         f" {layout.tensor}, PP {layout.pipeline} x {layout.virtual_stages}, CP {layout.context}, EP"
         f" {layout.expert}, ETP {layout.expert_tensor}, DP {layout.data}",
         f"step: {num_microbatches(training, layout)} micro-batches of {training.micro_batch_size}"
         " sequences a data parallel rank",
-        *describe_lengths(cfg),
+        *length_lines(cfg),
         *_core_notes(request),
     ]
 
@@ -276,17 +293,19 @@ def follow(job_id: str, request: JobRequest, cfg: PretrainConfig, *, poll_s: flo
 
 def progress(record: Record, cfg: PretrainConfig, end: PlannedEnd | None = None) -> str:
     """Format the record of a step as one line; `end` is what the run itself says of its length."""
+    is_known = end is not None or has_known_length(cfg)
     step, last = record["iteration"], cfg.training.train_iters
     tokens = (last - step) * cfg.training.global_batch_size * cfg.training.seq_length
     if end is not None and "consumed_tokens" in record:
         last, tokens = end.train_iters, end.train_tokens - record["consumed_tokens"]
-    line = f"step {step:,} of {last:,} ({step / last:.0%})"
+    line = f"step {step:,} of {last:,} ({step / last:.0%})" if is_known else f"step {step:,}"
     name = loss_name(record) or "lm_loss"
     if record[name] is not None:
         line += f", {name} {record[name]:.4f}"
     speed = record.get("tokens_per_second")
     if speed:
-        line += f", {speed:,.0f} tokens/s, {_clock(tokens / speed)} left"
+        line += f", {speed:,.0f} tokens/s"
+        line += f", {_clock(tokens / speed)} left" if is_known else ""
     return line
 
 

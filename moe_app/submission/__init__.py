@@ -1,0 +1,1 @@
+"""Submits recipes of any stage of training to SLURM."""
