@@ -258,6 +258,7 @@ def make_step(
         converts_bf16=device_type == "cpu" and _upcasts_bf16(),
         has_positions=data.reset_position_ids,
         has_mask=data.reset_attention_mask and data.packed_attention == "mask",
+        is_varlen=data.reset_attention_mask and data.packed_attention != "mask",
         imbalance=imbalance,
         device_type=device_type,
     )

@@ -35,6 +35,8 @@ class Step(Batch):
     """Whether each sequence of a micro-batch has position ids of its own."""
     has_mask: bool = False
     """Whether an explicit attention mask separates documents."""
+    is_varlen: bool = False
+    """Whether variable-length attention does; on a GPU in bf16 one kernel for all documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,12 +178,22 @@ def _core_attention(rank: StepRank, *, queries: int, keys: int) -> Iterator[Kept
         return
     heads = model.num_attention_heads // rank.layout.tensor
     yield KeptBytes("attention", found + tokens * heads * _FP32)  # and the sums of exponentials
-    if rank.layout.context > 1 or (rank.batch.device_type == "cuda" and not rank.batch.bf16):
-        yield KeptBytes("attention", found)  # a copy: chunks concatenated, or transposed
+    yield from _copies(rank, found=found, keys=tokens * keys * width)
     if rank.batch.has_mask:
         yield KeptBytes("attention", rank.batch.micro_batch_size * _mask_entries(rank) * width)
-    elif rank.layout.context > 1 and rank.batch.device_type == "cpu":
+    elif rank.layout.context > 1 and rank.batch.device_type == "cpu" and not rank.batch.is_varlen:
         yield KeptBytes("attention", _mask_entries(rank) * width)  # GPU kernels need no mask
+
+
+def _copies(rank: StepRank, *, found: int, keys: int) -> Iterator[KeptBytes]:
+    """List what is kept twice, of what was `found`, of the queries, as large, and of `keys`."""
+    is_cuda, is_split = rank.batch.device_type == "cuda", rank.layout.context > 1
+    if is_split or (is_cuda and not rank.batch.bf16):
+        yield KeptBytes("attention", found)  # chunks concatenated, or transposed
+    elif rank.batch.is_varlen and not (is_cuda and rank.batch.micro_batch_size == 1):
+        yield KeptBytes("attention", found)  # documents concatenated, or rows transposed
+        if is_cuda:
+            yield KeptBytes("attention", found + 2 * keys)  # rows, for the kernel
 
 
 def _mask_entries(rank: StepRank) -> int:

@@ -37,7 +37,8 @@ FULL: Case = {"recompute-granularity": "full"}
 BLOCK: Case = {**FULL, "recompute-method": "block", "recompute-num-layers": 3}
 MOE: Case = {"recompute-granularity": "selective"}
 CORE: Case = {**MOE, "recompute-modules": "core_attn"}
-MASK: Case = {"reset-attention-mask": True, "eod-token-id": 3}
+VARLEN: Case = {"reset-attention-mask": True, "eod-token-id": 3}
+MASK: Case = {**VARLEN, "packed-attention": "mask"}
 ROWS: Case = {"reset-position-ids": True, "eod-token-id": 3}
 ONE: Case = {"micro-batch-size": 1}
 LEARNED: Case = {"router": "softmax_topk"}
@@ -53,6 +54,7 @@ CASES: dict[int, dict[str, Case]] = {
         "rows_bf16": {**ROWS, **BF16},
         "mask": MASK,
         "mask_full": {**MASK, **FULL},
+        "varlen_bf16": {**VARLEN, **BF16},
         "fp32_router": {**BF16, "moe-router-dtype": "fp32"},
         "loop": {"expert-backend": "loop"},
         "full": {**FULL, "recompute-num-layers": 2},

@@ -284,4 +284,8 @@ def test_step_has_what_the_recipe_says() -> None:
     step = search.make_step(cfg, layout, device_type="cuda")
     assert (step.recompute, step.recompute_core_attention) == (None, True)
     assert (step.has_mask, step.has_positions, step.keeps_activation) == (True, False, True)
+    assert not step.is_varlen
+    cfg = parse_recipe([*SMALL, "--reset-attention-mask"], prog="test", description="")
+    step = search.make_step(cfg, layout, device_type="cuda")
+    assert (step.has_mask, step.is_varlen) == (False, True)
     assert (step.num_microbatches, step.bf16) == (4, True)
