@@ -1,6 +1,7 @@
 """Trains the jobs of a sweep, some side by side, and stops them when it is stopped."""
 
 import contextlib
+import fcntl
 import os
 import shlex
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron.trainer.errors import printable
+from megatron.trainer.io.file_lock import NO_LOCKS
 from megatron.trainer.records.history import duration
 from megatron.trainer.runtime import signals
 from megatron.trainer.runtime.launch import child_environment, num_cores
@@ -21,6 +23,7 @@ from moe_app.ablate.studies_file import Sweep
 from moe_app.ablate.sweep_jobs import LOG_NAME, SweepJob, commands_of, write_recipe
 
 POLL_S = 0.2
+_LOCK_NAME = ".sweep_lock"
 _REPORT_S = 60.0
 _GRACE_S = 90.0
 """A run that was asked to stop has so long to save."""
@@ -40,6 +43,8 @@ class _Running:
     left: deque[list[str]]
     """Command lines to come."""
     log: IO[bytes]
+    lock: IO[bytes]
+    """Held until the process ends, also if this one is killed before."""
     began: float
     first: int
     """Steps that were done when it was started."""
@@ -89,6 +94,7 @@ class SweepRunner:
         self._left = [job for job in jobs if states[id(job)] != "finished"]
         self._total = len(jobs)
         self._running: list[_Running] = []
+        self._elsewhere: set[Path] = set()
         self._step_seconds: list[float] = []
         threads = max(1, num_cores() // (side_by_side * sweep.nproc_per_node))
         self._environment = child_environment(threads=threads)
@@ -135,16 +141,32 @@ class SweepRunner:
             elif len(self._running) < self._side_by_side and (
                 job.source is None or job.source in finished or job.source not in own
             ):
-                self._left.remove(job)
-                self._start(job)
+                self._try_to_start(job)
 
-    def _start(self, job: SweepJob) -> None:
+    def _try_to_start(self, job: SweepJob) -> None:
+        """Start a job, unless another process trains it, or has done so."""
         write_recipe(self._sweep, job)
+        lock = _lock_of(job)
+        if lock is None:
+            if job.directory not in self._elsewhere:
+                self._elsewhere.add(job.directory)
+                self._say(f"{job}: another process trains it; waiting for that")
+            return
+        self._left.remove(job)
+        if job.state == "finished":
+            lock.close()
+            self.outcome.finished.append(job)
+            self._say(f"{job}: finished by another process")
+            return
+        self._start(job, lock)
+
+    def _start(self, job: SweepJob, lock: IO[bytes]) -> None:
         first = job.iteration if job.state == "interrupted" else 0
         running = _Running(
             job=job,
             left=deque(commands_of(job)),
             log=(job.directory / LOG_NAME).open("ab"),
+            lock=lock,
             began=time.monotonic(),
             first=first,
         )
@@ -164,6 +186,7 @@ class SweepRunner:
             stdout=running.log,
             stderr=subprocess.STDOUT,
             env=self._environment,
+            pass_fds=(running.lock.fileno(),),
             start_new_session=True,
         )
 
@@ -178,6 +201,7 @@ class SweepRunner:
                 continue
             self._running.remove(running)
             running.log.close()
+            running.lock.close()
             self._end(running, status)
 
     def _end(self, running: _Running, status: int) -> None:
@@ -234,7 +258,23 @@ class SweepRunner:
                 process.wait()
         for each in self._running:
             each.log.close()
+            each.lock.close()
         self._running.clear()
+
+
+def _lock_of(job: SweepJob) -> IO[bytes] | None:
+    """Lock a job's directory against other sweeps; None if another holds it."""
+    file = (job.directory / _LOCK_NAME).open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:  # the trainer has a lock of its own
+            file.close()
+            raise
+    return file
 
 
 def tail_of(path: Path) -> str:

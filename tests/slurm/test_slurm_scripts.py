@@ -1,5 +1,6 @@
 """Tests the text of the batch scripts, and the parts of them that need no SLURM."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -89,3 +90,27 @@ def test_container_mounts_the_directories_of_the_job(tmp_path: Path) -> None:
 
 def test_no_image_gives_no_container_options(tmp_path: Path) -> None:
     assert container_options(tmp_path, "/scratch/run", PYTHON="/opt/python") == ["/opt/python"]
+
+
+def test_a_task_of_an_array_trains_one_run_of_a_sweep(tmp_path: Path) -> None:
+    (tmp_path / "studies.yaml").touch()
+    done = subprocess.run(
+        [
+            *("bash", str(EXAMPLES / "array_ablation.sbatch")),
+            *("out", "--studies", "studies.yaml", "--seeds", "1,2"),
+        ],
+        cwd=tmp_path,
+        env={
+            "PATH": os.defpath,
+            "REPO": str(REPO),
+            "PYTHON": "echo",
+            "SLURM_ARRAY_TASK_ID": "5",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [
+        *(str(REPO / "tools/ablate.py"), "studies.yaml", "--output", "out"),
+        *("--index", "5", "--seeds", "1,2"),
+    ]

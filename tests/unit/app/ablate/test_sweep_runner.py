@@ -1,6 +1,8 @@
 """Tests which runs of a sweep are started, and what becomes of those that fail or are stopped."""
 
+import fcntl
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -146,3 +148,57 @@ def test_a_run_has_the_cores_that_its_neighbours_leave(
     (tmp_path / "a/ended.json").unlink()
     SweepRunner(SWEEP, [make_job(tmp_path, "a")], side_by_side=3, say=lambda line: None).run()
     assert (tmp_path / "a/threads").read_text() == "7\n"
+
+
+def test_a_run_that_another_process_trains_is_waited_for(scripts: Scripts, tmp_path: Path) -> None:
+    jobs = [make_job(tmp_path, "a"), make_job(tmp_path, "b")]
+    (tmp_path / "a").mkdir()
+    other = (tmp_path / "a/.sweep_lock").open("ab")
+    fcntl.flock(other, fcntl.LOCK_EX)
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if line.startswith("b seed 1: finished"):
+            (tmp_path / "a/ended.json").write_text(json.dumps({"reason": "finished"}))
+            other.close()
+
+    outcome = SweepRunner(SWEEP, jobs, side_by_side=1, say=say).run()
+
+    assert order(tmp_path) == ["b"]
+    assert [job.run.name for job in outcome.finished] == ["b", "a"]
+    assert lines.count("a seed 1: another process trains it; waiting for that") == 1
+    assert lines[-1] == "a seed 1: finished by another process"
+
+
+def test_a_run_is_locked_while_it_trains(
+    scripts: Scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts["a"] = ['echo ready; read line < "$0/go"; ' + FINISH]
+    (tmp_path / "a").mkdir()
+    os.mkfifo(tmp_path / "a/go")
+    look, locks = SweepRunner._look, []
+
+    def look_at(runner: SweepRunner) -> None:
+        if not locks and "ready" in (tmp_path / "a/log.txt").read_text().splitlines():
+            # As if the sweep were killed: the shell has the lock by inheritance.
+            runner._running[0].lock.close()
+            locks.append(is_locked(tmp_path / "a/.sweep_lock"))
+            (tmp_path / "a/go").write_text("go\n")
+        look(runner)
+
+    monkeypatch.setattr(SweepRunner, "_look", look_at)
+    jobs = [make_job(tmp_path, "a")]
+    assert SweepRunner(SWEEP, jobs, side_by_side=1, say=lambda line: None).run().status == 0
+
+    assert locks == [True]
+    assert not is_locked(tmp_path / "a/.sweep_lock")
+
+
+def is_locked(path: Path) -> bool:
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
