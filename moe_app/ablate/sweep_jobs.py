@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron.trainer.checkpoint.origin import has_checkpoints
+from megatron.trainer.config.cli import dump_config
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.io.atomic_write import write_text
 from megatron.trainer.records.run_dir import METRICS_NAME, last_record, read_ended
@@ -103,6 +104,8 @@ def check_recipe(job: SweepJob) -> None:
                 " train them; give another --output, or remove the directory"
             )
         return
+    if path.read_text("utf-8").endswith(dump_config(job.cfg)):
+        return  # parsing takes a while
     before = parse_recipe(["--config", str(path)], prog="ablate", description="")
     changed = differences(before, job.cfg)
     if changed:
