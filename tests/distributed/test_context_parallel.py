@@ -63,7 +63,7 @@ STEPS = 3
 
 
 def short(**overrides: object) -> list[str]:
-    return flags(**{"train-iters": STEPS, **overrides})
+    return flags(**{"train-iters": STEPS, "global-batch-size": 4, **overrides})
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from tests.distributed.jetmoe_cases import JETMOE
 from tests.distributed.launcher import Outcome, flags, run_cases
 
 # The run is planned for four steps and saved after two; a later job goes on from there.
-PLAN = {"train-iters": 4, "lr-decay-iters": 4}
+PLAN = {"train-iters": 4, "lr-decay-iters": 4, "global-batch-size": 4}
 STOP = {**PLAN, "train-iters": 2}
 KEYS = ("lm_loss", "moa_load_balancing_loss", "moa_z_loss", "load_balancing_loss", "z_loss")
 

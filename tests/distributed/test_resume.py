@@ -11,7 +11,7 @@ import torch
 from tests.distributed.launcher import Outcome, flags, run_cases
 
 # The run is planned for six steps and saved after three; a later job goes on from there.
-PLAN = {"train-iters": 6, "eval-iters": 1}
+PLAN = {"train-iters": 6, "eval-iters": 1, "global-batch-size": 4}
 STOP = {**PLAN, "train-iters": 3}
 
 TP2: dict[str, object] = {"tensor-model-parallel-size": 2}
@@ -134,7 +134,7 @@ def test_bf16_master_weights_move_between_optimizers(outcomes: dict[str, Outcome
 def test_finetune_takes_the_weights_alone(outcomes: dict[str, Outcome]) -> None:
     found = outcomes["finetuned"]
     assert found.series("iteration")[:3] == [1, 2, 3]
-    assert found.series("consumed_samples")[0] == 8
+    assert found.series("consumed_samples")[0] == 4
     # The first batch is that of the first run, seen by weights that learned from it.
     assert found.series("lm_loss")[0] != outcomes["whole"].series("lm_loss")[0]
 
