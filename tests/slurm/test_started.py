@@ -58,7 +58,7 @@ srun --ntasks 2 env RANK=1 {judge} rank
             start_new_session=True,
         ) as running:
             os.close(slave)
-            assert running.wait(timeout=60) == 0
+            assert running.wait(timeout=300) == 0
         with open(master, "rb", buffering=0) as shown:
             return shown.read(4096).decode()
 

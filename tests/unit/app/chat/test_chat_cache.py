@@ -302,7 +302,7 @@ def test_those_who_come_at_once_wait_for_the_first(
     def slow(*args: Any, **kwargs: Any) -> None:
         made.append(1)
         entered.set()
-        barrier.wait(timeout=60)
+        barrier.wait(timeout=300)
         real(*args, **kwargs)
 
     barrier = threading.Barrier(2)
@@ -315,10 +315,10 @@ def test_those_who_come_at_once_wait_for_the_first(
     ]
     for thread in threads:
         thread.start()
-    assert entered.wait(timeout=60)
-    barrier.wait(timeout=60)
+    assert entered.wait(timeout=300)
+    barrier.wait(timeout=300)
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=300)
     assert len(made) == 1 and len(found) == 3 and len(set(found)) == 1
 
 

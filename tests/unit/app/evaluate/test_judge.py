@@ -155,7 +155,7 @@ def test_no_more_are_asked_side_by_side_than_allowed(
         with lock:
             active[0] += 1
             most[0] = max(most[0], active[0])
-        meeting.wait(60)
+        meeting.wait(300)
         with lock:
             active[0] -= 1
         says("[[5]]")(handler)

@@ -27,7 +27,7 @@ class Gate:
         write = background.write_checkpoint
 
         def wait_and_write(*arguments: Any, **named: Any) -> Path:
-            assert self.is_open.wait(30)
+            assert self.is_open.wait(120)
             return write(*arguments, **named)
 
         monkeypatch.setattr(background, "write_checkpoint", wait_and_write)

@@ -130,7 +130,7 @@ def test_next_item_is_taken_while_the_current_one_is_used() -> None:
 
     reader = ReadAhead(items(), Loading(num_ahead=1))
     assert next(reader) == 0
-    assert asked.wait(10)
+    assert asked.wait(120)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -112,7 +112,7 @@ def test_thread_that_waits_for_a_batch_is_as_idle_as_the_thread_that_reads_it() 
 
     reader = ReadAhead(batches(), Loading(num_ahead=1))
     parked = Parked(lambda: next(reader))
-    assert begun.wait(10)
+    assert begun.wait(120)
     look = TrainingThread(parked.thread, CPU)
     is_busy = [is_seen_busy(look) for _ in range(4)]
     finish.set()
