@@ -15,7 +15,7 @@ from moe_ext.layers.parameters import parameter_device_type
 from moe_ext.metrics import MOA, MOE, RouterMetrics
 from moe_ext.model import LanguageModel
 from moe_ext.parameter_groups import group_of
-from moe_ext.specs import block_spec
+from moe_ext.specs import block_spec, shared_feed_forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +100,10 @@ def _build_chunk(
     stages = config.virtual_pipeline_model_parallel_size or 1
     rank, size = pg_collection.pp.rank(), pg_collection.pp.size()
     virtual_stage = stage if stages > 1 else None
-    spec = block_spec(
-        model,
-        config,
-        metrics=metrics,
-        pg_collection=pg_collection,
-        virtual_stage=virtual_stage,
-        backend=backend,
-    )
-    return LanguageModel(
+    parts = {"metrics": metrics, "pg_collection": pg_collection, "backend": backend}
+    shared = shared_feed_forward(model, config, **parts) if model.moe_share_across_layers else None
+    spec = block_spec(model, config, virtual_stage=virtual_stage, shared=shared, **parts)
+    chunk = LanguageModel(
         config,
         spec,
         vocab_size=model.padded_vocab_size,
@@ -121,6 +116,9 @@ def _build_chunk(
         pg_collection=pg_collection,
         vp_stage=virtual_stage,
     )
+    if shared is not None:
+        chunk.decoder.mlp = shared  # its weights' place; the layers only refer to it
+    return chunk
 
 
 def _add_adapters(

@@ -36,6 +36,8 @@ def layout_problems(
     else:
         expert = ("expert_model_parallel_size", expert_model_parallel_size)
         expert_tensor = ("expert_tensor_parallel_size", expert_tensor_parallel_size)
+        if model.has_dense_layers:
+            pairs.append(("ffn_hidden_size", model.ffn_hidden_size or 0, *tensor))
         pairs.append(("num_experts", model.num_experts, *expert))
         pairs.append(("moe_ffn_hidden_size", model.moe_ffn_hidden_size, *expert_tensor))
         if (shared := model.moe_shared_expert_intermediate_size) is not None:
@@ -48,6 +50,14 @@ def layout_problems(
             f" {model.vocab_size} rounded up) must be a multiple of tensor_model_parallel_size"
             f" ({tensor_model_parallel_size}); set make_vocab_size_divisible_by"
             f" ({model.make_vocab_size_divisible_by}) to a multiple of it"
+        )
+    chunks = pipeline_model_parallel_size * virtual_stages
+    if model.moe_share_across_layers and chunks > 1:
+        found.append(
+            "moe_share_across_layers (True) has one feed-forward for all layers, which chunks of a"
+            f" pipeline (pipeline_model_parallel_size {pipeline_model_parallel_size} x"
+            f" num_virtual_stages_per_pipeline_rank {virtual_stages}) would each have a copy of;"
+            " use a pipeline parallel size of 1"
         )
     if model.num_experts is None and expert_model_parallel_size > 1:
         found.append(
@@ -74,6 +84,7 @@ def _size_problems(model: ModelFields) -> list[str]:
         "kv_channels": model.kv_channels,
         "ffn_hidden_size": model.ffn_hidden_size,
         "num_experts": model.num_experts,
+        "moe_layer_freq": model.moe_layer_freq,
         "moe_router_topk": model.moe_router_topk,
         "moa_num_experts": model.moa_num_experts,
         "moa_router_topk": model.moa_router_topk,
@@ -158,12 +169,24 @@ def _moa_problems(model: ModelFields) -> list[str]:
 def _expert_problems(model: ModelFields) -> list[str]:
     if model.num_experts is None:
         return _dense_problems(model)
-    if model.moe_router_topk <= model.num_experts:
-        return []
-    return [
-        f"moe_router_topk ({model.moe_router_topk}) must be at most num_experts"
-        f" ({model.num_experts}); use 1 to {model.num_experts} experts per token"
-    ]
+    found = []
+    if model.moe_router_topk > model.num_experts:
+        found.append(
+            f"moe_router_topk ({model.moe_router_topk}) must be at most num_experts"
+            f" ({model.num_experts}); use 1 to {model.num_experts} experts per token"
+        )
+    if model.moe_layer_freq > model.num_layers:
+        found.append(
+            f"moe_layer_freq ({model.moe_layer_freq}) must be at most num_layers"
+            f" ({model.num_layers}), or no layer has experts; use 1 to {model.num_layers}, or set"
+            " num_experts to None"
+        )
+    if model.has_dense_layers and model.ffn_hidden_size is None:
+        found.append(
+            f"ffn_hidden_size (None) must be set when moe_layer_freq ({model.moe_layer_freq})"
+            " leaves layers dense; set their feed-forward width"
+        )
+    return found
 
 
 def _dense_problems(model: ModelFields) -> list[str]:
@@ -172,6 +195,8 @@ def _dense_problems(model: ModelFields) -> list[str]:
     needing = (
         ("moe_output_bias", model.moe_output_bias, False, False),
         ("moe_shared_expert_intermediate_size", shared, None, None),
+        ("moe_layer_freq", model.moe_layer_freq, 1, 1),
+        ("moe_share_across_layers", model.moe_share_across_layers, False, False),
     )
     found = [
         f"{name} ({value}) needs experts, but num_experts is None; set it to {off}, or set"

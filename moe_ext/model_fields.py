@@ -21,7 +21,11 @@ _TRAINING_ONLY = (
     "moe_z_loss_coeff",
 )
 
-_ADDED: Mapping[str, object] = {"normalization": "RMSNorm"}
+_ADDED: Mapping[str, object] = {
+    "normalization": "RMSNorm",
+    "moe_layer_freq": 1,
+    "moe_share_across_layers": False,
+}
 """Fields of the architecture that earlier versions did not have, and what their models were."""
 
 
@@ -44,9 +48,15 @@ class ModelFields:
     """Size of one head (hn); None means hidden_size / num_attention_heads; required for moa
     attention."""
     ffn_hidden_size: int | None = None
-    """Feed-forward width of a dense model; used when num_experts is None."""
+    """Width of dense feed-forward layers: of a dense model's, and of those that moe_layer_freq
+    leaves dense."""
     num_experts: int | None = 64
     """Experts per layer (e); None builds a dense SwiGLU model."""
+    moe_layer_freq: int = 1
+    """Every how many layers one has experts: the last of each so many, as OLMo's moe_interleave,
+    where 2 leaves the first layer, the third and so on dense. Megatron-LM has the first of each."""
+    moe_share_across_layers: bool = False
+    """Have one feed-forward of experts, router included, in all layers that have experts."""
     moe_router_topk: int = 8
     """Experts per token (k)."""
     moe_ffn_hidden_size: int = 64
@@ -115,6 +125,20 @@ class ModelFields:
     def attention_topk(self) -> int:
         """Return the experts per token of a moa attention."""
         return self.moe_router_topk if self.moa_router_topk is None else self.moa_router_topk
+
+    def has_experts(self, layer_number: int) -> bool:
+        """Return whether the feed-forward of a layer, counted from 1, has experts."""
+        return self.num_experts is not None and layer_number % self.moe_layer_freq == 0
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Return the layers whose feed-forward has experts."""
+        return 0 if self.num_experts is None else self.num_layers // self.moe_layer_freq
+
+    @property
+    def has_dense_layers(self) -> bool:
+        """Return whether some layer's feed-forward is dense."""
+        return self.num_moe_layers < self.num_layers
 
     @property
     def has_norm_weights(self) -> bool:

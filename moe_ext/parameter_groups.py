@@ -6,7 +6,7 @@ GROUPS = (
     *("embedding", "attention", "router", "experts", "shared_experts"),
     *("mlp", "norm", "head"),
 )
-"""Every group; `mlp` is the feed-forward layers of a dense model."""
+"""Every group; `mlp` is dense feed-forward layers."""
 
 
 def group_of(name: str, model: MoEModelConfig) -> str:
@@ -30,7 +30,7 @@ def group_of(name: str, model: MoEModelConfig) -> str:
     if "shared_experts" in parts:
         return "shared_experts"
     if "mlp" in parts:
-        return "mlp" if model.num_experts is None else "experts"
+        return "mlp" if {"linear_fc1", "linear_fc2"} & set(parts) else "experts"
     if "output_layer" in parts and model.untie_embeddings_and_output_weights:
         return "head"
     return "embedding"
@@ -43,7 +43,7 @@ def groups_of_model(model: MoEModelConfig) -> tuple[str, ...]:
         "router": not has_router,
         "experts": model.num_experts is None,
         "shared_experts": model.moe_shared_expert_intermediate_size is None,
-        "mlp": model.num_experts is not None,
+        "mlp": not model.has_dense_layers,
         "norm": not model.has_norm_weights,
         "head": not model.untie_embeddings_and_output_weights,
     }

@@ -21,12 +21,13 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
+    get_transformer_layer_offset,
 )
 
 from moe_ext.attention import MoASubmodules, SDPACoreAttention, get_attention
 from moe_ext.config import MoEModelConfig
 from moe_ext.experts import ExpertBackend, ExpertMLP
-from moe_ext.experts.layer import ExpertsLayer
+from moe_ext.experts.layer import ExpertsLayer, SharedByLayers
 from moe_ext.functional import layer_coefficients
 from moe_ext.layers.decoder import DecoderLayer
 from moe_ext.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -44,6 +45,7 @@ def block_spec(
     pg_collection: ProcessGroupCollection,
     virtual_stage: int | None,
     backend: ExpertBackend | None,
+    shared: ExpertsLayer | None = None,
 ) -> TransformerBlockSubmodules:
     """Describes the layers that this pipeline stage builds.
 
@@ -54,28 +56,50 @@ def block_spec(
         pg_collection: this rank's process groups.
         virtual_stage: which of the rank's model chunks, None without interleaving.
         backend: what computes the experts, of every layer alike; None without experts.
+        shared: the feed-forward of all layers with experts; None where each has its own.
 
     Raises:
         ValueError: a block is named that nobody registered.
     """
     norm = norm_class(model.normalization)
-    layer = ModuleSpec(
-        module=DecoderLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=_attention_spec(model, metrics, backend),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=_feed_forward_spec(model, metrics, pg_collection, backend),
-            mlp_bda=get_bias_dropout_add,
-        ),
+    dense = _dense_spec(model, pg_collection)
+    experts = (
+        _experts_spec(model, metrics, pg_collection, backend) if shared is None else _shared(shared)
     )
-    num_layers = get_num_layers_to_build(
-        config, vp_stage=virtual_stage, pp_rank=pg_collection.pp.rank()
-    )
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * num_layers, layer_norm=_final_norm_spec(model)
-    )
+    stage = pg_collection.pp.rank()
+    first = get_transformer_layer_offset(config, vp_stage=virtual_stage, pp_rank=stage) + 1
+    number = get_num_layers_to_build(config, vp_stage=virtual_stage, pp_rank=stage)
+    layers = [
+        ModuleSpec(
+            module=DecoderLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=norm,
+                self_attention=_attention_spec(model, metrics, backend),
+                self_attn_bda=get_bias_dropout_add,
+                pre_mlp_layernorm=norm,
+                mlp=experts if model.has_experts(layer) else dense,
+                mlp_bda=get_bias_dropout_add,
+            ),
+        )
+        for layer in range(first, first + number)
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_final_norm_spec(model))
+
+
+def shared_feed_forward(
+    model: MoEModelConfig,
+    config: TransformerConfig,
+    *,
+    metrics: Mapping[str, RouterMetrics],
+    pg_collection: ProcessGroupCollection,
+    backend: ExpertBackend | None,
+) -> ExpertsLayer:
+    """Builds the one feed-forward of experts that layers share; arguments as `block_spec`'s."""
+    spec = _experts_spec(model, metrics, pg_collection, backend)
+    layer = None if spec is None else spec(config=config)
+    assert isinstance(layer, ExpertsLayer), "`config_checks` refuses shared layers without experts"
+    layer.moe_layer_recompute = False  # `SharedByLayers` does it, and knows the layer
+    return layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +113,7 @@ class _FeedForwardSpec:
 
     module: type[MegatronModule]
     params: dict[str, Any]
-    submodules: MoESubmodules | MLPSubmodules
+    submodules: MoESubmodules | MLPSubmodules | None
 
     def __call__(self, *, config: TransformerConfig, **_others: object) -> MegatronModule:
         """Build the layer; what else megatron-core knows of its place is not needed."""
@@ -137,24 +161,39 @@ def _moa_spec(
             **size,
         },
         submodules=MoASubmodules(
-            router=_router(model, metrics, **size), core_attention=SDPACoreAttention
+            router=_router(model, metrics, num_layers=model.num_layers, **size),
+            core_attention=SDPACoreAttention,
         ),
     )
 
 
-def _feed_forward_spec(
+def _dense_spec(model: MoEModelConfig, pg_collection: ProcessGroupCollection) -> _FeedForwardSpec:
+    return _FeedForwardSpec(
+        module=DenseMLP,
+        params={"ffn_hidden_size": model.ffn_hidden_size, "pg_collection": pg_collection},
+        submodules=MATRICES,
+    )
+
+
+def _shared(layer: ExpertsLayer) -> _FeedForwardSpec:
+    return _FeedForwardSpec(module=SharedByLayers, params={"shared": layer}, submodules=None)
+
+
+def _experts_spec(
     model: MoEModelConfig,
     metrics: Mapping[str, RouterMetrics],
     pg_collection: ProcessGroupCollection,
     backend: ExpertBackend | None,
-) -> _FeedForwardSpec:
+) -> _FeedForwardSpec | None:
     if model.num_experts is None:
-        return _FeedForwardSpec(
-            module=DenseMLP,
-            params={"ffn_hidden_size": model.ffn_hidden_size, "pg_collection": pg_collection},
-            submodules=MATRICES,
-        )
-    router = _router(model, metrics[MOE], num_experts=model.num_experts, topk=model.moe_router_topk)
+        return None
+    router = _router(
+        model,
+        metrics[MOE],
+        num_experts=model.num_experts,
+        topk=model.moe_router_topk,
+        num_layers=model.num_moe_layers,
+    )
     experts = ModuleSpec(module=ExpertMLP, params={"backend": backend})
     submodules = MoESubmodules(experts=experts, router=router)
     return _FeedForwardSpec(
@@ -169,13 +208,13 @@ def _feed_forward_spec(
 
 
 def _router(
-    model: MoEModelConfig, metrics: RouterMetrics, *, num_experts: int, topk: int
+    model: MoEModelConfig, metrics: RouterMetrics, *, num_experts: int, topk: int, num_layers: int
 ) -> functools.partial[MoERouter]:
     aux_loss_coeff, z_loss_coeff = layer_coefficients(
         model.moe_loss_convention,
         model.moe_aux_loss_coeff,
         model.moe_z_loss_coeff,
-        num_layers=model.num_layers,
+        num_layers=num_layers,
         topk=topk,
     )
     return functools.partial(

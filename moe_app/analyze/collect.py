@@ -125,6 +125,11 @@ def collect(args: argparse.Namespace) -> None:
         logger.info("%s", note)
     tokenizer = functools.cache(lambda: open_model.open_tokenizer(args, opened))
     model = open_model.load_model(args, opened, **({"fill": fill_from_hf} if is_hf else {}))
+    if opened.saved.model.moe_share_across_layers:
+        raise ConfigError(
+            "moe_share_across_layers is True: layers share one router, and the analysis tells"
+            " routers by their layers; analyze a model without it"
+        )
     routers = find_routers(model.module)
     described = routers_of(_all_routers(routers))
     writer = on_rank0_only(

@@ -139,6 +139,13 @@ def _check(cfg: PlanConfig) -> int:
         found.append(
             f"headroom ({planning.headroom:g}) must be at least 0 and below 1; use 0.1 for a tenth"
         )
+    model = cfg.model
+    if model.moe_layer_freq > 1 or model.moe_share_across_layers:
+        found.append(
+            f"moe_layer_freq ({model.moe_layer_freq}) and moe_share_across_layers"
+            f" ({model.moe_share_across_layers}): the planner counts layers that are alike and"
+            " share nothing; plan with 1 and False"
+        )
     if found:
         raise ConfigError("\n".join(found))
     validate(dataclasses.replace(cfg, parallel=_on_one_rank(cfg.parallel)), 1)

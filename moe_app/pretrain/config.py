@@ -31,7 +31,15 @@ class PretrainConfig(RunConfig):
 
     def own_problems(self) -> list[str]:
         """Return what is wrong with what trains, one message each."""
-        return self.trainable.problems(self.model)
+        found = self.trainable.problems(self.model)
+        again = self.training.recompute_granularity
+        if self.model.moe_share_across_layers and again and self.parallel.overlap_grad_reduce:
+            found.append(
+                f"overlap_grad_reduce (True) with recompute_granularity ({again}) would reduce the"
+                " gradients that layers share (moe_share_across_layers True) after the last layer"
+                " alone; drop one of the two"
+            )
+        return found
 
     def check_saved(self, saved: Mapping[str, Any], is_continued: bool) -> tuple[str, ...]:
         """Refuse a checkpoint that this run cannot begin with, or go on from.

@@ -47,24 +47,31 @@ def describe_run(cfg: PretrainConfig, ctx: RunContext, backend: BackendChoice | 
             f"experts: {model.num_experts} per layer, {model.moe_router_topk} per token, router"
             f" {model.router}, dispatcher"
             f" {model.moe_token_dispatcher_type}",
-            *_describe_losses(model, topk=model.moe_router_topk),
+            *_describe_losses(model, topk=model.moe_router_topk, num_layers=model.num_moe_layers),
         ]
     if model.attention_experts is not None:
         lines += [
             f"attention experts: {model.attention_experts} per layer, {model.attention_topk} per"
             f" token, router {model.router}; logged as moa_...",
-            *_describe_losses(model, topk=model.attention_topk, routers="attention "),
+            *_describe_losses(
+                model,
+                topk=model.attention_topk,
+                num_layers=model.num_layers,
+                routers="attention ",
+            ),
         ]
     return lines
 
 
-def _describe_losses(model: MoEModelConfig, *, topk: int, routers: str = "") -> list[str]:
+def _describe_losses(
+    model: MoEModelConfig, *, topk: int, num_layers: int, routers: str = ""
+) -> list[str]:
     """Describe the loss coefficients of the routers that choose `topk` experts."""
     balance, z = layer_coefficients(
         model.moe_loss_convention,
         model.moe_aux_loss_coeff,
         model.moe_z_loss_coeff,
-        num_layers=model.num_layers,
+        num_layers=num_layers,
         topk=topk,
     )
     return [

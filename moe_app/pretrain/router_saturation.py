@@ -158,9 +158,14 @@ def _router_sizes(model: MoEModelConfig) -> dict[RouterId, tuple[int, int]]:
     Raises:
         ConfigError: there are none.
     """
+    if model.moe_share_across_layers:
+        raise ConfigError(
+            "--log-router-saturation compares the router of each layer, but layers share one"
+            " (moe_share_across_layers True); drop it"
+        )
     sizes: dict[RouterId, tuple[int, int]] = {}
     for layer in range(model.num_layers):
-        if model.num_experts is not None:
+        if model.num_experts is not None and model.has_experts(layer + 1):
             sizes[MOE, layer] = (model.num_experts, model.moe_router_topk)
         if model.attention_experts is not None:
             sizes[MOA, layer] = (model.attention_experts, model.attention_topk)

@@ -287,7 +287,7 @@ def _expert_rows(cfg: PretrainConfig, record: Mapping[str, Any]) -> list[list[st
     """Describe the expert load in the last record's global batch."""
     ratios = [ratio or 0.0 for ratio in record["layer_max_load_ratio"]]
     worst = max(range(len(ratios)), key=lambda layer: ratios[layer])
-    total = cfg.model.num_layers * (cfg.model.num_experts or 0)
+    total = cfg.model.num_moe_layers * (cfg.model.num_experts or 0)
     return [
         ["busiest expert", f"{ratios[worst]:.2f} x an even share, in layer {worst + 1}"],
         ["dead experts", f"{record['moe_dead_experts']:.0f} of {total:,} in the last batch"],

@@ -19,6 +19,11 @@ def common_problems(model: MoEModelConfig) -> list[str]:
     shared = model.moe_shared_expert_intermediate_size
     others: tuple[tuple[str, object, object, str], ...] = (
         ("moe_shared_expert_intermediate_size", shared, None, "has no shared expert"),
+        ("moe_layer_freq", model.moe_layer_freq, 1, "has experts in every layer"),
+        (
+            *("moe_share_across_layers", model.moe_share_across_layers, False),
+            "has other experts in every layer",
+        ),
         ("normalization", model.normalization, "RMSNorm", "has RMSNorm"),
     )
     return [

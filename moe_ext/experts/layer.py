@@ -2,6 +2,7 @@
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import checkpoint
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -106,3 +107,47 @@ class ExpertsLayer(MoELayer):
         output = experts.compute_routed(tokens, order, routing.gates).view_as(hidden)
         shared: Tensor | None = self.shared_experts_compute(hidden)
         return output if shared is None else output + shared
+
+
+class SharedByLayers(MoELayer):
+    """Computes one layer's feed-forward with weights that other layers have too.
+
+    Args:
+        config: megatron-core's.
+        submodules: not needed.
+        shared: what all these layers compute; the model has it as a part, this layer does not.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, submodules: None = None, *, shared: ExpertsLayer
+    ) -> None:
+        del submodules
+        MegatronModule.__init__(self, config=config)
+        self._shared = (shared,)  # in a tuple, or its weights would be this layer's
+        self.layer_number: int | None = None
+        self._recomputes = (
+            config.recompute_granularity == "selective" and "moe" in config.recompute_modules
+        )
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Sets the layer under which the router records; 1 is the model's first."""
+        self.layer_number = layer_number
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        intermediate_tensors: object = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """Computes what `ExpertsLayer.forward` does; see there."""
+        if self._recomputes and self.training:
+            return checkpoint(self._compute, False, hidden_states, padding_mask), None
+        return self._compute(hidden_states, padding_mask), None
+
+    def _compute(self, hidden: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Computes [s, b, h] of [s, b, h], in backward again if that recomputes."""
+        (layer,) = self._shared
+        layer.set_layer_number(self.layer_number)
+        output: Tensor
+        output, _ = layer(hidden, None, padding_mask)
+        return output

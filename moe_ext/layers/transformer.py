@@ -36,6 +36,8 @@ def transformer_config(model: MoEModelConfig, *, bf16: bool, **runtime: Any) -> 
         # are. A dense feed-forward layer does not read it.
         num_moe_experts=model.num_experts if is_moe else model.attention_experts,
         moe_ffn_hidden_size=_expert_width(model) if has_router else None,
+        # Layers that are not alike have names of their own in a checkpoint.
+        moe_layer_freq=_pattern(model) if is_moe and model.has_dense_layers else 1,
         moe_router_topk=model.moe_router_topk,
         moe_router_pre_softmax=True,  # read by megatron-core's own router alone
         # What our routers hand to the dispatchers; the gate's own precision is theirs to choose.
@@ -64,6 +66,11 @@ def transformer_config(model: MoEModelConfig, *, bf16: bool, **runtime: Any) -> 
         bf16=bf16,
         **runtime,
     )
+
+
+def _pattern(model: MoEModelConfig) -> list[int]:
+    """Returns for each layer 1 if it has experts, else 0."""
+    return [int(model.has_experts(number + 1)) for number in range(model.num_layers)]
 
 
 def _expert_width(model: MoEModelConfig) -> int | None:

@@ -124,6 +124,21 @@ MOA_TOLERANCES = {"lm_loss": 1e-5, "moa_load_balancing_loss": 1e-5, "moa_z_loss"
     "grad_norm": 1e-4
 }
 
+VARIANTS: dict[str, dict[str, object]] = {
+    "mixed": {
+        **{"moe-layer-freq": 2, "ffn-hidden-size": 40, "moe-shared-expert-intermediate-size": 18},
+        "normalization": "NonParametricLayerNorm",
+    },
+    "layer_shared": {"moe-share-across-layers": True, "moe-shared-expert-intermediate-size": 18},
+}
+"""Variants of the architecture: an expert for all tokens, every second layer dense, norms without
+weights; and one feed-forward in all layers."""
+ANY_LAYOUT = ("tp2", "tp2_ep2_etp1", "ep2_distributed_optimizer", "dp2_overlap", "cp2")
+VARIANT_LAYOUTS = {
+    "mixed": (*ANY_LAYOUT, "pp2", "pp2_interleaved", "dp2_recompute_full"),
+    "layer_shared": (*ANY_LAYOUT, "dp2_recompute_full", "dp2_recompute_moe"),
+}
+
 # fp32 sums in another order: 1e-5 on losses, 1e-4 on the gradient norm, relative.
 TOLERANCES = {"lm_loss": 1e-5, "load_balancing_loss": 1e-5, "z_loss": 1e-5, "grad_norm": 1e-4}
 
@@ -142,6 +157,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     single["untrained"] = short(**{"lr": 1e-30, "min-lr": 1e-30})
     single |= {name: short(**case) for name, case in ONE_RANK.items()}
     two = {name: short(**case) for name, case in TWO_RANKS.items()}
+    for variant, case in VARIANTS.items():
+        single[variant] = short(**case)
+        for layout in VARIANT_LAYOUTS[variant]:
+            sizes = {"context-parallel-size": 2} if layout == "cp2" else TWO_RANKS[layout]
+            two[f"{variant}_{layout}"] = short(**case, **sizes)
     two["dense_tp2"] = short(**DENSE, **{"tensor-model-parallel-size": 2})
     four = {name: short(**case) for name, case in FOUR_RANKS.items()}
     return {
@@ -192,6 +212,15 @@ def compare(found: Outcome, truth: Outcome, keys: list[str]) -> None:
 @pytest.mark.parametrize("name", [*ONE_RANK, *TWO_RANKS, *FOUR_RANKS])
 def test_layout_trains_like_a_single_process(name: str, outcomes: dict[str, Outcome]) -> None:
     compare(outcomes[name], outcomes["single"], list(TOLERANCES))
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout"), [(name, each) for name, all_ in VARIANT_LAYOUTS.items() for each in all_]
+)
+def test_a_variant_trains_like_a_single_process(
+    variant: str, layout: str, outcomes: dict[str, Outcome]
+) -> None:
+    compare(outcomes[f"{variant}_{layout}"], outcomes[variant], list(TOLERANCES))
 
 
 def test_dense_model_trains_alike_under_tensor_parallelism(outcomes: dict[str, Outcome]) -> None:

@@ -76,7 +76,9 @@ def feed_forward(
     into: Tensor, weights: Weights, layer: str, model: MoEModelConfig
 ) -> tuple[Tensor, Tensor]:
     """What a layer adds to [b, s, h], token by token, and its routers' losses."""
-    own = f"{layer}.mlp"
+    if f"{layer}.mlp.linear_fc1.weight" in weights:
+        return swiglu(into, weights, f"{layer}.mlp"), into.new_zeros(())
+    own = "decoder.mlp" if "decoder.mlp.router.weight" in weights else f"{layer}.mlp"
     experts, topk = model.num_experts or 0, model.moe_router_topk
     tokens = into.flatten(0, 1)  # [t, h]
     logits = tokens @ weights[f"{own}.router.weight"].T
@@ -95,9 +97,10 @@ def feed_forward(
         rows.append(total)
     balance = experts * (counts / (len(tokens) * topk) * scores.mean(0)).sum()
     z_loss = logits.logsumexp(-1).square().mean()
+    layers = model.num_layers // model.moe_layer_freq
     return torch.stack(rows).view_as(into), (
-        model.moe_aux_loss_coeff * balance / model.num_layers
-        + model.moe_z_loss_coeff * z_loss / (model.num_layers * topk)
+        model.moe_aux_loss_coeff * balance / layers
+        + model.moe_z_loss_coeff * z_loss / (layers * topk)
     )
 
 

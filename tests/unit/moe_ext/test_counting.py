@@ -51,6 +51,8 @@ ODD: dict[str, dict[str, Any]] = {
     "moa_dense": {**MOA, "num_experts": None, "ffn_hidden_size": 34, "moa_num_experts": 7},
     "one_expert": {"num_experts": 1, "moe_router_topk": 1},
     "no_norm_weights": {"normalization": "NonParametricLayerNorm"},
+    "interleaved": {"moe_layer_freq": 2, "ffn_hidden_size": 34},
+    "shared_by_layers": {"moe_share_across_layers": True},
     "shared_expert": {"moe_shared_expert_intermediate_size": 22},
 }
 
@@ -106,6 +108,14 @@ def test_flops_count_a_shared_expert_for_every_token() -> None:
         for name in ("experts", "shared_expert")
     )
     assert shared - without == 3 * 2 * 3 * (3 * 20 * 22)
+
+
+def test_flops_count_shared_layers_as_often_as_they_are_computed() -> None:
+    own, shared = (
+        training_flops_per_token(MoEModelConfig(**{**SMALL, **ODD[name]}), 11)
+        for name in ("experts", "shared_by_layers")
+    )
+    assert shared == own
 
 
 def test_flops_of_moa_count_k_experts_and_all_their_heads() -> None:

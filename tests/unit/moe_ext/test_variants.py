@@ -30,6 +30,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_qk_norm": {"attention": "standard"},
     "layer_norm": {"normalization": "NonParametricLayerNorm", "final_norm_epsilon": 1e-2},
     "whole_normal": {"init_method_cutoff": None},
+    "interleaved": {"moe_layer_freq": 2, "ffn_hidden_size": 11},
+    "every_third": {"moe_layer_freq": 3, "ffn_hidden_size": 11, "attention": "standard"},
+    "shared_by_layers": {"moe_share_across_layers": True},
+    "shared_by_every_second_layer": {
+        **{"moe_share_across_layers": True, "moe_layer_freq": 2, "ffn_hidden_size": 11},
+        "moe_shared_expert_intermediate_size": 9,
+    },
     "shared_expert": {"moe_shared_expert_intermediate_size": 9},
 }
 

@@ -19,6 +19,8 @@ from tests.distributed.launcher import flags
 
 DENSE: dict[str, object] = {"num-experts": "None", "ffn-hidden-size": 40, "attention": "standard"}
 SHARED: dict[str, object] = {"moe-shared-expert-intermediate-size": 18}
+INTERLEAVED: dict[str, object] = {"moe-layer-freq": 2, "ffn-hidden-size": 40}
+LAYER_SHARED: dict[str, object] = {"moe-share-across-layers": True}
 EVERY = "embedding,attention,router,experts,norm,head"
 
 
@@ -59,7 +61,7 @@ def test_a_wrong_name_is_refused_with_the_right_ones(
         validate(config(**overrides), 1)
 
 
-@pytest.mark.parametrize("overrides", [{}, JETMOE, DENSE, SHARED])
+@pytest.mark.parametrize("overrides", [{}, JETMOE, DENSE, SHARED, INTERLEAVED, LAYER_SHARED])
 def test_every_parameter_is_in_a_group_and_every_group_has_one(
     overrides: dict[str, object], ctx: RunContext
 ) -> None:

@@ -284,6 +284,8 @@ OTHER: dict[str, dict[str, dict[str, Any]]] = {
         "moe_router_topk": {"moe_router_topk": 2},
         "moe_ffn_hidden_size": {"moe_ffn_hidden_size": 32},
         "normalization": {"normalization": "NonParametricLayerNorm"},
+        "moe_layer_freq": {"moe_layer_freq": 2, "ffn_hidden_size": 64},
+        "moe_share_across_layers": {"moe_share_across_layers": True},
         "moe_output_bias": {"moe_output_bias": True},
         "moe_shared_expert_intermediate_size": {"moe_shared_expert_intermediate_size": 16},
         "vocab_size": {"vocab_size": 112},
@@ -310,6 +312,8 @@ OTHER: dict[str, dict[str, dict[str, Any]]] = {
         "moe_router_topk": {"moe_router_topk": 2, "num_attention_heads": 8},
         "moe_ffn_hidden_size": {"moe_ffn_hidden_size": 32},
         "normalization": {"normalization": "NonParametricLayerNorm"},
+        "moe_layer_freq": {"moe_layer_freq": 2, "ffn_hidden_size": 64},
+        "moe_share_across_layers": {"moe_share_across_layers": True},
         "moe_output_bias": {"moe_output_bias": False},
         "moe_shared_expert_intermediate_size": {"moe_shared_expert_intermediate_size": 16},
         "vocab_size": {"vocab_size": 112},
@@ -357,6 +361,14 @@ INEXPRESSIBLE: list[tuple[dict[str, Any], str]] = [
     (
         {"normalization": "NonParametricLayerNorm"},
         "olmoe: normalization is NonParametricLayerNorm, and the family has RMSNorm",
+    ),
+    (
+        {"moe_layer_freq": 2, "ffn_hidden_size": 64},
+        "olmoe: moe_layer_freq is 2, and the family has experts in every layer",
+    ),
+    (
+        {"moe_share_across_layers": True},
+        "olmoe: moe_share_across_layers is True, and the family has other experts in every layer",
     ),
     ({"num_layers": 3}, ""),
     ({**JETMOE_NATIVE, "norm_epsilon": 1e-5}, "jetmoe: norm_epsilon is 1e-05, and transformers"),
