@@ -36,9 +36,11 @@ class Upcycling:
     drop: float = 0.0
     """Share of each expert's width whose values are drawn anew, with the mean and the standard
     deviation of those they replace, of each matrix its own."""
+    shared: bool = False
+    """Keep the dense layer beside its copies, as an expert that every token has."""
     preserve_function: bool = False
-    """Divide the gates by their sum, and make up for a split in parts. Without noise and drop the
-    model then computes what the dense one does."""
+    """Divide the gates by their sum, and make up for a split in parts and for a shared expert.
+    Without noise and drop the model then computes what the dense one does."""
     seed: int = 1234
     """Of router, noise and drop."""
 
@@ -83,6 +85,7 @@ class Upcycling:
             num_experts=self.num_experts,
             moe_router_topk=self.topk,
             moe_ffn_hidden_size=(dense.ffn_hidden_size or 0) // self.granularity,
+            moe_shared_expert_intermediate_size=dense.ffn_hidden_size if self.shared else None,
             ffn_hidden_size=None,
             router="topk_softmax" if self.preserve_function else "softmax_topk",
         )
@@ -111,7 +114,7 @@ class Upcycling:
         into = fc1.float().unflatten(0, (2, -1))[:, own].clone()
         out = fc2.float()[:, own].clone()
         if self.preserve_function:
-            out *= self.granularity
+            out *= self.granularity * self._share()
         stream = random_stream(f"{self.seed}:experts[{layer}][{expert}]")
         if self.drop:
             chosen = torch.randperm(width, generator=stream)[: round(self.drop * width)]
@@ -124,12 +127,20 @@ class Upcycling:
                 matrix.copy_(torch.where(is_new, drawn, matrix))
         return into, out
 
+    def shared_expert(self, fc1: Tensor, fc2: Tensor) -> tuple[Tensor, Tensor]:
+        """Make the expert that every token has from a layer's dense matrices, in their shapes."""
+        return fc1.float(), fc2.float() * (self._share() if self.preserve_function else 1.0)
+
+    def _share(self) -> float:
+        """Return what copies are multiplied by so that a shared expert doubles nothing."""
+        return 0.5 if self.shared else 1.0
+
     def gate_sum(self, logits: Tensor) -> Tensor:
         """Return what copies of a dense layer multiply its output by, of router logits [..., e]."""
         if self.preserve_function:
             return torch.ones_like(logits[..., 0])
         chosen = logits.float().softmax(-1).topk(self.topk).values
-        return chosen.sum(-1) / self.granularity
+        return chosen.sum(-1) / self.granularity + float(self.shared)
 
 
 def _redraw(matrix: Tensor, axis: int, chosen: Tensor, stream: torch.Generator) -> None:

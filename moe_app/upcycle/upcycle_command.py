@@ -44,6 +44,8 @@ logger = logging.getLogger("upcycle")
 REPORT_NAME = "upcycling.json"
 _MLP = "decoder.layers.mlp."
 _ROUTER = f"{_MLP}router.weight"
+_FC1, _FC2 = "linear_fc1.weight", "linear_fc2.weight"
+_SHARED = f"{_MLP}shared_experts."
 _IN, _OUT = f"{EXPERTS}.weight1", f"{EXPERTS}.weight2"
 
 
@@ -96,6 +98,11 @@ def make_parser() -> argparse.ArgumentParser:
         " replaces (0)",
     )
     experts.add_argument(
+        "--shared",
+        action="store_true",
+        help="keep the dense layer beside its copies, as an expert that every token has",
+    )
+    experts.add_argument(
         "--preserve-function",
         action="store_true",
         help="divide the gates by their sum (router topk_softmax), so that the model computes what"
@@ -138,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
         granularity=args.granularity,
         noise=args.noise,
         drop=args.drop,
+        shared=args.shared,
         preserve_function=args.preserve_function,
         seed=args.seed,
     )
@@ -204,6 +212,8 @@ def _write(source: DenseSource, rule: Upcycling, model: MoEModelConfig, save: Pa
         _IN: (layers, rule.num_experts, 2, f, h),
         _OUT: (layers, rule.num_experts, h, f),
     }
+    if rule.shared:
+        shapes |= {f"{_SHARED}{name}": source.shapes[f"{_MLP}{name}"] for name in (_FC1, _FC2)}
     origin = {WEIGHTS_ONLY: True, "iteration": 0, "upcycled_from": str(source.path)}
     is_bf16 = source.dtype is torch.bfloat16
     cfg = replace(source.cfg, model=model, training=replace(source.cfg.training, bf16=is_bf16))
@@ -230,8 +240,12 @@ def _write(source: DenseSource, rule: Upcycling, model: MoEModelConfig, save: Pa
             out.write(_ROUTER, (layer, 0, 0), router[None])
             fc1, fc2 = (
                 source.read(name, (layer, 0, 0), (1, *source.shapes[name][1:]))[0]
-                for name in (f"{_MLP}linear_fc1.weight", f"{_MLP}linear_fc2.weight")
+                for name in (f"{_MLP}{_FC1}", f"{_MLP}{_FC2}")
             )
+            if rule.shared:
+                pair = rule.shared_expert(fc1, fc2)
+                for name, matrix in zip((_FC1, _FC2), pair, strict=True):
+                    out.write(f"{_SHARED}{name}", (layer, 0, 0), matrix[None])
             for expert in range(rule.num_experts):
                 into, down = rule.expert(layer, expert, fc1, fc2)
                 out.write(_IN, (layer, expert, 0, 0, 0), into[None, None])

@@ -42,13 +42,20 @@ def test_expert_is_its_part_of_the_rows(granularity: int, matrices: tuple[Tensor
 
 @pytest.mark.parametrize("granularity", [1, 2])
 @pytest.mark.parametrize("preserve", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
 def test_output_is_the_dense_one_times_the_sum_of_gates(
-    granularity: int, preserve: bool, matrices: tuple[Tensor, Tensor]
+    granularity: int, preserve: bool, shared: bool, matrices: tuple[Tensor, Tensor]
 ) -> None:
     fc1, fc2 = (matrix.double() for matrix in matrices)
     rule = Upcycling(
-        num_experts=8, topk=4, granularity=granularity, preserve_function=preserve, seed=5
+        num_experts=8,
+        topk=4,
+        granularity=granularity,
+        preserve_function=preserve,
+        shared=shared,
+        seed=5,
     )
+    always = [matrix.double() for matrix in rule.shared_expert(fc1, fc2)]
     experts = [rule.expert(0, expert, fc1, fc2) for expert in range(8)]
     router = rule.router(0, H, 1.0).double()
     hidden = torch.randn(20, H, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -59,11 +66,15 @@ def test_output_is_the_dense_one_times_the_sum_of_gates(
         chosen = sorted(range(8), key=lambda expert: -float(probabilities[expert]))[:4]
         total = sum(float(probabilities[expert]) for expert in chosen) if preserve else 1.0
         output = torch.zeros(H, dtype=torch.float64)
+        if shared:
+            output += feed_forward(row, always[0][:F], always[0][F:], always[1])
         for expert in chosen:
             into, out = (matrix.double() for matrix in experts[expert])
             output += probabilities[expert] / total * feed_forward(row, into[0], into[1], out)
         torch.testing.assert_close(output, expected * float(scale[token]), rtol=1e-5, atol=1e-5)
-    assert torch.all(scale == 1) if preserve else torch.all(scale < 1)
+    wide = rule.model(DENSE).moe_shared_expert_intermediate_size
+    assert wide == (F if shared else None)
+    assert torch.all(scale == 1) if preserve else torch.all((scale < 1) == (not shared))
 
 
 def test_parts_of_a_copy_share_a_row_of_the_router() -> None:

@@ -39,6 +39,7 @@ RULES: dict[str, tuple[str, ...]] = {
         *("--num-experts", "8", "--moe-router-topk", "4", "--granularity", "2"),
         "--preserve-function",
     ),
+    "shared": ("--num-experts", "8", "--moe-router-topk", "2", "--shared"),
 }
 
 
@@ -74,7 +75,9 @@ def stored(run: Path, key: str) -> Tensor:
         return reader.read(key, (0,) * len(shape), shape)
 
 
-def by_hand(mlp: torch.nn.Module, router: Tensor, topk: int, parts: int, renorm: bool) -> Any:
+def by_hand(
+    mlp: torch.nn.Module, router: Tensor, topk: int, parts: int, *, renorm: bool, shared: bool
+) -> Any:
     """A forward of a LLaMA's feed-forward layer as experts cut out of it."""
 
     def forward(hidden: Tensor) -> Tensor:
@@ -83,6 +86,8 @@ def by_hand(mlp: torch.nn.Module, router: Tensor, topk: int, parts: int, renorm:
         probabilities = (hidden @ router.T).softmax(-1)
         chosen = probabilities.topk(topk, dim=-1)
         output = torch.zeros_like(hidden)
+        if shared:
+            output = (silu(hidden @ gate.T) * (hidden @ up.T)) @ down.T
         for expert in range(len(router)):
             own = slice(expert % parts * width, (expert % parts + 1) * width)
             computed = (silu(hidden @ gate[own].T) * (hidden @ up[own].T)) @ down[:, own].T
@@ -119,7 +124,8 @@ def test_first_logits_are_those_of_experts_cut_out_by_hand(
     routers = stored(run, "decoder.layers.mlp.router.weight")
     topk, parts = int(rule[3]), int(rule[5]) if "--granularity" in rule else 1
     for layer, router in zip(model.model.layers, routers, strict=True):
-        forward = by_hand(layer.mlp, router, topk, parts, "--preserve-function" in rule)
+        renorm, shared = ("--preserve-function" in rule, "--shared" in rule)
+        forward = by_hand(layer.mlp, router, topk, parts, renorm=renorm, shared=shared)
         monkeypatch.setattr(layer.mlp, "forward", forward)
     expected = mean_loss(model, windows)
     assert losses["predicted"] == pytest.approx(expected, rel=1e-5)
