@@ -134,9 +134,12 @@ def _attention_spec(
 ) -> ModuleSpec:
     if model.attention_experts is not None:
         return _moa_spec(model, metrics[MOA], backend, num_experts=model.attention_experts)
+    of_norms = {}
+    if model.attention == "full_width_qk_norm":
+        of_norms = {"has_norm_weights": model.has_norm_weights}
     return ModuleSpec(
         module=get_attention(model.attention),
-        params={"attn_mask_type": AttnMaskType.causal},
+        params={"attn_mask_type": AttnMaskType.causal, **of_norms},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
             core_attention=SDPACoreAttention,

@@ -117,6 +117,8 @@ class QKNormSelfAttention(SelfAttention):
         attn_mask_type: AttnMaskType = AttnMaskType.causal,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        has_norm_weights: bool = True,
         **others: Any,  # megatron-core 0.19: name
     ) -> None:
         super().__init__(
@@ -134,8 +136,7 @@ class QKNormSelfAttention(SelfAttention):
                 f"parallel size ({self.world_size}) for QK-norm over the whole width"
             )
         head_size = self.hidden_size_per_attention_head
-        is_rms = config.normalization == "RMSNorm"
-        norm: type[Any] = FullWidthRMSNorm if is_rms else FullWidthLayerNorm
+        norm: type[Any] = FullWidthRMSNorm if has_norm_weights else FullWidthLayerNorm
         self.q_norm = norm(
             config,
             num_heads=self.num_attention_heads_per_partition,

@@ -45,7 +45,7 @@ def transformer_config(model: MoEModelConfig, *, bf16: bool, **runtime: Any) -> 
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_token_dispatcher_type=model.moe_token_dispatcher_type,
-        normalization="RMSNorm" if model.has_norm_weights else "LayerNorm",  # read by QK-norm
+        normalization="RMSNorm" if model.has_norm_weights else "LayerNorm",
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=True,
         activation_func=F.silu,
