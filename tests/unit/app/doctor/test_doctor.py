@@ -211,13 +211,14 @@ def test_page_shows_every_row_and_ends_with_what_would_stop_a_run(
 TOOL = REPO / "tools/doctor.py"
 
 
-def run_doctor(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the doctor in its own process, because it redirects torch.cuda."""
-    return alone(TOOL, "--device", "cpu", *arguments, timeout=300, **variables)
+    return alone(TOOL, "--device", "cpu", *arguments, timeout=300)
 
 
 def test_single_rank_prints_json(tmp_path: Path) -> None:
-    done = run_doctor("--json", "--save", str(tmp_path / "run"), SLURM_JOB_ID="78")
+    flags = ("--device", "cpu", "--json", "--save", str(tmp_path / "run"))
+    done = alone(TOOL, *flags, SLURM_JOB_ID="78")
     assert done.returncode == 0, done.stderr[-3000:]
     document = json.loads(done.stdout)
     assert (document["status"], document["problems"]) == (0, [])
