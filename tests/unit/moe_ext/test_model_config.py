@@ -97,6 +97,16 @@ MODEL_RULES: list[tuple[dict[str, Any], str]] = [
         "moe_shared_expert_intermediate_size (4) needs experts, but num_experts is None; set it to"
         " None, or set num_experts",
     ),
+    (
+        {"moe_layer_freq": 5, "ffn_hidden_size": 8},
+        "moe_layer_freq (5) must be at most num_layers (4), or no layer has experts; use 1 to 4, or"
+        " set num_experts to None",
+    ),
+    (
+        {"moe_layer_freq": 2},
+        "ffn_hidden_size (None) must be set when moe_layer_freq (2) leaves layers dense; set their"
+        " feed-forward width",
+    ),
     *[
         ({name: value}, f"{name} ({value}) must be above 0; use a positive number")
         for name, value in (

@@ -9,6 +9,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from moe_ext.builder import build_model
 from moe_ext.config import MoEModelConfig
+from moe_ext.init import weight_shards
 from moe_ext.layers.transformer import transformer_config
 from tests.unit.moe_ext.plain_model import plain_loss
 
@@ -92,3 +93,55 @@ def test_a_variant_computes_what_plain_loops_do(
         assert expected is not None and expected.any(), key
         difference = torch.linalg.vector_norm(parameter.grad - expected)
         assert difference <= 1e-6 * torch.linalg.vector_norm(expected), key
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "shared_by_layers",
+            {
+                "decoder.mlp.router.weight": [5, 12],
+                "decoder.mlp.experts.weight1": [5, 2, 7, 12],
+                "decoder.mlp.experts.weight2": [5, 12, 7],
+            },
+        ),
+        (
+            "interleaved",
+            {
+                f"decoder.layers.{layer}.mlp.{part}": shape
+                for layers, parts in (
+                    ((0, 2), {"linear_fc1.weight": [22, 12], "linear_fc2.weight": [12, 11]}),
+                    (
+                        (1, 3),
+                        {
+                            "router.weight": [5, 12],
+                            "experts.weight1": [5, 2, 7, 12],
+                            "experts.weight2": [5, 12, 7],
+                        },
+                    ),
+                )
+                for layer in layers
+                for part, shape in parts.items()
+            },
+        ),
+    ],
+)
+def test_feed_forwards_have_these_names_in_a_checkpoint(
+    name: str, expected: dict[str, list[int]], single_rank: ProcessGroupCollection
+) -> None:
+    model = MoEModelConfig(**{**SMALL, **VARIANTS[name]})
+    config = transformer_config(model, bf16=False)
+    built = build_model(model, config, pg_collection=single_rank, seq_length=6, seed=3)
+    found = [shard for shard in weight_shards(list(built.chunks)) if ".mlp." in shard.key]
+    assert {shard.key: list(shard.global_shape) for shard in found} == expected
+    held = sum(shard.data.numel() for shard in found if shard.data is not None)
+    assert held == sum(
+        value.numel() for key, value in built.chunks[0].named_parameters() if ".mlp." in key
+    )
+
+
+def test_layers_that_share_are_not_split_over_a_pipeline() -> None:
+    model = MoEModelConfig(moe_share_across_layers=True)
+    (problem,) = model.layout_problems(**{**LAYOUT, "pipeline_model_parallel_size": 2})
+    assert problem.startswith("moe_share_across_layers (True) has one feed-forward for all layers")
