@@ -177,7 +177,8 @@ def test_a_run_is_locked_while_it_trains(
     scripts["a"] = ['echo ready; read line < "$0/go"; ' + FINISH]
     (tmp_path / "a").mkdir()
     os.mkfifo(tmp_path / "a/go")
-    look, locks = SweepRunner._look, []
+    look = SweepRunner._look
+    locks: list[bool] = []
 
     def look_at(runner: SweepRunner) -> None:
         if not locks and "ready" in (tmp_path / "a/log.txt").read_text().splitlines():
