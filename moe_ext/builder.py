@@ -59,7 +59,7 @@ def build_model(
     backend = _choose_backend(model, config, recompute_activation=recompute_activation, lora=lora)
     experts = {MOE: model.num_experts, MOA: model.attention_experts}
     metrics = {
-        kind: RouterMetrics(model.num_layers, number)
+        kind: RouterMetrics(model.num_layers, number, is_varying=model.has_varying_experts)
         for kind, number in experts.items()
         if number is not None
     }

@@ -1,6 +1,7 @@
 """Say what is wrong with a model's fields, and with the layout it is to be trained in."""
 
 from moe_ext.model_fields import ModelFields
+from moe_ext.routing_checks import routing_problems
 
 
 def architecture_problems(model: ModelFields) -> list[str]:
@@ -9,6 +10,7 @@ def architecture_problems(model: ModelFields) -> list[str]:
     if not found:
         found += _attention_problems(model)
         found += _expert_problems(model)
+        found += routing_problems(model)
     return found + _range_problems(model)
 
 
@@ -219,6 +221,7 @@ def _range_problems(model: ModelFields) -> list[str]:
         "final_norm_epsilon": model.final_norm_epsilon,
         "init_method_std": model.init_method_std,
         "init_method_cutoff": model.init_method_cutoff,
+        "moe_expert_capacity_factor": model.moe_expert_capacity_factor,
     }
     not_negative = {
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff,

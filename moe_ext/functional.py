@@ -23,7 +23,7 @@ class Routing(NamedTuple):
     """[t, e] probabilities over all experts, rows sum to 1: what the load-balancing loss is of."""
 
 
-def softmax_topk(logits: Tensor, k: int) -> Routing:
+def softmax_topk(logits: Tensor, k: int, bias: Tensor | None = None) -> Routing:
     """Applies softmax over all experts, then keeps the k largest as they are (OLMoE).
 
     The kept probabilities are not normalised again: their sum is the mass of the selection.
@@ -31,6 +31,7 @@ def softmax_topk(logits: Tensor, k: int) -> Routing:
     Args:
         logits: [t, e] router outputs, any floating dtype.
         k: experts per token, 1 <= k <= e.
+        bias: [e] added to the probabilities for the selection alone; None adds nothing.
 
     Returns:
         The k experts, largest first, of gates and scores that are fp32, or fp64 for fp64 logits.
@@ -39,17 +40,23 @@ def softmax_topk(logits: Tensor, k: int) -> Routing:
         ValueError: k is out of range.
     """
     _check_topk(logits, k)
-    scores = logits.softmax(dim=-1, dtype=_statistics_dtype(logits))  # [t, e]
-    gates, experts = scores.topk(k, dim=-1)  # [t, k]
+    scores = logits.softmax(dim=-1, dtype=statistics_dtype(logits))  # [t, e]
+    if bias is None:
+        gates, experts = scores.topk(k, dim=-1)  # [t, k]
+    else:
+        experts = (scores + bias).topk(k, dim=-1).indices  # [t, k]
+        gates = scores.gather(1, experts)
     return Routing(experts=experts, gates=gates, scores=scores)
 
 
-def topk_softmax(logits: Tensor, k: int) -> Routing:
+def topk_softmax(logits: Tensor, k: int, bias: Tensor | None = None) -> Routing:
     """Keeps the k largest logits, then applies softmax over those k (JetMoE).
 
     Args:
         logits: [t, e] router outputs, any floating dtype.
         k: experts per token, 1 <= k <= e.
+        bias: [e] added to the probabilities over all experts for the selection alone; None adds
+            nothing, which selects the largest logits.
 
     Returns:
         The k experts, largest first; gates that sum to 1 and scores, a softmax over all experts,
@@ -59,10 +66,16 @@ def topk_softmax(logits: Tensor, k: int) -> Routing:
         ValueError: k is out of range.
     """
     _check_topk(logits, k)
-    dtype = _statistics_dtype(logits)
-    largest, experts = logits.topk(k, dim=-1)  # [t, k]
+    dtype = statistics_dtype(logits)
+    if bias is None:
+        largest, experts = logits.topk(k, dim=-1)  # [t, k]
+        scores = logits.softmax(dim=-1, dtype=dtype)  # [t, e]
+    else:
+        scores = logits.softmax(dim=-1, dtype=dtype)  # [t, e]
+        experts = (scores + bias).topk(k, dim=-1).indices  # [t, k]
+        largest = logits.gather(1, experts)
     gates = largest.softmax(dim=-1, dtype=dtype)  # [t, k]
-    return Routing(experts=experts, gates=gates, scores=logits.softmax(dim=-1, dtype=dtype))
+    return Routing(experts=experts, gates=gates, scores=scores)
 
 
 def sort_choices(routing: Routing) -> Routing:
@@ -86,21 +99,27 @@ def sort_choices(routing: Routing) -> Routing:
     return routing._replace(experts=experts, gates=routing.gates.gather(1, order))
 
 
-def dense_routing(experts: Tensor, gates: Tensor, *, num_experts: int) -> tuple[Tensor, Tensor]:
+def dense_routing(
+    experts: Tensor, gates: Tensor, *, num_experts: int, is_kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Writes a routing as megatron-core's dispatchers want it.
 
     Args:
         experts: [t, k] int64.
         gates: [t, k].
         num_experts: e.
+        is_kept: [t, k] bool, False for what is in neither result; None keeps all.
 
     Returns:
         probs: [t, e] of gates' dtype, zero off the selection.
-        routing_map: [t, e] bool, k true per row.
+        routing_map: [t, e] bool, k true per row if all are kept.
     """
     zeros = gates.new_zeros(len(experts), num_experts)
-    routing_map = torch.zeros_like(zeros, dtype=torch.bool).scatter_(1, experts, True)
-    return zeros.scatter(1, experts, gates), routing_map
+    nowhere = torch.zeros_like(zeros, dtype=torch.bool)
+    if is_kept is None:
+        return zeros.scatter(1, experts, gates), nowhere.scatter_(1, experts, True)
+    kept = gates.masked_fill(~is_kept, 0.0)
+    return zeros.scatter(1, experts, kept), nowhere.scatter_(1, experts, is_kept)
 
 
 def count_tokens(experts: Tensor, *, num_experts: int, is_token: Tensor | None = None) -> Tensor:
@@ -119,6 +138,26 @@ def count_tokens(experts: Tensor, *, num_experts: int, is_token: Tensor | None =
     if is_token is not None:
         ones = is_token[:, None].expand_as(experts).flatten().to(owners.dtype)
     return owners.new_zeros(num_experts).scatter_add_(0, owners, ones)
+
+
+def count_by_sequence(
+    experts: Tensor, *, num_experts: int, num_sequences: int, is_token: Tensor | None = None
+) -> Tensor:
+    """Counts the assignments of each expert in each sequence, without copying to the host.
+
+    Args:
+        experts: [t, k] int64, the tokens of one position of all sequences next to each other.
+        num_experts: e.
+        num_sequences: b.
+        is_token: [t] bool, False for padding, which is not counted; None counts all.
+
+    Returns:
+        [b, e] int64.
+    """
+    sequence = torch.arange(len(experts), device=experts.device) % num_sequences  # [t]
+    cells = experts + sequence[:, None] * num_experts  # [t, k]
+    counts = count_tokens(cells, num_experts=num_sequences * num_experts, is_token=is_token)
+    return counts.view(num_sequences, num_experts)
 
 
 def check_on_device(condition: Tensor, message: str) -> None:
@@ -164,6 +203,49 @@ def load_balancing_loss(
     return scores.shape[-1] * torch.dot(shares, means)
 
 
+def sequence_balancing_loss(scores: Tensor, tokens_per_expert: Tensor, *, topk: int) -> Tensor:
+    """Computes this rank's addend of the mean over sequences of e * sum_i f_i P_i.
+
+    f_i and P_i are those of `load_balancing_loss`, of each sequence alone; a sequence of padding
+    alone is none. Summed over the ranks that share the sequences the addends make the loss. No
+    gradient flows through the counts.
+
+    Args:
+        scores: [t, e] probabilities over all experts, this rank's tokens, those of one position of
+            all sequences next to each other; 0 for padding.
+        tokens_per_expert: [b, e] assignments n_i, summed over the ranks that share the sequences.
+        topk: k.
+
+    Returns:
+        [] of scores' dtype.
+    """
+    num_sequences, num_experts = tokens_per_expert.shape
+    assigned = tokens_per_expert.sum(dim=1, keepdim=True)  # [b, 1]
+    shares = tokens_per_expert.to(scores.dtype) / assigned.clamp(min=1)  # [b, e]
+    sums = scores.view(-1, num_sequences, num_experts).sum(dim=0)  # [b, e]
+    means = sums * topk / assigned.clamp(min=1)
+    number = assigned.count_nonzero().clamp(min=1)
+    return num_experts * (shares * means).sum() / number
+
+
+def updated_bias(bias: Tensor, tokens_per_expert: Tensor, *, rate: float) -> Tensor:
+    """Moves each expert's bias by `rate` toward the mean load: up below it, down above it.
+
+    Source: Wang et al., auxiliary-loss-free load balancing (arXiv 2408.15664), algorithm 1.
+
+    Args:
+        bias: [e].
+        tokens_per_expert: [e] int64, assignments over the global batch.
+        rate: u.
+
+    Returns:
+        [e] of bias's dtype.
+    """
+    # Integers: which side of the mean a count is on does not depend on rounding.
+    excess = len(bias) * tokens_per_expert - tokens_per_expert.sum()  # [e]
+    return bias - rate * excess.sign().to(bias.dtype)
+
+
 def router_z_loss(
     logits: Tensor, *, num_tokens: int | Tensor, is_token: Tensor | None = None
 ) -> Tensor:
@@ -179,7 +261,7 @@ def router_z_loss(
     Returns:
         [] fp32, or fp64 for fp64 logits.
     """
-    lse = logits.to(_statistics_dtype(logits)).logsumexp(dim=-1)  # [t]
+    lse = logits.to(statistics_dtype(logits)).logsumexp(dim=-1)  # [t]
     if is_token is not None:
         lse = lse.masked_fill(~is_token, 0.0)
     return lse.square().sum() / num_tokens
@@ -227,7 +309,7 @@ def layer_coefficients(
     raise ValueError(f"unknown loss convention '{convention}'; known: {', '.join(_CONVENTIONS)}")
 
 
-def _statistics_dtype(tensor: Tensor) -> torch.dtype:
+def statistics_dtype(tensor: Tensor) -> torch.dtype:
     """Returns fp32, or the tensor's dtype if that is wider."""
     return torch.promote_types(tensor.dtype, torch.float32)
 

@@ -14,6 +14,9 @@ MOA = "moa"
 # Columns of the accumulator ahead of the e expert counts.
 _BALANCE, _MICRO_BATCHES, _Z, _ENTROPY, _TOKENS = range(5)
 _NUM_SCALARS = 5
+# And behind them, where tokens have unequal numbers of experts.
+_DROPPED, _UNROUTED = range(-2, 0)
+_NUM_VARYING = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,10 @@ class RouterReport:
     """Per layer, experts that received no token."""
     load: Tensor
     """[num_layers, e] fp64 on the host: an expert's share of the assignments times e."""
+    dropped_share: float | None = None
+    """Share of the assignments that were dropped, over all layers; None where none can be."""
+    unrouted_share: float | None = None
+    """Share of the tokens that no expert computed, over all layers; None where all have one."""
 
     def as_dict(self, kind: str = MOE) -> dict[str, float]:
         """Returns scalars for a log line; empty if nothing was recorded.
@@ -51,6 +58,10 @@ class RouterReport:
         ratios = _present(self.layer_max_load_ratio)
         if not ratios:
             return {}
+        varying = {
+            f"{kind}_dropped_share": self.dropped_share,
+            f"{kind}_unrouted_share": self.unrouted_share,
+        }
         return {
             f"{prefix}load_balancing_loss": self.load_balancing_loss,
             f"{prefix}z_loss": self.z_loss,
@@ -58,6 +69,7 @@ class RouterReport:
             f"{kind}_max_load_ratio": max(ratios),
             f"{kind}_mean_load_ratio": _mean(self.layer_max_load_ratio),
             f"{kind}_dead_experts": float(sum(self.layer_dead_experts)),
+            **{name: value for name, value in varying.items() if value is not None},
         }
 
     def layers_as_dict(self, kind: str = MOE) -> dict[str, list[float] | list[int]]:
@@ -81,12 +93,18 @@ class RouterMetrics:
 
     Not a module: nothing of it is saved. One instance serves the routers of one kind in all of a
     rank's model chunks.
+
+    Args:
+        num_layers: of the whole model.
+        num_experts: e.
+        is_varying: whether tokens can have unequal numbers of experts, so that it is counted.
     """
 
-    def __init__(self, num_layers: int, num_experts: int) -> None:
+    def __init__(self, num_layers: int, num_experts: int, *, is_varying: bool = False) -> None:
         self.num_layers = num_layers
         self.num_experts = num_experts
-        self._sums: Tensor | None = None  # [num_layers, 5 + e] fp64
+        self.is_varying = is_varying
+        self._sums: Tensor | None = None  # [num_layers, 5 + e, or 2 more] fp64
 
     def record(
         self,
@@ -98,6 +116,8 @@ class RouterMetrics:
         tokens_per_expert: Tensor,
         num_tokens: int | Tensor,
         group_size: int,
+        dropped: Tensor | None = None,
+        unrouted: Tensor | None = None,
     ) -> None:
         """Adds one micro-batch of one layer.
 
@@ -109,6 +129,9 @@ class RouterMetrics:
             tokens_per_expert: [e] assignments of this rank's tokens.
             num_tokens: tokens on this rank; [] where they are counted.
             group_size: ranks that share the micro-batch, each of which records its part.
+            dropped: [] assignments of this rank's tokens that no expert computed, of those
+                counted; None for none.
+            unrouted: [] tokens on this rank that no expert computed; None for none.
 
         Raises:
             ValueError: the layer or the number of experts is not one of this instance.
@@ -132,7 +155,10 @@ class RouterMetrics:
         row[_Z] += z_sum
         row[_ENTROPY] += entropy_sum
         row[_TOKENS] += num_tokens
-        row[_NUM_SCALARS:] += tokens_per_expert
+        row[_NUM_SCALARS : _NUM_SCALARS + self.num_experts] += tokens_per_expert
+        if self.is_varying:
+            row[_DROPPED] += 0 if dropped is None else dropped
+            row[_UNROUTED] += 0 if unrouted is None else unrouted
 
     def reset(self) -> None:
         """Drops what was recorded."""
@@ -155,16 +181,19 @@ class RouterMetrics:
         self.reset()
         if distributed:
             torch.distributed.all_reduce(sums, group=group)  # sum over `group`
-        return _report(sums.cpu())
+        return _report(sums.cpu(), self.num_experts, is_varying=self.is_varying)
 
     def _zeros(self, device: torch.device | int | str) -> Tensor:
-        shape = (self.num_layers, _NUM_SCALARS + self.num_experts)
+        shape = (
+            self.num_layers,
+            _NUM_SCALARS + self.num_experts + _NUM_VARYING * self.is_varying,
+        )
         return torch.zeros(shape, dtype=torch.float64, device=device)
 
 
-def _report(sums: Tensor) -> RouterReport:
-    """Turns summed columns [num_layers, 5 + e] into means."""
-    counts = sums[:, _NUM_SCALARS:]  # [num_layers, e]
+def _report(sums: Tensor, num_experts: int, *, is_varying: bool) -> RouterReport:
+    """Turns summed columns [num_layers, 5 + e, or 2 more] into means."""
+    counts = sums[:, _NUM_SCALARS : _NUM_SCALARS + num_experts]  # [num_layers, e]
     load = counts / counts.mean(dim=1, keepdim=True)  # 0 / 0 is NaN: a layer without a record
     recorded = sums[:, _TOKENS] > 0
     balance = (sums[:, _BALANCE] / sums[:, _MICRO_BATCHES]).tolist()
@@ -178,6 +207,10 @@ def _report(sums: Tensor) -> RouterReport:
         layer_max_load_ratio=load.amax(dim=1).tolist(),
         layer_dead_experts=((counts == 0).sum(dim=1) * recorded).tolist(),
         load=load,
+        dropped_share=float(sums[:, _DROPPED].sum() / counts.sum()) if is_varying else None,
+        unrouted_share=(
+            float(sums[:, _UNROUTED].sum() / sums[:, _TOKENS].sum()) if is_varying else None
+        ),
     )
 
 

@@ -10,13 +10,25 @@ Convention = Literal["olmoe", "per_layer"]
 MOA = "moa"
 """The attention whose query and output projections are experts; see `attention.moa`."""
 
+BalancingLoss = Literal["aux_loss", "seq_aux_loss", "global_aux_loss"]
+"""Over which tokens the load-balancing loss counts; see docs/routing.md."""
+DropPolicy = Literal["probs", "position"]
+"""Which assignments an expert beyond its capacity drops; see docs/routing.md."""
+
+EXPERT_CHOICE = ("expert_choice", "expert_choice_grouped")
+"""The routers of which experts choose tokens, not tokens experts."""
+
 _TRAINING_ONLY = (
     "expert_backend",
     "init_method_cutoff",
     "init_method_std",
     "moe_aux_loss_coeff",
+    "moe_expert_capacity_factor",
     "moe_loss_convention",
+    "moe_router_bias_update_rate",
     "moe_router_dtype",
+    "moe_router_load_balancing_type",
+    "moe_token_drop_policy",
     "moe_token_dispatcher_type",
     "moe_z_loss_coeff",
 )
@@ -25,6 +37,7 @@ _ADDED: Mapping[str, object] = {
     "normalization": "RMSNorm",
     "moe_layer_freq": 1,
     "moe_share_across_layers": False,
+    "moe_router_enable_expert_bias": False,
 }
 """Fields of the architecture that earlier versions did not have, and what their models were."""
 
@@ -95,6 +108,19 @@ class ModelFields:
     whole normal distribution."""
     router: str = "softmax_topk"
     """Routing rule, a name in moe_ext.routers.ROUTERS."""
+    moe_router_load_balancing_type: BalancingLoss = "aux_loss"
+    """Tokens over which the load-balancing loss is taken: aux_loss, the micro-batch; seq_aux_loss,
+    each sequence; global_aux_loss, counted over the global batch so far (docs/routing.md)."""
+    moe_router_enable_expert_bias: bool = False
+    """Balance without a loss: a bias for each expert, that selects and does not weigh
+    (arXiv 2408.15664)."""
+    moe_router_bias_update_rate: float = 0.001
+    """What that bias moves by after each step, toward the mean load."""
+    moe_expert_capacity_factor: float | None = None
+    """An expert's capacity in training, as a multiple of the mean load; assignments beyond it are
+    dropped. None drops nothing."""
+    moe_token_drop_policy: DropPolicy = "probs"
+    """Which assignments are kept: those of the largest gates, or the first in the sequences."""
     moe_router_dtype: Literal["fp32"] | None = None
     """Precision of the router's matrix product; None means the model's own."""
     moe_aux_loss_coeff: float = 0.01
@@ -113,6 +139,16 @@ class ModelFields:
     def is_moa(self) -> bool:
         """Return whether the attention's projections are experts."""
         return self.attention == MOA
+
+    @property
+    def is_expert_choice(self) -> bool:
+        """Return whether experts choose tokens: a token's experts depend on later tokens."""
+        return self.router in EXPERT_CHOICE
+
+    @property
+    def has_varying_experts(self) -> bool:
+        """Return whether tokens can have other numbers of experts than k."""
+        return self.is_expert_choice or self.moe_expert_capacity_factor is not None
 
     @property
     def attention_experts(self) -> int | None:

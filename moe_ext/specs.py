@@ -35,6 +35,7 @@ from moe_ext.layers.norm import NonParametricLayerNorm, RMSNorm, norm_class
 from moe_ext.layers.swiglu import MATRICES, DenseMLP
 from moe_ext.metrics import MOA, MOE, RouterMetrics
 from moe_ext.routers import MoERouter, get_router
+from moe_ext.routers.balancing import Balancing
 
 
 def block_spec(
@@ -228,4 +229,11 @@ def _router(
         metrics=metrics,
         num_experts=num_experts,
         topk=topk,
+        balancing=Balancing(
+            loss=model.moe_router_load_balancing_type,
+            has_bias=model.moe_router_enable_expert_bias,
+            bias_rate=model.moe_router_bias_update_rate,
+            capacity_factor=model.moe_expert_capacity_factor,
+            drop_policy=model.moe_token_drop_policy,
+        ),
     )

@@ -43,6 +43,18 @@ class ModelMetrics(Protocol):
         ...
 
 
+class StepUpdates(Protocol):
+    """Changes what of a model changes once a step and is no parameter."""
+
+    def begin(self) -> None:
+        """Begin a step, before its first micro-batch."""
+        ...
+
+    def finish(self) -> None:
+        """Finish a step whose update was taken; a collective call."""
+        ...
+
+
 class TaskScores(Protocol):
     """Scores what an application asks of a model while it trains, beside validation sets."""
 
@@ -84,6 +96,8 @@ class TrainState:
     """How documents within a sequence are kept apart; None lets them run together."""
     metrics: ModelMetrics | None = None
     """The model's own measurements."""
+    updates: StepUpdates | None = None
+    """What of the model changes beside its parameters."""
     check_saved: Callable[[Mapping[str, Any], bool], tuple[str, ...]] | None = None
     """Refuses a checkpoint, given the flat config of its run and whether more than weights is
     taken; beyond the comparison of architectures. Returns parts of the names of weights that it

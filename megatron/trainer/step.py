@@ -56,6 +56,8 @@ def train_step(state: TrainState, objective: Objective) -> StepResult:
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
+    if state.updates is not None:
+        state.updates.begin()
     placed = objective.prepare(state, _place(state, objective, batches))
     parts = run_schedule(state, state.chunks, objective.forward, placed, forward_only=False)
     metrics = _reduce(state, objective, parts)
@@ -74,6 +76,8 @@ def train_step(state: TrainState, objective: Objective) -> StepResult:
         bad = f"{first_sample} to {state.train_data.consumed_samples - 1}"
     if problem is None:
         state.guard.took(loss=loss, norm=grad_norm)
+        if state.updates is not None:
+            state.updates.finish()
     elif not state.guard.skip():
         raise StepRefusedError(_refusal(state, f"{where} {bad}"))
     state.iteration += 1

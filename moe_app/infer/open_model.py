@@ -39,6 +39,8 @@ from moe_app.convert.checks import check_size
 from moe_app.pretrain.build import build_chunks
 from moe_app.pretrain.config import PretrainConfig, read_saved_config
 from moe_ext.attention.cache import KeyValueCache
+from moe_ext.config import MoEModelConfig
+from moe_ext.routers import get_router
 
 logger = logging.getLogger("inference")
 
@@ -289,10 +291,12 @@ def load_model(
         fill: reads the weights into this rank's chunks.
 
     Raises:
-        ConfigError: the layout does not divide the ranks or the model.
+        ConfigError: the layout does not divide the ranks or the model, or the model's routers look
+            ahead.
         CheckpointError: the weights do not fit.
     """
     saved = opened.saved
+    _check_causal(saved.model)
     working = precision(args, saved)
     cfg = PretrainConfig(
         trainable=saved.trainable,
@@ -316,6 +320,19 @@ def load_model(
     logger.info("loaded the weights of %s, computing in %s", opened.found.path, working)
     parallel = ParallelModel(module, ctx, vocab_size=saved.model.vocab_size)
     return LoadedModel(module=module, parallel=parallel, ctx=ctx)
+
+
+def _check_causal(model: MoEModelConfig) -> None:
+    """Refuse a model in which a token's experts depend on tokens after it."""
+    if model.num_experts is None and not model.is_moa:
+        return
+    if not get_router(model.router).is_causal:
+        raise ConfigError(
+            f"router '{model.router}' lets experts choose tokens, so that a token's experts depend"
+            " on tokens after it and on padding: such a model cannot generate text or be scored"
+            " here; its run evaluates it (--split, --valid-data-path, --eval-tasks), or load a"
+            " model of another router"
+        )
 
 
 def parallel_config(args: argparse.Namespace) -> ParallelConfig:

@@ -32,6 +32,7 @@ from moe_ext.builder import BuiltModel, build_model
 from moe_ext.compat import check_versions
 from moe_ext.counting import training_flops_per_token
 from moe_ext.layers.transformer import transformer_config
+from moe_ext.routers.updates import RouterUpdates
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ def build_state(
         tasks=tasks,
         documents=opened.documents,
         metrics=RouterHealth(built.metrics) if built.metrics else None,
+        updates=RouterUpdates(built.chunks) if built.metrics else None,
         flops_per_token=training_flops_per_token(cfg.model, cfg.training.seq_length),
     )
     table, warnings = data_lines(cfg, data)

@@ -48,6 +48,7 @@ def describe_run(cfg: PretrainConfig, ctx: RunContext, backend: BackendChoice | 
             f" {model.router}, dispatcher"
             f" {model.moe_token_dispatcher_type}",
             *_describe_losses(model, topk=model.moe_router_topk, num_layers=model.num_moe_layers),
+            *_describe_balance(model),
         ]
     if model.attention_experts is not None:
         lines += [
@@ -61,6 +62,29 @@ def describe_run(cfg: PretrainConfig, ctx: RunContext, backend: BackendChoice | 
             ),
         ]
     return lines
+
+
+def _describe_balance(model: MoEModelConfig) -> list[str]:
+    """Describe what of the routing differs from OLMoE's; docs/routing.md defines it."""
+    found = []
+    if model.moe_router_load_balancing_type != "aux_loss":
+        found.append(f"balance: the loss is {model.moe_router_load_balancing_type}")
+    if model.moe_router_enable_expert_bias:
+        found.append(
+            "balance: biases select experts, and move by"
+            f" {model.moe_router_bias_update_rate:g} after each step"
+        )
+    if model.moe_expert_capacity_factor is not None:
+        found.append(
+            f"balance: in training experts take {model.moe_expert_capacity_factor:g} times the"
+            f" mean load at most, and drop the rest by {model.moe_token_drop_policy}"
+        )
+    if model.is_expert_choice:
+        found.append(
+            "routing: experts choose tokens, which is not causal: losses are of a model that sees"
+            " later tokens, and it cannot generate text"
+        )
+    return found
 
 
 def _describe_losses(

@@ -163,6 +163,11 @@ def _router_sizes(model: MoEModelConfig) -> dict[RouterId, tuple[int, int]]:
             "--log-router-saturation compares the router of each layer, but layers share one"
             " (moe_share_across_layers True); drop it"
         )
+    if model.is_expert_choice:
+        raise ConfigError(
+            "--log-router-saturation compares the k experts of each token, but with router"
+            f" '{model.router}' experts choose tokens; drop it, or use another router"
+        )
     sizes: dict[RouterId, tuple[int, int]] = {}
     for layer in range(model.num_layers):
         if model.num_experts is not None and model.has_experts(layer + 1):

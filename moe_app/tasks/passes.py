@@ -150,6 +150,7 @@ class RowPasses:
     def _batch(self, rows: Sequence[int], each: Round) -> Batch:
         """Pad rows on the right, and with empty rows, to the round's shape."""
         tokens = torch.zeros(each.size, each.width, dtype=torch.int64)
+        padding = torch.ones_like(tokens, dtype=torch.bool)
         labels, loss_mask = torch.zeros_like(tokens), torch.zeros(tokens.shape)
         numbers = torch.full((each.size,), len(self._rows))
         for place, row in enumerate(rows):
@@ -157,11 +158,13 @@ class RowPasses:
             end = len(ids) - 1
             tokens[place, :end], labels[place, :end] = ids[:-1], ids[1:]
             loss_mask[place, end - count : end] = 1.0
+            padding[place, :end] = False
             numbers[place] = row
         return Batch(
             tokens=tokens,
             labels=labels,
             loss_mask=loss_mask,
+            padding=padding,
             position_ids=torch.arange(each.width)[None],
             texts={"row": numbers},
         )

@@ -24,6 +24,12 @@ def common_problems(model: MoEModelConfig) -> list[str]:
             *("moe_share_across_layers", model.moe_share_across_layers, False),
             "has other experts in every layer",
         ),
+        (
+            "moe_router_enable_expert_bias",
+            model.moe_router_enable_expert_bias,
+            False,
+            "has no biases of experts",
+        ),
         ("normalization", model.normalization, "RMSNorm", "has RMSNorm"),
     )
     return [

@@ -56,7 +56,16 @@ def step_collectives(
     """List every collective of one training step of a rank on pipeline stage `stage`, from 0.
 
     Groups of one rank are left out: they move nothing. All ranks of a stage do the same.
+
+    Raises:
+        ValueError: the traffic of the model's dispatcher or routing is not known.
     """
+    if model.has_varying_experts:
+        raise ValueError(
+            f"router '{model.router}' with moe_expert_capacity_factor"
+            f" {model.moe_expert_capacity_factor} gives tokens unequal numbers of experts, whose"
+            " memory and traffic are not modelled; plan with softmax_topk and no capacity"
+        )
     rank = Rank(model=model, layout=layout, batch=batch, stage=stage)
     found = [
         *layers(rank),
@@ -67,19 +76,10 @@ def step_collectives(
         *tied_embedding(rank),
         *split_sequence_gradients(rank),
         *optimizer(rank),
+        *expert_biases(rank),
         *loss(rank),
     ]
     return [each for each in found if each.num_ranks > 1 and each.count > 0]
-
-
-def record_collectives(model: MoEModelConfig, layout: Layout) -> list[Collective]:
-    """List the collectives that log the routers' metrics, once every `log_interval` steps."""
-    found = []
-    for experts in (model.num_experts, model.attention_experts):
-        if experts is not None:
-            size = model.num_layers * (5 + experts) * _FP64
-            found.append(make_collective(layout, "all_reduce", "world", 1, size, "records"))
-    return [each for each in found if each.num_ranks > 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ def layers(rank: Rank) -> Iterator[Collective]:
         yield from column_linear(rank, "feed_forward", passes=passes)
         yield from row_linear(rank, "feed_forward", passes=passes)
     else:
-        yield router_counts(rank, experts=model.num_experts)
+        yield from router_counts(rank, experts=model.num_experts)
         yield from dispatcher(rank, experts=model.num_experts)
         if model.moe_shared_expert_intermediate_size is not None:
             passes = rank.forward_passes("experts")
@@ -205,7 +205,7 @@ def moa(rank: Rank, *, experts: int) -> Iterator[Collective]:
     """List those of moa: every rank has some heads of all experts, and needs all tokens."""
     runs, passes = rank.layer_runs, rank.forward_passes("attention")
     slots = rank.tokens * rank.model.attention_topk
-    yield router_counts(rank, experts=experts)
+    yield from router_counts(rank, experts=experts)
     if rank.is_split:
         yield rank.call("all_gather", "tp", runs * passes, slots * _INT64, "attention")
         for size in (rank.hidden_bytes, slots * _FP32):  # hidden states, gates
@@ -226,10 +226,14 @@ def context_parallel(rank: Rank) -> Iterator[Collective]:
     yield rank.call("reduce_scatter", "cp", rank.layer_runs, size, "context")
 
 
-def router_counts(rank: Rank, *, experts: int) -> Collective:
-    """Return the all-reduce of tokens per expert over the ranks that share a micro-batch."""
+def router_counts(rank: Rank, *, experts: int) -> Iterator[Collective]:
+    """List those of tokens per expert: of a micro-batch, and of all ranks' for a global loss."""
     group: Group = "tp_cp" if rank.layout.sequence_parallel else "cp"
-    return rank.call("all_reduce", group, rank.layer_runs, experts * _INT64, "router")
+    loss, size = rank.model.moe_router_load_balancing_type, experts * _INT64
+    sequences = rank.batch.micro_batch_size if loss == "seq_aux_loss" else 1
+    yield rank.call("all_reduce", group, rank.layer_runs, sequences * size, "router")
+    if loss == "global_aux_loss":
+        yield rank.call("all_reduce", "dp", rank.layer_runs, size, "router")
 
 
 def dispatcher(rank: Rank, *, experts: int) -> Iterator[Collective]:
@@ -379,6 +383,13 @@ def optimizer(rank: Rank) -> Iterator[Collective]:
     yield rank.call("all_reduce", "mp", 1, _FP32, "grad_norm")
     if rank.model.num_experts is not None:
         yield rank.call("all_reduce", "tp_ep_pp", 1, _FP32, "grad_norm")
+
+
+def expert_biases(rank: Rank) -> Iterator[Collective]:
+    """List the one all-reduce of a step's loads, which the biases of experts move by."""
+    if rank.model.moe_router_enable_expert_bias:
+        experts = (rank.model.num_experts or 0) + (rank.model.attention_experts or 0)
+        yield rank.call("all_reduce", "dp", 1, rank.num_layers * experts * _INT64, "router")
 
 
 def loss(rank: Rank) -> Iterator[Collective]:

@@ -8,10 +8,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from moe_ext.experts.mlp import ExpertMLP
+from moe_ext.experts.pairs import pair_up
 from moe_ext.experts.slots import sort_by_expert
 from moe_ext.functional import Routing, dense_routing
 from moe_ext.layers.parameters import new_parameter
 from moe_ext.layers.swiglu import MATRICES, SharedExperts
+from moe_ext.unequal import DenseRouting
 
 
 class ExpertsLayer(MoELayer):
@@ -93,7 +95,9 @@ class ExpertsLayer(MoELayer):
         Returns:
             probs [t, e], zero off the selection, and routing_map [t, e] bool.
         """
-        routing: Routing = self.router(hidden_states, padding_mask)
+        routing: Routing | DenseRouting = self.router(hidden_states, padding_mask)
+        if isinstance(routing, DenseRouting):
+            return routing.gates, routing.is_chosen
         return dense_routing(
             routing.experts, routing.gates, num_experts=self.config.num_moe_experts
         )
@@ -101,10 +105,14 @@ class ExpertsLayer(MoELayer):
     def _compute_local(self, hidden: Tensor, padding_mask: Tensor | None) -> Tensor:
         """Computes [s, b, h] of [s, b, h] where all experts are on this rank."""
         experts: ExpertMLP = self.experts
-        routing: Routing = self.router(hidden, padding_mask)
-        order = sort_by_expert(routing.experts, num_experts=self.num_local_experts)
+        routing: Routing | DenseRouting = self.router(hidden, padding_mask)
         tokens = hidden.reshape(-1, hidden.shape[-1])  # [t, h]
-        output = experts.compute_routed(tokens, order, routing.gates).view_as(hidden)
+        if isinstance(routing, DenseRouting):
+            output = experts.compute_pairs(tokens, pair_up(routing))
+        else:
+            order = sort_by_expert(routing.experts, num_experts=self.num_local_experts)
+            output = experts.compute_routed(tokens, order, routing.gates)
+        output = output.view_as(hidden)
         shared: Tensor | None = self.shared_experts_compute(hidden)
         return output if shared is None else output + shared
 

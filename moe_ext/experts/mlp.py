@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moe_ext.experts.expert_adapter import ExpertAdapter, adapted_experts, add_expert_lora
 from moe_ext.experts.interface import ExpertBackend
+from moe_ext.experts.pairs import Pairs, rows_of, sum_rows
 from moe_ext.experts.slots import ExpertOrder, permute_tokens, sort_rows, unpermute_tokens
 from moe_ext.layers.lora import LoRA
 from moe_ext.layers.parameters import new_parameter
@@ -124,6 +125,19 @@ class ExpertMLP(MegatronModule):
             rows = self._adapted(permute_tokens(tokens, order), order.tokens_per_expert, probs)
             return unpermute_tokens(rows, order)
         return self.backend.routed_experts(tokens, self.weight1, self.weight2, order, gates)
+
+    def compute_pairs(self, tokens: Tensor, pairs: Pairs) -> Tensor:
+        """Sends tokens to unequal numbers of experts and sums; all experts are on this rank.
+
+        Args:
+            tokens: [t, h].
+            pairs: of tokens and experts.
+
+        Returns:
+            [t, h]; 0 for a token without an expert.
+        """
+        rows, _ = self(rows_of(tokens, pairs), pairs.tokens_per_expert, pairs.gates)
+        return sum_rows(rows, pairs)
 
     def add_lora(self, lora: LoRA) -> None:
         """Gives both weights adapters."""

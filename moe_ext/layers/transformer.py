@@ -45,6 +45,8 @@ def transformer_config(model: MoEModelConfig, *, bf16: bool, **runtime: Any) -> 
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_token_dispatcher_type=model.moe_token_dispatcher_type,
+        # Says to the dispatchers that not every token has k rows; its value is not read.
+        moe_expert_capacity_factor=1.0 if model.has_varying_experts else None,
         normalization="RMSNorm" if model.has_norm_weights else "LayerNorm",
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=True,

@@ -6,10 +6,14 @@ The maths is in `moe_ext.functional`.
 from moe_ext import registry
 from moe_ext.functional import Routing
 from moe_ext.routers.base import MoERouter
+from moe_ext.routers.expert_choice import ExpertChoiceRouter, GroupedExpertChoiceRouter
 from moe_ext.routers.softmax_topk import SoftmaxTopKRouter
 from moe_ext.routers.topk_softmax import TopKSoftmaxRouter
+from moe_ext.unequal import DenseRouting
 
 ROUTERS: dict[str, type[MoERouter]] = {
+    "expert_choice": ExpertChoiceRouter,
+    "expert_choice_grouped": GroupedExpertChoiceRouter,
     "softmax_topk": SoftmaxTopKRouter,
     "topk_softmax": TopKSoftmaxRouter,
 }
@@ -40,6 +44,9 @@ def register_router(name: str, router: type[MoERouter]) -> None:
 
 __all__ = [
     "ROUTERS",
+    "DenseRouting",
+    "ExpertChoiceRouter",
+    "GroupedExpertChoiceRouter",
     "MoERouter",
     "Routing",
     "SoftmaxTopKRouter",

@@ -9,6 +9,8 @@ from moe_ext.routers.base import MoERouter
 class SoftmaxTopKRouter(MoERouter):
     """Applies softmax over all experts, then takes the k largest as they are."""
 
+    uses_expert_bias = True
+
     def select(self, logits: Tensor) -> Routing:
         """Applies `functional.softmax_topk`."""
-        return softmax_topk(logits, self.topk)
+        return softmax_topk(logits, self.topk, self.expert_bias)

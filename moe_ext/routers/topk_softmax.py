@@ -9,6 +9,8 @@ from moe_ext.routers.base import MoERouter
 class TopKSoftmaxRouter(MoERouter):
     """Takes the k largest logits, then applies softmax over those."""
 
+    uses_expert_bias = True
+
     def select(self, logits: Tensor) -> Routing:
         """Applies `functional.topk_softmax`."""
-        return topk_softmax(logits, self.topk)
+        return topk_softmax(logits, self.topk, self.expert_bias)

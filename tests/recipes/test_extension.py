@@ -117,5 +117,6 @@ def test_without_the_example_its_router_is_unknown(
 ) -> None:
     assert run_here([*FLAGS, "--router", "sigmoid_topk"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "ConfigError: unknown router 'sigmoid_topk'; known: softmax_topk, topk_softmax"
+        "ConfigError: unknown router 'sigmoid_topk'; known: expert_choice, expert_choice_grouped,"
+        " softmax_topk, topk_softmax"
     )

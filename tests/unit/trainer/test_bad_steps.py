@@ -94,7 +94,10 @@ class Records(Hook):
 
 
 def weights(state: TrainState) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in state.modules[0].named_parameters()}
+    """Parameters, and biases of experts."""
+    (model,) = state.modules
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach().clone() for name, tensor in named}
 
 
 def moments(state: TrainState) -> list[Tensor]:
@@ -113,7 +116,8 @@ def assert_same(first: TrainState, second: TrainState) -> None:
         assert torch.equal(a, b)
 
 
-PRECISIONS: list[dict[str, Any]] = [{}, {"bf16": True, "use_distributed_optimizer": True}]
+BIASED = {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.02}
+PRECISIONS: list[dict[str, Any]] = [{}, {"bf16": True, "use_distributed_optimizer": True, **BIASED}]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=["fp32", "bf16"])
@@ -145,14 +149,19 @@ def test_skipped_step_counts_but_changes_nothing(
     state, records = make_state(**flags_), Records()
     assert train(state, Poisoned(state, range(16, 24)), hooks=[records]) is None
     truth = make_state(**flags_)
+    moved: list[str] = []
     for step in range(5):
         if step == 2:
             truth.train_data.skip({"mock": BATCH})
             truth.iteration += 1
         else:
             train_step(truth, NEXT_TOKEN)
+        if step == 0:
+            biases = truth.modules[0].named_buffers()
+            moved = [name for name, bias in biases if bias.dtype == torch.float32 and bias.any()]
     assert_same(state, truth)
     assert state.iteration == 5
+    assert moved == [name for name in weights(truth) if "expert_bias" in name]
     # Told once, with the records of steps 3 and 4.
     assert [record["skipped"] for record in records.steps] == [0, 1]
 
@@ -160,7 +169,7 @@ def test_skipped_step_counts_but_changes_nothing(
 def test_gradient_norm_that_is_not_finite_is_skipped_before_anything_changes(
     make_state: StateMaker,
 ) -> None:
-    state = make_state(max_skipped=1)
+    state = make_state(max_skipped=1, **BIASED)
     train_step(state, NEXT_TOKEN)
     before, moments_before = weights(state), moments(state)
     parameter = dict(state.modules[0].named_parameters())["decoder.final_layernorm.weight"]

@@ -297,6 +297,7 @@ OTHER: dict[str, dict[str, dict[str, Any]]] = {
         "moa_router_topk": {**JETMOE_NATIVE, "moa_router_topk": 4, "num_attention_heads": 16},
         "untie_embeddings_and_output_weights": {"untie_embeddings_and_output_weights": False},
         "router": {"router": "topk_softmax"},
+        "moe_router_enable_expert_bias": {"moe_router_enable_expert_bias": True},
     },
     "jetmoe": {
         "num_layers": {"num_layers": 5},
@@ -325,6 +326,7 @@ OTHER: dict[str, dict[str, dict[str, Any]]] = {
         "moa_router_topk": {"moa_router_topk": 4, "num_attention_heads": 16},
         "untie_embeddings_and_output_weights": {"untie_embeddings_and_output_weights": False},
         "router": {"router": "softmax_topk"},
+        "moe_router_enable_expert_bias": {"moe_router_enable_expert_bias": True},
     },
 }
 
@@ -370,6 +372,7 @@ INEXPRESSIBLE: list[tuple[dict[str, Any], str]] = [
         {"moe_share_across_layers": True},
         "olmoe: moe_share_across_layers is True, and the family has other experts in every layer",
     ),
+    ({"moe_router_enable_expert_bias": True}, "olmoe: moe_router_enable_expert_bias is True"),
     ({"num_layers": 3}, ""),
     ({**JETMOE_NATIVE, "norm_epsilon": 1e-5}, "jetmoe: norm_epsilon is 1e-05, and transformers"),
     ({**JETMOE_NATIVE, "moe_output_bias": False}, "jetmoe: moe_output_bias is False"),

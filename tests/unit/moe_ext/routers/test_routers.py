@@ -279,7 +279,8 @@ def test_a_router_without_a_layer_number_says_so(build: RouterMaker) -> None:
 
 def test_an_unknown_router_is_refused_with_the_nearest_name() -> None:
     message = (
-        "unknown router 'softmax_topK'; known: softmax_topk, topk_softmax; "
+        "unknown router 'softmax_topK'; known: expert_choice, expert_choice_grouped, softmax_topk,"
+        " topk_softmax; "
         "did you mean 'softmax_topk'?"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
