@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds a corpus, tokenizer and token files, pretrains a model, and prints a report and samples.
+# Builds a corpus, tokenizer and token files, pretrains a model, and prints a report, samples and its accuracy.
 #   bash examples/quickstart/run.sh [flags for pretrain.py]
 # PYTHON is the interpreter, by default .venv/bin/python if it exists. An interrupted run is resumed;
 # remove runs/quickstart to start over.
@@ -33,9 +33,15 @@ if [[ ! -f $data/docs_text_document.idx ]]; then
     done
 fi
 
+items=$data/next_word.jsonl
+if [[ ! -f $items ]]; then
+    step "questions: which word comes next in documentation that is held back"
+    "$PYTHON" examples/quickstart/next_word.py items examples/quickstart/olmoe_tiny.yaml "$items"
+fi
+
 step "pretraining: 2 ranks, expert parallel 2"
 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 tools/pretrain.py \
-    --config examples/quickstart/olmoe_tiny.yaml --load "$run" "$@"
+    --config examples/quickstart/olmoe_tiny.yaml --load "$run" --eval-tasks "$items" "$@"
 
 step "report"
 "$PYTHON" tools/report.py --run "$run" --require-below-entropy
@@ -43,3 +49,6 @@ step "report"
 step "sample"
 "$PYTHON" tools/generate.py --load "$run" --max-new-tokens 60 --temperature 0.7 --seed 1 \
     --prompt 'def read_file(path):' --prompt 'Return a new '
+
+step "accuracy: the next word, out of four, in documentation that was held back"
+"$PYTHON" examples/quickstart/next_word.py accuracy "$run" "$items"
