@@ -5,14 +5,13 @@
 
 `items` writes a file for --eval-tasks, `accuracy` prints what a run's evaluations say of it.
 
-An item is a stretch of a held-back document and four words: the one that follows, and three that
-the documents for training have, drawn as often as they stand there. So a model that knows nothing
-but how frequent words are is right one time in four, too. An item whose last words, answer
-included, stand anywhere in the text for training is left out.
+An item is a stretch of a held-back document and four words: the one that follows, which is common
+in the documents for training, and three that are about as common there. So how frequent words are
+tells little. An item whose last words, answer included, stand anywhere in the text for training is
+left out.
 """
 
 import bisect
-import itertools
 import json
 import random
 import re
@@ -32,11 +31,15 @@ from megatron.trainer.io.atomic_write import write_text
 from megatron.trainer.records.record_file import read_records
 from megatron.trainer.records.run_dir import METRICS_NAME
 
-NUM_ITEMS = 500
-FEWEST, MOST = 20, 30
+NUM_ITEMS = 400
+FEWEST, MOST = 20, 24
 """Words of a context."""
 OWN = 8
 """Words, answer included, that no text for training has in this order."""
+COMMON = 100
+"""How often the documents for training have the answer, at least."""
+NEAR = 24
+"""How many words, those nearest by frequency, the wrong ones are drawn from."""
 _SEED = 20240903
 _SUFFIX = "_text_document"
 _WORD = re.compile(r"(?<=[A-Za-z,] )[a-z]{2,}(?=[\s,.;:])")
@@ -117,16 +120,16 @@ def make_items(texts: dict[str, Texts], *, name: str) -> list[dict[str, object]]
     train = [text for each in texts.values() for text in each.train]
     known = known_words(train, {each.last_words for each in found})
     counts = Counter(word for text in texts[name].train for word in _WORD.findall(text))
-    words, bounds = list(counts), list(itertools.accumulate(counts.values()))
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))
     draw = random.Random(_SEED)
-    fresh = [each for each in found if each.last_words not in known]
+    fresh = [
+        each for each in found if counts[each.answer] >= COMMON and each.last_words not in known
+    ]
     items = []
     for each in draw.sample(fresh, min(NUM_ITEMS, len(fresh))):
-        choices = [each.answer]
-        while len(choices) < 4:
-            word = draw.choices(words, cum_weights=bounds)[0]
-            if word not in choices:
-                choices.append(word)
+        first = max(0, ranked.index(each.answer) - NEAR // 2)
+        near = [word for word in ranked[first : first + NEAR + 1] if word != each.answer]
+        choices = [each.answer, *draw.sample(near, 3)]
         is_most_frequent = counts[each.answer] > max(counts[word] for word in choices[1:])
         draw.shuffle(choices)
         items.append(
