@@ -12,7 +12,7 @@ from megatron.trainer.errors import StepRefusedError
 from megatron.trainer.health.stop import Stop, StopRule
 from megatron.trainer.health.stragglers import BusyClock
 from megatron.trainer.hooks.base import Hook
-from megatron.trainer.objective import Objective
+from megatron.trainer.objective import Objective, with_perplexity
 from megatron.trainer.state import TrainState
 from megatron.trainer.step import StepResult, evaluate, train_step
 
@@ -84,6 +84,7 @@ class _Run:
     ) -> None:
         self.state = state
         self.objective = objective
+        self.figures = with_perplexity(objective, state.token_bytes)
         self.hooks = hooks
         self.upkeep = upkeep
         self.stop_rule = StopRule(
@@ -175,7 +176,7 @@ class _Run:
         """Evaluate validation sets and tasks; make no record if the run has to stop meanwhile."""
         figures = {}
         for name in self.state.validation:
-            found = evaluate(self.state, self.objective, name, is_over=self._evaluation_is_over)
+            found = evaluate(self.state, self.figures, name, is_over=self._evaluation_is_over)
             if found is None:
                 return
             figures[name] = found

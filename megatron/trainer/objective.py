@@ -5,6 +5,7 @@ whole global batch of its data parallel rank before the forward pass, so that a 
 depend on how samples fall on micro-batches and ranks.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.trainer.data.batch import Batch
+from megatron.trainer.records.losses import BITS_PER_BYTE, PERPLEXITY, perplexity
 from megatron.trainer.state import TrainState
 
 Report = dict[str, Tensor]
@@ -125,6 +127,66 @@ class TokenObjective:
 
 NEXT_TOKEN = TokenObjective()
 """The objective of pretraining."""
+
+
+@dataclass
+class EvaluatedTokens:
+    """Adds what validation reports beside a loss of tokens: perplexity, and bits per byte.
+
+    Args:
+        objective: whose loss is the cross-entropy of tokens.
+        token_bytes: [v] bytes of each token's text; None leaves bits per byte out.
+    """
+
+    objective: Objective
+    token_bytes: Tensor | None
+
+    @property
+    def loss_name(self) -> str:
+        """See `Objective.loss_name`."""
+        return self.objective.loss_name
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """See `Objective.metric_names`."""
+        bits = () if self.token_bytes is None else (BITS_PER_BYTE,)
+        return (*self.objective.metric_names, *bits)
+
+    def derive(self, figures: dict[str, float]) -> dict[str, float]:
+        """See `Objective.derive`."""
+        found = self.objective.derive(figures)
+        return {**found, PERPLEXITY: perplexity(found[self.loss_name])}
+
+    def weigh(self, state: TrainState, batches: Sequence[Batch]) -> list[Batch]:
+        """See `Objective.weigh`."""
+        return self.objective.weigh(state, batches)
+
+    def prepare(self, state: TrainState, batches: Sequence[Batch]) -> list[Batch]:
+        """See `Objective.prepare`."""
+        return self.objective.prepare(state, batches)
+
+    def forward(self, batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, LossFunction]:
+        """See `Objective.forward`."""
+        batch = next(batches)
+        output, loss = self.objective.forward(iter((batch,)), model)
+        table = self.token_bytes
+        if table is None:
+            return output, loss
+
+        def counted(losses: Tensor) -> tuple[Tensor, Report]:
+            mean, report = loss(losses)
+            nats = report[self.loss_name][0]
+            size = torch.where(batch.loss_mask > 0, table[batch.labels], 0).sum()
+            report[BITS_PER_BYTE] = torch.stack((nats.double() / math.log(2), size.double()))
+            return mean, report
+
+        return output, counted
+
+
+def with_perplexity(objective: Objective, token_bytes: Tensor | None) -> Objective:
+    """Return an objective that reports more of tokens in validation; the same one for others."""
+    is_of_tokens = objective.loss_name == NEXT_TOKEN.loss_name
+    return EvaluatedTokens(objective, token_bytes) if is_of_tokens else objective
 
 
 def run_model(batch: Batch, model: nn.Module, *, loss_mask: Tensor | None) -> Tensor:

@@ -90,6 +90,8 @@ class TrainState:
     """Source of the next global batch."""
     validation: dict[str, ValidationSet] = field(default_factory=dict)
     """Named validation sets."""
+    token_bytes: torch.Tensor | None = None
+    """[vocabulary] UTF-8 bytes of each token's text; None where no tokenizer is known."""
     tasks: TaskScores | None = None
     """What else is scored at each evaluation."""
     documents: DocumentRule | None = None

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
 from megatron.trainer.config.schedule_lengths import describe_lengths
 from megatron.trainer.config.schema import DataConfig, TrainingConfig
 from megatron.trainer.config.validate import MOE_ACT
@@ -13,7 +15,9 @@ from megatron.trainer.data.batch_views import DocumentRule
 from megatron.trainer.data.build import DataBundle, build_data, token_prefixes
 from megatron.trainer.data.describe import describe
 from megatron.trainer.data.document_borders import check_ends
+from megatron.trainer.data.encoding import Ids
 from megatron.trainer.data.source import WindowSource
+from megatron.trainer.data.token_bytes import count_token_bytes
 from megatron.trainer.data.token_manifest import check_manifests
 from megatron.trainer.data.tokenizer import load_tokenizer
 from megatron.trainer.data.verify_once import verify_once
@@ -72,7 +76,7 @@ def build_state(
     schedule = build_schedule(cfg)
     opened = open_token_files(cfg, ctx) if opened is None else opened
     data = opened.bundle
-    tasks = open_tasks(cfg, ctx)
+    tasks = open_tasks(cfg, ctx, data.validation)
     built = build_chunks(cfg, ctx, seed=cfg.training.seed)
     cfg.trainable.apply(built.chunks, cfg.model)
     chunks = wrap_model(cfg, list(built.chunks), built.config)
@@ -88,6 +92,7 @@ def build_state(
         train_data=data.train,
         validation=data.validation,
         tasks=tasks,
+        token_bytes=_token_bytes(cfg, ctx) if data.validation else None,
         documents=opened.documents,
         metrics=RouterHealth(built.metrics) if built.metrics else None,
         updates=RouterUpdates(built.chunks) if built.metrics else None,
@@ -108,6 +113,26 @@ def build_state(
     for line in describe_groups(state.optimizer, cfg.optimizer.weight_decay):
         logger.info("parameters: %s", line)
     return state
+
+
+def _token_bytes(cfg: PretrainConfig, ctx: RunContext) -> torch.Tensor | None:
+    """Return the bytes of each token's text, None without a tokenizer; a collective call."""
+    data = cfg.data
+
+    def count() -> Ids | None:
+        if data.tokenizer_model is None:
+            return None
+        try:
+            tokenizer = load_tokenizer(
+                data.tokenizer_type, data.tokenizer_model, eod_token=data.eod_token
+            )
+        except DataError as error:
+            logger.warning("validation has no bits per byte: %s", error)
+            return None
+        return count_token_bytes(tokenizer, cfg.model.vocab_size)
+
+    found = on_rank0("counting the bytes of tokens", count)
+    return None if found is None else torch.from_numpy(found).to(ctx.device)
 
 
 def build_chunks(cfg: PretrainConfig, ctx: RunContext, *, seed: int | None) -> BuiltModel:

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,16 @@ from megatron.trainer.config.schema import RunConfig
 from megatron.trainer.data.batch import Batch
 from megatron.trainer.data.batch_views import shard_positions
 from megatron.trainer.data.tokenizer import check_embedding, load_tokenizer
+from megatron.trainer.data.validation import ValidationSet
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.inference.scoring import Continuation
 from megatron.trainer.objective import LossFunction, Report, run_model
-from megatron.trainer.records.tasks import ACCURACY, BITS
+from megatron.trainer.records.tasks import ACCURACY, BITS, DOCUMENTS
 from megatron.trainer.runtime.collective import on_rank0
 from megatron.trainer.runtime.launch import RunContext
 from megatron.trainer.state import TrainState
 from megatron.trainer.step import run_schedule
+from moe_app.tasks.documents import add_documents, document_record
 from moe_app.tasks.items import read_tasks
 from moe_app.tasks.rows import TaskRows, TaskScore, encode_tasks, score_task
 
@@ -212,16 +214,24 @@ class InTraining:
         log_probs = self.passes.log_probs(state, is_over=is_over)
         if log_probs is None:
             return None
+        texts = self._tasks.documents
         scores = {name: score_task(items, log_probs) for name, items in self._tasks.tasks.items()}
-        return score_record(scores, seconds=time.perf_counter() - started)
+        return {
+            **(score_record(scores) if scores else {}),
+            **({DOCUMENTS: document_record(texts, log_probs)} if texts else {}),
+            "task_seconds": round(time.perf_counter() - started, 3),
+        }
 
     def describe(self) -> list[str]:
         """Return lines for the log."""
         items = ", ".join(f"{name} {len(each):,}" for name, each in self._tasks.tasks.items())
         rows = self._tasks.rows
         tokens = sum(len(each.ids) - 1 for each in rows)
+        texts = [f"{name} {len(each):,}" for name, each in self._tasks.documents.items()]
+        what = [f"items of {items}"] if items else []
+        what += [f"documents of {', '.join(texts)}"] if texts else []
         lines = [
-            f"tasks at each evaluation: items of {items}; {len(rows):,} rows of {tokens:,} tokens,"
+            f"tasks at each evaluation: {'; '.join(what)}; {len(rows):,} rows of {tokens:,} tokens,"
             f" {len(self.passes.rounds):,} passes"
         ]
         if self._tasks.num_cut:
@@ -231,41 +241,55 @@ class InTraining:
         return lines
 
 
-def score_record(scores: Mapping[str, TaskScore], *, seconds: float) -> dict[str, Any]:
-    """Make an evaluation's part of `metrics.jsonl`; docs/run_directory.md defines every number."""
+def score_record(scores: Mapping[str, TaskScore]) -> dict[str, Any]:
+    """Make the tasks' part of an evaluation's record; docs/run_directory.md defines it."""
     return {
         ACCURACY: {name: each.accuracy for name, each in scores.items()},
         BITS: {name: each.bits_per_byte for name, each in scores.items()},
-        "task_seconds": round(seconds, 3),
     }
 
 
-def open_tasks(cfg: Any, ctx: RunContext) -> InTraining | None:
-    """Read and encode the tasks of a run on rank 0; None for none; a collective call.
+def open_tasks(
+    cfg: Any, ctx: RunContext, validation: Mapping[str, ValidationSet]
+) -> InTraining | None:
+    """Read and encode on rank 0 what a run scores; None for nothing; a collective call.
 
     Args:
         cfg: of the run, with its model.
         ctx: its ranks.
+        validation: sets whose documents may be scored.
 
     Raises:
         UserError: on every rank; a file, a line or the tokenizer is not what it must be.
     """
-    given = cfg.evaluation.eval_tasks
-    if not given:
+    given, num_documents = cfg.evaluation.eval_tasks, cfg.evaluation.eval_documents
+    if not given and not num_documents:
         return None
 
     def read() -> TaskRows:
         data = cfg.data
         if data.tokenizer_model is None:
             raise ConfigError(
-                "--eval-tasks needs a tokenizer, because items are texts; name the one that made"
-                " the training data with --tokenizer-model"
+                f"{'--eval-tasks' if given else '--eval-documents'} needs a tokenizer, because what"
+                " it scores are texts; name the one that made the training data with"
+                " --tokenizer-model"
             )
         tasks = read_tasks(given, limit=cfg.evaluation.eval_tasks_limit)
         tokenizer = load_tokenizer(
             data.tokenizer_type, data.tokenizer_model, eod_token=data.eod_token
         )
         check_embedding(tokenizer, cfg.model.vocab_size)
-        return encode_tasks(tasks, tokenizer, max_length=cfg.training.seq_length)
+        found = encode_tasks(tasks, tokenizer, max_length=cfg.training.seq_length)
+        if not num_documents:
+            return found
+        rows = list(found.rows)
+        documents = add_documents(
+            rows,
+            validation,
+            tokenizer,
+            limit=num_documents,
+            max_length=cfg.training.seq_length,
+        )
+        return replace(found, rows=tuple(rows), documents=documents)
 
     return InTraining(on_rank0("reading the tasks", read), cfg, ctx)

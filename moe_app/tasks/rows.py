@@ -1,14 +1,15 @@
 """Turns questions into rows of tokens, and the rows' log-probabilities into scores."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from megatron.trainer.data.tokenizer import Tokenizer
 from megatron.trainer.errors import DataError
 from megatron.trainer.inference.scoring import Continuation
+from moe_app.tasks.documents import DocumentRows
 from moe_app.tasks.items import Task, TaskItem
 
 
@@ -38,6 +39,8 @@ class TaskRows:
     """The items of each task."""
     num_cut: int
     """Rows whose context was cut from the left to the model's length."""
+    documents: Mapping[str, tuple[DocumentRows, ...]] = field(default_factory=dict)
+    """Documents of each validation set, whose rows follow those of the tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 
 from megatron.trainer.records.history import RunHistory, RunState, duration, validation_results
+from megatron.trainer.records.perplexity import last_figures
 from megatron.trainer.records.tasks import SHOWN, task_results
 from moe_app.view.curve_figure import curve_figure
 from moe_app.view.load_figure import load_figure
@@ -90,6 +91,8 @@ _QUESTIONS = (
     "tokens",
     "training loss",
     "validation loss",
+    "perplexity",
+    "bits per byte",
     "task accuracy",
     "median speed",
     "median model FLOPs",
@@ -130,6 +133,9 @@ def _answers(history: RunHistory, state: RunState) -> dict[str, str]:
         if result.best_iteration is not None:
             best = f" (best {result.best:.4f} at {result.best_iteration:,})"
         known[f"validation loss: {result.name}"] = _formatted(result.last, ".4f") + best
+    for name, (perplexity, bits) in last_figures(history.evaluations).items():
+        known[f"perplexity: {name}"] = _formatted(perplexity, ",.2f")
+        known[f"bits per byte: {name}"] = _formatted(bits, ".4f")
     known |= _task_answers(history)
     if history.events:
         known["interruptions"] = f"{names.count('resume'):,}"

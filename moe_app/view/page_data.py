@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.trainer.records.history import Event, RunHistory, finite, thin
-from megatron.trainer.records.losses import LOSSES
+from megatron.trainer.records.losses import BITS_PER_BYTE, LOSSES, PERPLEXITY
+from megatron.trainer.records.perplexity import figures_of
 from megatron.trainer.records.record_file import Record
 from megatron.trainer.records.run_dir import (
     LOAD_NAME,
@@ -88,6 +89,8 @@ CHARTS = (
         columns={"chosen": "logps_chosen", "rejected": "logps_rejected"},
     ),
     Chart(key="kl", title="KL of mismatched answers", unit="nats", columns={"training": "kl"}),
+    Chart(key="perplexity", title="Validation", unit="perplexity", columns={}),
+    Chart(key="bits", title="Validation", unit="bits per byte", columns={}),
     Chart(key="tasks", title="Tasks", unit=f"accuracy ({SHOWN})", columns={}),
     Chart(key="task_bits", title="Tasks", unit="bits per byte of the answer", columns={}),
     Chart(key="rate", title="Learning rate", unit="", columns={"learning rate": "learning_rate"}),
@@ -225,6 +228,13 @@ def _task_curves(history: RunHistory) -> list[dict[str, Any]]:
     records = history.evaluations
     bits = [numbers_of(record, BITS) for record in records]
     return [
+        *(
+            curve
+            for chart, figure in (("perplexity", PERPLEXITY), ("bits", BITS_PER_BYTE))
+            for curve in _evaluation_curves(
+                history, chart, [figures_of(record, figure) for record in records]
+            )
+        ),
         *_evaluation_curves(history, "tasks", [shown_accuracies(record) for record in records]),
         *_evaluation_curves(history, "task_bits", bits),
     ]

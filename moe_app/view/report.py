@@ -27,6 +27,7 @@ from megatron.trainer.records.history import (
     validation_results,
 )
 from megatron.trainer.records.losses import LOSSES, loss_name
+from megatron.trainer.records.perplexity import last_figures
 from megatron.trainer.records.record_file import Record, read_records
 from megatron.trainer.records.run_dir import CONFIG_NAME, EVENTS_NAME, METRICS_NAME, check_run
 from megatron.trainer.records.tasks import SHOWN, TaskResult, task_results
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         "",
         *describe_validation(validation, problem),
         "",
+        *describe_perplexity(last_figures(metrics.evaluations)),
         *describe_tasks(task_results(metrics.evaluations)),
         *describe_files(directory),
     ):
@@ -217,6 +219,17 @@ def describe_validation(validation: Sequence[Validation], problem: str | None) -
     return lines
 
 
+def describe_perplexity(
+    figures: Mapping[str, tuple[float | None, float | None]],
+) -> list[str]:
+    """Tabulate perplexities and bits per byte, with an empty line below; nothing without them."""
+    if not figures:
+        return []
+    rows = [["validation", "perplexity", "bits per byte"]]
+    rows += [[name, *map(_number, pair)] for name, pair in figures.items()]
+    return [*_table(rows), ""]
+
+
 def describe_tasks(tasks: Sequence[TaskResult]) -> list[str]:
     """Tabulate the tasks' scores, with an empty line below them; nothing without tasks."""
     if not tasks:
@@ -242,6 +255,7 @@ def describe_files(directory: Path) -> list[str]:
         "source plot": "plots/sources.png",
         "preferences": "plots/preferences.png",
         "task plot": "plots/tasks.png",
+        "byte plot": "plots/bits_per_byte.png",
         "expert load": "plots/expert_load.png",
         "TensorBoard": "tensorboard",
     }

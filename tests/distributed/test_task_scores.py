@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from megatron.trainer.data.tokenizer import HFTokenizer
+from megatron.trainer.data.writer import TokenFileWriter
 from tests.distributed.launcher import Outcome, flags, run_cases
 from tests.unit.trainer.data.make_tokenizers import make_hf_tokenizer
 
@@ -42,7 +44,17 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     ]
     file = out / "items.jsonl"
     file.write_text("".join(json.dumps(item) + "\n" for item in items))
+    reader = HFTokenizer(tokenizer)
+    with TokenFileWriter(str(out / "web_text_document"), vocab_size=320) as writer:
+        for number in range(48):
+            text = " ".join(WORDS[(number + k) % 9] for k in range(1 + 7 * number % 40))
+            writer.add_document([*reader.encode_document(text), reader.eod])
+        writer.finish()
     given = {
+        "data-path": out / "web_text_document",
+        "split": "60,40",
+        "eval-iters": 2,
+        "eval-documents": 7,
         "vocab-size": 320,
         "train-iters": 2,
         "eval-interval": 1,
@@ -69,3 +81,17 @@ def test_scores_are_those_of_one_rank(name: str, outcomes: dict[str, Outcome]) -
     # fp32 sums in another order.
     assert [each["items"] for each in ours] == pytest.approx(bits, rel=1e-5)
     assert found.series("task_accuracy") == truth.series("task_accuracy")
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_figures_of_validation_are_those_of_one_rank(
+    name: str, outcomes: dict[str, Outcome]
+) -> None:
+    found, truth = outcomes[name], outcomes["single"]
+    for key in ("valid_metrics", "valid_documents"):
+        theirs: list[Any] = truth.series(key)
+        ours: list[Any] = found.series(key)
+        assert len(ours) == len(theirs) == 2 and theirs[0] != theirs[1]
+        for mine, wanted in zip(ours, theirs, strict=True):
+            assert {"perplexity", "bits_per_byte"} <= wanted["web"].keys()
+            assert mine["web"] == pytest.approx(wanted["web"], rel=1e-5)

@@ -195,6 +195,9 @@ class EvalConfig:
     or directories of files; docs/evaluation.md has their form."""
     eval_tasks_limit: int | None = None
     """First items of each task to score; None scores all."""
+    eval_documents: int = 0
+    """First documents of each validation set to score whole at every evaluation, for perplexity and
+    bits per byte over documents; 0 scores windows alone. Needs a tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,6 +162,7 @@ def size_problems(cfg: RunConfig) -> list[str]:
         "seed": training.seed,
         "num_workers": cfg.data.num_workers,
         "eval_interval": cfg.evaluation.eval_interval,
+        "eval_documents": cfg.evaluation.eval_documents,
         "ckpt_step": cfg.checkpoint.ckpt_step,
         "save_interval": cfg.checkpoint.save_interval,
         "max_skipped": cfg.reliability.max_skipped,

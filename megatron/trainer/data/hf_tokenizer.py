@@ -25,6 +25,9 @@ from megatron.trainer.errors import DataError
 _KIND_NAME = "a tokenizers JSON file"
 _LARGEST_ID = (1 << 31) - 1
 """Of a token in a token file."""
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_SPACE = "\u2581"
+"""How a word of most models without a byte alphabet writes a space."""
 _MARK = re.compile(r"<.+>|\[.+\]")
 
 
@@ -176,6 +179,24 @@ class HFTokenizer:
         with reading(self._path, _KIND_NAME):
             text: str = self._tokenizer.decode(shown, skip_special_tokens=False)
         return text
+
+    def num_bytes(self, token_id: int) -> int:
+        """Return the UTF-8 bytes of the text that a token stands for; 0 for a control token."""
+        text = self.token_text(token_id)
+        if text is None or token_id in self._control:
+            return 0
+        if token_id in self._added:
+            return len(self._added[token_id].content.encode())
+        if self._has_byte_alphabet:
+            return len(text)
+        return 1 if _BYTE.fullmatch(text) else len(text.replace(_SPACE, " ").encode())
+
+    @cached_property
+    def _has_byte_alphabet(self) -> bool:
+        """Return whether each character of a word of the model stands for a byte."""
+        decoder = json.loads(self._tokenizer.to_str())["decoder"] or {}
+        parts = decoder.get("decoders", [decoder])
+        return any(part.get("type") == "ByteLevel" for part in parts)
 
     def token_id(self, text: str) -> int | None:
         """Return the id of the token that is written `text`; None for none."""

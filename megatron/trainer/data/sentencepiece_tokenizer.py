@@ -23,6 +23,7 @@ from megatron.trainer.data.encoding import (
     widened,
 )
 from megatron.trainer.data.sentencepiece_pieces import (
+    BYTE,
     CONTROL,
     USER_DEFINED,
     as_control,
@@ -39,6 +40,8 @@ from megatron.trainer.data.word_cache import WordCache
 from megatron.trainer.errors import DataError
 
 _KIND_NAME = "a SentencePiece model"
+_SPACE = "\u2581"
+"""How a piece writes a space."""
 _CLASSES_THAT_ADD_BOS = ("Llama", "CodeLlama", "Gemma")
 """Beginnings of the names of transformers' classes that put a BOS first unless told otherwise."""
 
@@ -66,6 +69,7 @@ class SentencePieceTokenizer:
         self._texts = [piece.text for piece in pieces]
         self._ids = {text: token_id for token_id, text in enumerate(self._texts)}
         self._control = {piece.text for piece in pieces if piece.kind == CONTROL}
+        self._bytes = {piece.text for piece in pieces if piece.kind == BYTE}
         self._defined = {piece.text for piece in pieces if piece.kind == USER_DEFINED}
         own = self._own_end(path)
         self.end: DocumentEnd = choose_end(self, settings, path=path, eod_token=eod_token, own=own)
@@ -125,6 +129,13 @@ class SentencePieceTokenizer:
         """Return the text of ids; control pieces have none."""
         text: str = self._processor.DecodeIds(ids)
         return text
+
+    def num_bytes(self, token_id: int) -> int:
+        """Return the UTF-8 bytes of the text that a piece stands for; 0 for a control piece."""
+        text = self.token_text(token_id)
+        if text is None or text in self._control:
+            return 0
+        return 1 if text in self._bytes else len(text.replace(_SPACE, " ").encode())
 
     def token_id(self, text: str) -> int | None:
         """Return the id of the piece that is written `text`; None for none."""

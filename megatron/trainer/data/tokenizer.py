@@ -68,6 +68,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids, without a `prefix` at their beginning."""
 
+    def num_bytes(self, token_id: int) -> int:
+        """Return the UTF-8 bytes of the text that a token stands for; 0 for a control token."""
+
     def token_id(self, text: str) -> int | None:
         """Return the id of the token that is written `text`; None for none."""
 

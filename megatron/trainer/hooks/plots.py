@@ -6,7 +6,14 @@ from typing import Any
 
 from megatron.trainer.hooks.base import Hook
 from megatron.trainer.io.atomic_write import atomic_write
-from megatron.trainer.records.losses import LOSSES, PREFERENCES, loss_name
+from megatron.trainer.records.losses import (
+    BITS_PER_BYTE,
+    LOSSES,
+    PERPLEXITY,
+    PREFERENCES,
+    loss_name,
+)
+from megatron.trainer.records.perplexity import figures_of
 from megatron.trainer.records.record_file import Record
 from megatron.trainer.records.run_dir import RecordTail
 from megatron.trainer.records.tasks import BITS, SHOWN, numbers_of, shown_accuracies
@@ -33,6 +40,10 @@ class RunCurves:
         """Accuracy by task."""
         self.bits: dict[str, ThinnedCurve] = {}
         """Bits per byte of the right choices by task."""
+        self.perplexity: dict[str, ThinnedCurve] = {}
+        """Of validation sets, over tokens and over documents."""
+        self.valid_bits: dict[str, ThinnedCurve] = {}
+        """Bits per byte of the same."""
         self.learning_rate = ThinnedCurve()
         self.sources: dict[str, ThinnedCurve] = {}
         """Tokens that each source has given."""
@@ -47,14 +58,7 @@ class RunCurves:
     def add(self, record: Record) -> None:
         """Take in the next record."""
         tokens = record["consumed_tokens"]
-        for name, loss in record.get("valid_loss", {}).items():
-            self.validation.setdefault(name, ThinnedCurve()).add(tokens, _number(loss))
-        for name, figures in record.get("valid_metrics", {}).items():
-            _add_preferences(self.valid_preferences.setdefault(name, {}), tokens, figures)
-        for name, value in shown_accuracies(record).items():
-            self.accuracy.setdefault(name, ThinnedCurve()).add(tokens, value)
-        for name, value in numbers_of(record, BITS).items():
-            self.bits.setdefault(name, ThinnedCurve()).add(tokens, value)
+        self._add_evaluation(record, tokens)
         name = loss_name(record)
         if name is None:
             return
@@ -73,9 +77,24 @@ class RunCurves:
         if "learning_rate" in record:
             self.learning_rate.add(tokens, _number(record["learning_rate"]))
 
+    def _add_evaluation(self, record: Record, tokens: float) -> None:
+        """Take in what an evaluation found; nothing of a step's record."""
+        for name, loss in record.get("valid_loss", {}).items():
+            self.validation.setdefault(name, ThinnedCurve()).add(tokens, _number(loss))
+        for name, figures in record.get("valid_metrics", {}).items():
+            _add_preferences(self.valid_preferences.setdefault(name, {}), tokens, figures)
+        for curves, found in (
+            (self.accuracy, shown_accuracies(record)),
+            (self.bits, numbers_of(record, BITS)),
+            (self.perplexity, figures_of(record, PERPLEXITY)),
+            (self.valid_bits, figures_of(record, BITS_PER_BYTE)),
+        ):
+            for name, value in found.items():
+                curves.setdefault(name, ThinnedCurve()).add(tokens, value)
+
 
 class RunPlots(Hook):
-    """Redraws losses, rate, sources, preferences and tasks after evaluations and at the end.
+    """Redraws losses, rate, sources, preferences and scores after evaluations and at the end.
 
     Args:
         metrics: the run's `metrics.jsonl`, of which each record is read once.
@@ -106,6 +125,7 @@ class RunPlots(Hook):
         plot_sources(self._curves, self._directory / "sources.png")
         plot_preferences(self._curves, self._directory / "preferences.png")
         plot_tasks(self._curves, self._directory / "tasks.png")
+        plot_bits(self._curves, self._directory / "bits_per_byte.png")
 
 
 def plot_losses(curves: RunCurves, path: Path) -> None:
@@ -212,12 +232,28 @@ def plot_tasks(curves: RunCurves, path: Path) -> None:
     """Draw each task's accuracy and bits per byte over tokens; nothing without tasks."""
     if not curves.accuracy and not curves.bits:
         return
+    panels = {f"accuracy ({SHOWN})": curves.accuracy, "bits per byte of the answer": curves.bits}
+    _plot_two(curves, panels, path)
+
+
+def plot_bits(curves: RunCurves, path: Path) -> None:
+    """Draw the validation sets' perplexity and bits per byte; nothing where no bytes are known."""
+    if curves.valid_bits:
+        panels = {"perplexity": curves.perplexity, "bits per byte": curves.valid_bits}
+        _plot_two(curves, panels, path, is_log=True)
+
+
+def _plot_two(
+    curves: RunCurves,
+    panels: dict[str, dict[str, ThinnedCurve]],
+    path: Path,
+    *,
+    is_log: bool = False,
+) -> None:
+    """Draw two panels of named curves over tokens, the first on a logarithmic axis if asked."""
     figure, above = new_figure(7.0, 6.0, rows=2)
-    for axes, by_task, label in (
-        (above[0], curves.accuracy, f"accuracy ({SHOWN})"),
-        (above[1], curves.bits, "bits per byte of the answer"),
-    ):
-        for index, (name, curve) in enumerate(sorted(by_task.items())):
+    for axes, (label, by_name) in zip(above, panels.items(), strict=True):
+        for index, (name, curve) in enumerate(sorted(by_name.items())):
             axes.plot(
                 *_coordinates(curve),
                 color=_COLOURS[index % len(_COLOURS)],
@@ -227,7 +263,9 @@ def plot_tasks(curves: RunCurves, path: Path) -> None:
                 label=name,
             )
         _label(axes, curves, label)
-        if by_task:
+        if is_log and axes is above[0]:
+            axes.set_yscale("log")
+        if by_name:
             axes.legend(frameon=False)
     write_figure(figure, path)
 

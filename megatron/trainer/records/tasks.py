@@ -9,6 +9,8 @@ ACCURACY = "task_accuracy"
 """Name in a record of accuracies by task and normalisation."""
 BITS = "task_bits_per_byte"
 """Name in a record of bits per byte by task."""
+DOCUMENTS = "valid_documents"
+"""Name in a record of figures over documents by validation set."""
 SHOWN = "char"
 """The normalisation that curves show."""
 
