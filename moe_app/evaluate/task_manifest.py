@@ -62,12 +62,18 @@ def add_files(root: Path, files: Sequence[Path], facts: Mapping[str, Any]) -> No
 
 
 def check_file(root: Path, hashes: Mapping[str, str], file: Path) -> None:
-    """Refuse a file that is not the one that was fetched.
+    """Refuse a file that is not one of those that were fetched; without a manifest, none is.
 
     Raises:
-        DataError: its hash differs from that in the manifest.
+        DataError: the manifest does not have it, or another hash of it.
     """
     known = hashes.get(file.relative_to(root).as_posix())
+    if known is None and (root / MANIFEST_NAME).is_file():
+        raise DataError(
+            f"{file} is not in {root / MANIFEST_NAME}, which names every file that was fetched;"
+            " take the file away or, if it belongs there, fetch its task again; files that you make"
+            " yourself go into another directory, without a manifest"
+        )
     if known is not None and file_sha256(file) != known:
         raise DataError(
             f"{file} is not the file that {root / MANIFEST_NAME} names; its SHA-256 differs;"

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.trainer.data.jsonl import TextLines, parse_object, valid_text
 from megatron.trainer.errors import ConfigError, DataError
+from moe_app.evaluate import olmes
 
 _ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)")
@@ -27,11 +28,21 @@ class TaskItem:
     """The right one among the choices."""
     bare_context: str | None = None
     """What stands before the choices when the question is left out; None for no such score."""
+    contexts: tuple[str, ...] | None = None
+    """What stands before each choice, in the place of `context`; None where that is the same."""
 
-    def continuation(self, choice: str) -> str:
-        """Return what follows the context: a choice, after a space if nothing else divides them."""
-        is_divided = choice[:1].isspace() or self.context[-1:].isspace()
-        return choice if is_divided or not self.context else f" {choice}"
+    def context_of(self, index: int) -> str:
+        """Return what stands before a choice."""
+        return self.context if self.contexts is None else self.contexts[index]
+
+    def continuation(self, choice: str, context: str | None = None) -> str:
+        """Return what follows a context, by default the item's.
+
+        It is the choice, after a space if nothing else divides them.
+        """
+        before = self.context if context is None else context
+        is_divided = choice[:1].isspace() or before[-1:].isspace()
+        return choice if is_divided or not before else f" {choice}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +101,8 @@ def _name(path: Path) -> str:
 
 def _read_items(path: Path, limit: int | None) -> list[TaskItem]:
     """Read the items of a file; all lines are checked, those beyond the limit too."""
+    if _holds_requests(path):
+        return [_requested(each, path) for each in olmes.read_items(path)][:limit]
     items = []
     for number, line in TextLines(str(path)):
         where = f"{path}, line {number}"
@@ -97,6 +110,29 @@ def _read_items(path: Path, limit: int | None) -> list[TaskItem]:
     if not items:
         raise DataError(f"{path} has no items; a task needs one or more, one JSON object a line")
     return items[:limit]
+
+
+def _holds_requests(path: Path) -> bool:
+    """Return whether the first line is a request of OLMES, and not an item."""
+    if not path.name.endswith(".gz"):
+        return False
+    lines = ((number, line) for number, line in TextLines(str(path)))
+    number, line = next(lines, (0, None))
+    return line is not None and "request" in parse_object(line, path=str(path), number=number)
+
+
+def _requested(item: olmes.Item, path: Path) -> TaskItem:
+    """Return an item of OLMES: its choices are written with the space before them."""
+    contexts = tuple(choice.context for choice in item.choices)
+    bare = {choice.unconditional for choice in item.choices}
+    return TaskItem(
+        where=f"{path}, item {item.doc_id}",
+        context=contexts[0],
+        contexts=contexts if len(set(contexts)) > 1 else None,
+        choices=tuple(choice.continuation for choice in item.choices),
+        gold=item.gold,
+        bare_context=bare.pop() if len(bare) == 1 else None,
+    )
 
 
 def _item(value: dict[str, Any], where: str) -> TaskItem:

@@ -68,11 +68,13 @@ def encode_tasks(tasks: Sequence[Task], tokenizer: Tokenizer, *, max_length: int
     rows: list[Continuation] = []
     num_cut = 0
 
-    def add(item: TaskItem, context: str) -> int:
+    def add(item: TaskItem, bare: str | None = None) -> int:
         nonlocal num_cut
         first = len(rows)
-        for choice in item.choices:
-            text = item.continuation(choice) if context else choice
+        for index, choice in enumerate(item.choices):
+            own = item.context_of(index)
+            context = own if bare is None else bare
+            text = item.continuation(choice, own) if context else choice
             ids, count = encode_pair(tokenizer, context, text)
             if not 0 < count <= max_length:
                 raise DataError(
@@ -88,7 +90,7 @@ def encode_tasks(tasks: Sequence[Task], tokenizer: Tokenizer, *, max_length: int
     encoded = {
         task.name: tuple(
             ItemRows(
-                first=add(item, item.context),
+                first=add(item),
                 gold=item.gold,
                 chars=tuple(len(each) for each in item.choices),
                 num_bytes=tuple(len(each.encode()) for each in item.choices),

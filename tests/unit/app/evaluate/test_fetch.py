@@ -104,6 +104,9 @@ def test_tasks_load_what_was_fetched(place: Path, monkeypatch: pytest.MonkeyPatc
     file.write_bytes(file.read_bytes() + b"x")
     with pytest.raises(DataError, match="its SHA-256 differs; fetch it again"):
         documents(place, "second_questions")
+    (file.parents[1] / "first" / "more.jsonl").write_text('{"q": "a"}\n')
+    with pytest.raises(DataError, match=r"first/more\.jsonl is not in .*manifest\.json.*take the"):
+        documents(place, "first_questions")
 
 
 def test_it_goes_on_with_what_is_missing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
