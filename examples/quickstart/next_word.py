@@ -73,7 +73,7 @@ def read_texts(recipe: Path) -> dict[str, Texts]:
         DataError: a source's documents are not beside its token file.
     """
     given = yaml.safe_load(recipe.read_text("utf-8"))
-    cfg = DataConfig(data_path=list(map(str, given["data_path"])), split=given["split"])
+    cfg = DataConfig(data_path=tuple(map(str, given["data_path"])), split=given["split"])
     data = build_data(cfg, vocab_size=1 << 31, seq_length=given["seq_length"], seed=0)
     found = {}
     for source, part in zip(data.train.sources, cfg.data_path[1::2], strict=True):
