@@ -216,11 +216,9 @@ class InTraining:
             return None
         texts = self._tasks.documents
         scores = {name: score_task(items, log_probs) for name, items in self._tasks.tasks.items()}
-        return {
-            **(score_record(scores) if scores else {}),
-            **({DOCUMENTS: document_record(texts, log_probs)} if texts else {}),
-            "task_seconds": round(time.perf_counter() - started, 3),
-        }
+        found = document_record(texts, log_probs)
+        seconds = time.perf_counter() - started
+        return score_record(scores or None, found or None, seconds=seconds)
 
     def describe(self) -> list[str]:
         """Return lines for the log."""
@@ -241,12 +239,26 @@ class InTraining:
         return lines
 
 
-def score_record(scores: Mapping[str, TaskScore]) -> dict[str, Any]:
-    """Make the tasks' part of an evaluation's record; docs/run_directory.md defines it."""
-    return {
-        ACCURACY: {name: each.accuracy for name, each in scores.items()},
-        BITS: {name: each.bits_per_byte for name, each in scores.items()},
-    }
+def score_record(
+    scores: Mapping[str, TaskScore] | None,
+    documents: Mapping[str, Mapping[str, float]] | None,
+    *,
+    seconds: float,
+) -> dict[str, Any]:
+    """Make an evaluation's part of `metrics.jsonl`; docs/run_directory.md defines every number.
+
+    Args:
+        scores: of each task; None for no tasks.
+        documents: figures of each validation set; None where no documents were scored.
+        seconds: that it took.
+    """
+    record: dict[str, Any] = {}
+    if scores is not None:
+        record[ACCURACY] = {name: each.accuracy for name, each in scores.items()}
+        record[BITS] = {name: each.bits_per_byte for name, each in scores.items()}
+    if documents is not None:
+        record[DOCUMENTS] = documents
+    return {**record, "task_seconds": round(seconds, 3)}
 
 
 def open_tasks(

@@ -224,7 +224,7 @@ def written_records() -> list[Record]:
     return [
         loop.step_record(state, result, samples_per_second=8.0, skipped=0) | straggler,
         loop.evaluation_record(state, "lm_loss", {"code": {"lm_loss": 2.0, "other": 1.0}})
-        | score_record({}, seconds=1.0),
+        | score_record({}, {}, seconds=1.0),
     ]
 
 
