@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron.trainer.data.jsonl import TextLines, parse_object, valid_text
 from megatron.trainer.errors import ConfigError, DataError
-from moe_app.evaluate import olmes
+from moe_app.tasks import olmes_requests
 
 _ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)")
@@ -102,7 +102,7 @@ def _name(path: Path) -> str:
 def _read_items(path: Path, limit: int | None) -> list[TaskItem]:
     """Read the items of a file; all lines are checked, those beyond the limit too."""
     if _holds_requests(path):
-        return [_requested(each, path) for each in olmes.read_items(path)][:limit]
+        return [_requested(each, path) for each in olmes_requests.read_items(path)][:limit]
     items = []
     for number, line in TextLines(str(path)):
         where = f"{path}, line {number}"
@@ -121,7 +121,7 @@ def _holds_requests(path: Path) -> bool:
     return line is not None and "request" in parse_object(line, path=str(path), number=number)
 
 
-def _requested(item: olmes.Item, path: Path) -> TaskItem:
+def _requested(item: olmes_requests.Item, path: Path) -> TaskItem:
     """Return an item of OLMES: its choices are written with the space before them."""
     contexts = tuple(choice.context for choice in item.choices)
     bare = {choice.unconditional for choice in item.choices}

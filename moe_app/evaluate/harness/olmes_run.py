@@ -17,11 +17,11 @@ from moe_app.evaluate.olmes import (
     REQUESTS_NAME,
     Normalisation,
     OlmesTask,
-    read_items,
     score_items,
     task_score,
 )
 from moe_app.evaluate.task_manifest import check_file, hashes_of
+from moe_app.tasks.olmes_requests import read_items
 
 
 def evaluate_olmes(

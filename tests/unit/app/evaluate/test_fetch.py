@@ -14,7 +14,8 @@ from moe_app.evaluate import fetch_tasks, olmes_package
 from moe_app.evaluate.harness import fetch
 from moe_app.evaluate.harness.task_data import local_datasets
 from moe_app.evaluate.harness.task_search import find_tasks
-from moe_app.evaluate.olmes import OLMES_TASKS, read_items
+from moe_app.evaluate.olmes import OLMES_TASKS
+from moe_app.tasks.olmes_requests import read_items
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

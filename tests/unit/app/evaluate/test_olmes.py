@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megatron.trainer.errors import DataError
-from moe_app.evaluate.olmes import OLMES_TASKS, OlmesTask, read_items, score_items, task_score
+from moe_app.evaluate.olmes import OLMES_TASKS, OlmesTask, score_items, task_score
+from moe_app.tasks.olmes_requests import read_items
 
 # After the question, and after "Answer:" alone; the second answer is right.
 LOG_PROBS = {

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.trainer.data.tokenizer import HFTokenizer
-from moe_app.evaluate.olmes import read_items, score_items
+from moe_app.evaluate.olmes import score_items
 from moe_app.tasks.items import read_tasks
+from moe_app.tasks.olmes_requests import read_items
 from moe_app.tasks.rows import encode_pair, encode_tasks, score_task
 from tests.unit.app.evaluate.make_olmes import OLMES_ITEMS, write_olmes
 from tests.unit.trainer.data.make_tokenizers import make_hf_tokenizer
