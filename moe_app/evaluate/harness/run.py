@@ -110,6 +110,12 @@ def _run_tasks(
             fewshot_as_multiturn=False,
             confirm_run_unsafe_code=False,
         )
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{', '.join(tasks)}: a task imports the package {error.name!r}, which is not there;"
+            " the harness has extras for what its tasks need; install it, for IFEval with pip install"
+            " 'lm-eval[ifeval]'"
+        ) from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"the harness could not evaluate {', '.join(tasks)}: {type(error).__name__}: {error};"
