@@ -113,8 +113,8 @@ def _run_tasks(
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{', '.join(tasks)}: a task imports the package {error.name!r}, which is not there;"
-            " the harness has extras for what its tasks need; install it, for IFEval with pip install"
-            " 'lm-eval[ifeval]'"
+            " the harness has extras for what its tasks need; install it, for IFEval with"
+            " pip install 'lm-eval[ifeval]'"
         ) from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
