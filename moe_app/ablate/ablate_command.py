@@ -149,6 +149,7 @@ def _one(jobs: Sequence[SweepJob], index: int) -> SweepJob:
 
 def _seeds(text: str) -> tuple[int, ...]:
     parts = text.split(",")
-    if not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+    seeds = tuple(int(part) for part in parts if part.isascii() and part.isdigit())
+    if len(set(seeds)) < len(parts):
         raise ConfigError(f"--seeds {text} must be different whole numbers: 1,2,3")
-    return tuple(map(int, parts))
+    return seeds

@@ -45,7 +45,9 @@ def export_sweep(
     report = report_directory(target)
     try:
         if report.resolve() != report_directory(output).resolve():
-            shutil.rmtree(report, ignore_errors=True)
+            if report.exists():
+                _check_is_export(target)
+                shutil.rmtree(report)
             shutil.copytree(
                 report_directory(output), report, ignore=shutil.ignore_patterns(PAGE_NAME)
             )
@@ -55,7 +57,9 @@ def export_sweep(
             if job.seed == jobs[0].seed:
                 path = recipes / f"{job.run.name}.yaml"
                 write_text(path, recipe_text(sweep, job.run, job.cfg))
-        shutil.copyfile(sweep.path, target / "studies.yaml")
+        studies = target / "studies.yaml"
+        if not studies.exists() or not studies.samefile(sweep.path):
+            shutil.copyfile(sweep.path, studies)
         manifest = target / MANIFEST_NAME
         write_text(manifest, json.dumps(describe(sweep, jobs, argv), indent=2) + "\n")
     except OSError as error:
@@ -64,6 +68,15 @@ def export_sweep(
             " that can be made and written to"
         ) from error
     return manifest
+
+
+def _check_is_export(target: Path) -> None:
+    """Refuse a directory whose report an export did not write."""
+    if not (target / MANIFEST_NAME).exists():
+        raise ConfigError(
+            f"--export {target} has a report/ and no {MANIFEST_NAME}, so it is no export and would"
+            " lose what is there; give another directory"
+        )
 
 
 def describe(sweep: Sweep, jobs: Sequence[SweepJob], argv: Sequence[str]) -> dict[str, object]:

@@ -157,7 +157,13 @@ def _counts(sweep: Sweep, pairs: dict[str, list[Pair]]) -> str:
         pair.verdict for study in sweep.studies for pair in pairs[study.name] if pair.decides
     ]
     kinds = ("agrees", "disagrees", "undecided")
-    return ", ".join(f"{verdicts.count(kind)} {kind}" for kind in kinds)
+    counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in kinds)
+    left = [
+        f"{study.title} ({study.metric})"
+        for study in sweep.studies
+        if not any(pair.decides for pair in pairs[study.name])
+    ]
+    return f"{counts}; without results of both runs: {', '.join(left)}" if left else counts
 
 
 def _markdown(

@@ -20,7 +20,7 @@ from megatron.trainer.records.history import duration
 from megatron.trainer.runtime import signals
 from megatron.trainer.runtime.launch import child_environment, num_cores
 from moe_app.ablate.studies_file import Sweep
-from moe_app.ablate.sweep_jobs import LOG_NAME, SweepJob, commands_of, write_recipe
+from moe_app.ablate.sweep_jobs import LOG_NAME, SweepJob, check_recipe, commands_of, write_recipe
 
 POLL_S = 0.2
 _LOCK_NAME = ".sweep_lock"
@@ -145,13 +145,19 @@ class SweepRunner:
 
     def _try_to_start(self, job: SweepJob) -> None:
         """Start a job, unless another process trains it, or has done so."""
-        write_recipe(self._sweep, job)
+        job.directory.mkdir(parents=True, exist_ok=True)
         lock = _lock_of(job)
         if lock is None:
             if job.directory not in self._elsewhere:
                 self._elsewhere.add(job.directory)
                 self._say(f"{job}: another process trains it; waiting for that")
             return
+        try:
+            check_recipe(job)  # another sweep may have begun it meanwhile
+            write_recipe(self._sweep, job)
+        except BaseException:
+            lock.close()
+            raise
         self._left.remove(job)
         if job.state == "finished":
             lock.close()

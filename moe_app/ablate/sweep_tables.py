@@ -98,7 +98,7 @@ def measure(job: SweepJob, trunk: Trained | None) -> Trained:
     final = {metric: points[-1].value for metric, points in evaluated.items()}
     curves = {metric: _thinned(points) for metric, points in evaluated.items()}
     if losses:
-        last = _last_losses(losses)
+        last = _last_losses(losses, start=clock[0][0])
         final = {TRAIN: math.fsum(last) / len(last), **final}
         curves = {TRAIN: averaged(losses, MOST_POINTS), **curves}
     tokens, seconds = clock[-1]
@@ -174,10 +174,10 @@ def _scores(record: Record) -> Iterator[tuple[str, float]]:
         yield f"{TASK} {task}", accuracy
 
 
-def _last_losses(losses: Sequence[Point]) -> list[float]:
-    """Return the training losses of the last steps."""
+def _last_losses(losses: Sequence[Point], *, start: float) -> list[float]:
+    """Return the training losses of the last steps of a run that began after so many tokens."""
     last = losses[-1].tokens
-    count = sum(each.tokens > last * (1 - LAST_SHARE) for each in losses)
+    count = sum(each.tokens > last - (last - start) * LAST_SHARE for each in losses)
     return [each.value for each in losses[-max(count, LEAST_RECORDS) :]]
 
 

@@ -118,6 +118,18 @@ def test_a_branch_has_the_tokens_and_seconds_of_its_trunk(
     assert tail.seconds == pytest.approx(6 * 2 + 5 * 1)
 
 
+def test_the_final_loss_of_a_branch_is_that_of_its_own_last_steps(
+    tmp_path: Path, cfg: PretrainConfig
+) -> None:
+    write_run(tmp_path / "trunk", cfg, [5.0] * 1000)
+    write_run(tmp_path / "tail", cfg, [4.0] * 17 + [1.0, 2.0, 3.0], first=1001)
+
+    trunk = measure(job_of(tmp_path / "trunk", cfg), None)
+    tail = measure(job_of(tmp_path / "tail", cfg, Branch(run="trunk", iteration=1000)), trunk)
+
+    assert tail.final["train"] == pytest.approx(2.0)
+
+
 def test_long_curves_are_averaged() -> None:
     points = [Point(tokens=at, seconds=2.0 * at, value=float(at)) for at in range(1, 402)]
 
@@ -258,7 +270,61 @@ def test_a_report_is_made_again_of_what_was_exported(
     )
     assert kept.model.moe_aux_loss_coeff == 0.0
     assert (exported / "studies.yaml").read_text() == Path(path).read_text()
+    again_argv = [str(exported / "studies.yaml"), "--output", str(exported), "--report-only"]
+    assert main([*again_argv, "--export", str(exported)]) == 0
     capsys.readouterr()
+
+
+def test_what_cannot_be_compared_is_named(
+    write_studies: WriteStudies, tmp_path: Path, cfg: PretrainConfig
+) -> None:
+    studies = """\
+  - name: balancing
+    title: Balancing
+    source: OLMoE, Figure 9
+    runs: {base: with, no_balancing: without}
+    better: base
+    metric: task arc
+"""
+    path = str(write_studies(studies=studies))
+    for run in ("base", "no_balancing"):
+        directory = tmp_path / "out/runs" / run / "seed_1"
+        write_run(directory, cfg, [5.0, 4.0, 3.0], valid=[3.0])
+
+    assert main([path, "--output", str(tmp_path / "out"), "--report-only"]) == 0
+
+    signs = (tmp_path / "out/report/signs.md").read_text()
+    assert (
+        "0 agrees, 0 disagrees, 0 undecided; without results of both runs: Balancing (task arc)"
+        in signs
+    )
+
+
+def test_an_export_keeps_the_reports_of_others(
+    write_studies: WriteStudies,
+    tmp_path: Path,
+    cfg: PretrainConfig,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_run(tmp_path / "out/runs/base/seed_1", cfg, [3.0], valid=[3.0])
+    other = tmp_path / "mine/report/precious.txt"
+    other.parent.mkdir(parents=True)
+    other.write_text("keep")
+
+    argv = [str(write_studies()), "--output", str(tmp_path / "out"), "--report-only"]
+    assert main([*argv, "--export", str(tmp_path / "mine")]) == 2
+
+    assert "is no export" in capsys.readouterr().err
+    assert other.read_text() == "keep"
+
+
+@pytest.mark.parametrize("seeds", ["1,01", "1,1", "1,x", "", "1,,2"])
+def test_seeds_are_different_numbers(
+    seeds: str, write_studies: WriteStudies, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [str(write_studies()), "--output", str(tmp_path / "out"), "--list", "--seeds", seeds]
+    assert main(argv) == 2
+    assert "must be different whole numbers" in capsys.readouterr().err
 
 
 def test_without_runs_and_tables_there_is_no_report(

@@ -4,13 +4,15 @@ import fcntl
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron.trainer.errors import ConfigError
 from moe_app.ablate import sweep_runner
 from moe_app.ablate.studies_file import Branch, Run, Sweep
-from moe_app.ablate.sweep_jobs import SweepJob
+from moe_app.ablate.sweep_jobs import SweepJob, write_recipe
 from moe_app.ablate.sweep_runner import SweepRunner, SweepStopped
 from moe_app.pretrain.config import PretrainConfig
 
@@ -169,6 +171,23 @@ def test_a_run_that_another_process_trains_is_waited_for(scripts: Scripts, tmp_p
     assert [job.run.name for job in outcome.finished] == ["b", "a"]
     assert lines.count("a seed 1: another process trains it; waiting for that") == 1
     assert lines[-1] == "a seed 1: finished by another process"
+
+
+def test_a_run_that_another_sweep_began_otherwise_is_refused(
+    scripts: Scripts, tmp_path: Path
+) -> None:
+    jobs = [make_job(tmp_path, "a"), make_job(tmp_path, "b")]
+
+    def say(line: str) -> None:
+        if line.startswith("a seed 1: finished"):  # another sweep begins b, and ends it
+            changed = replace(jobs[1].cfg, training=replace(jobs[1].cfg.training, seed=5))
+            write_recipe(SWEEP, replace(jobs[1], cfg=changed))
+            (tmp_path / "b/ended.json").write_text(json.dumps({"reason": "finished"}))
+
+    with pytest.raises(ConfigError, match="b seed 1: the recipe has changed"):
+        SweepRunner(SWEEP, jobs, side_by_side=1, say=say).run()
+
+    assert not is_locked(tmp_path / "b/.sweep_lock")
 
 
 def test_a_run_is_locked_while_it_trains(
