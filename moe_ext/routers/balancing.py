@@ -94,19 +94,27 @@ class StepCounts:
         self.data_group = data_group
         self.local: Tensor | None = None
         """[e] over the micro-batches of this rank and of those that share them."""
-        self.everywhere: Tensor | None = None
-        """[e] over those of all ranks, as far as they were counted."""
+        self.everywhere: dict[int | None, Tensor] = {}
+        """[e] over those of all ranks, as far as they were counted, by layer."""
 
     def reset(self) -> None:
         """Starts a step."""
-        self.local = self.everywhere = None
+        self.local = None
+        self.everywhere = {}
 
     def add(self, counts: Tensor) -> None:
         """Takes in a micro-batch's counts [e] over the ranks that share it."""
         self.local = counts.clone() if self.local is None else self.local + counts
 
-    def add_everywhere(self, counts: Tensor) -> Tensor:
+    def add_everywhere(self, counts: Tensor, layer: int | None) -> Tensor:
         """Takes in a micro-batch of each data parallel rank; a collective call.
+
+        Layers that share a router are counted apart: which of them comes first depends on whether
+        they are recomputed.
+
+        Args:
+            counts: [e] over the ranks that share the micro-batch.
+            layer: number of the layer.
 
         Returns:
             [e] over all of the step so far.
@@ -114,8 +122,10 @@ class StepCounts:
         summed = counts.clone()
         if self.data_group.size() > 1:
             torch.distributed.all_reduce(summed, group=self.data_group)
-        self.everywhere = summed if self.everywhere is None else self.everywhere + summed
-        return self.everywhere
+        if layer in self.everywhere:
+            summed += self.everywhere[layer]
+        self.everywhere[layer] = summed
+        return summed
 
 
 def balancing_loss(
@@ -126,6 +136,7 @@ def balancing_loss(
     num_tokens: int | Tensor,
     topk: int,
     step: StepCounts,
+    layer: int | None,
 ) -> Tensor:
     """Computes this rank's addend of the load-balancing loss; a collective call.
 
@@ -136,12 +147,13 @@ def balancing_loss(
         num_tokens: T of the micro-batch.
         topk: k.
         step: counts of the step so far; `global_aux_loss` adds the micro-batch to it.
+        layer: number of the layer.
     """
     if assignments.by_sequence is not None:
         return sequence_balancing_loss(scores, assignments.by_sequence, topk=topk)
     if loss != "global_aux_loss":
         return load_balancing_loss(scores, assignments.counts, num_tokens=num_tokens, topk=topk)
-    so_far = step.add_everywhere(assignments.counts)  # [e]
+    so_far = step.add_everywhere(assignments.counts, layer)  # [e]
     shares = so_far.to(scores.dtype) / so_far.sum().clamp(min=1)  # f_i of the step so far
     means = scores.sum(dim=0) / num_tokens  # P_i of this micro-batch
     return assignments.num_experts * torch.dot(shares, means)

@@ -300,7 +300,13 @@ class MoERouter(MegatronModule, ABC):
             # Each token was given k experts; a micro-batch of padding alone has losses of 0.
             num_tokens = (assignments.counts.sum() // self.topk).clamp(min=1)
         balance = balancing_loss(
-            loss, assignments, scores, num_tokens=num_tokens, topk=self.topk, step=self.step
+            loss,
+            assignments,
+            scores,
+            num_tokens=num_tokens,
+            topk=self.topk,
+            step=self.step,
+            layer=self.layer_number,
         )
         z_loss = router_z_loss(logits, num_tokens=num_tokens, is_token=is_token)
         self._record(

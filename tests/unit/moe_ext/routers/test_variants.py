@@ -230,6 +230,17 @@ def test_shares_are_counted_over_the_step_so_far(build: Build) -> None:
             compare(layer, hidden, padding, loop.output(chosen), losses)
 
 
+def test_layers_that_share_a_router_are_counted_apart(build: Build) -> None:
+    layer = build("softmax_topk", loss="global_aux_loss")
+    layer.router.metrics = RouterMetrics(2, E, is_varying=True)
+    for number in (2, 1):  # as they are recomputed
+        layer.set_layer_number(number)
+        loop = Loop(layer, hidden := random_hidden(number), NO_PADDING)
+        chosen = loop.token_choice()
+        losses = ALPHA * loop.balance(loop.real, chosen) + BETA * loop.z_loss
+        compare(layer, hidden, NO_PADDING, loop.output(chosen), losses)
+
+
 def test_a_bias_selects_and_does_not_weigh(build: Build) -> None:
     layer, hidden = build("softmax_topk", has_bias=True), random_hidden()
     loop = Loop(layer, hidden, NO_PADDING)
