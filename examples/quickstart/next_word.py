@@ -1,6 +1,6 @@
 """Ask which word comes next in the documentation that the quickstart holds back from training.
 
-    python examples/quickstart/next_word.py items RECIPE OUTPUT
+    python examples/quickstart/next_word.py items RECIPE OUTPUT [SOURCE]
     python examples/quickstart/next_word.py accuracy RUN ITEMS
 
 `items` writes a file for --eval-tasks, `accuracy` prints what a run's evaluations say of it.
@@ -143,9 +143,9 @@ def make_items(texts: dict[str, Texts], *, name: str) -> list[dict[str, object]]
     return items
 
 
-def write_items(recipe: Path, output: Path) -> None:
-    """Write the items of the documentation."""
-    items = make_items(read_texts(recipe), name="docs")
+def write_items(recipe: Path, output: Path, source: str = "docs") -> None:
+    """Write the items of a source of the recipe, by default its documentation."""
+    items = make_items(read_texts(recipe), name=source)
     text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
     write_text(output, text)
     print(f"{output}: {len(items)} items, which the text for training does not have")
@@ -165,10 +165,10 @@ def describe_accuracy(run: Path, path: Path) -> list[str]:
 
 def main() -> int:
     """Do what the first argument says."""
-    what, first, second = sys.argv[1:]
+    what, first, second, *source = sys.argv[1:]
     try:
         if what == "items":
-            write_items(Path(first), Path(second))
+            write_items(Path(first), Path(second), *source)
         else:
             print("\n".join(describe_accuracy(Path(first), Path(second))))
     except (UserError, OSError) as error:
