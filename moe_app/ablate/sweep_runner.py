@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from megatron.trainer.errors import printable
+from megatron.trainer.errors import ConfigError, printable
 from megatron.trainer.io.file_lock import NO_LOCKS
 from megatron.trainer.records.history import duration
 from megatron.trainer.runtime import signals
@@ -155,9 +155,14 @@ class SweepRunner:
         try:
             check_recipe(job)  # another sweep may have begun it meanwhile
             write_recipe(self._sweep, job)
-        except BaseException:
+        except BaseException as error:
             lock.close()
-            raise
+            if not isinstance(error, ConfigError):
+                raise
+            self._left.remove(job)
+            self.outcome.failed.append(job)
+            self._say(str(error))
+            return
         self._left.remove(job)
         if job.state == "finished":
             lock.close()

@@ -6,6 +6,7 @@ computed across a border, and the kernels are those of plain causal attention. O
 torch may do all documents at once.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from moe_ext.attention.context_parallel import gather_sequence, query_parts
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 _KERNEL_CAPABILITY = (8, 0)
 _KERNEL_MAX_HEAD_SIZE = 256
+_KERNEL_ERROR = 0.02
+"""Of the largest value: 8 bits, in sums of up to 64 terms of order one."""
 _KERNEL_OPTIONS = ("scale", "window_size", "enable_gqa")
 
 
@@ -87,14 +90,49 @@ def has_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> bool
     """Return whether one kernel of torch attends within all documents at once.
 
     It is FlashAttention's: of a GPU of compute capability 8.0 or above, in 16 bits. The options
-    that it is called with came to torch after 2.10.
+    that it is called with came to torch after 2.10. It is taken if it computes on this device what
+    one call a document does, which is tried once.
     """
     if device.type != "cuda" or dtype not in _KERNEL_DTYPES or head_size > _KERNEL_MAX_HEAD_SIZE:
         return False
     if torch.cuda.get_device_capability(device) < _KERNEL_CAPABILITY:
         return False
     options = inspect.signature(_kernel()).parameters
-    return all(name in options for name in _KERNEL_OPTIONS)
+    return all(name in options for name in _KERNEL_OPTIONS) and kernel_agrees(
+        device, dtype, head_size
+    )
+
+
+@functools.cache
+def kernel_agrees(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Return whether torch's kernel gives outputs and gradients of one call a document.
+
+    Args:
+        device: where.
+        dtype: of queries, keys and values.
+        head_size: hn.
+    """
+    lengths = torch.tensor([0, 1, 24, 64, 128], dtype=torch.int32)
+    packed = pack_documents(lengths, num_rows=2, length=64, device=device)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, upstream = (
+        torch.randn(64, 2, heads, head_size, generator=generator).to(device, dtype)
+        for heads in (4, 2, 2, 4)
+    )
+    inputs = [each.requires_grad_() for each in (query, key, value)]
+    scale = head_size**-0.5
+    with torch.enable_grad():
+        expected = attend_one_by_one(query, key, value, packed, scale)
+        wanted = [expected, *torch.autograd.grad(expected, inputs, upstream.flatten(2))]
+        try:
+            output = attend_at_once(query, key, value, packed, scale)
+            found = [output, *torch.autograd.grad(output, inputs, upstream.flatten(2))]
+        except (RuntimeError, TypeError, ValueError):
+            return False
+    return all(
+        torch.allclose(one, other, rtol=0, atol=_KERNEL_ERROR * other.abs().max().item())
+        for one, other in zip(found, wanted, strict=True)
+    )
 
 
 def way_of(device: torch.device, dtype: torch.dtype, head_size: int, context_parallel: int) -> str:

@@ -52,7 +52,8 @@ def kernel(
 ) -> Tensor:
     """Does on a CPU what torch's kernel is documented to do: [t, n, hn] of all documents."""
     assert window_size == (-1, 0) and cu_seqlens_q.dtype == cu_seqlens_kv.dtype == torch.int32
-    assert (longest_q, longest_kv) == (S, S) and scale is not None
+    longest = int(cu_seqlens_q.diff().max())
+    assert (longest_q, longest_kv) == (longest, longest) and scale is not None
     shared = query.shape[1] // key.shape[1]
     assert enable_gqa == (shared > 1)
     found = []
@@ -121,6 +122,28 @@ def test_a_cpu_has_no_kernel_and_says_so() -> None:
     cpu = torch.device("cpu")
     assert not has_kernel(cpu, torch.bfloat16, 64)
     assert way_of(cpu, torch.bfloat16, 64, 1) == "one call of causal attention a document"
+
+
+def refused(*arguments: Any, **options: Any) -> Tensor:
+    raise RuntimeError("head size 3 is not a multiple of 8")
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "agrees"),
+    [
+        (kernel, True),
+        (lambda *arguments, **options: kernel(*arguments, **options) * 1.5, False),
+        (lambda query, key, *rest, **options: kernel(query, key.flip(0), *rest, **options), False),
+        (refused, False),
+    ],
+)
+def test_a_kernel_is_taken_if_it_agrees(
+    stand_in: Any, agrees: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "_kernel", lambda: stand_in)
+    packed.kernel_agrees.cache_clear()
+    assert packed.kernel_agrees(torch.device("cpu"), torch.float32, 8) is agrees
+    packed.kernel_agrees.cache_clear()
 
 
 @pytest.mark.parametrize(
