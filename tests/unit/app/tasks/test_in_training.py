@@ -2,6 +2,8 @@
 
 import json
 import math
+import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ import pytest
 import torch
 
 from megatron.trainer.errors import ConfigError, DataError
+from megatron.trainer.inference.scoring import Continuation
 from megatron.trainer.state import TrainState
 from moe_app.evaluate import evaluation
 from moe_app.pretrain import command
+from moe_app.tasks import passes
 from moe_app.tasks.items import read_tasks
 from moe_app.tasks.passes import RowPasses, plan_rounds
 from moe_app.tasks.rows import ItemRows, score_task
@@ -40,6 +44,7 @@ SETTINGS: dict[str, Any] = {
     "seq_length": 24,
     "train_iters": 4,
     "eval_interval": 2,
+    "split": "80,20",
     "lr": 0.05,
     "tokenizer_type": "HFTokenizer",
 }
@@ -60,9 +65,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_items(where / "foxes.jsonl", [ITEMS[1], ITEMS[0]])
     given = {**SETTINGS, "tokenizer_model": tokenizer}
     assert command.main(flags(**given, device="cpu", save=where / "plain")) == 0
-    tasks = ["--eval-tasks", str(where / "dogs.jsonl"), f"again={where / 'foxes.jsonl'}"]
-    assert command.main([*flags(**given, device="cpu", save=where / "scored"), *tasks]) == 0
+    assert command.main(scored(where, save=where / "scored")) == 0
     return where
+
+
+def scored(folder: Path, **more: Any) -> list[str]:
+    """Flags of a run with both tasks."""
+    given = {**SETTINGS, "tokenizer_model": folder / "tokenizer.json", **more}
+    tasks = [str(folder / "dogs.jsonl"), f"again={folder / 'foxes.jsonl'}"]
+    return [*flags(**given, device="cpu"), "--eval-tasks", *tasks]
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -72,13 +83,46 @@ def records(run: Path) -> list[dict[str, Any]]:
 def test_training_is_bitwise_the_same_with_tasks(folder: Path) -> None:
     plain, scored = records(folder / "plain"), records(folder / "scored")
     added = {"task_accuracy", "task_bits_per_byte", "task_seconds"}
-    speeds = {"tokens_per_second", "model_tflops"}
     assert [set(each) for each in plain] == [set(each) - added for each in scored]
     assert [record["iteration"] for record in scored if added & set(record)] == [2, 4]
-    for before, after in zip(plain, scored, strict=True):
-        assert {key: value for key, value in before.items() if key not in speeds} == {
-            key: value for key, value in after.items() if key not in speeds | added
-        }
+    assert untimed(plain) == untimed(scored, *added)
+
+
+def untimed(found: list[dict[str, Any]], *more: str) -> list[dict[str, Any]]:
+    """Return records without what depends on time, and without more keys."""
+    left_out = {"tokens_per_second", "model_tflops", "task_seconds", *more}
+    return [{key: value for key, value in each.items() if key not in left_out} for each in found]
+
+
+def test_run_stopped_in_a_pass_goes_on_as_one_that_was_not(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped at step 2, there again when it goes on, and at step 4; then it is finished."""
+    rounds: Counter[int] = Counter()
+    of_a_pass: set[int] = set()
+    stop_after: tuple[int, int] | None = None
+    run_schedule = passes.run_schedule
+
+    def counted(state: TrainState, *arguments: Any, **more: Any) -> Any:
+        found = run_schedule(state, *arguments, **more)
+        tasks: Any = state.tasks
+        of_a_pass.add(len(tasks.passes.rounds))
+        rounds[state.iteration] += 1
+        if (state.iteration, rounds[state.iteration]) == stop_after:
+            signal.raise_signal(signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(passes, "run_schedule", counted)
+    given = scored(folder, save=tmp_path, load=tmp_path, requeue_exit_code=75)
+    seen = []
+    for stop_after in ((2, 2), (2, 1), (4, 2), None, None):
+        rounds.clear()
+        assert command.main(given) == (75 if stop_after else 0)
+        seen.append(dict(rounds))
+    (whole,) = of_a_pass
+    assert whole > 3
+    assert seen == [{2: 2}, {2: 1}, {2: whole, 4: 2}, {4: whole}, {}]
+    assert untimed(records(tmp_path)) == untimed(records(folder / "scored"))
 
 
 def offline(folder: Path, output: Path) -> tuple[dict[str, Any], list[list[float]]]:
@@ -157,6 +201,21 @@ def test_scores_are_those_of_the_harness_on_the_checkpoint(
     assert last["task_seconds"] > 0
 
 
+def alone(state: TrainState, row: Continuation) -> torch.Tensor:
+    """Return the logits before a row's last tokens, by a pass over that row."""
+    (model,) = state.modules
+    model.eval()
+    ids = torch.tensor([row.ids])
+    with torch.no_grad():
+        logits: torch.Tensor = model(ids[:, :-1], torch.arange(ids.shape[1] - 1)[None], None)
+    return logits[0, -row.count :, :320]
+
+
+def log_prob(logits: torch.Tensor, row: Continuation) -> float:
+    labels = torch.tensor(row.ids[-row.count :])
+    return float(logits.log_softmax(-1).gather(1, labels[:, None]).sum())
+
+
 def test_row_has_the_log_probability_it_has_alone(
     folder: Path, make_state: Callable[..., TrainState]
 ) -> None:
@@ -164,15 +223,34 @@ def test_row_has_the_log_probability_it_has_alone(
     state = make_state(**given, eval_tasks=folder / "dogs.jsonl", micro_batch_size=1)
     tasks: Any = state.tasks
     found = tasks.passes.log_probs(state)
-    (model,) = state.modules
-    model.eval()
     for row, value in zip(tasks.passes._rows, found, strict=True):
-        ids = torch.tensor([row.ids])
-        with torch.no_grad():
-            logits = model(ids[:, :-1], torch.arange(ids.shape[1] - 1)[None], None)
-        each = logits[0, :, :320].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        assert value == pytest.approx(float(each[-row.count :].sum()), abs=1e-5)
+        assert value == pytest.approx(log_prob(alone(state, row), row), abs=1e-5)
     assert len(found) == 4 + 2 + 3 + 3 + 2
+
+
+def test_row_in_bf16_is_as_near_to_fp32_as_its_digits_allow(
+    folder: Path, make_state: Callable[..., TrainState]
+) -> None:
+    """The truth has the same weights, which are numbers of bf16, and computes in fp32."""
+    given = {**SETTINGS, "tokenizer_model": folder / "tokenizer.json"}
+    given |= {"eval_tasks": folder / "dogs.jsonl", "micro_batch_size": 1}
+    state = make_state(**given, bf16=True)
+    (model,) = state.modules
+    weights = {
+        key: value.float() if torch.is_tensor(value) else value
+        for key, value in model.state_dict().items()
+    }
+    tasks: Any = state.tasks
+    found = tasks.passes.log_probs(state)
+    exact = make_state(**given)
+    exact.modules[0].load_state_dict(weights)
+    errors = []
+    for row, value in zip(tasks.passes._rows, found, strict=True):
+        logits = alone(exact, row)
+        rounding = row.count * float(logits.abs().max()) * 2**-8  # of 8 bits, in every logit
+        errors.append((value - log_prob(logits, row)) / rounding)
+    # The layers before the logits round, too; an error of nothing would not be bf16.
+    assert 1e-3 < max(map(abs, errors)) < 2
 
 
 def test_figures_of_hand_made_log_probabilities() -> None:
