@@ -63,7 +63,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         "tokenizer-type": "HFTokenizer",
         "tokenizer-model": tokenizer,
     }
-    two = {name: flags(**given, **case) for name, case in TWO_RANKS.items()}
+    cases = {**TWO_RANKS, "bf16": {**TP2, "sequence-parallel": True, "bf16": True}}
+    two = {name: flags(**given, **case) for name, case in cases.items()}
     return {
         **run_cases(1, {"single": flags(**given)}, Path(out / "1")),
         **run_cases(2, two, Path(out / "2")),
@@ -95,3 +96,18 @@ def test_figures_of_validation_are_those_of_one_rank(
         for mine, wanted in zip(ours, theirs, strict=True):
             assert {"perplexity", "bits_per_byte"} <= wanted["web"].keys()
             assert mine["web"] == pytest.approx(wanted["web"], rel=1e-5)
+
+
+def test_figures_in_bf16_are_as_near_to_fp32_as_its_digits_allow(
+    outcomes: dict[str, Outcome],
+) -> None:
+    found, truth = outcomes["bf16"], outcomes["single"]
+    assert found.error is None, found.error
+    digits = 2**-7  # between neighbouring numbers of 8 bits
+    for key, name in (("task_bits_per_byte", "items"), ("valid_loss", "web")):
+        theirs: list[Any] = truth.series(key)
+        ours: list[Any] = found.series(key)
+        exact = [each[name] for each in theirs]
+        assert abs(exact[1] / exact[0] - 1) > 3 * digits  # a step is seen
+        assert [each[name] for each in ours] == pytest.approx(exact, rel=digits)
+        assert [each[name] for each in ours] != pytest.approx(exact, rel=1e-5)  # it is bf16
