@@ -27,6 +27,11 @@ _OLMOE_1B_7B: Mapping[str, Any] = {
     "moe_aux_loss_coeff": 0.01,
     "moe_z_loss_coeff": 0.001,
     "moe_loss_convention": "olmoe",
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_router_enable_expert_bias": False,
+    "moe_router_bias_update_rate": 0.001,
+    "moe_expert_capacity_factor": None,
+    "moe_token_drop_policy": "probs",
 }
 
 _JETMOE_8B: Mapping[str, Any] = {
@@ -58,6 +63,11 @@ _JETMOE_8B: Mapping[str, Any] = {
     "moe_aux_loss_coeff": 0.01,
     "moe_z_loss_coeff": 0.001,
     "moe_loss_convention": "per_layer",
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_router_enable_expert_bias": False,
+    "moe_router_bias_update_rate": 0.001,
+    "moe_expert_capacity_factor": None,
+    "moe_token_drop_policy": "probs",
 }
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
