@@ -282,7 +282,7 @@ def _evaluate(
 ) -> None:
     """Run the harness; on rank 0 alone."""
     from moe_app.evaluate.harness.olmes_run import evaluate_olmes
-    from moe_app.evaluate.harness.own_run import evaluate_own
+    from moe_app.evaluate.harness.own_run import check_own, evaluate_own
     from moe_app.evaluate.harness.run import (
         RESULTS_NAME,
         evaluate_suite,
@@ -304,6 +304,7 @@ def _evaluate(
         if _has_conversations(args, suite):
             conversations = stack.enter_context(_open_conversations(args, opened, tokenizer))
         model = harness_model(args, opened, tokenizer, workers, answers, conversations)
+        check_own(model, suite, args)
         if args.suite == OLMES:
             found = evaluate_olmes(model, args, info)
         elif suite.tasks:

@@ -15,6 +15,7 @@ from moe_app.evaluate.coding.problems import CODE_TASKS, Problem
 from moe_app.evaluate.coding.scoring import Runner, sample_record, score_problems
 from moe_app.evaluate.execution.prison import ProgramLimits
 from moe_app.evaluate.harness.model import HarnessModel
+from moe_app.evaluate.harness.preflight import check_room
 from moe_app.evaluate.harness.task_data import read_records
 from moe_app.infer.conversations import Conversations
 
@@ -37,6 +38,25 @@ def open_runner(args: argparse.Namespace) -> Runner:
         limits=ProgramLimits(seconds=args.execution_timeout),
         workers=args.execution_workers,
     )
+
+
+def check_code(
+    model: HarnessModel,
+    names: Sequence[str],
+    args: argparse.Namespace,
+    *,
+    is_chat: bool,
+    num_samples: int,
+) -> None:
+    """Refuse, before the model answers anything, what `evaluate_code` would refuse.
+
+    Raises:
+        UserError: the data are not there, or programs cannot be run here.
+    """
+    open_runner(args)
+    for name in names:
+        _read(name, args, is_chat=is_chat)
+        check_room(model, name, _settings(args, num_samples))
 
 
 def evaluate_code(
@@ -99,6 +119,12 @@ def _read(name: str, args: argparse.Namespace, *, is_chat: bool) -> list[Problem
     return task.read(records, examples, is_chat)
 
 
+def _settings(args: argparse.Namespace, num_samples: int) -> dict[str, Any]:
+    """Return how completions are drawn."""
+    given: Mapping[str, Any] = simple_parse_args_string(args.gen_kwargs or "")
+    return {"max_gen_toks": _MOST_NEW_TOKENS, **(_DRAWS if num_samples > 1 else {}), **given}
+
+
 def _write(
     model: HarnessModel,
     problems: Sequence[Problem],
@@ -107,11 +133,10 @@ def _write(
     num_samples: int,
 ) -> list[list[str]]:
     """Return the completions of each problem."""
-    common = {"max_gen_toks": _MOST_NEW_TOKENS, **(_DRAWS if num_samples > 1 else {})}
-    given = simple_parse_args_string(args.gen_kwargs or "")
+    common = _settings(args, num_samples)
     prompts = []
     for problem in problems:
-        settings = {"until": list(problem.stops), **common, **given}
+        settings = {"until": list(problem.stops), **common}
         if conversations is None:
             ids = model.tok_encode(problem.prompt)
         else:

@@ -3,7 +3,7 @@
 import argparse
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from megatron.trainer.errors import ConfigError
 from megatron.trainer.io.atomic_write import atomic_write
 from moe_app.chat.dialogue import ASSISTANT, Turn
 from moe_app.evaluate.harness.model import HarnessModel
+from moe_app.evaluate.harness.preflight import check_room
 from moe_app.evaluate.harness.task_data import read_record_file, read_records
 from moe_app.evaluate.judging.judge import Judge
 from moe_app.evaluate.judging.mt_bench import (
@@ -50,6 +51,19 @@ Chat = Sequence[tuple[str, str]]
 """Turns: role and text."""
 
 
+def check_judged(model: HarnessModel, names: Sequence[str], args: argparse.Namespace) -> None:
+    """Refuse, before the model answers anything, what `JudgedTasks` would refuse.
+
+    Raises:
+        UserError: data are not there, or the model is too short for the answers.
+    """
+    given = simple_parse_args_string(args.gen_kwargs or "")
+    for name in names:
+        _READERS[name](_root(name, args))
+        tokens = _MT_TOKENS if name == "mt_bench" else _ANSWER_TOKENS
+        check_room(model, name, {"max_gen_toks": tokens, **given})
+
+
 class JudgedTasks:
     """Runs the tasks that a judge scores.
 
@@ -79,13 +93,9 @@ class JudgedTasks:
         Raises:
             UserError: its data are not there, or the judge fails.
         """
-        if self._args.task_data is None:
-            raise ConfigError(
-                f"{name} is read from files alone; name the directory that has it with --task-data"
-                " (docs/evaluation.md says how it is laid out)"
-            )
+        root = _root(name, self._args)
         tasks = {"mt_bench": self._mt_bench, "alpaca_eval": self._alpaca, "xstest": self._xstest}
-        found, samples = tasks[name](Path(self._args.task_data))
+        found, samples = tasks[name](root)
         path = Path(self._args.output) / f"samples_{name}.jsonl"
         with atomic_write(path, durable=True) as file:
             for number, sample in enumerate(samples):
@@ -93,12 +103,7 @@ class JudgedTasks:
         return {"alias": name, **found, "sample_len": len(samples)}
 
     def _mt_bench(self, root: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        folder = root / "mt_bench"
-        references = folder / "reference_answer" / "gpt-4.jsonl"
-        questions = read_questions(
-            read_record_file(root, folder / "question.jsonl"),
-            read_record_file(root, references) if references.exists() else (),
-        )[: self._args.limit]
+        questions = _read_mt_bench(root)[: self._args.limit]
         answers = self._have_conversations(questions)
         judged = [first_turn_judged, second_turn_judged]
         asked = [
@@ -136,14 +141,7 @@ class JudgedTasks:
         return [(chat[1][1], chat[3][1]) for chat in chats]
 
     def _alpaca(self, root: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        records = read_records(root, *_ALPACA)[: self._args.limit]
-        pairs = [
-            (
-                text_of(record, "instruction", f"AlpacaEval, record {number}"),
-                text_of(record, "output", f"AlpacaEval, record {number}"),
-            )
-            for number, record in enumerate(records, start=1)
-        ]
+        pairs = _read_alpaca(root)[: self._args.limit]
         answers = self._answer([[(_USER, asked)] for asked, _ in pairs], _ANSWER_TOKENS)
         judgements = self._judge.ask_all(
             [
@@ -171,11 +169,8 @@ class JudgedTasks:
         return win_rate(ends), samples
 
     def _xstest(self, root: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        records = read_records(root, *_XSTEST)[: self._args.limit]
-        prompts, unsafe = [], []
-        for number, record in enumerate(records, start=1):
-            prompts.append(text_of(record, "prompt", f"XSTest, record {number}"))
-            unsafe.append(is_unsafe(text_of(record, "type", f"XSTest, record {number}")))
+        items = _read_xstest(root)[: self._args.limit]
+        prompts, unsafe = [prompt for prompt, _ in items], [bad for _, bad in items]
         answers = self._answer([[(_USER, prompt)] for prompt in prompts], _ANSWER_TOKENS)
         judgements = self._judge.ask_all(
             [classified(*pair) for pair in zip(prompts, answers, strict=True)], REFUSAL
@@ -216,3 +211,53 @@ class JudgedTasks:
                 )
             prompts.append(cut)
         return [text.strip() for text in self._model.continue_prompts(prompts)]
+
+
+def _root(name: str, args: argparse.Namespace) -> Path:
+    """Return the directory of data."""
+    if args.task_data is None:
+        raise ConfigError(
+            f"{name} is read from files alone; name the directory that has it with --task-data"
+            " (docs/evaluation.md says how it is laid out)"
+        )
+    return Path(args.task_data)
+
+
+def _read_mt_bench(root: Path) -> list[MtQuestion]:
+    """Return the questions of MT-Bench."""
+    folder = root / "mt_bench"
+    references = folder / "reference_answer" / "gpt-4.jsonl"
+    return read_questions(
+        read_record_file(root, folder / "question.jsonl"),
+        read_record_file(root, references) if references.exists() else (),
+    )
+
+
+def _read_alpaca(root: Path) -> list[tuple[str, str]]:
+    """Return the instructions of AlpacaEval, with the answers of the reference."""
+    return [
+        (
+            text_of(record, "instruction", f"AlpacaEval, record {number}"),
+            text_of(record, "output", f"AlpacaEval, record {number}"),
+        )
+        for number, record in enumerate(read_records(root, *_ALPACA), start=1)
+    ]
+
+
+def _read_xstest(root: Path) -> list[tuple[str, bool]]:
+    """Return the prompts of XSTest, and whether each deserves a refusal."""
+    return [
+        (
+            text_of(record, "prompt", f"XSTest, record {number}"),
+            is_unsafe(text_of(record, "type", f"XSTest, record {number}")),
+        )
+        for number, record in enumerate(read_records(root, *_XSTEST), start=1)
+    ]
+
+
+_READERS: Mapping[str, Callable[[Path], Any]] = {
+    "mt_bench": _read_mt_bench,
+    "alpaca_eval": _read_alpaca,
+    "xstest": _read_xstest,
+}
+"""What reads the data of a task."""

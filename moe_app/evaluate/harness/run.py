@@ -12,9 +12,9 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, sanitize_list
 
-from megatron.trainer.errors import ConfigError
 from megatron.trainer.io.atomic_write import atomic_write, write_text
 from moe_app.evaluate.harness.model import HarnessModel
+from moe_app.evaluate.harness.preflight import check_tasks, explained
 from moe_app.evaluate.harness.task_data import local_datasets
 from moe_app.evaluate.harness.task_search import find_tasks
 from moe_app.evaluate.suites import Suite, asks_in_conversations
@@ -38,6 +38,7 @@ def evaluate_suite(
     datasets.disable_progress_bars()
     manager = find_tasks(args.include_path, suite.tasks)
     with local_datasets(None if args.task_data is None else Path(args.task_data)):
+        check_tasks(model, manager, suite.tasks, args.gen_kwargs)
         parts = [
             _run_tasks(
                 model,
@@ -93,7 +94,7 @@ def _run_tasks(
     limit: int | None,
 ) -> dict[str, Any]:
     """Let the harness evaluate some tasks; examples in a conversation are part of the question."""
-    try:
+    with explained(tasks):
         found: dict[str, Any] = lm_eval.simple_evaluate(
             model=model,
             tasks=list(tasks),
@@ -110,17 +111,6 @@ def _run_tasks(
             fewshot_as_multiturn=False,
             confirm_run_unsafe_code=False,
         )
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{', '.join(tasks)}: a task imports the package {error.name!r}, which is not there;"
-            " the harness has extras for what its tasks need; install it, for IFEval with"
-            " pip install 'lm-eval[ifeval]'"
-        ) from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"the harness could not evaluate {', '.join(tasks)}: {type(error).__name__}: {error};"
-            " look at the YAML and the data of the task"
-        ) from error
     return found
 
 

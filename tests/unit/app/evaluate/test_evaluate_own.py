@@ -121,3 +121,14 @@ def test_conversations_are_had_and_judged(folder: Path, tmp_path: Path) -> None:
     assert all(answer for (answer,) in sample["resps"])
     told = [each["messages"][-1]["content"] for each in stub.asked]
     assert all(sample["resps"][0][0] in text for text in told)
+
+
+def test_what_is_scored_last_is_looked_for_first(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    judge = ("--judge-url", "http://localhost:1/v1", "--judge-model", "m", "--template", "zephyr")
+    more = ("--task-data", str(tmp_path), *judge, "--gen-kwargs", "max_gen_toks=3")
+    assert evaluate(folder, "olmoe", tmp_path, *more, tasks="letters,xstest") == 2
+    assert "walledai--XSTest" in capfd.readouterr().err
+    (kept,) = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert "checkpoint" in kept  # of which model answers would be, and no answer
