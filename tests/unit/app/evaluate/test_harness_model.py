@@ -1,7 +1,7 @@
 """What the harness is told of a model, with ranks that answer what a test says."""
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,8 +10,10 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from megatron.trainer.data.tokenizer import Tokenizer, load_tokenizer
+from megatron.trainer.data.writer import TokenFileWriter
 from megatron.trainer.errors import CheckpointError, ConfigError
 from megatron.trainer.inference.scoring import Continuation
+from megatron.trainer.state import TrainState
 from moe_app.evaluate import answers
 from moe_app.evaluate.answers import AnswerFile
 from moe_app.evaluate.harness.model import HarnessModel
@@ -24,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
-END, TURN_END = "<|endoftext|>", "<|im_end|>"
+END, TURN_END, BOS = "<|endoftext|>", "<|im_end|>", "<s>"
 
 
 class Ranks:
@@ -40,6 +42,9 @@ class Ranks:
     def continuations(self, requests: Mapping[int, Continuation]) -> dict[int, tuple[float, bool]]:
         self.asked += requests.values()
         return {number: (-float(each.count), True) for number, each in requests.items()}
+
+    def texts(self, requests: Mapping[int, Continuation]) -> dict[int, float]:
+        return {number: value for number, (value, _) in self.continuations(requests).items()}
 
     def generations(self, prompts: Mapping[int, Any]) -> dict[int, list[int]]:
         return dict.fromkeys(prompts, self.new)
@@ -93,6 +98,39 @@ def test_all_of_a_continuation_counts_after_a_blank_context(
     assert found == [(-float(len(ids)), True)]
     (scored,) = ranks.asked
     assert scored.ids == (tokenizer.eod, *ids)
+
+
+@pytest.mark.parametrize("bos", [None, BOS])
+def test_a_run_scores_the_windows_of_the_harness_but_for_a_bos_after_a_bos(
+    bos: str | None, tmp_path: Path, make_state: Callable[..., TrainState]
+) -> None:
+    path = make_hf_tokenizer(tmp_path, [END, BOS], bos=bos, tokenizer_config={"eos_token": END})
+    tokenizer = load_tokenizer("HFTokenizer", path)
+    text = "the quick brown fox jumps over the lazy dog"
+    with TokenFileWriter(str(tmp_path / "web_text_document"), vocab_size=320) as writer:
+        for _ in range(4):
+            writer.add_document([*tokenizer.encode_document(text), tokenizer.eod])
+        writer.finish()
+    data = {"data_path": tmp_path / "web_text_document", "split": "50,50", "seq_length": 4}
+    data |= {"num_layers": 1, "vocab_size": 320, "global_batch_size": 2, "train_iters": 1}
+    given = {"tokenizer_type": "HFTokenizer", "tokenizer_model": path, "eval_documents": 1}
+    tasks: Any = make_state(**data, **given).tasks
+    ranks = Ranks((), [])
+    with model(tokenizer, ranks, tmp_path / "kept") as asked:
+        asked.max_length = 4
+        asked._prefix_token_id = tokenizer.prefix[0] if bos else tokenizer.eod
+        request = Instance("loglikelihood_rolling", {}, (text,), 0)
+        (found,) = asked.loglikelihood_rolling([request], disable_tqdm=True)
+    ids, more = tokenizer.encode(text), list(tokenizer.prefix)
+    assert scored(tasks.passes._rows) == ids
+    assert scored(ranks.asked) == [*more, *ids]
+    assert -found == len(ids) + len(more) > 4
+    # A window has what is before it from the harness, too.
+    assert (list(tasks.passes._rows) == ranks.asked) is (bos is None)
+
+
+def scored(rows: Sequence[Continuation]) -> list[int]:
+    return [token for row in rows for token in row.ids[-row.count :]]
 
 
 def test_one_evaluation_at_a_time_keeps_answers_in_a_directory(
