@@ -1,6 +1,5 @@
 """Runs the filter command on a local Ray cluster of two workers, where Ray is installed."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,9 @@ import pytest
 from megatron.trainer.errors import ConfigError
 from moe_app.filter.filter_data import main
 from moe_app.filter.pipeline import cluster_executors
+from tests.unit.app.filter.four_files import finished_corpus, write_four_files
 
 ray: Any = pytest.importorskip("ray", reason="ray is an extra of its own")
-
-TEXTS = ("one two three four five six seven", "eight nine ten eleven twelve", "a b c d e f")
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +25,9 @@ def cluster() -> Iterator[None]:
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
     folder = tmp_path / "in"
-    folder.mkdir()
-    for number in range(4):
-        texts = [*TEXTS[: 1 + number % 3], f"only {number} has this one"]
-        lines = [json.dumps({"text": text}) + "\n" for text in texts]
-        (folder / f"{number}.jsonl").write_text("".join(lines))
+    write_four_files(folder)
     filters = ["--filter", "minhash:buckets=2,ngram=2", "--filter", "exact"]
     return ["--input", str(folder), *filters, "--output"]
-
-
-def tree(output: Path) -> dict[str, bytes]:
-    """Return what a finished corpus holds."""
-    paths = [path for name in ("kept", "dropped") for path in (output / name).iterdir()]
-    found = {f"{path.parent.name}/{path.name}": path.read_bytes() for path in paths}
-    return found | {"summary": (output / "summary.json").read_bytes()}
 
 
 def test_two_workers_make_what_one_process_makes(
@@ -49,7 +36,7 @@ def test_two_workers_make_what_one_process_makes(
     on_ray = ["--executor", "ray", "--workers", "2"]
     assert main([*command, str(tmp_path / "ray"), *on_ray]) == 0
     assert main([*command, str(tmp_path / "alone")]) == 0
-    assert tree(tmp_path / "ray") == tree(tmp_path / "alone")
+    assert finished_corpus(tmp_path / "ray") == finished_corpus(tmp_path / "alone")
     logs = [path.name for path in (tmp_path / "ray/work/stages/reading-0/logs").iterdir()]
     assert len(logs) == 4
     with (tmp_path / "in/2.jsonl").open("ab") as file:

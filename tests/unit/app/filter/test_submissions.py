@@ -20,8 +20,7 @@ from moe_app.filter.submissions import (
 from moe_app.filter.work_folder import WorkFolder
 from moe_app.slurm import jobs
 from moe_app.slurm.jobs import SlurmError, has_ended
-
-TEXTS = ("one two three four five six seven", "eight nine ten eleven twelve", "a b c d e f")
+from tests.unit.app.filter.four_files import finished_corpus, write_four_files
 
 
 class Queue:
@@ -61,19 +60,8 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
 def command(tmp_path: Path) -> list[str]:
     """Return a command over four files, each of which repeats a text of the first."""
     folder = tmp_path / "in"
-    folder.mkdir()
-    for number in range(4):
-        texts = [*TEXTS[: 1 + number % 3], f"only {number} has this one"]
-        lines = [json.dumps({"text": text}) + "\n" for text in texts]
-        (folder / f"{number}.jsonl").write_text("".join(lines))
+    write_four_files(folder)
     return ["--input", str(folder), "--filter", "minhash:buckets=2,ngram=2", "--output"]
-
-
-def tree(output: Path) -> dict[str, bytes]:
-    """Return what a finished corpus holds."""
-    paths = [path for name in ("kept", "dropped") for path in (output / name).iterdir()]
-    found = {f"{path.parent.name}/{path.name}": path.read_bytes() for path in paths}
-    return found | {"summary": (output / "summary.json").read_bytes()}
 
 
 @pytest.mark.parametrize("again", ["slurm", "local"])
@@ -100,7 +88,7 @@ def test_repeated_command_leaves_queued_jobs_their_work(
     # Each element finds the tasks that it was submitted for; those that are done are passed over.
     for job in submitted:
         assert set(queue.run(job)) == {0}
-    assert tree(arrays) == tree(alone)
+    assert finished_corpus(arrays) == finished_corpus(alone)
 
 
 def test_jobs_of_a_killed_submission_do_nothing(
