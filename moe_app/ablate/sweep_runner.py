@@ -155,10 +155,8 @@ class SweepRunner:
         try:
             check_recipe(job)  # another sweep may have begun it meanwhile
             write_recipe(self._sweep, job)
-        except BaseException as error:
+        except ConfigError as error:
             lock.close()
-            if not isinstance(error, ConfigError):
-                raise
             self._left.remove(job)
             self.outcome.failed.append(job)
             self._say(str(error))
