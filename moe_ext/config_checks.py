@@ -24,9 +24,21 @@ def layout_problems(
     expert_tensor_parallel_size: int,
     sequence_parallel: bool,
     seq_length: int,
-    is_training: bool,
+    is_training: bool = True,
 ) -> list[str]:
-    """Return what prevents a layout; arguments as `MoEModelConfig.layout_problems`'s."""
+    """Return what prevents this parallel layout, one message each; empty if valid.
+
+    Args:
+        model: the architecture.
+        tensor_model_parallel_size: ranks per attention or embedding matrix, at least 1.
+        pipeline_model_parallel_size: stages, at least 1.
+        virtual_stages: model chunks per pipeline rank, at least 1.
+        expert_model_parallel_size: ranks per layer's experts, at least 1.
+        expert_tensor_parallel_size: ranks per expert, at least 1.
+        sequence_parallel: whether activations are split along the sequence.
+        seq_length: tokens per sequence (s).
+        is_training: whether backward passes will run.
+    """
     tensor = ("tensor_model_parallel_size", tensor_model_parallel_size)
     pairs = [("num_attention_heads", model.num_attention_heads, *tensor)]
     if model.num_query_groups is not None:
