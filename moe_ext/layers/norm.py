@@ -10,51 +10,14 @@ from torch import Tensor, nn
 from moe_ext.layers.parameters import new_parameter
 
 
-class RMSNorm(nn.Module):
-    """Applies a root-mean-square norm over the last dimension, with a weight and no bias.
-
-    Statistics are taken in fp32 (fp64 for fp64 inputs); the normalised value is cast back to the
-    input's dtype before the weight multiplies it, as OLMoE and JetMoE have it.
-
-    Args:
-        config: gives the parameter's dtype and place, and whether sequences are split over the
-            tensor parallel group: megatron-core then sums the weight's gradient over it.
-        hidden_size: width (h).
-        eps: added to the mean square.
-        own_eps: instead of eps; megatron-core hands every norm the same.
-        ignored: what megatron-core passes to norms of other kinds.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        hidden_size: int,
-        eps: float = 1e-5,
-        *,
-        own_eps: float | None = None,
-        **ignored: object,
-    ) -> None:
-        super().__init__()
-        self.eps = eps if own_eps is None else own_eps
-        self.weight = new_parameter(hidden_size, config=config)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        nn.init.ones_(self.weight)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Normalises [..., h] to [..., h]."""
-        return unit_rms(hidden, self.eps) * self.weight
-
-
-class NonParametricLayerNorm(nn.Module):
-    """Applies LayerNorm over the last dimension, without weight and bias (OLMo).
-
-    Statistics are taken in fp32 (fp64 for fp64 inputs).
+class _Norm(nn.Module):
+    """Takes what megatron-core builds norms with, of which norms here need the epsilon.
 
     Args:
         config: not needed.
         hidden_size: not needed.
-        eps: added to the variance.
-        own_eps: instead of eps; megatron-core hands every norm the same.
+        eps: what megatron-core hands every norm.
+        own_eps: instead of eps.
         ignored: what megatron-core passes to norms of other kinds.
     """
 
@@ -70,6 +33,40 @@ class NonParametricLayerNorm(nn.Module):
         super().__init__()
         del config, hidden_size
         self.eps = eps if own_eps is None else own_eps
+
+
+class RMSNorm(_Norm):
+    """Applies a root-mean-square norm over the last dimension, with a weight and no bias.
+
+    Statistics are taken in fp32 (fp64 for fp64 inputs); the normalised value is cast back to the
+    input's dtype before the weight multiplies it, as OLMoE and JetMoE have it.
+
+    Args:
+        config: gives the parameter's dtype and place, and whether sequences are split over the
+            tensor parallel group: megatron-core then sums the weight's gradient over it.
+        hidden_size: width (h).
+        eps: added to the mean square.
+        others: as `_Norm`.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **others: Any
+    ) -> None:
+        super().__init__(config, hidden_size, eps, **others)
+        self.weight = new_parameter(hidden_size, config=config)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        nn.init.ones_(self.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalises [..., h] to [..., h]."""
+        return unit_rms(hidden, self.eps) * self.weight
+
+
+class NonParametricLayerNorm(_Norm):
+    """Applies LayerNorm over the last dimension, without weight and bias (OLMo).
+
+    Statistics are taken in fp32 (fp64 for fp64 inputs); eps is added to the variance.
+    """
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalises [..., h] to [..., h]."""
