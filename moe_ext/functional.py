@@ -199,6 +199,20 @@ def load_balancing_loss(
         [] of scores' dtype.
     """
     shares = tokens_per_expert.to(scores.dtype) / (num_tokens * topk)  # [e]
+    return balance_of(scores, shares, num_tokens=num_tokens)
+
+
+def balance_of(scores: Tensor, shares: Tensor, *, num_tokens: int | Tensor) -> Tensor:
+    """Computes this rank's addend of e * sum_i f_i P_i for given f_i; see `load_balancing_loss`.
+
+    Args:
+        scores: [t, e] probabilities over all experts, this rank's tokens; 0 for padding.
+        shares: [e] f_i.
+        num_tokens: T; [] where it is counted.
+
+    Returns:
+        [] of scores' dtype.
+    """
     means = scores.sum(dim=0) / num_tokens  # [e]
     return scores.shape[-1] * torch.dot(shares, means)
 

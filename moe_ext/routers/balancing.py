@@ -5,12 +5,13 @@ capacity. docs/routing.md defines them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moe_ext.functional import (
+    balance_of,
     count_by_sequence,
     count_tokens,
     load_balancing_loss,
@@ -36,51 +37,53 @@ class Balancing:
     """Which assignments are kept within the capacity."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Assignments:
-    """Counts the assignments of a micro-batch, over the ranks that share it."""
+    """Holds how many assignments of a micro-batch each expert has."""
 
-    experts: Tensor
-    """[t, k] int64 of this rank's tokens."""
-    num_experts: int
-    """e."""
-    num_sequences: int
-    """b."""
-    is_token: Tensor | None
-    """[t] bool, False for padding; None for none."""
-    token_group: torch.distributed.ProcessGroup
-    """The ranks that share the micro-batch."""
-    by_sequence: Tensor | None = field(init=False, default=None)
-    """[b, e] over these ranks, where they were counted by sequence."""
-    counts: Tensor = field(init=False)
-    """[e] over these ranks."""
-    local_counts: Tensor = field(init=False)
+    counts: Tensor
+    """[e] over the ranks that share the micro-batch."""
+    local_counts: Tensor
     """[e] of this rank."""
+    by_sequence: Tensor | None
+    """[b, e] over these ranks, where they were counted by sequence."""
 
-    def count(self, loss: BalancingLoss) -> "Assignments":
-        """Counts as the loss needs it; a collective call."""
-        is_shared = self.token_group.size() > 1
-        if loss == "seq_aux_loss":
-            local = count_by_sequence(
-                self.experts,
-                num_experts=self.num_experts,
-                num_sequences=self.num_sequences,
-                is_token=self.is_token,
-            )
-            self.by_sequence = self._summed(local) if is_shared else local
-            self.local_counts = local.sum(dim=0)
-            self.counts = self.by_sequence.sum(dim=0)
-            return self
-        self.local_counts = count_tokens(
-            self.experts, num_experts=self.num_experts, is_token=self.is_token
-        )
-        self.counts = self._summed(self.local_counts) if is_shared else self.local_counts
-        return self
 
-    def _summed(self, counts: Tensor) -> Tensor:
+def count_assignments(
+    experts: Tensor,
+    *,
+    num_experts: int,
+    num_sequences: int,
+    is_token: Tensor | None,
+    token_group: torch.distributed.ProcessGroup,
+    loss: BalancingLoss,
+) -> Assignments:
+    """Counts as the loss needs it; a collective call.
+
+    Args:
+        experts: [t, k] int64 of this rank's tokens.
+        num_experts: e.
+        num_sequences: b.
+        is_token: [t] bool, False for padding; None for none.
+        token_group: the ranks that share the micro-batch.
+        loss: over which tokens it is taken.
+    """
+
+    def over_ranks(counts: Tensor) -> Tensor:
+        if token_group.size() == 1:
+            return counts
         summed = counts.clone()
-        torch.distributed.all_reduce(summed, group=self.token_group)  # sum: the micro-batch
+        torch.distributed.all_reduce(summed, group=token_group)  # sum: the micro-batch
         return summed
+
+    if loss == "seq_aux_loss":
+        local = count_by_sequence(
+            experts, num_experts=num_experts, num_sequences=num_sequences, is_token=is_token
+        )
+        both = over_ranks(local)
+        return Assignments(counts=both.sum(dim=0), local_counts=local.sum(dim=0), by_sequence=both)
+    local = count_tokens(experts, num_experts=num_experts, is_token=is_token)
+    return Assignments(counts=over_ranks(local), local_counts=local, by_sequence=None)
 
 
 class StepCounts:
@@ -155,8 +158,7 @@ def balancing_loss(
         return load_balancing_loss(scores, assignments.counts, num_tokens=num_tokens, topk=topk)
     so_far = step.add_everywhere(assignments.counts, layer)  # [e]
     shares = so_far.to(scores.dtype) / so_far.sum().clamp(min=1)  # f_i of the step so far
-    means = scores.sum(dim=0) / num_tokens  # P_i of this micro-batch
-    return assignments.num_experts * torch.dot(shares, means)
+    return balance_of(scores, shares, num_tokens=num_tokens)
 
 
 def move_biases(routers: Sequence[tuple[StepCounts, Tensor, float]]) -> None:

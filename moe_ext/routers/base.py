@@ -16,7 +16,7 @@ from moe_ext.functional import Routing, dense_routing, router_z_loss, routing_en
 from moe_ext.layers.lora import Adapter, LoRA
 from moe_ext.layers.parameters import new_parameter
 from moe_ext.metrics import RouterMetrics
-from moe_ext.routers.balancing import Assignments, Balancing, StepCounts, balancing_loss
+from moe_ext.routers.balancing import Balancing, StepCounts, balancing_loss, count_assignments
 from moe_ext.routers.whole import TokenSplit
 from moe_ext.unequal import DenseRouting, within_capacity
 
@@ -283,13 +283,14 @@ class MoERouter(MegatronModule, ABC):
         """
         group_size = self.token_group.size()
         scores, loss = routing.scores, self.balancing.loss
-        assignments = Assignments(
-            experts=routing.experts,
+        assignments = count_assignments(
+            routing.experts,
             num_experts=self.num_experts,
             num_sequences=num_sequences,
             is_token=is_token,
             token_group=self.token_group,
-        ).count(loss)
+            loss=loss,
+        )
         if self.balancing.has_bias:
             self.step.add(assignments.counts)
         num_local: int | Tensor = logits.shape[0]

@@ -6,7 +6,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from moe_ext.functional import router_z_loss, statistics_dtype
+from moe_ext.functional import balance_of, router_z_loss, statistics_dtype
 from moe_ext.routers.base import MoERouter
 from moe_ext.unequal import DenseRouting, choose_tokens
 
@@ -80,7 +80,7 @@ class ExpertChoiceRouter(MoERouter):
         shares = counts.to(scores.dtype) / counts.sum().clamp(min=1)  # [e]
         unrouted = ~is_chosen.any(dim=1)  # [t]
         self._record(
-            balance=self.num_experts * torch.dot(shares, scores.detach().sum(dim=0)) / num_tokens,
+            balance=balance_of(scores.detach(), shares, num_tokens=num_tokens),
             z_loss=z_loss,
             scores=scores,
             tokens_per_expert=is_chosen.sum(dim=0),
