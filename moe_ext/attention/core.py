@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
@@ -15,13 +14,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from moe_ext.attention.cache import KeyValueCache, LayerCache
-from moe_ext.attention.context_parallel import gather_sequence, query_parts
 from moe_ext.attention.packed import (
     PackedDocuments,
     attend_at_once,
     attend_one_by_one,
     has_kernel,
 )
+from moe_ext.attention.scaled_dot_product import attend, sees_to_the_end
+from moe_ext.layers.context_parallel import gather_key_value, query_parts
 
 _MASKS = (AttnMaskType.causal, AttnMaskType.no_mask)
 
@@ -195,18 +195,13 @@ class SDPACoreAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
     ) -> Tensor:
         """Computes causal attention of this rank's two chunks of queries over everyone's keys."""
-        # Here, because it imports torch's compiler, which takes a second and nothing else needs.
-        from torch.nn.attention.bias import causal_lower_right
-
         group = self.cp_group
-        # One collective for both: [s of the whole sequence, b, ng, 2 hn].
-        both = gather_sequence(torch.cat((key, value), dim=-1), group)
-        key, value = both.split((key.shape[-1], value.shape[-1]), dim=-1)
+        key, value = gather_key_value(key, value, group)
         contexts = []
         for rows, seen in query_parts(group.size(), group.rank(), query.shape[0]):
             part = query[rows]
             visible = (
-                causal_lower_right(part.shape[0], seen)
+                sees_to_the_end(part.shape[0], seen)
                 if attention_mask is None
                 else ~attention_mask[:, :, rows, :seen]
             )
@@ -214,19 +209,11 @@ class SDPACoreAttention(MegatronModule):
         return torch.cat(contexts)  # [s, b, np * hn]
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, *, is_causal: bool
+        self, query: Tensor, key: Tensor, value: Tensor, visible: Any, *, is_causal: bool
     ) -> Tensor:
         """Attends from [s, b, np, hn] to [s of the keys, b, ng, hn]; returns [s, b, np * hn]."""
-        context = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),  # [b, np, s, hn]
-            key.permute(1, 2, 0, 3),  # [b, ng, s, hn]
-            value.permute(1, 2, 0, 3),  # [b, ng, s, hn]
-            attn_mask=visible,
-            is_causal=is_causal,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )  # [b, np, s, hn]
-        return context.permute(2, 0, 1, 3).flatten(2).contiguous()  # [s, b, np * hn]
+        scale = self.softmax_scale
+        return attend(query, key, value, visible, scale, is_causal=is_causal).contiguous()
 
 
 @contextlib.contextmanager

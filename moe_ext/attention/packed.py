@@ -14,11 +14,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from moe_ext.attention.context_parallel import gather_sequence, query_parts
+from moe_ext.attention.scaled_dot_product import attend, sees_to_the_end
+from moe_ext.layers.context_parallel import gather_key_value, query_parts
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 _KERNEL_CAPABILITY = (8, 0)
@@ -86,6 +86,7 @@ def pack_documents(
     )
 
 
+@functools.cache
 def has_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
     """Return whether one kernel of torch attends within all documents at once.
 
@@ -103,7 +104,6 @@ def has_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> bool
     )
 
 
-@functools.cache
 def kernel_agrees(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
     """Return whether torch's kernel gives outputs and gradients of one call a document.
 
@@ -186,8 +186,7 @@ def attend_one_by_one(
     length = query.shape[0]
     parts = [(slice(0, length), length)]
     if cp_group is not None:
-        both = gather_sequence(torch.cat((key, value), dim=-1), cp_group)
-        key, value = both.split((key.shape[-1], value.shape[-1]), dim=-1)
+        key, value = gather_key_value(key, value, cp_group)
         parts = list(query_parts(cp_group.size(), cp_group.rank(), length))
     # `split` and not slices, whose gradients would be as long as the sequence, one for each.
     rows = zip(*(each.split(1, dim=1) for each in (query, key, value)), packed.lengths, strict=True)
@@ -224,22 +223,8 @@ def _pieces(lengths: Sequence[int], first: int, stop: int) -> Iterator[tuple[int
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """Attends from the last [n, 1, np, hn] of a document to [m, 1, ng, hn]; [n, 1, np * hn]."""
-    visible = None
-    if len(query) != len(key):
-        # Here, because it imports torch's compiler, which takes a second and nothing else needs.
-        from torch.nn.attention.bias import causal_lower_right
-
-        visible = causal_lower_right(len(query), len(key))
-    context = F.scaled_dot_product_attention(
-        query.permute(1, 2, 0, 3),  # [1, np, n, hn]
-        key.permute(1, 2, 0, 3),  # [1, ng, m, hn]
-        value.permute(1, 2, 0, 3),  # [1, ng, m, hn]
-        attn_mask=visible,
-        is_causal=visible is None,
-        scale=scale,
-        enable_gqa=query.shape[2] != key.shape[2],
-    )  # [1, np, n, hn]
-    return context.permute(2, 0, 1, 3).flatten(2)
+    visible = None if len(query) == len(key) else sees_to_the_end(len(query), len(key))
+    return attend(query, key, value, visible, scale, is_causal=visible is None)
 
 
 def _kernel() -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Splits causal attention over context parallel ranks, which share a sequence's positions.
+"""Splits sequences over context parallel ranks, and causal attention with them.
 
 A sequence of s positions is cut into 2 cp chunks, and rank r holds chunks r and 2 cp - 1 - r, one
 after the other: the early chunk's queries attend to few keys and the late one's to many, so every
@@ -33,12 +33,30 @@ def gather_sequence(local: Tensor, group: Any) -> Tensor:
         [s, ...].
     """
     size = group.size()
+    if size == 1:
+        return local
     gathered = gather_from_sequence_parallel_region(
         local.contiguous(), tensor_parallel_output_grad=True, group=group
     )  # [s, ...], rank after rank
     order = chunk_order(size)
     chunks = gathered.chunk(2 * size)
     return torch.cat([chunks[order.index(chunk)] for chunk in range(2 * size)])
+
+
+def own_positions(whole: Tensor, group: Any) -> Tensor:
+    """Takes this rank's two chunks [s / cp, ...] of a sequence [s, ...]."""
+    size, rank = group.size(), group.rank()
+    if size == 1:
+        return whole
+    chunks = whole.chunk(2 * size)
+    return torch.cat([chunks[chunk] for chunk in chunk_order(size)[2 * rank : 2 * rank + 2]])
+
+
+def gather_key_value(key: Tensor, value: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """Gathers keys and values as `gather_sequence` does, both in one collective call."""
+    both = gather_sequence(torch.cat((key, value), dim=-1), group)  # [s, b, ng, 2 hn]
+    gathered_key, gathered_value = both.split((key.shape[-1], value.shape[-1]), dim=-1)
+    return gathered_key, gathered_value
 
 
 def query_parts(size: int, rank: int, length: int) -> Iterator[tuple[slice, int]]:

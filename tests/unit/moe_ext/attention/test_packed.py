@@ -141,9 +141,7 @@ def test_a_kernel_is_taken_if_it_agrees(
     stand_in: Any, agrees: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed, "_kernel", lambda: stand_in)
-    packed.kernel_agrees.cache_clear()
     assert packed.kernel_agrees(torch.device("cpu"), torch.float32, 8) is agrees
-    packed.kernel_agrees.cache_clear()
 
 
 @pytest.mark.parametrize(

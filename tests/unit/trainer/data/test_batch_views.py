@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron.trainer.data.batch import Batch, find_borders, make_batch
 from megatron.trainer.data.batch_views import DocumentRule, separate_documents, shard_positions
-from moe_ext.attention.context_parallel import chunk_order, query_parts
+from moe_ext.layers.context_parallel import chunk_order, query_parts
 
 EOD = 0
 ROWS = st.lists(
