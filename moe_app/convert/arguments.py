@@ -13,7 +13,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog=program("convert_checkpoint", command="convert"),
-        description="Convert OLMoE and JetMoE checkpoints between Hugging Face's form and ours.",
+        description="Convert OLMoE, JetMoE and OLMo checkpoints between Hugging Face's form and"
+        " ours.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     importing = commands.add_parser("import", help="Hugging Face -> a checkpoint to train from")

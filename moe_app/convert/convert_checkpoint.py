@@ -1,4 +1,4 @@
-"""Convert OLMoE and JetMoE checkpoints between Hugging Face's format and ours.
+"""Convert OLMoE, JetMoE and OLMo checkpoints between Hugging Face's format and ours.
 
     python tools/convert_checkpoint.py import --hf OLMoE-1B-7B-0924 --save runs/olmoe
     python tools/convert_checkpoint.py export --load runs/olmoe --hf OLMoE-exported

@@ -1,4 +1,4 @@
-"""Read a dense model block by block, from a run or from Hugging Face's LLaMA layout."""
+"""Read a dense model block by block, from a run or from a Hugging Face directory."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from moe_app.convert.checks import check_size, check_tensors, choose_weights
 from moe_app.convert.files import native_config, read_auxiliary_files, read_those_there
 from moe_app.convert.surplus import leave_out_surplus
 from moe_app.pretrain.config import PretrainConfig, read_saved_config
-from moe_ext.convert import llama
+from moe_ext.convert import dense, dense_config
 from moe_ext.convert.family import is_rotary_buffer
 from moe_ext.convert.pieces import Piece
 
@@ -107,7 +107,7 @@ def open_run(
 
 @contextlib.contextmanager
 def open_hf(path: Path, *, save: Path, dtype: str | None, divisor: int) -> Iterator[DenseSource]:
-    """Open a Hugging Face directory of a dense LLaMA.
+    """Open a Hugging Face directory of a dense LLaMA or OLMo.
 
     Args:
         path: the directory.
@@ -121,13 +121,13 @@ def open_hf(path: Path, *, save: Path, dtype: str | None, divisor: int) -> Itera
     with HFDirectory(path) as source:
         where = source.path / "config.json"
         try:
-            model = llama.read_config(source.config, make_vocab_size_divisible_by=divisor)
+            model = dense_config(source.config, make_vocab_size_divisible_by=divisor)
         except ValueError as error:
             raise CheckpointError(f"{where}: {error}") from error
         leave_out_surplus(source, is_rotary_buffer, model)
         total = sum(entry.num_bytes for entry in source.tensors.values())
         check_size(model, total, config=where)
-        pieces = list(llama.make_pieces(model))
+        pieces = list(dense.make_pieces(model))
         hf_shapes = {part.name: part.shape for piece in pieces for part in piece.sources}
         chosen = check_tensors(source, hf_shapes, dtype)
         auxiliary = read_auxiliary_files(source.path)

@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("dense model")
     source = model.add_mutually_exclusive_group(required=True)
     source.add_argument("--load", metavar="DIR", help="a run's --save directory")
-    source.add_argument("--hf", metavar="DIR", help="Hugging Face directory of a LLaMA")
+    source.add_argument("--hf", metavar="DIR", help="Hugging Face directory of a LLaMA or OLMo")
     model.add_argument("--ckpt-step", type=int, metavar="N", help="iteration to load (the newest)")
     model.add_argument(
         "--make-vocab-size-divisible-by",

@@ -1,20 +1,13 @@
-"""Map names, shapes and config fields of a dense LLaMA (`LlamaForCausalLM`); read only.
+"""Translate config.json of a dense LLaMA (`LlamaForCausalLM`) to MoEModelConfig.
 
 Missing fields have the defaults of transformers' `LlamaConfig`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert.blocks import (
-    head_group_piece,
-    layer_piece,
-    unstacked_piece,
-    vocabulary_pieces,
-)
 from moe_ext.convert.fields import Fields
-from moe_ext.convert.pieces import Piece, all_rows
 
 MODEL_TYPE = "llama"
 """`model_type` of config.json."""
@@ -32,11 +25,6 @@ def read_config(
     Raises:
         ValueError: a field is unknown or has a value that the native model does not support.
     """
-    if hf_config.get("model_type") != MODEL_TYPE:
-        raise ValueError(
-            f"model_type is {hf_config.get('model_type')!r}; a dense model must be a"
-            f" '{MODEL_TYPE}'; convert it to that form, or train a dense model here"
-        )
     fields = Fields(hf_config, family=MODEL_TYPE)
     heads = fields.positive_int("num_attention_heads", 32)
     groups = fields.positive_int("num_key_value_heads", heads)
@@ -67,54 +55,3 @@ def read_config(
     if problems:
         raise ValueError("; ".join(problems))
     return model
-
-
-def make_pieces(model: MoEModelConfig) -> Iterator[Piece]:
-    """Yield every block of every native tensor once, in the order of the HF tensors."""
-    yield from vocabulary_pieces(
-        "embedding.word_embeddings.weight", "model.embed_tokens.weight", model
-    )
-    for layer in range(model.num_layers):
-        yield from _layer(model, layer)
-    yield unstacked_piece(
-        "decoder.final_layernorm.weight", all_rows("model.norm.weight", model.hidden_size)
-    )
-    if model.untie_embeddings_and_output_weights:
-        yield from vocabulary_pieces("output_layer.weight", "lm_head.weight", model)
-
-
-def _layer(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
-    native, hf = "decoder.layers", f"model.layers.{layer}"
-    stack = {"layer": layer, "num_layers": model.num_layers}
-    h, f = model.hidden_size, model.ffn_hidden_size or 0
-    ng = model.num_query_groups or model.num_attention_heads
-    kv = model.head_size * ng
-    for key, name, *shape in (
-        ("input_layernorm", "input_layernorm", h),
-        ("pre_mlp_layernorm", "post_attention_layernorm", h),
-        ("self_attention.linear_proj", "self_attn.o_proj", h, h),
-        ("mlp.linear_fc2", "mlp.down_proj", h, f),
-    ):
-        yield layer_piece(
-            f"{native}.{key}.weight", all_rows(f"{hf}.{name}.weight", *shape), **stack
-        )
-    yield head_group_piece(
-        f"{native}.self_attention.linear_qkv.weight",
-        (
-            all_rows(f"{hf}.self_attn.q_proj.weight", h, h),
-            all_rows(f"{hf}.self_attn.k_proj.weight", kv, h),
-            all_rows(f"{hf}.self_attn.v_proj.weight", kv, h),
-        ),
-        num_groups=ng,
-        **stack,
-    )
-    # One group: the rows of gate, then those of up.
-    yield head_group_piece(
-        f"{native}.mlp.linear_fc1.weight",
-        (
-            all_rows(f"{hf}.mlp.gate_proj.weight", f, h),
-            all_rows(f"{hf}.mlp.up_proj.weight", f, h),
-        ),
-        num_groups=1,
-        **stack,
-    )

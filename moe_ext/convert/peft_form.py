@@ -140,10 +140,15 @@ class _Target:
     """Name of the parameter for `target_parameters`; None for a module of `target_modules`."""
 
 
+_PROJECTIONS = (
+    _Target(key=_QKV, module="self_attn.{}", parts=("q_proj", "k_proj", "v_proj")),
+    _Target(key=f"{_ATTENTION}.linear_proj.weight", module="self_attn.o_proj"),
+)
+
 _TARGETS: dict[str, tuple[_Target, ...]] = {
+    "olmo": _PROJECTIONS,
     "olmoe": (
-        _Target(key=_QKV, module="self_attn.{}", parts=("q_proj", "k_proj", "v_proj")),
-        _Target(key=f"{_ATTENTION}.linear_proj.weight", module="self_attn.o_proj"),
+        *_PROJECTIONS,
         _Target(
             key="decoder.layers.mlp.router.weight",
             module="mlp.gate",

@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-ExpertLayout = Literal["per-expert", "fused"]
-"""How a Hugging Face checkpoint stores experts: a tensor for each, or one for all of a layer."""
+ExpertLayout = Literal["per-expert", "fused", "dense"]
+"""How a Hugging Face checkpoint stores experts: a tensor for each, or one for all of a layer; dense
+where it has none."""
 
 ToNative = Callable[[Sequence[Tensor]], Tensor]
 ToHF = Callable[[Tensor], Sequence[Tensor]]

@@ -23,6 +23,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 64,
         "tie_word_embeddings": False,
     },
+    "olmo": {
+        "model_type": "olmo",
+        "hidden_size": 48,
+        "intermediate_size": 20,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "vocab_size": 120,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+    },
     "jetmoe": {
         "model_type": "jetmoe",
         "hidden_size": 32,

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers import (
     JetMoeConfig,
     JetMoeForCausalLM,
+    OlmoConfig,
     OlmoeConfig,
     OlmoeForCausalLM,
+    OlmoForCausalLM,
     PreTrainedModel,
 )
 
@@ -30,6 +32,10 @@ OLMOE_TINY: dict[str, Any] = {
     "intermediate_size": 20,
     "max_position_embeddings": 128,
     "pad_token_id": None,  # transformers gives a padding token's embedding no gradient
+}
+OLMO_TINY: dict[str, Any] = {
+    **{name: value for name, value in OLMOE_TINY.items() if "experts" not in name},
+    "intermediate_size": 28,
 }
 JETMOE_TINY: dict[str, Any] = {
     "vocab_size": 120,
@@ -51,6 +57,8 @@ def random_model(family: str, *, seed: int = 0, **config: Any) -> PreTrainedMode
         # The plain loop over experts; the default, a grouped GEMM, does not support odd widths.
         plain = OlmoeConfig(**{**OLMOE_TINY, "experts_implementation": "eager", **config})
         model: PreTrainedModel = OlmoeForCausalLM(plain)
+    elif family == "olmo":
+        model = OlmoForCausalLM(OlmoConfig(**{**OLMO_TINY, **config}))
     else:
         model = JetMoeForCausalLM(JetMoeConfig(**{**JETMOE_TINY, **config}))
     generator = torch.Generator().manual_seed(seed)
@@ -155,12 +163,16 @@ def adapters(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
 def gradients(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
     """Return the full gradient of every native weight, for chunks that one rank holds entirely."""
     parameters = {
-        parameter.data_ptr(): parameter for chunk in chunks for parameter in chunk.parameters()
+        parameter.untyped_storage().data_ptr(): parameter
+        for chunk in chunks
+        for parameter in chunk.parameters()
     }
     found: dict[str, Tensor] = {}
     for shard in shards(chunks):
-        gradient = parameters[shard.data.data_ptr()].grad
-        assert gradient is not None, shard.key
+        parameter = parameters[shard.data.untyped_storage().data_ptr()]
+        assert parameter.grad is not None, shard.key
+        start = shard.data.storage_offset() - parameter.storage_offset()
+        mine = parameter.grad.flatten()[start : start + shard.data.numel()]  # gate and up are two
         full = found.setdefault(shard.key, torch.full(shard.global_shape, torch.nan))
-        full[place(shard)] = gradient.view(shard.data.shape)
+        full[place(shard)] = mine.view(shard.data.shape)
     return found

@@ -165,7 +165,7 @@ def test_a_model_without_experts_is_refused(runs: Path, capsys: pytest.CaptureFi
     save_file({"model.norm.weight": torch.ones(4)}, runs / "dense_hf" / "model.safetensors")
     given = ["--hf", str(runs / "dense_hf"), *given[2:]]
     assert analyze_routing(["collect", *given, "--output", str(runs / "dense_out")]) == 2
-    assert "model_type is 'llama'; it must be one of jetmoe, olmoe" in capsys.readouterr().err
+    assert "model_type is 'llama'; it must be one of jetmoe, olmo, olmoe" in capsys.readouterr().err
     assert not (runs / "dense_out").exists()
 
 

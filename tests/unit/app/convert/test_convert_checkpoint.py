@@ -1,4 +1,4 @@
-"""Convert tiny checkpoints of both families, there and back."""
+"""Convert tiny checkpoints of all families, there and back."""
 
 import hashlib
 import json
@@ -19,6 +19,7 @@ from moe_app.convert.files import hf_files
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.convert import FAMILIES, ExpertLayout
 from tests.distributed.convert_models import hf_weights, make_hf
+from tests.distributed.hf_models import random_model
 from tests.unit.trainer.data.make_tokenizers import make_hf_tokenizer, write_json
 
 CASES: list[tuple[str, ExpertLayout, dict[str, Any]]] = [
@@ -26,6 +27,7 @@ CASES: list[tuple[str, ExpertLayout, dict[str, Any]]] = [
     ("olmoe", "fused", {}),
     ("olmoe", "per-expert", {"tie_word_embeddings": True}),
     ("jetmoe", "fused", {}),
+    ("olmo", "dense", {}),
 ]
 
 
@@ -55,7 +57,8 @@ def test_weights_survive_the_round_trip_bit_for_bit(
     source, weights = make_hf(tmp_path / "hf", family, form, dtype=dtype, **changes)
     assert convert("import", "--hf", source, "--save", tmp_path / "run") == 0
     out = tmp_path / "out"
-    exporting = ("export", "--load", tmp_path / "run", "--hf", out, "--layout", form)
+    chosen = () if form == "dense" else ("--layout", form)
+    exporting = ("export", "--load", tmp_path / "run", "--hf", out, *chosen)
     assert convert(*exporting, "--max-shard-size", "20KB") == 0
     assert_equal_tensors(read_all(out), weights)
     assert len(list(out.glob("*.safetensors"))) > 1
@@ -64,6 +67,14 @@ def test_weights_survive_the_round_trip_bit_for_bit(
     ids = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
     assert {key: back[key] for key in ids} == {key: before[key] for key in ids}
     assert back["torch_dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_olmo_is_verified_there_and_back(tmp_path: Path) -> None:
+    random_model("olmo").save_pretrained(tmp_path / "hf")
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert convert("import", "--hf", tmp_path / "hf", "--save", run, "--verify") == 0
+    assert convert("export", "--load", run, "--hf", out, "--verify") == 0
+    assert json.loads((out / "conversion_report.json").read_text())["family"] == "olmo"
 
 
 def test_layouts_hold_the_same_experts(tmp_path: Path) -> None:

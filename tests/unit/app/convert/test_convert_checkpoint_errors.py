@@ -128,7 +128,10 @@ def test_fp16_needs_a_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mixtral"}, "model_type is 'mixtral'; it must be one of jetmoe, olmoe"),
+        (
+            {"model_type": "mixtral"},
+            "model_type is 'mixtral'; it must be one of jetmoe, olmo, olmoe",
+        ),
         ({"clip_qkv": 8.0}, "clip_qkv"),
         ({"max_position_embeddings": "64"}, "max_position_embeddings is '64'; it must be a number"),
         ({"hidden_size": 50}, "hidden_size"),

@@ -183,7 +183,7 @@ def test_run_becomes_experts_and_trains_on(tmp_path: Path) -> None:
         (
             lambda hf: edit(hf, model_type="gpt2"),
             (),
-            "model_type is 'gpt2'; a dense model must be a 'llama'",
+            "model_type is 'gpt2'; a dense model must be one of llama, olmo; convert",
         ),
         (lambda hf: edit(hf, intermediate_size=44), (), "have another shape"),
         (lambda hf: edit(hf, attention_bias=True), (), "attention projections have no bias"),

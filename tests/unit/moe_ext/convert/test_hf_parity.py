@@ -65,6 +65,14 @@ JETMOE_SHAPES: dict[str, dict[str, Any]] = {
     },
     "eight of ten": {"num_local_experts": 10, "num_experts_per_tok": 8, "intermediate_size": 7},
 }
+OLMO_SHAPES: dict[str, dict[str, Any]] = {
+    "grouped heads": {},
+    "tied, other theta": {
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 523.0},
+        "num_key_value_heads": 6,
+    },
+}
 LENGTHS = (1, 2, 17, 128)
 
 
@@ -79,7 +87,7 @@ def native_model(
     (chunk,) = build_model(model, config, pg_collection=groups, seq_length=128, seed=None).chunks
     if bf16:
         chunk.bfloat16()
-    weights = to_native(family, model, "fused", reference.state_dict())
+    weights = to_native(family, model, FAMILIES[family].layouts[-1], reference.state_dict())
     fill([chunk], weights)
     return model, chunk.eval()
 
@@ -98,6 +106,11 @@ def test_olmoe_logits_match_transformers(name: str, single_rank: ProcessGroupCol
 @pytest.mark.parametrize("name", JETMOE_SHAPES)
 def test_jetmoe_logits_match_transformers(name: str, single_rank: ProcessGroupCollection) -> None:
     compare_logits("jetmoe", JETMOE_SHAPES[name], single_rank)
+
+
+@pytest.mark.parametrize("name", OLMO_SHAPES)
+def test_olmo_logits_match_transformers(name: str, single_rank: ProcessGroupCollection) -> None:
+    compare_logits("olmo", OLMO_SHAPES[name], single_rank)
 
 
 def compare_logits(family: str, shape: dict[str, Any], groups: ProcessGroupCollection) -> None:
@@ -126,6 +139,13 @@ def test_jetmoe_loss_and_every_gradient_match_transformers(
     compare_gradients("jetmoe", JETMOE_SHAPES[name], single_rank)
 
 
+@pytest.mark.parametrize("name", OLMO_SHAPES)
+def test_olmo_loss_and_every_gradient_match_transformers(
+    name: str, single_rank: ProcessGroupCollection
+) -> None:
+    compare_gradients("olmo", OLMO_SHAPES[name], single_rank)
+
+
 def compare_gradients(family: str, shape: dict[str, Any], groups: ProcessGroupCollection) -> None:
     reference = random_model(family, **shape)
     model, chunk = native_model(family, reference, groups)
@@ -139,7 +159,7 @@ def compare_gradients(family: str, shape: dict[str, Any], groups: ProcessGroupCo
     loss.backward()
 
     assert abs(loss.item() - expected_loss.item()) <= 1e-5
-    found = to_hf(family, model, "fused", gradients([chunk]))
+    found = to_hf(family, model, FAMILIES[family].layouts[-1], gradients([chunk]))
     parameters = dict(reference.named_parameters())
     assert found.keys() == parameters.keys()
     for key, parameter in parameters.items():
@@ -158,6 +178,7 @@ def compare_gradients(family: str, shape: dict[str, Any], groups: ProcessGroupCo
         ("olmoe", {"num_hidden_layers": 5, "num_experts_per_tok": 6}),
         ("jetmoe", {}),
         ("jetmoe", {"num_hidden_layers": 5, "num_experts_per_tok": 1}),
+        ("olmo", {}),
     ],
 )
 def test_bf16_logits_are_as_close_to_fp32_as_those_of_transformers(

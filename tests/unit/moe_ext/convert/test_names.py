@@ -24,12 +24,18 @@ CASES: dict[str, tuple[str, ExpertLayout, dict[str, Any]]] = {
     "olmoe fused": ("olmoe", "fused", {}),
     "olmoe tied": ("olmoe", "per-expert", {"tie_word_embeddings": True}),
     "jetmoe": ("jetmoe", "fused", {}),
+    "olmo": ("olmo", "dense", {}),
+    "olmo tied": ("olmo", "dense", {"tie_word_embeddings": True}),
     "jetmoe untied": ("jetmoe", "fused", {"tie_word_embeddings": False}),
 }
 
 
 def described(family: str, reference: PreTrainedModel, **changes: Any) -> MoEModelConfig:
     return FAMILIES[family].model_config(reference.config.to_diff_dict(), **changes)
+
+
+def in_memory(family: str) -> ExpertLayout:
+    return FAMILIES[family].layouts[-1]
 
 
 def saved(reference: PreTrainedModel, layout: ExpertLayout, path: Path) -> dict[str, Tensor]:
@@ -83,7 +89,7 @@ def test_native_names_and_shapes_match_a_built_model(
     expected = {shard.key: tuple(shard.global_shape) for shard in shards(chunks)}
     assert FAMILIES[family].native_tensors(model) == expected
     assert expected["embedding.word_embeddings.weight"][0] == 128 > model.vocab_size
-    fill(chunks, to_native(family, model, "fused", reference.state_dict()))
+    fill(chunks, to_native(family, model, in_memory(family), reference.state_dict()))
 
 
 @pytest.mark.parametrize("layout", FAMILIES["olmoe"].layouts)
@@ -96,12 +102,12 @@ def test_both_layouts_give_the_same_native_tensors(layout: ExpertLayout, tmp_pat
         assert torch.equal(tensor, expected[key]), key
 
 
-@pytest.mark.parametrize("case", ["olmoe per-expert", "olmoe fused", "jetmoe"])
+@pytest.mark.parametrize("case", ["olmoe per-expert", "olmoe fused", "jetmoe", "olmo"])
 def test_transformers_loads_exported_tensors(case: str, tmp_path: Path) -> None:
     family, layout, changes = CASES[case]
     reference = random_model(family, **changes)
     model = described(family, reference)
-    native = to_native(family, model, "fused", reference.state_dict())
+    native = to_native(family, model, in_memory(family), reference.state_dict())
     save_file(to_hf(family, model, layout, native), tmp_path / "model.safetensors")
     reference.config.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -1,0 +1,67 @@
+"""Map names and shapes of dense models that differ in their norms: LLaMA and OLMo."""
+
+from collections.abc import Iterator
+
+from moe_ext.config import MoEModelConfig
+from moe_ext.convert.blocks import (
+    head_group_piece,
+    layer_piece,
+    unstacked_piece,
+    vocabulary_pieces,
+)
+from moe_ext.convert.pieces import Piece, all_rows
+
+
+def make_pieces(model: MoEModelConfig) -> Iterator[Piece]:
+    """Yield every block of every native tensor once, in the order of the HF tensors."""
+    yield from vocabulary_pieces(
+        "embedding.word_embeddings.weight", "model.embed_tokens.weight", model
+    )
+    for layer in range(model.num_layers):
+        yield from _layer(model, layer)
+    if model.has_norm_weights:
+        yield unstacked_piece(
+            "decoder.final_layernorm.weight", all_rows("model.norm.weight", model.hidden_size)
+        )
+    if model.untie_embeddings_and_output_weights:
+        yield from vocabulary_pieces("output_layer.weight", "lm_head.weight", model)
+
+
+def _layer(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
+    native, hf = "decoder.layers", f"model.layers.{layer}"
+    stack = {"layer": layer, "num_layers": model.num_layers}
+    h, f = model.hidden_size, model.ffn_hidden_size or 0
+    ng = model.num_query_groups or model.num_attention_heads
+    kv = model.head_size * ng
+    norms: tuple[tuple[str, str, int], ...] = (
+        ("input_layernorm", "input_layernorm", h),
+        ("pre_mlp_layernorm", "post_attention_layernorm", h),
+    )
+    for key, name, *shape in (
+        *(norms if model.has_norm_weights else ()),
+        ("self_attention.linear_proj", "self_attn.o_proj", h, h),
+        ("mlp.linear_fc2", "mlp.down_proj", h, f),
+    ):
+        yield layer_piece(
+            f"{native}.{key}.weight", all_rows(f"{hf}.{name}.weight", *shape), **stack
+        )
+    yield head_group_piece(
+        f"{native}.self_attention.linear_qkv.weight",
+        (
+            all_rows(f"{hf}.self_attn.q_proj.weight", h, h),
+            all_rows(f"{hf}.self_attn.k_proj.weight", kv, h),
+            all_rows(f"{hf}.self_attn.v_proj.weight", kv, h),
+        ),
+        num_groups=ng,
+        **stack,
+    )
+    # One group: the rows of gate, then those of up.
+    yield head_group_piece(
+        f"{native}.mlp.linear_fc1.weight",
+        (
+            all_rows(f"{hf}.mlp.gate_proj.weight", f, h),
+            all_rows(f"{hf}.mlp.up_proj.weight", f, h),
+        ),
+        num_groups=1,
+        **stack,
+    )
