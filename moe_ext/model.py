@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from moe_ext.attention.packed import PackedDocuments, pack_documents
+from moe_ext.kernels import fused
 from moe_ext.layers.head import VocabularyPart, linear_cross_entropy
 from moe_ext.layers.rotary import RotaryAngles
 
@@ -205,6 +206,7 @@ class LanguageModel(LanguageModule):
             labels.T.flatten(),
             None if loss_mask is None else loss_mask.T.flatten(),
             part=self._vocabulary_part(),
+            fused_kernels=fused.setting_of(self.config),
         )
         return losses.view(labels.T.shape).T.contiguous()  # [b, s]
 

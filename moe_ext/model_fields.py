@@ -20,6 +20,7 @@ EXPERT_CHOICE = ("expert_choice", "expert_choice_grouped")
 
 _TRAINING_ONLY = (
     "expert_backend",
+    "fused_kernels",
     "init_method_cutoff",
     "init_method_std",
     "moe_aux_loss_coeff",
@@ -132,6 +133,9 @@ class ModelFields:
     expert_backend: str = "auto"
     """Expert compute: a name in moe_ext.experts.EXPERT_BACKENDS, or auto, which picks the best
     known for device, precision and sizes, and logs the choice and the reason."""
+    fused_kernels: Literal["auto", "off"] = "auto"
+    """Whether head, norms and SwiGLU of dense layers may compute in kernels of Triton on a GPU;
+    off leaves all of it to torch. Experts have expert_backend."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
     """megatron-core's token dispatcher."""
 

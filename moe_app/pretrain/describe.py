@@ -17,6 +17,7 @@ from moe_ext.config import MoEModelConfig
 from moe_ext.counting import count_parameters
 from moe_ext.experts import BackendChoice
 from moe_ext.functional import layer_coefficients
+from moe_ext.kernels import fused
 
 
 def describe_run(cfg: PretrainConfig, ctx: RunContext, backend: BackendChoice | None) -> list[str]:
@@ -42,6 +43,8 @@ def describe_run(cfg: PretrainConfig, ctx: RunContext, backend: BackendChoice | 
         )
     if backend is not None:
         lines.append(f"expert backend: {backend.name}, {backend.reason}")
+    if ctx.device.type != "cpu":
+        lines.append(fused.describe(model.fused_kernels, ctx.device.type))
     if model.num_experts is not None:
         lines += [
             f"experts: {model.num_experts} per layer, {model.moe_router_topk} per token, router"

@@ -13,7 +13,7 @@ way at one time share weights and rows in L2.
 
 from __future__ import annotations
 
-from moe_ext.experts.triton_jit import INTERPRETED, jit, tl
+from moe_ext.kernels.triton_jit import INTERPRETED, jit, tl
 
 
 @jit

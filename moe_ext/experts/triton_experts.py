@@ -41,7 +41,7 @@ _DTYPES = (torch.bfloat16, torch.float32)
 def is_available() -> tuple[bool, str]:
     """Says whether triton's kernels can be run here, and how; or why not, and the remedy."""
     # triton is imported where it is used: it takes a quarter of a second.
-    from moe_ext.experts import triton_jit
+    from moe_ext.kernels import triton_jit
 
     return triton_jit.is_available()
 

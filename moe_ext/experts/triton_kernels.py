@@ -7,7 +7,7 @@ shapes alone decide; there are no atomics.
 from __future__ import annotations
 
 from moe_ext.experts.triton_device import add_dot, halves, lines_at, locate, multiply, traverse
-from moe_ext.experts.triton_jit import jit, tl
+from moe_ext.kernels.triton_jit import jit, tl
 
 
 @jit

@@ -34,6 +34,8 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
     """
     if out.dtype == left.dtype:
         torch.mm(left, right, out=out)
+    elif _writes_fp32(left, out):
+        torch.mm(left, right, out_dtype=torch.float32, out=out)
     else:
         out.copy_(torch.mm(left, right))
 
@@ -48,8 +50,20 @@ def add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
     """
     if out.dtype == left.dtype:
         torch.addmm(out, left, right, out=out)
+    elif _writes_fp32(left, out):
+        torch.addmm(out, left, right, out_dtype=torch.float32, out=out)
     else:
         out.add_(torch.mm(left, right))
+
+
+def _writes_fp32(operand: Tensor, out: Tensor) -> bool:
+    """Says whether a product of bf16 can be written or added to fp32 without a tensor between.
+
+    On a GPU cuBLAS sums in fp32 and can end with what is in memory: one read and one write of the
+    result, where a bf16 product of its own costs two more of each and is rounded.
+    """
+    is_wider = operand.dtype == torch.bfloat16 and out.dtype == torch.float32
+    return is_wider and operand.is_cuda and torch.version.cuda is not None
 
 
 def accumulating_linear(rows: Tensor, weight: Tensor) -> Tensor:

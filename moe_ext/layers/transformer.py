@@ -1,5 +1,6 @@
 """Translates MoEModelConfig to megatron-core's TransformerConfig, which is made here alone."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +9,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_ext.compat import without_cuda_graphs
 from moe_ext.config import MoEModelConfig
+from moe_ext.kernels.fused import FusedKernels
+
+
+@dataclass
+class FusedTransformerConfig(TransformerConfig):
+    """Adds to what megatron-core hands every layer what the layers here need to know."""
+
+    fused_kernels: FusedKernels = "auto"
+    """Whether kernels may compute instead of torch's functions."""
 
 
 def transformer_config(model: MoEModelConfig, *, bf16: bool, **runtime: Any) -> TransformerConfig:
@@ -25,7 +35,8 @@ def transformer_config(model: MoEModelConfig, *, bf16: bool, **runtime: Any) -> 
     dtype = torch.bfloat16 if bf16 else torch.float32
     is_moe = model.num_experts is not None
     has_router = is_moe or model.attention_experts is not None
-    return TransformerConfig(
+    return FusedTransformerConfig(
+        fused_kernels=model.fused_kernels,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,

@@ -129,7 +129,8 @@ def test_preset_is_valid(name: str) -> None:
 )
 def test_preset_sets_every_field_that_shapes_the_model(name: str, inherited: set[str]) -> None:
     """Protect published models from later changes of defaults."""
-    runtime = {"expert_backend", "moe_token_dispatcher_type", "moe_router_dtype"}
+    runtime = {"expert_backend", "fused_kernels", "moe_token_dispatcher_type"}
+    runtime |= {"moe_router_dtype"}
     derived = {"ffn_hidden_size", "moa_num_experts", "moa_router_topk"}  # None
     fields = {field.name for field in dataclasses.fields(MoEModelConfig)}
     assert fields - runtime - derived - inherited == PRESETS[name].keys()

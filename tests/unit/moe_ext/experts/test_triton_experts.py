@@ -1,7 +1,6 @@
 """The triton backend against plain sums in float64: on the GPU, or in triton's interpreter.
 
-tests/conftest.py asks for the interpreter where there is no GPU. It runs a kernel's programs one
-after the other, a few milliseconds each, so shapes are small, and tiles smaller still.
+tests/conftest.py asks for the interpreter where there is no GPU; programs take milliseconds in it.
 """
 
 import re
@@ -13,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_ext.experts import triton_jit, triton_products, triton_tiles
+from moe_ext.experts import triton_products, triton_tiles
 from moe_ext.experts.loop import loop_experts, loop_projection
 from moe_ext.experts.slots import (
     ExpertOrder,
@@ -33,6 +32,7 @@ from moe_ext.experts.triton_experts import (
 )
 from moe_ext.experts.triton_products import SortedRows, grouped_weight_gradient
 from moe_ext.experts.triton_tiles import Tile
+from moe_ext.kernels import triton_jit
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
