@@ -1,6 +1,7 @@
 """Defines the flags that train_step and moe_layer share."""
 
 import argparse
+from fnmatch import fnmatchcase
 from typing import TypeVar
 
 import torch
@@ -10,7 +11,9 @@ from benchmarks.shapes import SHAPES, Shape, resize
 T = TypeVar("T")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+"""Rows of the GEMM that is the ceiling, by device."""
+_WILD = set("*?[")
 
 
 def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -31,15 +34,20 @@ def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
         help="rebuild an implementation for each visit, so that only one is in memory at a time",
     )
     parser.add_argument(
+        "--peer-timeout", type=float, default=600.0, metavar="SECONDS",
+        help="leave a peer out whose building and comparison, or whose sample, takes longer"
+        " (%(default)g)",
+    )  # fmt: skip
+    parser.add_argument(
         "--gemm-size", type=int, metavar="N",
-        help=f"rows of the GEMM that is the ceiling (cpu {_GEMM_SIZE['cpu']},"
-        f" cuda {_GEMM_SIZE['cuda']})",
+        help=f"rows of the GEMM that is the ceiling (cpu {GEMM_SIZE['cpu']},"
+        f" cuda {GEMM_SIZE['cuda']})",
     )  # fmt: skip
     parser.add_argument(
         "--only",
         nargs="+",
         metavar="NAME",
-        help="implementations to measure, by their names in the table",
+        help="implementations to measure, by their names in the table or shell patterns of names",
     )
     parser.add_argument("--json", metavar="FILE", help="write all samples there")
     return parser
@@ -57,7 +65,7 @@ def shape_of(args: argparse.Namespace) -> Shape:
 
 def gemm_size(args: argparse.Namespace) -> int:
     """Return the size of the GEMM that is the ceiling."""
-    return args.gemm_size or _GEMM_SIZE[args.device]
+    return args.gemm_size or GEMM_SIZE[args.device]
 
 
 def chosen(entries: dict[str, T], only: list[str] | None) -> dict[str, T]:
@@ -66,7 +74,14 @@ def chosen(entries: dict[str, T], only: list[str] | None) -> dict[str, T]:
     Raises:
         SystemExit: a name is unknown.
     """
-    unknown = sorted(set(only or ()) - entries.keys())
+    if only is None:
+        return entries
+    # What a pattern stands for depends on the machine; a name has to be there.
+    unknown = sorted({each for each in only if not _WILD & set(each)} - entries.keys())
     if unknown:
         raise SystemExit(f"unknown implementation {unknown[0]}; use {', '.join(entries)}")
-    return {name: value for name, value in entries.items() if only is None or name in only}
+    return {
+        name: value
+        for name, value in entries.items()
+        if any(fnmatchcase(name, pattern) for pattern in only)
+    }

@@ -145,6 +145,10 @@ class LayerSubject(ABC):
             self.hidden.copy_(self.arrange(self.problem.hidden))
             self.upstream = self.arrange(self.problem.upstream)
             self.take_routing()
+        self.release()
+
+    def release(self) -> None:
+        """Drop all gradients."""
         for leaf in itertools.chain([self.hidden], self.leaves()):
             leaf.grad = None
 

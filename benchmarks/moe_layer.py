@@ -46,13 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         gemm_size=gemm_size(args),
         num_threads=args.threads,
         is_fresh=args.fresh,
+        peer_timeout_s=args.peer_timeout,
     )
     session = Session(plan)
     session.run()
     found = results(
         session,
         Work(
-            num_tokens=shape.num_tokens, flops=(moa_flops if is_attention else experts_flops)(shape)
+            num_tokens=shape.num_tokens,
+            flops=moa_flops(shape) if is_attention else experts_flops(shape),
+            causal_flops=moa_flops(shape, is_causal=True) if is_attention else experts_flops(shape),
         ),
         benchmark="moe_layer",
         arguments=vars(args),
@@ -61,14 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(found))
     if args.json is not None:
         write_json(found, Path(args.json))
-    return 0
+    return session.exit_status
 
 
 def expert_entries(
     shape: Shape, routing: str, dtype: torch.dtype, device_type: str
 ) -> dict[str, Entry]:
     """List all implementations of the experts; the first is the project's default."""
-    from benchmarks import layer_kernels, layer_megatron, layer_transformers
+    from benchmarks import layer_kernels, layer_megatron, layer_sonic, layer_transformers
     from benchmarks.native import usable_backends
 
     common = (shape, routing, dtype)
@@ -90,6 +93,7 @@ def expert_entries(
         found[kind] = Entry(layer_megatron.build_experts, (*common, kind), package)
     found["megablocks-grouped"] = Entry(layer_kernels.build_megablocks, common, "megablocks")
     found["scattermoe"] = Entry(layer_kernels.build_scattermoe, common, "scattermoe")
+    found["sonicmoe"] = Entry(layer_sonic.build, common, "sonicmoe")
     return found
 
 

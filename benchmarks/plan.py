@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import describe_machine
+from benchmarks.machine import describe_machine
 
 REPO = Path(__file__).resolve().parents[1]
 _RANK = "benchmarks.plan_rank"

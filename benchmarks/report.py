@@ -1,16 +1,12 @@
 """Formats the results of a session as JSON and as a table."""
 
 import dataclasses
-import datetime
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.machine import describe_machine
 from benchmarks.session import NATIVE, Measured, Session
 from benchmarks.timing import Summary, paired_ratio, summarize
 
@@ -23,6 +19,8 @@ class Work:
     """Tokens per sample."""
     flops: float
     """Model FLOPs per sample."""
+    causal_flops: float
+    """The same with half of the attention's square, which is what a causal mask leaves."""
 
 
 def results(session: Session, work: Work, **about: Any) -> dict[str, Any]:
@@ -41,6 +39,7 @@ def results(session: Session, work: Work, **about: Any) -> dict[str, Any]:
         "machine": describe_machine(),
         "tokens_per_sample": work.num_tokens,
         "model_flops_per_sample": work.flops,
+        "causal_flops_per_sample": work.causal_flops,
         "ceilings": {
             "gemm_flops_per_second": dataclasses.asdict(summarize(flops)),
             "copy_bytes_per_second": dataclasses.asdict(summarize(copies)),
@@ -53,32 +52,13 @@ def results(session: Session, work: Work, **about: Any) -> dict[str, Any]:
     }
 
 
-def describe_machine() -> dict[str, Any]:
-    """Describe processor, accelerator, versions and load."""
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "processor": _processor(),
-        "cpu_count": os.cpu_count(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-        "load_average": os.getloadavg()[0],
-    }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def _implementation(
     measured: Measured, native: Measured | None, work: Work, ceiling: Sequence[float]
 ) -> dict[str, Any]:
     if measured.missing is not None:
         return {"status": f"not installed: {measured.missing}"}
     if measured.failed is not None:
-        return {"status": f"failed: {measured.failed}"}
+        return {"status": f"failed: {measured.failed.replace('|', '/')}"}
     seconds = measured.series("seconds")
     rates = [work.flops / each for each in seconds]
     found = {

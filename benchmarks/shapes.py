@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_ext.config import MoEModelConfig
+from moe_ext.counting import training_flops_per_token
 from moe_ext.functional import load_balancing_loss, routing_entropy
 from moe_ext.presets import PRESETS
 
@@ -78,13 +79,27 @@ def experts_flops(shape: Shape) -> float:
     return 6.0 * shape.num_tokens * model.moe_router_topk * matrices
 
 
-def moa_flops(shape: Shape) -> float:
-    """Count the model FLOPs of one mixture of attention heads, with full (non-causal) scores."""
+def causal_flops_per_token(model: MoEModelConfig, seq_length: int) -> float:
+    """Count a training step's model FLOPs a token with half of the attention's square.
+
+    A causal mask leaves so much. Scores are all that depends on the length of a sequence.
+    """
+    full, without = (training_flops_per_token(model, length) for length in (seq_length, 0))
+    return (full + without) / 2
+
+
+def moa_flops(shape: Shape, *, is_causal: bool = False) -> float:
+    """Count the model FLOPs of one mixture of attention heads, forward and backward.
+
+    Args:
+        shape: sizes.
+        is_causal: count half of the scores, not all.
+    """
     model = shape.model
     width = (model.num_query_groups or 0) * (model.kv_channels or 0)
     projections = 2 * width * model.hidden_size * (1 + model.attention_topk)
     scores = 12 * model.attention_topk * width * shape.seq_length
-    return float(shape.num_tokens * (6 * projections + scores))
+    return float(shape.num_tokens * (6 * projections + scores / (2 if is_causal else 1)))
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,10 @@ class StepSubject(ABC):
         synchronize(self.device)
         return {"seconds": time.perf_counter() - started, "loss": loss}
 
+    @abstractmethod
+    def release(self) -> None:
+        """Drop gradients that the next step does not need."""
+
     def check(self) -> tuple[float, Digests]:
         """Compute loss and digests of all gradients on a separate batch."""
         loss = self.loss_and_backward(make_batch(self.shape, COMPARED, self.device))
@@ -113,9 +117,13 @@ class TransformersStep(StepSubject):
             weight_decay=WEIGHT_DECAY, fused=True,
         )  # fmt: skip
 
+    def release(self) -> None:
+        """Drop all gradients, as the next step does first."""
+        self._optimizer.zero_grad(set_to_none=True)
+
     def loss_and_backward(self, batch: Batch) -> float:
         """See `StepSubject`."""
-        self._optimizer.zero_grad(set_to_none=True)
+        self.release()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_autocast):
             loss = self._model(
                 batch.tokens, labels=batch.labels, shift_labels=batch.labels, use_cache=False
@@ -184,6 +192,9 @@ class NativeStep(StepSubject):
             ),
             train_data=GivenBatch(),  # type: ignore[arg-type]
         )  # fmt: skip
+
+    def release(self) -> None:
+        """Keep the buffers of gradients, which each step uses again."""
 
     def step(self, batch: Batch) -> float:
         """See `StepSubject`."""

@@ -18,7 +18,7 @@ import torch
 from benchmarks.arguments import DTYPES, chosen, gemm_size, new_parser, shape_of
 from benchmarks.report import Work, results, table, write_json
 from benchmarks.session import NATIVE, Plan, Session
-from benchmarks.shapes import Shape
+from benchmarks.shapes import Shape, causal_flops_per_token
 from benchmarks.workers import Entry
 from moe_ext.counting import training_flops_per_token
 
@@ -37,13 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             gemm_size=gemm_size(args),
             num_threads=args.threads,
             is_fresh=args.fresh,
+            peer_timeout_s=args.peer_timeout,
         )
     )
     session.run()
     flops = training_flops_per_token(shape.model, shape.seq_length) * shape.num_tokens
     found = results(
         session,
-        Work(num_tokens=shape.num_tokens, flops=flops),
+        Work(
+            num_tokens=shape.num_tokens,
+            flops=flops,
+            causal_flops=causal_flops_per_token(shape.model, shape.seq_length) * shape.num_tokens,
+        ),
         benchmark="train_step",
         arguments=vars(args),
         losses={
@@ -55,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(found))
     if args.json is not None:
         write_json(found, Path(args.json))
-    return 0
+    return session.exit_status
 
 
 def entries(shape: Shape, dtype: torch.dtype, device_type: str) -> dict[str, Entry]:

@@ -3,6 +3,7 @@
 A worker builds its subject, then runs one command at a time; it is idle while another one runs.
 """
 
+import gc
 import multiprocessing
 import traceback
 from collections.abc import Callable, Mapping
@@ -10,10 +11,28 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
+import psutil
 import torch
 
 from benchmarks.digests import Digests
 from benchmarks.memory import PeakMemory
+
+_REASON_LENGTH = 160
+_END_S = 30.0
+"""How long a worker may take to end once it was told to, seconds."""
+
+
+class WorkerError(RuntimeError):
+    """Reports that a worker failed; the message is its traceback, where it has one.
+
+    Args:
+        message: all that is known.
+        reason: one line of it.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Subject(Protocol):
@@ -25,6 +44,10 @@ class Subject(Protocol):
 
     def sample(self, number: int) -> Mapping[str, float]:
         """Run once on the data of a number, the same in all peers; return `seconds` and others."""
+        ...
+
+    def release(self) -> None:
+        """Drop what the last command left in memory and the next does not need: gradients."""
         ...
 
 
@@ -58,38 +81,60 @@ class Worker:
     def __init__(self, entry: Entry, *, device: torch.device, num_threads: int | None) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, entry, device, num_threads), daemon=True
-        )
+        # Not a daemon, which may start no processes: QuACK compiles in some.
+        self._process = context.Process(target=_serve, args=(theirs, entry, device, num_threads))
         self._process.start()
         theirs.close()
 
-    def call(self, command: str, *arguments: int) -> Any:
+    def call(self, command: str, *arguments: int, timeout_s: float | None = None) -> Any:
         """Have the worker run `check`, `sample`, `restart_peak` or `peak_bytes`.
 
         Args:
             command: its name.
             arguments: for `sample` the number of its data.
+            timeout_s: how long it may take; then the worker is killed. None waits.
 
         Raises:
-            RuntimeError: the worker failed; the message is its traceback.
+            WorkerError: the worker failed, or took too long.
         """
         try:
             self._connection.send((command, arguments))
+            if not self._connection.poll(timeout_s):
+                self._kill()
+                reason = f"'{command}' took more than {timeout_s:g} s"
+                raise WorkerError(f"a worker was killed: {reason}", reason)
             outcome, value = self._connection.recv()
-        except (EOFError, BrokenPipeError) as error:
+        except (EOFError, ConnectionError) as error:
             self._process.join()
-            raise RuntimeError(
+            reason = (
                 f"a worker ended with status {self._process.exitcode} during '{command}'; -9 means"
                 " that it was killed, usually out of memory"
-            ) from error
+            )
+            raise WorkerError(reason, reason) from error
         if outcome == "failed":
-            raise RuntimeError(f"a worker failed during '{command}':\n{value}")
+            reason, text = value
+            raise WorkerError(f"a worker failed during '{command}':\n{text}", reason)
         return value
 
     def close(self) -> None:
         """End the process and free its memory."""
         self._connection.close()
+        self._process.join(_END_S)
+        if self._process.is_alive():
+            self._kill()
+
+    def _kill(self) -> None:
+        """Kill the process and all that it has started."""
+        try:
+            started = psutil.Process(self._process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            started = []
+        self._process.kill()
+        for each in started:
+            try:
+                each.kill()
+            except psutil.NoSuchProcess:
+                pass  # it ended by itself
         self._process.join()
 
 
@@ -114,10 +159,13 @@ def _serve(
                     entry.load()
                 memory = PeakMemory(device)
                 subject = entry.build(device, *entry.arguments)
-            connection.send(("done", answer(command, arguments, subject, memory)))
-        except Exception:
+            found = answer(command, arguments, subject, memory)
+            if device.type == "cuda":
+                _free_gpu(subject, collect=command == "check")
+            connection.send(("done", found))
+        except Exception as error:
             # The parent raises it.
-            connection.send(("failed", traceback.format_exc()))
+            connection.send(("failed", (one_line(error), traceback.format_exc())))
 
 
 def answer(command: str, arguments: tuple[int, ...], subject: Subject, memory: PeakMemory) -> Any:
@@ -131,3 +179,17 @@ def answer(command: str, arguments: tuple[int, ...], subject: Subject, memory: P
     if command == "peak_bytes":
         return memory.peak_bytes()
     raise ValueError(f"unknown command '{command}'")
+
+
+def one_line(error: Exception) -> str:
+    """Return the kind of an error and the first line of its message, which says what it is."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return ": ".join(filter(None, (type(error).__name__, first)))[:_REASON_LENGTH]
+
+
+def _free_gpu(subject: Subject, *, collect: bool) -> None:
+    """Give memory back that others need meanwhile; a worker keeps its weights and their state."""
+    subject.release()
+    if collect:  # takes tenths of a second, and only building and comparing leave cycles
+        gc.collect()
+    torch.cuda.empty_cache()

@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import describe_machine, write_json
+from benchmarks.machine import describe_machine
+from benchmarks.report import write_json
 from benchmarks.shapes import SHAPES
 
 _GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import describe_machine
+from benchmarks.machine import describe_machine
 from benchmarks.scaling.points import BLOCK, spread
 from benchmarks.session import DifferentMathsError
 from benchmarks.shapes import Shape

@@ -1,10 +1,14 @@
-"""Compares the benchmarks' arithmetic with references, and runs them at a toy size."""
+"""Runs the benchmarks at a toy size, with workers that fail and hang, and counts their work."""
 
+import dataclasses
 import json
 import math
+import os
 import re
+import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,75 +17,17 @@ import torch
 
 from benchmarks import data_wait, moe_layer, train_step
 from benchmarks.ceilings import build_ceilings
-from benchmarks.digests import digest, largest_difference
-from benchmarks.report import Work, results, table
-from benchmarks.session import DifferentMathsError, Measured, Plan, Session
+from benchmarks.digests import Digests
+from benchmarks.session import Plan, Session
 from benchmarks.shapes import SHAPES, experts_flops, make_routing, moa_flops, resize
 from benchmarks.step_peers import make_batch
-from benchmarks.timing import interleave, paired_ratio, summarize
-from benchmarks.workers import Entry, Worker
+from benchmarks.workers import Entry, Worker, WorkerError
 from moe_ext.counting import training_flops_per_token
 from tests.paths import REPO
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 
 CPU = torch.device("cpu")
-
-
-def test_summary_is_median_and_extremes() -> None:
-    odd, even = summarize([3.0, 1.0, 2.0]), summarize([4.0, 1.0, 2.0, 3.0])
-    assert (odd.median, odd.low, odd.high) == (2.0, 1.0, 3.0)
-    assert even.median == 2.5
-    with pytest.raises(ValueError, match=re.escape("use at least 1 round")):
-        summarize([])
-
-
-def test_paired_ratio_is_unaffected_by_load_on_both() -> None:
-    load = [1.0, 7.0, 3.0]
-    found = paired_ratio([2.0 * x for x in load], [1.0 * x for x in load])
-    assert (found.median, found.low, found.high) == (2.0, 2.0, 2.0)
-    with pytest.raises(ValueError, match=re.escape("2 measurements against 1")):
-        paired_ratio([1.0, 2.0], [1.0])
-
-
-def test_every_round_visits_all_and_rotates_the_order() -> None:
-    visits = list(interleave(["a", "b", "c"], 4))
-    rounds = [[name for number, name in visits if number == each] for each in range(4)]
-    assert [sorted(names) for names in rounds] == [["a", "b", "c"]] * 4
-    assert [names[0] for names in rounds] == ["a", "b", "c", "a"]
-
-
-def test_digest_of_a_tensor_equals_that_of_its_parts() -> None:
-    rows = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
-    parts = [("w", 0, rows[:4]), ("w", 4, rows[4:])]
-    norm, *products = digest(parts)["w"]
-    assert norm == pytest.approx(rows.norm().item(), rel=1e-6)
-    of_parts = [digest([part])["w"][1:] for part in parts]
-    assert products == pytest.approx([sum(pair) for pair in zip(*of_parts, strict=True)])
-
-
-def test_digests_measure_the_distance_of_gradients() -> None:
-    generator = torch.Generator().manual_seed(4)
-    expected = torch.randn(1000, generator=generator)
-    for share in (1e-3, 1e-1):
-        changed = expected + share * torch.randn(1000, generator=generator)
-        found, name = largest_difference(digest([("w", 0, changed)]), digest([("w", 0, expected)]))
-        # A product with a random vector is off by a normal number of that deviation.
-        assert share / 10 < found < share * 4
-        assert name == "w"
-    assert largest_difference(digest([("w", 0, expected)]), digest([("w", 0, expected)]))[0] == 0
-
-
-def test_wrong_sign_order_or_nan_gives_a_large_difference() -> None:
-    rows = torch.randn(64, 3, generator=torch.Generator().manual_seed(5))
-    expected = digest([("w", 0, rows)])
-    for wrong in (-rows, rows.flip(0), rows * 2):
-        assert largest_difference(digest([("w", 0, wrong)]), expected)[0] > 0.1
-    broken = rows.clone()
-    broken[0, 0] = math.nan
-    assert largest_difference(digest([("w", 0, broken)]), expected)[0] == math.inf
-    with pytest.raises(ValueError, match=re.escape("only one side has v, w")):
-        largest_difference(digest([("v", 0, rows)]), expected)
 
 
 @pytest.mark.parametrize(("num_experts", "topk"), [(64, 8), (8, 2), (16, 4), (4, 1)])
@@ -165,57 +111,6 @@ def test_peak_memory_is_the_highest_use() -> None:
     assert afterwards < 0.5 * 2**26
 
 
-def fake_session(**samples: list[float]) -> Session:
-    entries = {name: Entry(build_ceilings, ()) for name in samples}
-    session = Session(
-        Plan(entries=entries, device=CPU, dtype=torch.float32, rounds=2, warmup=0, gemm_size=8)
-    )
-    for name, seconds in samples.items():
-        session.found[name] = Measured(
-            samples=[{"seconds": each} for each in seconds], peak_bytes=1000 * len(name)
-        )
-    session.ceilings = [
-        {"flops_per_second": rate, "copy_bytes_per_second": 1e9} for rate in (1e12, 2e12)
-    ]
-    return session
-
-
-def test_report_takes_ratios_round_by_round() -> None:
-    session = fake_session(native=[1.0, 2.0], slow=[3.0, 8.0], quick=[2.0, 3.0])
-    session.found["absent"] = Measured(missing="some_package")
-    found = results(session, Work(num_tokens=100, flops=5e11))
-    native = found["implementations"]["native"]
-    assert native["share_of_gemm_ceiling"] == {"median": 0.3125, "low": 0.125, "high": 0.5}
-    assert native["tokens_per_second"]["high"] == 100
-    slow = found["implementations"]["slow"]
-    assert slow["time_over_native"] == {"median": 3.5, "low": 3.0, "high": 4.0}
-    best = found["native_against_best_peer"]
-    assert best["fastest_peer"] == "quick"
-    assert best["speedup"] == {"median": 1.75, "low": 1.5, "high": 2.0}
-    assert (best["leanest_peer"], best["memory_ratio"]) == ("slow", 1.5)
-    printed = table(found)
-    assert "| absent | not installed: some_package |" in printed
-    assert "native is 1.75 (1.50 to 2.00) times as fast as quick" in printed
-
-
-def test_different_results_are_not_timed() -> None:
-    session = fake_session(native=[], peer=[])
-    rows = torch.ones(4, 4)
-    digests = {"native": digest([("w", 0, rows)]), "peer": digest([("w", 0, rows)])}
-    session.found["native"].loss = session.found["peer"].loss = 2.0
-    session._compare_pair("native", "peer", digests)
-    assert session.found["native"].gradient_difference == 0
-    digests["native"] = digest([("w", 0, 1.01 * rows)])
-    with pytest.raises(DifferentMathsError, match=re.escape("the gradient of w of native differs")):
-        session._compare_pair("native", "peer", digests)
-    session.found["native"].loss = 2.001
-    with pytest.raises(DifferentMathsError, match=re.escape("the loss of native is 2.001, that")):
-        session._compare_pair("native", "peer", digests)
-    session.found["native"].loss = math.nan
-    with pytest.raises(DifferentMathsError, match=re.escape("the loss of native is nan")):
-        session._compare_pair("native", "peer", digests)
-
-
 def test_worker_sends_its_failure_to_the_parent_and_continues() -> None:
     worker = Worker(Entry(build_ceilings, (torch.float32, 16)), device=CPU, num_threads=1)
     try:
@@ -227,7 +122,7 @@ def test_worker_sends_its_failure_to_the_parent_and_continues() -> None:
 
 
 def build_broken(device: torch.device) -> Any:
-    raise RuntimeError(f"no kernel for {device}")
+    raise RuntimeError(f"no kernel for {device}\nCompile with the device-side assertions")
 
 
 def test_failing_peer_is_left_out_by_name_and_a_failing_native_is_not() -> None:
@@ -240,8 +135,71 @@ def test_failing_peer_is_left_out_by_name_and_a_failing_native_is_not() -> None:
     session._visit("peer")
     assert session.found["peer"].failed == "RuntimeError: no kernel for cpu"
     assert session._present() == ["native"]
-    with pytest.raises(RuntimeError, match="no kernel for cpu"):
+    assert session.exit_status == 0
+    with pytest.raises(WorkerError, match="no kernel for cpu"):
         Session(Plan(entries={"native": bad}, is_fresh=True, **common))._visit("native")
+
+
+class Idle:
+    """Computes nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def check(self) -> tuple[float, Digests]:
+        return 0.0, {}
+
+    def sample(self, number: int) -> dict[str, float]:
+        return {"seconds": 1.0}
+
+    def release(self) -> None:
+        pass
+
+
+def test_an_own_backend_that_fails_is_named_and_the_session_goes_on_to_status_1(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan = Plan(
+        entries={"native": Entry(Idle, ()), "native:b": Entry(build_broken, ())}, device=CPU,
+        dtype=torch.float32, rounds=1, warmup=0, gemm_size=16, is_fresh=True,
+    )  # fmt: skip
+    session = Session(plan)
+    session._compare()
+    assert session._present() == ["native"]
+    assert session.found["native:b"].failed == "RuntimeError: no kernel for cpu"
+    assert "native:b is left out: a worker failed during 'check'" in capsys.readouterr().err
+    assert session.exit_status == 1
+
+
+class Hanging(Idle):
+    """Starts a process that would outlive it, and never ends a sample."""
+
+    def __init__(self, device: torch.device, fifo: str) -> None:
+        super().__init__(device)
+        script = f"exec sleep 3600 > {shlex.quote(fifo)}"
+        self._child = subprocess.Popen(["sh", "-c", script])
+
+    def sample(self, number: int) -> dict[str, float]:
+        threading.Event().wait()
+        raise AssertionError
+
+
+def test_peer_that_hangs_is_killed_with_what_it_started_and_left_out(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    plan = Plan(
+        entries={"peer": Entry(Hanging, (str(fifo),))}, device=CPU, dtype=torch.float32,
+        rounds=1, warmup=0, gemm_size=16,
+    )  # fmt: skip
+    session = Session(plan)
+    with session._worker("peer") as worker:
+        assert worker.call("check") == (0.0, {})
+    session._plan = dataclasses.replace(plan, peer_timeout_s=0.01)
+    with fifo.open("rb") as written:  # opens when the grandchild has
+        session._visit("peer")
+        assert written.read() == b""  # ends when the grandchild has
+    assert session.found["peer"].failed == "'sample' took more than 0.01 s"
+    assert not session._persistent
 
 
 def test_fresh_session_keeps_no_worker() -> None:
@@ -292,9 +250,11 @@ def check_rows(found: dict[str, Any], *names: str) -> None:
 def test_layer_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("native", "transformers-eager")
     flags = ("--shape", "jetmoe_toy", "--routing", "skewed")
-    found = run(moe_layer.main, tmp_path / "a.json", *flags, "--only", *names, "scattermoe")
+    absent = ("scattermoe", "sonicmoe")
+    found = run(moe_layer.main, tmp_path / "a.json", *flags, "--only", *names, *absent)
     check_rows(found, *names)
-    assert found["implementations"]["scattermoe"] == {"status": "not installed: scattermoe"}
+    for name in absent:
+        assert found["implementations"][name] == {"status": f"not installed: {name}"}
     assert found["routing"]["max_load_ratio"] == 4.0  # half of the assignments on 1 of 8
     assert "| native |" in capsys.readouterr().out
 
