@@ -13,9 +13,9 @@ from moe_ext.experts.slots import sort_by_expert
 from moe_ext.functional import sort_choices, topk_softmax
 from tests.distributed.jetmoe_cases import JETMOE
 from tests.distributed.launcher import flags
+from tests.gpu.waits import no_synchronisation
 
-# Warnings of torch, NCCL and megatron-core depend on their versions, so they are not errors here.
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+pytestmark = pytest.mark.gpu
 
 INPUTS, OUTPUTS = 64, 32
 
@@ -51,15 +51,12 @@ def test_sorting_and_projecting_never_synchronises_the_host() -> None:
     logits = torch.randn(50, 8, generator=generator, device="cuda")
     tokens.requires_grad_()
     grouped = EXPERT_BACKENDS["grouped"]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         experts = sort_choices(topk_softmax(logits, 2)).experts
         order = sort_by_expert(experts, num_experts=8)
         rows = grouped.project_slots(tokens, weight, order)
         output = grouped.project_and_combine(rows, back, order)
         output.backward(torch.ones_like(output))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     both = torch.einsum("eio,eoh->eih", back.float(), weight.float())  # [e, i, h]
     every = torch.einsum("th,eih->tei", tokens.float(), both)  # [t, e, i]
     routing_map = torch.zeros(50, 8, device="cuda").scatter(1, experts, 1.0)

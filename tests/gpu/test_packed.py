@@ -9,8 +9,7 @@ from torch import Tensor
 from moe_ext.attention import SDPACoreAttention, core
 from moe_ext.attention.packed import has_kernel, pack_documents
 
-# Warnings of torch depend on its version, so they are not errors here.
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+pytestmark = pytest.mark.gpu
 
 LENGTHS = ((1, 200, 37, 18), (256,))
 

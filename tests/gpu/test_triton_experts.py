@@ -1,7 +1,6 @@
 """Compares Triton on a GPU at the models' sizes with float64, without host synchronisation."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from moe_ext.experts import EXPERT_BACKENDS
 from moe_ext.experts.slots import ExpertOrder, sort_by_expert
+from tests.gpu.waits import no_synchronisation
 
 pytestmark = pytest.mark.gpu
 
@@ -25,16 +25,6 @@ def order_of(tokens: int, experts: int, k: int) -> ExpertOrder:
     """Make an order with an uneven distribution of experts, like a learned routing."""
     logits = torch.randn(tokens, experts, device="cuda") + torch.randn(experts, device="cuda")
     return sort_by_expert(logits.topk(k).indices, num_experts=experts)
-
-
-@contextmanager
-def no_synchronisation() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def run(compute: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:

@@ -22,6 +22,10 @@ MESSAGES = (
     "TypedStorage is deprecated",
     # torch's checkpoint planner uses a class that it deprecates itself.
     "Please use DTensor instead",
+    # torch's NCCL barrier; the device was set before, which is what the notice asks for.
+    r"barrier\(\): using the device under current context",
+    # torch's first matrix product in the backward pass's thread, which then sets the context.
+    "Attempting to run cuBLAS, but there was no current CUDA context",
     # Advice for GPUs before Blackwell, given on CPUs too.
     ".*CUDA_DEVICE_MAX_CONNECTIONS",
 )

@@ -43,6 +43,7 @@ def test_warnings_are_hidden_by_how_they_begin() -> None:
         with hide_upstream_warnings():
             warnings.warn("MimoModelConfig is experimental and still", stacklevel=1)
             warnings.warn("this MimoModelConfig is experimental", stacklevel=1)
+            warnings.warn("barrier(): using the device under current context. You", stacklevel=1)
         warnings.warn("MimoModelConfig is experimental and still", stacklevel=1)
     assert [str(each.message) for each in seen] == [
         "this MimoModelConfig is experimental",
