@@ -1,11 +1,14 @@
 # make env | train | data-demo | adapt-demo | test | test-failed | test-upstream | test-gpu |
-# container-test | check | format | clean.
+# gpu-report | container-test | check | format | clean.
 # Needs python3 >= 3.10 and make.
 
 PYTHON ?= python3
 # The tested torch, and pip flags to install it, for example an --index-url of CPU or CUDA builds.
 TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
+
+# Flags of make gpu-report.
+REPORT_FLAGS ?=
 
 # Concurrent test processes.
 JOBS ?= 2
@@ -23,8 +26,8 @@ STAMP := .venv/.made
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: env train data-demo adapt-demo test test-failed test-upstream test-gpu container-test check \
-	format clean
+.PHONY: env train data-demo adapt-demo test test-failed test-upstream test-gpu gpu-report container-test \
+	check format clean
 
 env: $(STAMP)
 
@@ -74,6 +77,10 @@ test-upstream:
 
 test-gpu: env
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
+
+# Measures on one GPU, within 40 minutes, and writes docs/gpu.md; REPORT_FLAGS='--parts layer,step' for less.
+gpu-report: env
+	$(BIN)/python -m benchmarks.gpu_report $(REPORT_FLAGS)
 
 # Builds the images as root; needs minutes and, meanwhile, gigabytes.
 container-test: env

@@ -27,7 +27,7 @@ _CPU = _Preference(("grouped", "loop"), "the one made for CPUs")
 _GPU = _Preference(
     ("grouped", "triton", "loop"), "no other one has been measured to be faster on this GPU"
 )
-# A layer of OLMoE-1B-7B on an H200, forward and backward: docs/performance.md.
+# A layer of OLMoE-1B-7B on an H200, forward and backward: docs/gpu.md.
 _HOPPER_BF16 = _Preference(
     ("triton", "grouped", "loop"),
     "measured on an H200 in bf16: 11.8 ms a layer of OLMoE-1B-7B, 'grouped' 17.4",

@@ -32,8 +32,8 @@ DEVICE_WAITS = (
     "cudaMemcpy",
 )
 """Calls in which the host waits for the GPU."""
-_HOST = {"cpu_op", "cuda_runtime", "cuda_driver"}
-_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
+HOST = {"cpu_op", "cuda_runtime", "cuda_driver"}
+DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 
 
 class Profiler(Hook):
@@ -147,7 +147,7 @@ def _write_trace(found: profile, path: Path) -> list[dict[str, Any]]:
 
 
 @dataclass
-class _Operation:
+class Operation:
     """Sums up the calls of one operation."""
 
     calls: int = 0
@@ -163,8 +163,8 @@ def describe_operations(events: Sequence[Mapping[str, Any]], *, num_steps: int) 
         num_steps: steps in the trace.
     """
     timed = [event for event in events if event.get("ph") == "X"]
-    host = _sum_up([event for event in timed if event.get("cat") in _HOST])
-    device = _sum_up([event for event in timed if event.get("cat") in _DEVICE])
+    host = sum_up([event for event in timed if event.get("cat") in HOST])
+    device = sum_up([event for event in timed if event.get("cat") in DEVICE])
     names = DEVICE_WAITS if device else (HOST_READ,)
     total = sum(host[name].calls for name in names if name in host)
     lines = [f"host synchronisations: {total}, {total / num_steps:g} a step"]
@@ -175,12 +175,12 @@ def describe_operations(events: Sequence[Mapping[str, Any]], *, num_steps: int) 
     return [*lines, "", f"on the host, the {NUM_OPERATIONS} longest:", *_table(host)]
 
 
-def _sum_up(events: list[Mapping[str, Any]]) -> dict[str, _Operation]:
+def sum_up(events: list[Mapping[str, Any]]) -> dict[str, Operation]:
     """Sum up operations by name; an event within another one of its thread is its child."""
-    found: dict[str, _Operation] = {}
+    found: dict[str, Operation] = {}
     parents: dict[tuple[Any, Any], list[Mapping[str, Any]]] = {}
     for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
-        operation = found.setdefault(event["name"], _Operation())
+        operation = found.setdefault(event["name"], Operation())
         operation.calls += 1
         operation.own_us += event["dur"]
         stack = parents.setdefault((event["pid"], event["tid"]), [])
@@ -192,7 +192,7 @@ def _sum_up(events: list[Mapping[str, Any]]) -> dict[str, _Operation]:
     return found
 
 
-def _table(operations: Mapping[str, _Operation]) -> list[str]:
+def _table(operations: Mapping[str, Operation]) -> list[str]:
     longest = sorted(operations.items(), key=lambda item: -item[1].own_us)[:NUM_OPERATIONS]
     whole_us = sum(operation.own_us for operation in operations.values())
     lines = [f"{'self ms':>12} {'share':>7} {'calls':>9} {'self us/call':>13}  operation"]
