@@ -12,17 +12,23 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ("communication", r"nccl|c10d|all_?reduce|all_?gather"),
     (
         "grouped products",
-        r"(product|gated|gradient)_kernel|grouped|groupproblem|ptrarray|quack|expert",
+        r"\b(product|gated|(gated|weight)_gradient)_kernel|grouped|groupproblem|ptrarray|quack|expert",
     ),
     ("dense products", r"gemm|gemv|nvjet|cublas|xmma|splitk|aten::(add|b|badd)?mm|mkldnn|linear"),
-    ("softmax and cross-entropy", r"softmax|cross_?entropy|nll_loss|logsumexp"),
+    (
+        "softmax and cross-entropy",
+        r"softmax|cross_?entropy|nll_loss|\b(statistics|gradient)_kernel",
+    ),
     ("normalization", r"norm|rsqrt"),
     ("sorting and counting", r"sort|topk|radix|bitonic|scan|cumsum|histogram|bincount"),
     ("gathers and scatters", r"gather|scatter|index|embedding|slots"),
     ("copies, casts and concatenations", r"copy|memcpy|catarray|::cat\b|transpose|::to\b"),
     ("fills", r"memset|fill|zero"),
     ("reductions", r"reduce|::sum|::mean|::max|::min"),
-    ("elementwise", r"elementwise|vectorized|triton|aten::(mul|add|div|sub|silu|sigmoid|exp|neg)"),
+    (
+        "elementwise",
+        r"elementwise|vectorized|gated_unit|triton|aten::(mul|add|div|sub|silu|sigmoid|exp|neg)",
+    ),
 )
 """A group, and what names of its kernels (on a CPU: operations) contain; the first counts."""
 OTHER = "others"

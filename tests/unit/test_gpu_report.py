@@ -168,6 +168,13 @@ def test_trace_is_summed_up_a_step() -> None:
         ("void at::native::vectorized_elementwise_kernel<4, MulFunctor<float>>", "elementwise"),
         ("void at::native::vectorized_gather_kernel<16, long>", "gathers and scatters"),
         ("void cunn_SoftMaxForward<8, float>", "softmax and cross-entropy"),
+        ("product_kernel", "grouped products"),
+        ("weight_gradient_kernel", "grouped products"),
+        ("add_slots_kernel", "gathers and scatters"),
+        ("statistics_kernel", "softmax and cross-entropy"),
+        ("gradient_kernel", "softmax and cross-entropy"),
+        ("rms_norm_gradient_kernel", "normalization"),
+        ("gated_unit_gradient_kernel", "elementwise"),
         ("something new", "others"),
     ],
 )
