@@ -17,6 +17,7 @@ BIG_GPU = 100e9
 WHOLE_MODEL = 135e9
 """Bytes that all 16 layers of OLMoE-1B-7B take while they train, 125e9 of them state."""
 TEST_PROCESSES = 4
+_ROUNDS = ["--rounds", "15"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +186,7 @@ def _benchmark(
 
 
 def _layers(setup: Setup, title: str, limit_s: float, routings: tuple[str, ...]) -> Part:
-    # All that there are, tuning included; under a trial's peers, one.
+    # All that there are; in a trial one peer, and none in the other parts, for each takes seconds.
     more = ["--only", "native", "transformers-grouped_mm"] if setup.is_trial else _ROUNDS
     commands: dict[str, list[str]] = {}
     for routing in routings:
@@ -194,11 +195,8 @@ def _layers(setup: Setup, title: str, limit_s: float, routings: tuple[str, ...])
     return Part(title=title, limit_s=limit_s, commands=commands, read=read_json)
 
 
-_ROUNDS = ["--rounds", "15"]
-
-
 def _moa(setup: Setup) -> Part:
-    more = ["--only", "native", "transformers-sdpa"] if setup.is_trial else _ROUNDS
+    more = ["--only", "native"] if setup.is_trial else _ROUNDS
     flags = ("--block", "attention", "--peer-timeout", "90", *more)
     commands = _benchmark(setup, "moe_layer", "jetmoe", "moa.json", *flags)
     title = "Mixture of attention heads"
@@ -206,9 +204,9 @@ def _moa(setup: Setup) -> Part:
 
 
 def _step(setup: Setup) -> Part:
-    own = ["native"] if setup.is_trial else ["native", "native:[cgt]*"]
-    more = ["--only", *own, "transformers-grouped_mm"]
+    more = ["--only", "native"]
     if not setup.is_trial:
+        more += ["native:[cgt]*", "transformers-grouped_mm"]
         micro = "4" if (setup.gpu_bytes or 0) > BIG_GPU else "2"
         more += ["transformers-grouped_mm-autocast", "--rounds", "7"]
         more += ["--num-layers", "2", "--micro-batch-size", micro, "--peer-timeout", "120"]
