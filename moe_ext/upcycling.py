@@ -41,6 +41,8 @@ class Upcycling:
     preserve_function: bool = False
     """Divide the gates by their sum, and make up for a split in parts and for a shared expert.
     Without noise and drop the model then computes what the dense one does."""
+    layer_freq: int = 1
+    """Every how many layers one is upcycled, the last of so many; the others stay dense."""
     seed: int = 1234
     """Of router, noise and drop."""
 
@@ -59,6 +61,11 @@ class Upcycling:
                     f" ({self.granularity}), so that whole copies can be made and chosen; change"
                     " one of them"
                 )
+        if self.layer_freq > dense.num_layers:
+            found.append(
+                f"moe_layer_freq ({self.layer_freq}) must be at most num_layers"
+                f" ({dense.num_layers}), or no layer has experts; lower it"
+            )
         if self.topk > self.num_experts:
             found.append(
                 f"topk ({self.topk}) must be at most num_experts ({self.num_experts}); lower it"
@@ -86,9 +93,14 @@ class Upcycling:
             moe_router_topk=self.topk,
             moe_ffn_hidden_size=(dense.ffn_hidden_size or 0) // self.granularity,
             moe_shared_expert_intermediate_size=dense.ffn_hidden_size if self.shared else None,
-            ffn_hidden_size=None,
+            moe_layer_freq=self.layer_freq,
+            ffn_hidden_size=dense.ffn_hidden_size if self.layer_freq > 1 else None,
             router="topk_softmax" if self.preserve_function else "softmax_topk",
         )
+
+    def makes_experts(self, layer: int) -> bool:
+        """Return whether a layer, counted from 0, is upcycled."""
+        return (layer + 1) % self.layer_freq == 0
 
     def router(self, layer: int, hidden_size: int, std: float) -> Tensor:
         """Draw a layer's router [e, h], fp32, from N(0, std)."""

@@ -108,6 +108,7 @@ def upcycling_rule(source: UpcycleFrom, *, seed: int) -> Upcycling:
         num_experts=source.num_experts,
         topk=source.moe_router_topk,
         granularity=source.granularity,
+        layer_freq=source.moe_layer_freq,
         noise=source.noise,
         drop=source.drop,
         preserve_function=source.preserve_function,

@@ -24,7 +24,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _FILE_KEYS = ("recipe", "nproc_per_node", "seeds", "runs", "studies")
 _STUDY_KEYS = ("name", "title", "source", "runs", "better", "metric", "published", "note")
 _UPCYCLE_KEYS = (
-    *("run", "iteration", "num_experts", "moe_router_topk"),
+    *("run", "iteration", "num_experts", "moe_router_topk", "moe_layer_freq"),
     *("granularity", "noise", "drop", "preserve_function"),
 )
 _RESERVED = {
@@ -57,6 +57,8 @@ class UpcycleFrom:
     """Experts per token."""
     iteration: int | None = None
     """Of the dense run's checkpoint; None is its last."""
+    moe_layer_freq: int = 1
+    """Every how many layers one is upcycled."""
     granularity: int = 1
     """Experts that a feed-forward layer is split into."""
     noise: float = 0.0
@@ -233,7 +235,11 @@ def _read_upcycle(place: Place) -> UpcycleFrom:
         num_experts=entries["num_experts"].whole(least=1),
         moe_router_topk=entries["moe_router_topk"].whole(least=1),
         iteration=entries["iteration"].whole(least=0) if "iteration" in entries else None,
-        granularity=entries["granularity"].whole(least=1) if "granularity" in entries else 1,
+        **{
+            key: entries[key].whole(least=1)
+            for key in ("granularity", "moe_layer_freq")
+            if key in entries
+        },
         preserve_function="preserve_function" in entries and entries["preserve_function"].boolean(),
         **shares,
     )

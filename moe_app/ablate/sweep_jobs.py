@@ -160,6 +160,8 @@ def _upcycle_command(job: SweepJob, save: Path) -> list[str]:
     command += ["--moe-router-topk", str(rule.moe_router_topk)]
     command += ["--granularity", str(rule.granularity), "--noise", str(rule.noise)]
     command += ["--drop", str(rule.drop), "--seed", str(job.seed)]
+    if rule.moe_layer_freq > 1:
+        command += ["--moe-layer-freq", str(rule.moe_layer_freq)]
     if rule.iteration is not None:
         command += ["--ckpt-step", str(rule.iteration)]
     return [*command, "--preserve-function"] if rule.preserve_function else command

@@ -22,7 +22,6 @@ from moe_ext.convert import dense, dense_config
 from moe_ext.convert.family import is_rotary_buffer
 from moe_ext.convert.pieces import Piece
 
-_LAYERS = "decoder.layers."
 _ROWS = 8192
 """Of an embedding, in a block."""
 
@@ -56,11 +55,10 @@ class DenseSource:
     """Reads weights."""
 
     def blocks(self, key: str) -> Iterator[Block]:
-        """Yield a tensor in blocks: a layer, or some rows of an embedding."""
+        """Yield a tensor outside of the layers in blocks: some rows of an embedding."""
         shape = self.shapes[key]
-        step = 1 if key.startswith(_LAYERS) else _ROWS
-        for start in range(0, shape[0], step):
-            sizes = (min(step, shape[0] - start), *shape[1:])
+        for start in range(0, shape[0], _ROWS):
+            sizes = (min(_ROWS, shape[0] - start), *shape[1:])
             yield key, (start, *(0,) * (len(shape) - 1)), sizes
 
 

@@ -110,6 +110,7 @@ def _scaled_by_gates(module: nn.Module, source: DenseSource, rule: Upcycling) ->
     hooks = [
         layer.register_forward_hook(_scale(number, source, rule))
         for number, layer in enumerate(layers)
+        if rule.makes_experts(number)
     ]
     try:
         yield

@@ -12,41 +12,27 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron.trainer.checkpoint import CheckpointStream, streamed_checkpoint
-from megatron.trainer.checkpoint.saved_run import RUN_NAME, WEIGHTS_ONLY
-from megatron.trainer.config.cli import dump_config
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.io.atomic_write import write_text
-from megatron.trainer.io.hashing import DigestThread
-from megatron.trainer.records.run_dir import CONFIG_NAME
 from megatron.trainer.runtime.log import configure_logging
 from megatron.trainer.runtime.malloc import keep_freed_memory
 from moe_app.command_line import program
-from moe_app.convert.checks import DTYPES, check_new_run, guard_disk_space
+from moe_app.convert.checks import DTYPES, check_new_run
 from moe_app.convert.one_process import check_one_process, run_interruptible
-from moe_app.convert.weights import Progress, check_finite
 from moe_app.infer.open_model import positive
 from moe_app.upcycle.dense_source import DenseSource, open_hf, open_run
 from moe_app.upcycle.first_loss import first_losses, read_windows
-from moe_ext.config import MoEModelConfig
-from moe_ext.convert.blocks import EXPERTS
+from moe_app.upcycle.written_run import write_run
 from moe_ext.counting import count_parameters
 from moe_ext.upcycling import Upcycling
 
 logger = logging.getLogger("upcycle")
 
 REPORT_NAME = "upcycling.json"
-_MLP = "decoder.layers.mlp."
-_ROUTER = f"{_MLP}router.weight"
-_FC1, _FC2 = "linear_fc1.weight", "linear_fc2.weight"
-_SHARED = f"{_MLP}shared_experts."
-_IN, _OUT = f"{EXPERTS}.weight1", f"{EXPERTS}.weight2"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +61,13 @@ def make_parser() -> argparse.ArgumentParser:
     experts = parser.add_argument_group("experts")
     experts.add_argument("--num-experts", type=positive, required=True, metavar="N")
     experts.add_argument("--moe-router-topk", type=positive, required=True, metavar="K")
+    experts.add_argument(
+        "--moe-layer-freq",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="upcycle the last of each N layers, and leave the others dense (%(default)s)",
+    )
     experts.add_argument(
         "--granularity",
         type=positive,
@@ -147,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
         drop=args.drop,
         shared=args.shared,
         preserve_function=args.preserve_function,
+        layer_freq=args.moe_layer_freq,
         seed=args.seed,
     )
     keep_freed_memory()
@@ -163,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
                 num_tokens=args.check_tokens,
                 vocab_size=model.vocab_size,
             )
-        _write(source, rule, model, save)
+        write_run(source, rule, model, save)
         counts = count_parameters(model)
         report: dict[str, Any] = {
             "source": str(source.path),
@@ -172,8 +166,9 @@ def run(args: argparse.Namespace) -> int:
             "active_parameters": counts.active,
         }
         logger.info(
-            "%s: %d experts per layer from %s, %.2f million parameters, %.2f million active",
-            *(save, rule.num_experts, source.path, counts.total / 1e6, counts.active / 1e6),
+            "%s: %d layers of %d experts from %s, %.2f million parameters, %.2f million active",
+            *(save, model.num_moe_layers, rule.num_experts, source.path),
+            *(counts.total / 1e6, counts.active / 1e6),
         )
         if windows is not None:
             report["first_loss"] = losses = first_losses(source, save, rule, windows)
@@ -200,69 +195,6 @@ def _open(args: argparse.Namespace, save: Path) -> AbstractContextManager[DenseS
     return open_hf(
         Path(args.hf), save=save, dtype=args.dtype, divisor=args.make_vocab_size_divisible_by
     )
-
-
-def _write(source: DenseSource, rule: Upcycling, model: MoEModelConfig, save: Path) -> None:
-    """Write the checkpoint of the new run, at iteration 0."""
-    layers, h, f = model.num_layers, model.hidden_size, model.moe_ffn_hidden_size
-    kept = {key: shape for key, shape in source.shapes.items() if not key.startswith(_MLP)}
-    shapes = {
-        **kept,
-        _ROUTER: (layers, rule.num_experts, h),
-        _IN: (layers, rule.num_experts, 2, f, h),
-        _OUT: (layers, rule.num_experts, h, f),
-    }
-    if rule.shared:
-        shapes |= {f"{_SHARED}{name}": source.shapes[f"{_MLP}{name}"] for name in (_FC1, _FC2)}
-    origin = {WEIGHTS_ONLY: True, "iteration": 0, "upcycled_from": str(source.path)}
-    is_bf16 = source.dtype is torch.bfloat16
-    cfg = replace(source.cfg, model=model, training=replace(source.cfg.training, bf16=is_bf16))
-    files: dict[str, str | bytes] = {
-        **source.files,
-        CONFIG_NAME: dump_config(cfg),
-        RUN_NAME: json.dumps(origin, indent=2) + "\n",
-    }
-    total = sum(torch.Size(shape).numel() for shape in shapes.values()) * source.dtype.itemsize
-    with (
-        guard_disk_space(save, shapes, source.dtype),
-        DigestThread() as thread,
-        Progress("upcycle", total) as progress,
-        streamed_checkpoint(
-            save, 0, shapes=shapes, dtype=source.dtype, files=files, digests=thread
-        ) as stream,
-    ):
-        out = _Output(stream, progress, source.dtype)
-        for key in kept:
-            for block in source.blocks(key):
-                out.write(key, block[1], source.read(*block))
-        for layer in range(layers):
-            router = rule.router(layer, h, model.init_method_std)
-            out.write(_ROUTER, (layer, 0, 0), router[None])
-            fc1, fc2 = (
-                source.read(name, (layer, 0, 0), (1, *source.shapes[name][1:]))[0]
-                for name in (f"{_MLP}{_FC1}", f"{_MLP}{_FC2}")
-            )
-            if rule.shared:
-                pair = rule.shared_expert(fc1, fc2)
-                for name, matrix in zip((_FC1, _FC2), pair, strict=True):
-                    out.write(f"{_SHARED}{name}", (layer, 0, 0), matrix[None])
-            for expert in range(rule.num_experts):
-                into, down = rule.expert(layer, expert, fc1, fc2)
-                out.write(_IN, (layer, expert, 0, 0, 0), into[None, None])
-                out.write(_OUT, (layer, expert, 0, 0), down[None, None])
-
-
-class _Output:
-    """Writes blocks, of finite numbers, and counts their bytes."""
-
-    def __init__(self, stream: CheckpointStream, progress: Progress, dtype: torch.dtype) -> None:
-        self._stream, self._progress, self._dtype = stream, progress, dtype
-
-    def write(self, key: str, offset: tuple[int, ...], block: torch.Tensor) -> None:
-        cast = block.to(self._dtype)
-        check_finite(cast, key)
-        self._stream.write(key, offset, cast)
-        self._progress.advance(cast.nbytes)
 
 
 def _share(text: str) -> float:

@@ -23,7 +23,7 @@ TAIL = (
 )
 UPCYCLED = (
     "  up: {upcycle: {run: dense, num_experts: 4, moe_router_topk: 2, granularity: 2, noise: 0.5,"
-    " preserve_function: true, iteration: 30}, moe_z_loss_coeff: 0.5}\n"
+    " moe_layer_freq: 2, preserve_function: true, iteration: 30}, moe_z_loss_coeff: 0.5}\n"
 )
 
 
@@ -109,14 +109,14 @@ def test_an_upcycled_run_has_the_architecture_that_upcycling_makes(
 
     upcycle, pretrain = commands_of(job)
 
-    rule = Upcycling(num_experts=4, topk=2, granularity=2, preserve_function=True)
+    rule = Upcycling(num_experts=4, topk=2, granularity=2, preserve_function=True, layer_freq=2)
     assert job.cfg.model.architecture() == rule.model(dense.cfg.model).architecture()
     assert job.cfg.model.moe_z_loss_coeff == 0.5
     assert upcycle[upcycle.index("upcycle") + 1 :] == [
         *("--load", str(dense.directory), "--save", str(job.directory / "upcycled")),
         *("--num-experts", "4", "--moe-router-topk", "2", "--granularity", "2"),
-        *("--noise", "0.5", "--drop", "0.0", "--seed", "2", "--ckpt-step", "30"),
-        "--preserve-function",
+        *("--noise", "0.5", "--drop", "0.0", "--seed", "2", "--moe-layer-freq", "2"),
+        *("--ckpt-step", "30", "--preserve-function"),
     ]
     assert pretrain[-2:] == ["--load", str(job.directory / "upcycled")]
 

@@ -40,6 +40,10 @@ RULES: dict[str, tuple[str, ...]] = {
         "--preserve-function",
     ),
     "shared": ("--num-experts", "8", "--moe-router-topk", "2", "--shared"),
+    "every second layer": (
+        *("--num-experts", "8", "--moe-router-topk", "2", "--shared"),
+        *("--moe-layer-freq", "2"),
+    ),
 }
 
 
@@ -121,9 +125,8 @@ def test_first_logits_are_those_of_experts_cut_out_by_hand(
     windows = np.memmap(f"{tokens}.bin", np.uint16)[: 9 * 64 + 1]
     assert losses["dense"] == pytest.approx(mean_loss(model, windows), rel=1e-5)
 
-    routers = stored(run, "decoder.layers.mlp.router.weight")
     topk, parts = int(rule[3]), int(rule[5]) if "--granularity" in rule else 1
-    for layer, router in zip(model.model.layers, routers, strict=True):
+    for layer, router in routers_of(model, run, is_interleaved="--moe-layer-freq" in rule):
         renorm, shared = ("--preserve-function" in rule, "--shared" in rule)
         forward = by_hand(layer.mlp, router, topk, parts, renorm=renorm, shared=shared)
         monkeypatch.setattr(layer.mlp, "forward", forward)
@@ -143,6 +146,20 @@ def test_first_logits_are_those_of_experts_cut_out_by_hand(
         truth = model(ROWS).logits[:, :-1]
     found = torch.from_numpy(np.load(tmp_path / "logits.npy", allow_pickle=False))
     torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
+
+
+def routers_of(
+    model: LlamaForCausalLM, run: Path, *, is_interleaved: bool
+) -> list[tuple[Any, Tensor]]:
+    """Pair layers with their routers; interleaved, the second alone has one."""
+    if is_interleaved:
+        assert torch.equal(  # the first is as it was
+            stored(run, "decoder.layers.0.mlp.linear_fc2.weight"),
+            model.model.layers[0].mlp.down_proj.weight,
+        )
+        return [(model.model.layers[1], stored(run, "decoder.layers.1.mlp.router.weight"))]
+    routers = stored(run, "decoder.layers.mlp.router.weight")
+    return list(zip(model.model.layers, routers, strict=True))
 
 
 def mean_loss(model: LlamaForCausalLM, tokens: np.ndarray) -> float:
@@ -179,6 +196,7 @@ def test_run_becomes_experts_and_trains_on(tmp_path: Path) -> None:
     ("change", "arguments", "message"),
     [
         (lambda _: None, ("--granularity", "3"), "must be a positive multiple of the granularity"),
+        (lambda _: None, ("--moe-layer-freq", "3"), "moe_layer_freq (3) must be at most num_la"),
         (lambda _: None, ("--noise", "nan"), "'nan' must be from 0 to 1"),
         (
             lambda hf: edit(hf, model_type="gpt2"),
