@@ -34,7 +34,9 @@ KEYS = {
         "output": "decoder.layers.self_attention.experts.weight_o",
     },
 }
-"""Native tensors [layers, e, ...] by kind of router."""
+"""Native tensors [layers, e, ...] by kind of router; [e, ...] with the layer's number in the name
+where layers are not alike."""
+_LAYERS = "decoder.layers."
 _BLOCK = 1 << 22
 
 
@@ -65,6 +67,10 @@ class NativeWeights:
         Raises:
             CheckpointError: the checkpoint has no such layer.
         """
+        numbered = key.replace(_LAYERS, f"{_LAYERS}{layer}.", 1)
+        own = self._reader.tensors.get(numbered)
+        if own is not None:  # not all layers have experts, and each is by itself
+            return self._reader.read(numbered, (0,) * len(own.shape), own.shape)
         stored = self._reader.tensors.get(key)
         if stored is None or not 0 <= layer < stored.shape[0]:
             raise CheckpointError(

@@ -124,7 +124,7 @@ def _load(collections: Sequence[Collection], args: argparse.Namespace) -> tuple[
     measured = measure_load(collection)
     figures: Figures = [*load_figures_of(measured, collection)]
     if args.run_directory is not None:
-        figures += _history(Path(args.run_directory), args.history_layer or 0)
+        figures += _history(Path(args.run_directory), args.history_layer)
     elif args.history_layer is not None:
         raise ConfigError(
             f"--history-layer {args.history_layer} is of a run's records; name the run's --save"
@@ -133,13 +133,19 @@ def _load(collections: Sequence[Collection], args: argparse.Namespace) -> tuple[
     return measured, figures
 
 
-def _history(run: Path, layer: int) -> Figures:
-    """Draw figure 10 from a run's records.
+def _history(run: Path, layer: int | None) -> Figures:
+    """Draw figure 10 from a run's records; without a layer, of the first that has experts.
 
     Raises:
         ConfigError: it has none, or no such layer.
     """
     records, _ = sample_records(run / LOAD_NAME, _MOST_RECORDS)
+    there = [
+        number
+        for number in range(max((_num_layers(record) for record in records), default=0))
+        if any(_has_layer(record, key, number) for record in records for key in LOAD_TITLES)
+    ]
+    layer = (there or [0])[0] if layer is None else layer
     figures: Figures = []
     for key in LOAD_TITLES:
         mine = [record for record in records if _has_layer(record, key, layer)]
@@ -148,10 +154,11 @@ def _history(run: Path, layer: int) -> Figures:
             same = [record for record in mine if len(record[key][layer]) == width]
             figures.append(history_figure(same, key, layer))
     if not figures:
-        layers = max((_num_layers(record) for record in records), default=0)
-        there = f"it has layers 0 to {layers - 1}" if layers else "it has none of any layer"
+        known = (
+            f"it has layers {', '.join(map(str, there))}" if there else "it has none of any layer"
+        )
         raise ConfigError(
-            f"{run / LOAD_NAME} has no record of layer {layer}: {there}; --run names the --save"
+            f"{run / LOAD_NAME} has no record of layer {layer}: {known}; --run names the --save"
             " directory of a run with experts, and --history-layer a layer of it, counted from 0"
         )
     return figures
@@ -229,7 +236,7 @@ def _load_flags(parser: argparse.ArgumentParser) -> None:
         "--history-layer",
         type=counted_from_0,
         metavar="L",
-        help="of the run's records, counted from 0 (0)",
+        help="of the run's records, counted from 0 (the first with experts)",
     )
 
 

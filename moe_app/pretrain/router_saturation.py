@@ -56,6 +56,7 @@ class RouterSaturation(Hook):
         self._state = state
         self._objective = objective
         self._sizes = _router_sizes(model)
+        self._num_layers = model.num_layers
         self._probe = _first_batch(state)
         self._file = _record_file(state)
         found = _find(str(state.cfg.logging.log_router_saturation))
@@ -88,11 +89,17 @@ class RouterSaturation(Hook):
                 parts.append(f"{kind} {means[0]:.3f} (first expert {means[1]:.3f})")
         logger.info("iteration %d | router saturation: %s", record["iteration"], ", ".join(parts))
         if self._file is not None:
-            append_record(self._file, _as_record(found, record["iteration"], self._source))
+            append_record(self._file, self._record(found, record["iteration"]))
 
     def _keep_until(self, iteration: int) -> None:
         if self._file is not None and self._state.ctx.rank == 0:
             keep_records_until(self._file, iteration)
+
+    def _record(
+        self, found: Mapping[RouterId, tuple[float, float]], iteration: int
+    ) -> dict[str, Any]:
+        lists = as_record(found, num_layers=self._num_layers)
+        return {"iteration": iteration, "reference": self._source, **lists}
 
     def _choices_of(self, found: FoundCheckpoint) -> Choices:
         """Route the probe with a checkpoint's weights; the run's are as before afterwards."""
@@ -221,14 +228,22 @@ def _find(path: str) -> FoundCheckpoint:
     return find_checkpoint(place.parent, iteration=int(named[1]))
 
 
-def _as_record(
-    found: Mapping[RouterId, tuple[float, float]], iteration: int, source: str
-) -> dict[str, Any]:
-    """Return lists by layer, as expert_load.jsonl has them; attention experts' begin with moa_."""
-    record: dict[str, Any] = {"iteration": iteration, "reference": source}
+def as_record(
+    found: Mapping[RouterId, tuple[float, float]], *, num_layers: int
+) -> dict[str, list[float | None]]:
+    """Return lists by layer, as expert_load.jsonl has them; attention experts' begin with moa_.
+
+    Args:
+        found: both shares by router.
+        num_layers: of the model; None stands for a layer without such a router.
+    """
+    record: dict[str, list[float | None]] = {}
     for kind, prefix in ((MOE, ""), (MOA, "moa_")):
-        mine = [value for name, value in found.items() if name[0] == kind]
-        if mine:
-            record[f"{prefix}saturation"] = [round(value, 6) for value, _ in mine]
-            record[f"{prefix}saturation_first"] = [round(first, 6) for _, first in mine]
+        if not any(name[0] == kind for name in found):
+            continue
+        for place, key in enumerate(("saturation", "saturation_first")):
+            record[f"{prefix}{key}"] = [
+                round(found[kind, layer][place], 6) if (kind, layer) in found else None
+                for layer in range(num_layers)
+            ]
     return record
