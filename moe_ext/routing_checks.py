@@ -17,13 +17,6 @@ def routing_problems(model: ModelFields) -> list[str]:
             f"moe_router_bias_update_rate ({model.moe_router_bias_update_rate}) must not be"
             " negative; use 0 to keep the biases as they are"
         )
-    is_counted = model.moe_router_load_balancing_type == "global_aux_loss"
-    if model.moe_share_across_layers and (model.moe_router_enable_expert_bias or is_counted):
-        found.append(
-            "moe_share_across_layers (True) leaves one router to all layers, whose loads over a"
-            " step moe_router_enable_expert_bias and global_aux_loss would mix; use another"
-            " balance, or layers of their own"
-        )
     if not model.has_varying_experts:
         return found
     name, value = "moe_expert_capacity_factor", str(model.moe_expert_capacity_factor)

@@ -38,6 +38,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "global": {**GLOBAL_AT_ONCE, "micro-batch-size": 4},
     "jetmoe": {**JETMOE, **BIAS},
+    # One router in all layers, whose loss counts each apart, and whose biases move by all.
+    "shared": {
+        **{**BIAS, **GLOBAL_AT_ONCE, "micro-batch-size": 4},
+        "moe-share-across-layers": True,
+    },
 }
 LAYOUTS: dict[str, dict[str, object]] = {
     "bias_tp2": TP2,
@@ -57,6 +62,8 @@ LAYOUTS: dict[str, dict[str, object]] = {
     "position_cp2": CP2,
     "global_dp2": {"micro-batch-size": 2},
     "jetmoe_tp2": TP2,
+    "shared_dp2_recomputed": {"micro-batch-size": 2, **RECOMPUTED},
+    "shared_tp2": TP2,
 }
 # fp32 sums in another order, as in test_parity.
 TOLERANCES = {"lm_loss": 1e-5, "load_balancing_loss": 1e-5, "z_loss": 1e-5, "grad_norm": 1e-4}
