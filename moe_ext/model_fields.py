@@ -218,6 +218,16 @@ class ModelFields:
         """
         return {name: value for name, value in vars(self).items() if name not in _TRAINING_ONLY}
 
+    def addable(self, saved: Mapping[str, object]) -> Mapping[str, str]:
+        """Return settings that weights of another run can get, and what their own are called.
+
+        Args:
+            saved: flat config of the run that wrote the weights.
+        """
+        name = "moe_router_enable_expert_bias"
+        is_new = self.moe_router_enable_expert_bias and not saved.get(name, _ADDED[name])
+        return {name: "expert_bias"} if is_new else {}
+
     def before_added(self) -> Mapping[str, object]:
         """Return what fields were, in effect, in runs of the versions that lacked them."""
         return _ADDED

@@ -332,15 +332,24 @@ def _read_run(
     """Check that a checkpoint fits.
 
     Returns:
-        Its run.json, None where only weights are wanted; and what `check_saved` says it lacks.
+        Its run.json, None where only weights are wanted; and what it lacks, as `check_saved` and
+        the model say.
     """
-    check_architecture(found, model)
-    run = None if finetune else read_run(found)
     saved = saved_config(found)
+    added = model.addable(saved)
+    check_architecture(found, model, but=added)
+    run = None if finetune else read_run(found)
     is_continued = run is not None and run.get(WEIGHTS_ONLY) is not True
+    if is_continued and added:
+        raise CheckpointError(
+            f"{found.path} is of a run without {', '.join(added)}, and a run that goes on keeps its"
+            " settings; start from its weights alone with --finetune and another --save, where"
+            " what they lack begins at 0, or leave the setting out"
+        )
     if is_continued:
         check_optimizer(saved, optimizer)
     lacking = () if check_saved is None else check_saved(saved, is_continued)
+    lacking += tuple(added.values())
     if run is not None:
         check_fixed(run, fixed)
     return run, lacking

@@ -1,7 +1,7 @@
 """Reads the small files that a run keeps in its checkpoints: its configuration, and run.json."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 from megatron.trainer.checkpoint.compare_config import compare_configs, config_mismatch
@@ -53,18 +53,30 @@ class Architecture(Protocol):
         """Return the fields that a checkpoint and the run that loads it must share."""
         ...
 
+    def addable(self, saved: Mapping[str, Any]) -> Mapping[str, str]:
+        """Return settings that weights of another run can get, and what their own are called."""
+        ...
+
     def before_added(self) -> Mapping[str, object]:
         """Return what fields were, in effect, in runs of the versions that lacked them."""
         ...
 
 
-def check_architecture(found: FoundCheckpoint, model: Architecture) -> None:
+def check_architecture(
+    found: FoundCheckpoint, model: Architecture, *, but: Collection[str] = ()
+) -> None:
     """Refuse a checkpoint of another architecture.
+
+    Args:
+        found: the checkpoint.
+        model: what it must be of.
+        but: fields that may differ.
 
     Raises:
         CheckpointError: some field of the architecture differs; lists every difference.
     """
-    saved, wanted = {**model.before_added(), **saved_config(found)}, model.architecture()
+    saved = {**model.before_added(), **saved_config(found)}
+    wanted = {key: value for key, value in model.architecture().items() if key not in but}
     differences = compare_configs({key: saved.get(key) for key in wanted}, wanted)
     if differences:
         raise config_mismatch(found.path, differences)

@@ -23,6 +23,10 @@ class Model:
     def architecture(self) -> dict[str, object]:
         return {"width": self.width, "is_new": self.is_new}
 
+    def addable(self, saved: Mapping[str, object]) -> Mapping[str, str]:
+        del saved
+        return {}
+
     def before_added(self) -> Mapping[str, object]:
         return {"is_new": False}
 
