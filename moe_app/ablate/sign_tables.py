@@ -39,6 +39,8 @@ class Pair:
     """Advantage of the first here, by seed."""
     spread: float | None
     """Standard deviation of a run's values over seeds, of both runs pooled; None for one seed."""
+    left_out: tuple[str, ...]
+    """Runs whose seed is not compared, because one of the two has no such value in the end."""
     expects: bool
     """Whether the first should be better; False where no difference was found."""
 
@@ -189,6 +191,12 @@ def _compare(
         ),
         differences=tuple(sign * (a - b) for a, b in zip(ours, theirs, strict=True)),
         spread=spread,
+        left_out=tuple(
+            f"{run.run} seed {seed}"
+            for seed in sorted(first.keys() | other.keys())
+            for run in (first.get(seed), other.get(seed))
+            if run is not None and (metric in run.diverged or run.has_failed)
+        ),
         expects=study.better != NONE,
     )
 

@@ -230,18 +230,21 @@ def _read_upcycle(place: Place) -> UpcycleFrom:
     for key, value in shares.items():
         if not 0 <= value <= 1:
             raise entries[key].error("must be from 0 to 1", "change it")
+    counts = {
+        key: entries[key].whole(least=1)
+        for key in ("granularity", "moe_layer_freq")
+        if key in entries
+    }
     return UpcycleFrom(
         run=entries["run"].text(),
         num_experts=entries["num_experts"].whole(least=1),
         moe_router_topk=entries["moe_router_topk"].whole(least=1),
         iteration=entries["iteration"].whole(least=0) if "iteration" in entries else None,
-        **{
-            key: entries[key].whole(least=1)
-            for key in ("granularity", "moe_layer_freq")
-            if key in entries
-        },
+        granularity=counts.get("granularity", 1),
+        moe_layer_freq=counts.get("moe_layer_freq", 1),
         preserve_function="preserve_function" in entries and entries["preserve_function"].boolean(),
-        **shares,
+        noise=shares.get("noise", 0.0),
+        drop=shares.get("drop", 0.0),
     )
 
 

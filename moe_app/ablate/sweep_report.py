@@ -8,7 +8,8 @@ from pathlib import Path
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.io.atomic_write import write_bytes, write_text
 from megatron.trainer.records.history import duration
-from moe_app.ablate.sign_tables import EqualLoss, Pair, compare, equal_losses, metric_name
+from megatron.trainer.records.run_dir import read_ended
+from moe_app.ablate.sign_tables import EqualLoss, Pair, compare, equal_losses, metric_name, pairs_of
 from moe_app.ablate.studies_file import NONE, RATIOS, TASK, Study, Sweep
 from moe_app.ablate.study_figures import draw_study
 from moe_app.ablate.sweep_jobs import SweepJob
@@ -18,7 +19,7 @@ from moe_app.view.page_parts import escaped, html_table, page_head
 PAGE_NAME = "index.html"
 SIGNS_HEAD = (
     *("study", "better", "other", "metric", "decides", "published", "ours", "standard_error"),
-    *("seeds", "confidence", "p_one_sided", "spread", "verdict"),
+    *("seeds", "confidence", "p_one_sided", "spread", "verdict", "left_out"),
 )
 EQUAL_HEAD = (
     *("study", "run", "other", "seed", "metric", "loss", "tokens"),
@@ -43,9 +44,8 @@ def write_report(sweep: Sweep, jobs: Sequence[SweepJob], output: Path) -> Path:
     directory = report_directory(output)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        finished = [job for job in jobs if job.state == "finished"]
-        if finished:
-            write_tables(directory, measure_all(finished))
+        if any(job.state == "finished" for job in jobs):
+            write_tables(directory, measure_all([job for job in jobs if _has_ended(job)]))
         runs = read_tables(directory)
         _write(sweep, runs, directory)
     except OSError as error:
@@ -57,12 +57,20 @@ def write_report(sweep: Sweep, jobs: Sequence[SweepJob], output: Path) -> Path:
 
 
 def measure_all(jobs: Sequence[SweepJob]) -> list[Trained]:
-    """Read the records of finished runs, those that others branch from first."""
+    """Read the records of finished and failed runs, those that others branch from first."""
     found: dict[Path, Trained] = {}
     for job in jobs:
         trunk = found.get(job.source) if job.source and job.run.anneal_from else None
         found[job.directory] = measure(job, trunk)
     return list(found.values())
+
+
+def _has_ended(job: SweepJob) -> bool:
+    """Return whether a run is finished, or ended by an error after steps of its own."""
+    if job.state == "finished":
+        return True
+    ended = read_ended(job.directory)
+    return ended is not None and ended.reason == "error" and job.iteration > 0
 
 
 def _write(sweep: Sweep, runs: Sequence[Trained], directory: Path) -> None:
@@ -80,7 +88,7 @@ def _write(sweep: Sweep, runs: Sequence[Trained], directory: Path) -> None:
         directory / "equal_loss.csv",
         csv_text(EQUAL_HEAD, (_equal_line(one) for each in equals.values() for one in each)),
     )
-    write_text(directory / "signs.md", _markdown(sweep, pairs, equals))
+    write_text(directory / "signs.md", _markdown(sweep, runs, pairs, equals))
     page = _page(sweep, runs, pairs, equals, images)
     write_text(directory / PAGE_NAME, page, errors="replace")
 
@@ -91,7 +99,7 @@ def _sign_line(pair: Pair) -> list[object]:
         *(pair.study, pair.first, pair.other, pair.metric, "yes" if pair.decides else "no"),
         *(_plain(pair.published), _plain(pair.mean), _plain(pair.error), len(pair.differences)),
         *(_plain(confidence), _plain(None if confidence is None else 1 - confidence)),
-        *(_plain(pair.spread), pair.verdict),
+        *(_plain(pair.spread), pair.verdict, "; ".join(pair.left_out)),
     ]
 
 
@@ -121,7 +129,7 @@ def _cells(study: Study, pair: Pair) -> list[str]:
         pair.metric,
         published,
         f"{pair.mean:{form}}{error}",
-        str(len(pair.differences)),
+        str(len(pair.differences)) + (f" ({len(pair.left_out)} left out)" if pair.left_out else ""),
         "-" if pair.confidence is None else f"{pair.confidence:.1%}",
         pair.verdict,
     ]
@@ -158,16 +166,39 @@ def _counts(sweep: Sweep, pairs: dict[str, list[Pair]]) -> str:
     ]
     kinds = ("agrees", "disagrees", "undecided")
     counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in kinds)
-    left = [
-        f"{study.title} ({study.metric})"
-        for study in sweep.studies
-        if not any(pair.decides for pair in pairs[study.name])
-    ]
+    left = [name for study in sweep.studies for name in _without_results(study, pairs[study.name])]
     return f"{counts}; without results of both runs: {', '.join(left)}" if left else counts
 
 
+def _without_results(study: Study, pairs: Sequence[Pair]) -> list[str]:
+    """Name the deciding comparisons of a study that cannot be made, or the study if all cannot."""
+    done = {pair.other for pair in pairs if pair.decides}
+    wanted = pairs_of(study)
+    if not done:
+        return [f"{study.title} ({study.metric})"]
+    return [
+        f"{study.title}, {study.runs[other]} beside {study.runs[first]} ({study.metric})"
+        for first, other in wanted
+        if other not in done
+    ]
+
+
+def _faults(sweep: Sweep, runs: Sequence[Trained]) -> str:
+    """Name the runs that diverged or failed, seed by seed; empty if none did."""
+    told = [
+        f"{run.run} seed {run.seed} ({run.faults})"
+        for name in sweep.runs
+        for run in runs
+        if run.run == name and run.faults
+    ]
+    return f" Not as it should be: {', '.join(told)}." if told else ""
+
+
 def _markdown(
-    sweep: Sweep, pairs: dict[str, list[Pair]], equals: dict[str, list[EqualLoss]]
+    sweep: Sweep,
+    runs: Sequence[Trained],
+    pairs: dict[str, list[Pair]],
+    equals: dict[str, list[EqualLoss]],
 ) -> str:
     def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
         rows = [head, ["---"] * len(head), *lines]
@@ -177,7 +208,7 @@ def _markdown(
     parts = [
         "# Signs",
         "",
-        f"{_counts(sweep, pairs)}. {_EXPLAINED}",
+        f"{_counts(sweep, pairs)}.{_faults(sweep, runs)} {_EXPLAINED}",
         "",
         *table(_SHOWN_HEAD, deciding),
         *("", "## By other metrics", ""),
@@ -231,7 +262,7 @@ def _page(
         "<h1>Ablations</h1>",
         f'<p class="quiet">{escaped(f"{len(have)} runs, seeds {seeds}.{note}")}</p>',
         "<h2>Signs</h2>",
-        f"<p>{escaped(_counts(sweep, pairs))}.</p>",
+        f"<p>{escaped(f'{_counts(sweep, pairs)}.{_faults(sweep, runs)}')}</p>",
         html_table(_SHOWN_HEAD, deciding),
         f'<p class="quiet">{escaped(_EXPLAINED)}</p>',
         "<h2>The way to an equal loss</h2>",
@@ -297,10 +328,11 @@ def _runs_table(sweep: Sweep, runs: Sequence[Trained]) -> str:
             duration(run.seconds),
             f"{run.tokens / run.seconds:,.0f}" if run.seconds else "-",
             *(f"{run.final[key]:.4f}" if key in run.final else "-" for key in ("train", "valid")),
+            run.faults,
         ]
         for name in sweep.runs
         for run in runs
         if run.run == name
     ]
-    head = ["run", "seed", "tokens", "FLOPs", "time", "tokens/s", "train", "valid"]
+    head = ["run", "seed", "tokens", "FLOPs", "time", "tokens/s", "train", "valid", "faults"]
     return html_table(head, rows)

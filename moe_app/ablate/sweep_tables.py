@@ -29,6 +29,8 @@ LEAST_RECORDS = 3
 
 _RESULTS = "results.csv"
 _CURVES = "curves"
+_REFUSED, _FAILED = "refused steps", "failed"
+"""Lines of `results.csv` that are no metrics: of runs of which they say something."""
 _RESULT_HEAD = ("run", "seed", "metric", "value", "tokens", "flops", "seconds", "tokens_per_second")
 _CURVE_HEAD = ("seed", "curve", "tokens", "seconds", "value")
 
@@ -63,6 +65,24 @@ class Trained:
     """Final values by metric: `train`, `valid`, `valid SET`, `task NAME`."""
     curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)
     """Curves by metric."""
+    diverged: tuple[str, ...] = ()
+    """Metrics that ended at no number."""
+    refused_steps: int = 0
+    """Steps that the guard refused."""
+    has_failed: bool = False
+    """Whether it ended by an error, before its last step."""
+
+    @property
+    def faults(self) -> str:
+        """Return what went wrong, in words; empty if nothing did."""
+        parts = []
+        if self.has_failed:
+            parts.append("failed before its last step")
+        if self.diverged:
+            parts.append(f"no finite {', '.join(self.diverged)} in the end")
+        if self.refused_steps:
+            parts.append(f"{self.refused_steps} steps refused")
+        return "; ".join(parts)
 
     def flops_at(self, tokens: float) -> float:
         """Return the FLOPs of training on the first tokens."""
@@ -70,7 +90,7 @@ class Trained:
 
 
 def measure(job: SweepJob, trunk: Trained | None) -> Trained:
-    """Read a finished run's records.
+    """Read the records of a run that is finished, or has failed.
 
     Args:
         job: the run.
@@ -90,16 +110,25 @@ def measure(job: SweepJob, trunk: Trained | None) -> Trained:
         if math.isfinite(loss)
     ]
     evaluated: dict[str, list[Point]] = {}
+    lacking: set[str] = set()
     for record in history.evaluations:
         tokens = float(record.get("consumed_tokens") or 0)
-        for metric, value in _scores(record):
+        scores = dict(_scores(record))
+        lacking = (lacking - scores.keys()) | set(_lost(record))
+        for metric, value in scores.items():
             point = Point(tokens=tokens, seconds=_seconds_at(clock, tokens), value=value)
             evaluated.setdefault(metric, []).append(point)
-    final = {metric: points[-1].value for metric, points in evaluated.items()}
+    final = {
+        metric: points[-1].value for metric, points in evaluated.items() if metric not in lacking
+    }
     curves = {metric: _thinned(points) for metric, points in evaluated.items()}
+    recorded = history.steps[history.loss_name]
+    if len(recorded) and not math.isfinite(recorded[-1]):
+        lacking.add(TRAIN)
     if losses:
         last = _last_losses(losses, start=clock[0][0])
-        final = {TRAIN: math.fsum(last) / len(last), **final}
+        if TRAIN not in lacking:
+            final = {TRAIN: math.fsum(last) / len(last), **final}
         curves = {TRAIN: averaged(losses, MOST_POINTS), **curves}
     tokens, seconds = clock[-1]
     per_token = training_flops_per_token(job.cfg.model, job.cfg.training.seq_length)
@@ -109,8 +138,11 @@ def measure(job: SweepJob, trunk: Trained | None) -> Trained:
         tokens=tokens,
         flops=per_token * tokens,
         seconds=seconds,
-        final=final,
+        final={} if job.state != "finished" else final,
         curves=curves,
+        diverged=tuple(sorted(lacking)),
+        refused_steps=round(sum(each for each in history.steps["skipped"] if math.isfinite(each))),
+        has_failed=job.state != "finished",
     )
 
 
@@ -174,6 +206,14 @@ def _scores(record: Record) -> Iterator[tuple[str, float]]:
         yield f"{TASK} {task}", accuracy
 
 
+def _lost(record: Record) -> Iterator[str]:
+    """Yield the losses that an evaluation found to be no number."""
+    lost = [name for name, loss in record["valid_loss"].items() if loss is None]
+    if lost:
+        yield VALID
+    yield from (f"{VALID} {name}" for name in lost)
+
+
 def _last_losses(losses: Sequence[Point], *, start: float) -> list[float]:
     """Return the training losses of the last steps of a run that began after so many tokens."""
     last = losses[-1].tokens
@@ -186,7 +226,7 @@ def write_tables(directory: Path, runs: Sequence[Trained]) -> None:
     lines: list[list[object]] = [
         [run.run, run.seed, metric, repr(value), *_costs(run)]
         for run in runs
-        for metric, value in run.final.items()
+        for metric, value in _result_lines(run)
     ]
     write_text(directory / _RESULTS, csv_text(_RESULT_HEAD, lines))
     (directory / _CURVES).mkdir(exist_ok=True)
@@ -199,6 +239,28 @@ def write_tables(directory: Path, runs: Sequence[Trained]) -> None:
             for at in points
         ]
         write_text(directory / _CURVES / f"{name}.csv", csv_text(_CURVE_HEAD, lines))
+
+
+def _result_lines(run: Trained) -> Iterator[tuple[str, float]]:
+    """Yield the metrics of a run, nan where there is no number, and what went wrong."""
+    yield from run.final.items()
+    for metric in run.diverged:
+        yield metric, math.nan
+    if run.refused_steps:
+        yield _REFUSED, run.refused_steps
+    if run.has_failed:
+        yield _FAILED, 1
+
+
+def _with_result(run: Trained, metric: str, value: float) -> Trained:
+    """Return a run with what a line of `results.csv` says of it."""
+    if metric == _REFUSED:
+        return replace(run, refused_steps=int(value))
+    if metric == _FAILED:
+        return replace(run, has_failed=True)
+    if not math.isfinite(value):
+        return replace(run, diverged=(*run.diverged, metric))
+    return replace(run, final={**run.final, metric: value})
 
 
 def _costs(run: Trained) -> tuple[str, ...]:
@@ -225,8 +287,7 @@ def read_tables(directory: Path) -> list[Trained]:
                     flops=float(line["flops"]),
                     seconds=float(line["seconds"]),
                 )
-            run = found[key]
-            found[key] = replace(run, final={**run.final, line["metric"]: float(line["value"])})
+            found[key] = _with_result(found[key], line["metric"], float(line["value"]))
         for name in dict.fromkeys(name for name, _ in found):
             path = directory / _CURVES / f"{name}.csv"
             curves: dict[int, dict[str, list[Point]]] = {}

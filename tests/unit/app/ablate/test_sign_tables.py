@@ -102,6 +102,7 @@ def pair_of(*differences: float, expects: bool = True, spread: float | None = 0.
         published=None,
         differences=differences,
         spread=spread,
+        left_out=(),
         expects=expects,
     )
 

@@ -28,7 +28,7 @@ from moe_app.ablate.sweep_tables import (
 )
 from moe_app.pretrain.config import PretrainConfig, parse_recipe
 from moe_ext.counting import training_flops_per_token
-from tests.unit.app.ablate.conftest import RECIPE, WriteStudies
+from tests.unit.app.ablate.conftest import RECIPE, RUNS, WriteStudies
 
 STUDY = Study(
     name="s", title="S", source="", runs={"base": "with $", "other": "without"}, better="base"
@@ -38,9 +38,9 @@ STUDY = Study(
 def write_run(
     directory: Path,
     cfg: PretrainConfig,
-    losses: Sequence[float],
+    losses: Sequence[float | None],
     *,
-    valid: Sequence[float] = (),
+    valid: Sequence[float | None] = (),
     speed: float = 64.0,
     first: int = 1,
 ) -> None:
@@ -298,6 +298,53 @@ def test_what_cannot_be_compared_is_named(
         "0 agrees, 0 disagrees, 0 undecided; without results of both runs: Balancing (task arc)"
         in signs
     )
+
+
+def test_pairs_and_seeds_without_a_value_are_named(
+    write_studies: WriteStudies, tmp_path: Path, cfg: PretrainConfig
+) -> None:
+    studies = """\
+  - {name: s, title: S, runs: {base: with, no_balancing: without, third: other}, better: base}
+"""
+    path = str(write_studies("  third: {}\n" + RUNS, studies))
+    output = tmp_path / "out"
+    runs = output / "runs"
+    for seed in (1, 2, 3):
+        write_run(runs / f"base/seed_{seed}", cfg, [5.0, 4.0, 3.0], valid=[3.0 + seed])
+        write_run(runs / f"no_balancing/seed_{seed}", cfg, [5.0, 4.0, 3.5], valid=[3.5 + 2 * seed])
+    # Seed 2 diverges, after an evaluation that was good; seed 3 ends by an error; one has no loss.
+    diverged = runs / "no_balancing/seed_2/metrics.jsonl"
+    lines = diverged.read_text().splitlines()
+    step, evaluation = json.loads(lines[-2]), json.loads(lines[-1])
+    lost = {**evaluation, "iteration": 4, "consumed_tokens": 256, "valid_loss": {"set0": None}}
+    step |= {"iteration": 4, "consumed_tokens": 256, "lm_loss": None, "skipped": 1}
+    diverged.write_text("\n".join([*lines, json.dumps(step), json.dumps(lost)]) + "\n")
+    (runs / "no_balancing/seed_3/ended.json").write_text(json.dumps({"reason": "error"}))
+
+    assert main([path, "--output", str(output), "--report-only"]) == 0
+
+    report = output / "report"
+    (pair,) = [
+        line
+        for line in csv.DictReader(io.StringIO((report / "signs.csv").read_text()))
+        if line["decides"] == "yes"
+    ]
+    assert (pair["seeds"], pair["ours"]) == ("1", "1.5")
+    assert pair["left_out"] == "no_balancing seed 2; no_balancing seed 3"
+    signs = (report / "signs.md").read_text()
+    page = (report / "index.html").read_text()
+    for text in (signs, page):
+        assert "without results of both runs: S, other beside with (valid)" in text
+        assert (
+            "Not as it should be: no_balancing seed 2 (no finite train, valid, valid set0 in the"
+            " end; 1 steps refused), no_balancing seed 3 (failed before its last step)."
+        ) in text
+    assert "1 (2 left out)" in signs
+    # The tables alone say so too.
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    write_tables(tables, read_tables(report))
+    assert (tables / "results.csv").read_bytes() == (report / "results.csv").read_bytes()
 
 
 def test_an_export_keeps_the_reports_of_others(
