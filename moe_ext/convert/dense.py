@@ -33,15 +33,17 @@ def _layer(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
     h, f = model.hidden_size, model.ffn_hidden_size or 0
     ng = model.num_query_groups or model.num_attention_heads
     kv = model.head_size * ng
-    norms: tuple[tuple[str, str, int], ...] = (
-        ("input_layernorm", "input_layernorm", h),
-        ("pre_mlp_layernorm", "post_attention_layernorm", h),
-    )
-    for key, name, *shape in (
-        *(norms if model.has_norm_weights else ()),
-        ("self_attention.linear_proj", "self_attn.o_proj", h, h),
-        ("mlp.linear_fc2", "mlp.down_proj", h, f),
-    ):
+    matrices: list[tuple[str, str, tuple[int, ...]]] = [
+        ("self_attention.linear_proj", "self_attn.o_proj", (h, h)),
+        ("mlp.linear_fc2", "mlp.down_proj", (h, f)),
+    ]
+    if model.has_norm_weights:
+        matrices = [
+            ("input_layernorm", "input_layernorm", (h,)),
+            ("pre_mlp_layernorm", "post_attention_layernorm", (h,)),
+            *matrices,
+        ]
+    for key, name, shape in matrices:
         yield layer_piece(
             f"{native}.{key}.weight", all_rows(f"{hf}.{name}.weight", *shape), **stack
         )
