@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 
 _METADATA = {
     # Model-shaped tensors by parameter name instead of flat buffers by data parallel rank.
@@ -60,10 +60,18 @@ def load_optimizer_state(
 ) -> None:
     """Restore loaded moments and master weights, after `steps` updates."""
     for index, inner in enumerate(optimizer.chained_optimizers):
-        if inner.optimizer is not None:
+        if inner.optimizer is not None and not _is_empty(inner):
             inner.load_state_dict(loaded[str(index)])
     for group in optimizer.param_groups:
         group["step"] = steps
+
+
+def _is_empty(optimizer: MegatronOptimizer) -> bool:
+    """Return whether a plain optimizer has no parameters, as where no layer of a rank has experts.
+
+    megatron-core loads none: what is read has no entry for a state that is empty.
+    """
+    return not isinstance(optimizer, DistributedOptimizer) and not optimizer.get_parameters()
 
 
 def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
