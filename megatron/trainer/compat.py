@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
+from torch import Tensor
 
 
 def guard_common_state(
@@ -41,3 +42,17 @@ def guard_common_state(
 
     common.TorchCommonLoadStrategy.load_common = load_common_method
     common.TorchCommonLoadStrategy.load_sharded_objects = load_objects_method
+
+
+def gradients_for_norm(optimizer: Any) -> list[Tensor]:
+    """Return the gradients of this rank that count in the norm, each weight's on one rank alone.
+
+    0.16: `get_main_grads_for_grad_norm`. 0.19: `get_grads_for_grad_norm`, which leaves out weights
+    that are marked for a norm of their own; there are none here.
+
+    Args:
+        optimizer: one of a `ChainedOptimizer`, after `prepare_grads`.
+    """
+    if Version(version("megatron-core")) >= Version("0.19"):
+        return list(optimizer.get_grads_for_grad_norm())
+    return list(optimizer.get_main_grads_for_grad_norm())

@@ -93,6 +93,8 @@ class _Run:
             iteration=state.iteration,
             last=state.last_iteration,
         )
+        # One rank needs no other's opinion: it is asked between steps, without a collective.
+        self._notice = self.stop_rule.notice if state.ctx.world_size > 1 else None
         self.evaluated = -1 if upkeep.evaluate_first else state.iteration
         self.saved = state.iteration
         self._seconds, self._samples, self._skipped = 0.0, 0, 0
@@ -144,9 +146,11 @@ class _Run:
             self.state.metrics.reset()
         started = time.perf_counter()
         with self._clock or nullcontext():
-            result = train_step(self.state, self.objective)
+            result = train_step(self.state, self.objective, notice=self._notice)
         self._seconds += time.perf_counter() - started
         self._samples += result.global_batch_size
+        if self._notice is not None:
+            self.stop_rule.hear(result.notice)
         return result
 
     def _report(self, result: StepResult, *, phase_before: str | None) -> None:
@@ -174,6 +178,7 @@ class _Run:
 
     def _evaluate_all(self) -> None:
         """Evaluate validation sets and tasks; make no record if the run has to stop meanwhile."""
+        self.stop_rule.forget()
         figures = {}
         for name in self.state.validation:
             found = evaluate(self.state, self.figures, name, is_over=self._evaluation_is_over)
@@ -200,6 +205,7 @@ class _Run:
         if self.upkeep.save is None:
             return
         self._begin("save")
+        self.stop_rule.forget()
         self._finish_save()
         started = time.perf_counter()
         self.upkeep.save(self.state)

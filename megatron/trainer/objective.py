@@ -87,7 +87,7 @@ class TokenObjective:
         if self.reduction == "sample-mean":
             batches = [replace(batch, loss_weights=_text_weights(batch)) for batch in batches]
         if self.reduction == "sum":
-            each = torch.tensor(1.0 / _parts(state, batches), device=state.ctx.device)
+            each = torch.full((), 1.0 / _parts(state, batches), device=state.ctx.device)
         else:
             each = share_of(state, batches, [self._counted(batch) for batch in batches])
         return [replace(batch, loss_tokens=each) for batch in batches]

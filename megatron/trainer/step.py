@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
 
 from megatron.trainer.data.batch import Batch
 from megatron.trainer.data.batch_views import separate_documents, shard_positions
 from megatron.trainer.errors import StepRefusedError
 from megatron.trainer.objective import Objective, Report
-from megatron.trainer.optim.adamw import apply_schedule, clip_gradients
+from megatron.trainer.optim.adamw import apply_schedule
+from megatron.trainer.optim.update import clip_gradients, norm_of, squared_norms
 from megatron.trainer.state import ForwardStep, TrainState
 
 
@@ -32,13 +34,23 @@ class StepResult:
     """Sequences of the global batch."""
     skipped: str | None = None
     """Why there was no update; None if there was one."""
+    notice: int = 0
+    """The largest that a rank gave notice of; 0 where none was asked."""
 
 
-def train_step(state: TrainState, objective: Objective) -> StepResult:
+def train_step(
+    state: TrainState, objective: Objective, *, notice: Callable[[], int] | None = None
+) -> StepResult:
     """Take the next global batch, update the weights, and count the iteration.
 
     A step whose loss or gradient norm the guard refuses is skipped: it is counted, but weights and
     optimizer do not change.
+
+    Args:
+        state: of the run.
+        objective: what is minimized.
+        notice: returns a number that all ranks should know the largest of; called at the end of the
+            backward pass. None on every rank if there is none.
 
     Raises:
         StepRefusedError: it is one more than may be skipped; raised on every rank alike, with
@@ -47,6 +59,41 @@ def train_step(state: TrainState, objective: Objective) -> StepResult:
     first_sample = state.train_data.consumed_samples
     learning_rate = state.learning_rate
     size = state.plan.batches.size_at(state.progress.samples)
+    parts = _accumulate(state, objective, size)
+    found = _measure(state, objective, parts, notice)
+    loss = found.metrics[objective.loss_name]
+    grad_norm = math.nan
+    problem = state.guard.loss_problem(loss)
+    if problem is not None:
+        where = f"{problem} at iteration {state.iteration + 1}, in global samples"
+        bad = _bad_samples(state, objective, parts, first_sample)
+    else:
+        apply_schedule(
+            state.optimizer, lr=learning_rate, weight_decay=state.cfg.optimizer.weight_decay
+        )
+        grad_norm, problem = _update(state, found.grad_norm)
+        where = f"{problem} at iteration {state.iteration + 1} (loss {loss:g}), global samples"
+        bad = f"{first_sample} to {state.train_data.consumed_samples - 1}"
+    if problem is None:
+        state.guard.took(loss=loss, norm=grad_norm)
+        if state.updates is not None:
+            state.updates.finish()
+    elif not state.guard.skip():
+        raise StepRefusedError(_refusal(state, f"{where} {bad}"))
+    state.iteration += 1
+    return StepResult(
+        loss=loss,
+        metrics=found.metrics,
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        global_batch_size=size,
+        skipped=None if problem is None else f"{where} {bad}",
+        notice=found.notice,
+    )
+
+
+def _accumulate(state: TrainState, objective: Objective, size: int) -> list[Report]:
+    """Read the next global batch of `size` sequences and compute its gradients."""
     batches = state.train_data.next_global_batch(
         global_batch_size=size,
         micro_batch_size=state.cfg.training.micro_batch_size,
@@ -59,70 +106,63 @@ def train_step(state: TrainState, objective: Objective) -> StepResult:
     if state.updates is not None:
         state.updates.begin()
     placed = objective.prepare(state, _place(state, objective, batches))
-    parts = run_schedule(state, state.chunks, objective.forward, placed, forward_only=False)
-    metrics = _reduce(state, objective, parts)
-    loss = metrics[objective.loss_name]
-    grad_norm = math.nan
-    problem = _agreed(state, state.guard.loss_problem(loss))
-    if problem is not None:
-        where = f"{problem} at iteration {state.iteration + 1}, in global samples"
-        bad = _bad_samples(state, objective, parts, first_sample)
-    else:
-        apply_schedule(
-            state.optimizer, lr=learning_rate, weight_decay=state.cfg.optimizer.weight_decay
-        )
-        grad_norm, problem = _update(state)
-        where = f"{problem} at iteration {state.iteration + 1} (loss {loss:g}), global samples"
-        bad = f"{first_sample} to {state.train_data.consumed_samples - 1}"
-    if problem is None:
-        state.guard.took(loss=loss, norm=grad_norm)
-        if state.updates is not None:
-            state.updates.finish()
-    elif not state.guard.skip():
-        raise StepRefusedError(_refusal(state, f"{where} {bad}"))
-    state.iteration += 1
-    return StepResult(
-        loss=loss,
-        metrics=metrics,
-        grad_norm=grad_norm,
-        learning_rate=learning_rate,
-        global_batch_size=size,
-        skipped=None if problem is None else f"{where} {bad}",
+    return run_schedule(state, state.chunks, objective.forward, placed, forward_only=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """Holds what is known of a step after its backward pass; the same on every rank."""
+
+    metrics: dict[str, float]
+    grad_norm: float | None
+    """Before clipping; None where the optimizer found gradients that are not finite."""
+    notice: int
+
+
+def _measure(
+    state: TrainState,
+    objective: Objective,
+    parts: Sequence[Report],
+    notice: Callable[[], int] | None,
+) -> _Measured:
+    """Compute figures and gradient norm of a step; a collective call.
+
+    All of it is read from the device at once: here alone a step's host waits for its device.
+    """
+    total = _sum(state, objective, parts)
+    is_finite = not state.optimizer.prepare_grads()
+    squares = squared_norms(state.optimizer, state.ctx.device)
+    noted = torch.zeros(1, dtype=torch.float64, device=state.ctx.device)
+    if notice is not None:
+        noted.fill_(notice())
+        dist.all_reduce(noted, op=dist.ReduceOp.MAX)
+    found = torch.cat((noted, squares.double(), total.flatten()))
+    if state.guard.looks_for_spikes:
+        # Replicas may differ in the last digit of a norm, which can decide about a spike.
+        dist.broadcast(found, src=0)
+    largest, *values = found.tolist()
+    return _Measured(
+        metrics=_figures(objective, values[len(squares) :]),
+        grad_norm=norm_of(values[: len(squares)]) if is_finite else None,
+        notice=int(largest),
     )
 
 
-def _update(state: TrainState) -> tuple[float, str | None]:
+def _update(state: TrainState, norm: float | None) -> tuple[float, str | None]:
     """Clip the gradients and update the weights, unless the guard refuses the gradient norm.
-
-    These are the parts of `ChainedOptimizer.step`; between the norm and its use the ranks agree.
 
     Returns:
         The gradient norm before clipping, and why there was no update; None if there was one.
     """
-    optimizer = state.optimizer
-    if optimizer.prepare_grads():
+    if norm is None:
         return math.nan, "the optimizer found gradients that are not finite"
-    norm = float(optimizer.get_grad_norm())
-    problem = _agreed(state, state.guard.norm_problem(norm))
+    problem = state.guard.norm_problem(norm)
     if problem is not None:
         return norm, problem
-    clip_gradients(optimizer, norm)
-    if not optimizer.step_with_ready_grads():
+    clip_gradients(state.optimizer, norm)
+    if not state.optimizer.step_with_ready_grads():
         return math.nan, "the optimizer refused the update"
     return norm, None
-
-
-def _agreed(state: TrainState, problem: str | None) -> str | None:
-    """Return this rank's problem or, where only others have one, that they do.
-
-    A number that is not finite is so on every rank. Replicas may differ in the last digit, which
-    can decide about a spike; only then is an all-reduce needed.
-    """
-    if not state.guard.looks_for_spikes:
-        return problem
-    refused = torch.tensor(float(problem is not None), device=state.ctx.device)
-    dist.all_reduce(refused, op=dist.ReduceOp.MAX)
-    return problem or ("another rank sees a spike" if refused.item() else None)
 
 
 def _refusal(state: TrainState, what: str) -> str:
@@ -173,7 +213,9 @@ def evaluate(
             parts += run_schedule(state, state.chunks, objective.forward, placed, forward_only=True)
     for chunk in state.chunks:
         chunk.train()
-    return None if is_stopped else _reduce(state, objective, parts)
+    if is_stopped:
+        return None
+    return _figures(objective, _sum(state, objective, parts).flatten().tolist())
 
 
 def observe(state: TrainState, objective: Objective, batches: Sequence[Batch]) -> None:
@@ -238,20 +280,29 @@ def _place(state: TrainState, objective: Objective, batches: Sequence[Batch]) ->
     ]
 
 
-def _reduce(state: TrainState, objective: Objective, parts: Sequence[Report]) -> dict[str, float]:
-    """Compute an objective's figures over all micro-batches of all ranks.
+def _sum(state: TrainState, objective: Objective, parts: Sequence[Report]) -> Tensor:
+    """Sum an objective's figures over all micro-batches of all ranks; a collective call.
 
     Tensor parallel ranks count their copies alike, in sum and in number; stages before the last
     add nothing. So one all-reduce over the world gives each mean.
+
+    Returns:
+        [n, 2] float64 on the device, what to divide and by what.
     """
     names = objective.metric_names
     total = torch.zeros(len(names), 2, dtype=torch.float64, device=state.ctx.device)
     for part in parts:
         total += torch.stack([part[name].double() for name in names])
     dist.all_reduce(total)
+    return total
+
+
+def _figures(objective: Objective, sums: Sequence[float]) -> dict[str, float]:
+    """Return an objective's figures by name, from what `_sum` has found, in a row."""
+    pairs = zip(objective.metric_names, sums[::2], sums[1::2], strict=True)
     figures = {
-        name: float(numerator / denominator) if denominator else math.nan
-        for name, (numerator, denominator) in zip(names, total.tolist(), strict=True)
+        name: numerator / denominator if denominator else math.nan
+        for name, numerator, denominator in pairs
     }
     return objective.derive(figures)
 

@@ -349,10 +349,10 @@ def _spread(coefficients: Tensor, batch: Batch) -> Tensor:
 
 
 def _number(count: int, batch: Batch) -> Tensor:
-    return torch.tensor(float(count), dtype=torch.float64, device=batch.tokens.device)
+    return torch.full((), float(count), dtype=torch.float64, device=batch.tokens.device)
 
 
 def _mean(values: Tensor) -> Tensor:
     """Return a figure of a report, [2]: the sum of values, and how many there are."""
-    count = torch.tensor(float(len(values)), device=values.device)
+    count = torch.full((), float(len(values)), device=values.device)
     return torch.stack((values.detach().sum(), count))

@@ -78,27 +78,33 @@ CASES: dict[int, dict[str, Case]] = {
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Calls]]:
-    """Return the calls of each rank, by number of ranks and case."""
-    found: dict[str, list[Calls]] = {}
-    for num_ranks in CASES:
-        found |= record(num_ranks, tmp_path_factory.mktemp(f"ranks{num_ranks}"))
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Return where the ranks have written, by their number."""
+    found = {num_ranks: tmp_path_factory.mktemp(f"ranks{num_ranks}") for num_ranks in CASES}
+    for num_ranks, out in found.items():
+        run_ranks(num_ranks, out)
     return found
 
 
-def record(num_ranks: int, out: Path) -> dict[str, list[Calls]]:
+@pytest.fixture(scope="module")
+def recorded(folders: dict[int, Path]) -> dict[str, list[Calls]]:
+    """Return the calls of each rank, by number of ranks and case."""
+    return {
+        f"{num_ranks}:{name}": [
+            read_calls(out / f"{name}.rank{rank}.json") for rank in range(num_ranks)
+        ]
+        for num_ranks, out in folders.items()
+        for name in CASES[num_ranks]
+    }
+
+
+def run_ranks(num_ranks: int, out: Path) -> None:
     cases = CASES[num_ranks]
     listing = [{"name": name, "flags": case_flags(cases[name], num_ranks)} for name in cases]
     (out / "cases.json").write_text(json.dumps(listing))
     script = HERE / "worker_traffic.py"
     done = ranks(num_ranks, script, str(out / "cases.json"), str(out), timeout=400)
     assert done.returncode == 0, done.stderr[-6000:]
-    return {
-        f"{num_ranks}:{name}": [
-            read_calls(out / f"{name}.rank{rank}.json") for rank in range(num_ranks)
-        ]
-        for name in cases
-    }
 
 
 def case_flags(case: Case, num_ranks: int) -> list[str]:
@@ -185,3 +191,22 @@ def test_learned_routing_sends_the_same_total_as_balanced_routing(
     assert exchanged(learned) == exchanged(balanced)
     assert [others(rank) for rank in learned] == [others(rank) for rank in balanced]
     assert learned[0] != learned[1]  # or the routing would have been balanced
+
+
+@pytest.mark.parametrize("name", [f"{num_ranks}:{name}" for num_ranks, name in NAMES])
+def test_norm_is_megatron_cores_and_the_host_waits_once(
+    name: str, folders: dict[int, Path]
+) -> None:
+    """Where tokens are dispatched it has to wait for megatron-core's dispatcher, too."""
+    num_ranks, case = name.split(":")
+    norms = []
+    for rank in range(int(num_ranks)):
+        file = folders[int(num_ranks)] / f"{case}.tail.rank{rank}.json"
+        tail = json.loads(file.read_text())
+        assert tail["norms"][0] == tail["norms"][1]
+        norms.append(tail["norms"][0])
+        others = {site for site in tail["reads"] if "moe/token_dispatcher.py" not in site}
+        assert others == {"megatron/trainer/step.py _measure"}
+        assert tail["reads"]["megatron/trainer/step.py _measure"] == 1
+    # Replicas sum the same numbers.
+    assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-6)

@@ -29,6 +29,10 @@ class Stop:
 class StopRule:
     """Decides, between steps and between the batches of an evaluation, for all ranks together.
 
+    Several ranks have to agree, for a signal may reach one later than others. A step carries
+    what each has noticed along with its loss, so that the host does not wait for the device a
+    second time; after an evaluation or a save the ranks are asked anew.
+
     Args:
         cfg: the flags.
         device: of this rank, for the all-reduce.
@@ -41,8 +45,30 @@ class StopRule:
         self._last = last
         self._device = device
         self._first = iteration
+        self._has_heard = False
         self.stop: Stop | None = None
         """The decision; None to go on."""
+
+    def notice(self) -> int:
+        """Return what this rank has noticed, for `train_step`; the largest of all ranks decides.
+
+        Twice the number of the signal received, and 1 more if the time is over; 0 for neither.
+        """
+        received = signals.received()
+        limit = self._cfg.exit_duration_in_mins
+        minutes = (time.monotonic() - signals.STARTED) / 60
+        is_over = limit is not None and minutes >= limit
+        return 2 * int(received or 0) + int(is_over)
+
+    def hear(self, notice: int) -> None:
+        """Decide by the largest notice of all ranks, so that the next check asks none of them."""
+        self._has_heard = True
+        if self.stop is None:
+            self.stop = self._reason(notice)
+
+    def forget(self) -> None:
+        """Let the next check ask all ranks: what took long has passed since they were heard."""
+        self._has_heard = False
 
     def check(self, iteration: int, *, is_evaluating: bool = False) -> Stop | None:
         """Return why to stop, or None; the first reason stays. A collective call.
@@ -51,24 +77,27 @@ class StopRule:
             iteration: steps done.
             is_evaluating: an evaluation is going on, which no interval cuts short.
         """
-        if self.stop is None:
-            self.stop = self._any_rank()
+        if self.stop is None and not self._has_heard:
+            self.stop = self._reason(self._largest(self.notice()))
+        self._has_heard = False
         if self.stop is None and not is_evaluating:
             self.stop = self._at_interval(iteration)
         return self.stop
 
-    def _any_rank(self) -> Stop | None:
-        """All-reduce signals and time limits; a signal may reach this rank later than others."""
-        received = signals.received()
-        limit = self._cfg.exit_duration_in_mins
-        minutes = (time.monotonic() - signals.STARTED) / 60
-        is_over = limit is not None and minutes >= limit
-        noted = torch.tensor([int(received or 0), int(is_over)], device=self._device)
+    def _largest(self, notice: int) -> int:
+        """Return the largest notice of all ranks; the host waits, if there are others."""
+        if dist.get_world_size() == 1:
+            return notice
+        noted = torch.full((), notice, dtype=torch.int64, device=self._device)
         dist.all_reduce(noted, op=dist.ReduceOp.MAX)
-        number, over = noted.tolist()
+        return int(noted.item())
+
+    def _reason(self, notice: int) -> Stop | None:
+        number, is_over = divmod(notice, 2)
         if number:
             return Stop(reason="signal", detail=f"{signal.Signals(number).name} received")
-        if over:
+        if is_over:
+            limit = self._cfg.exit_duration_in_mins
             return Stop(reason="duration", detail=f"--exit-duration-in-mins {limit:g} are over")
         return None
 

@@ -3,12 +3,11 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import megatron.core.optimizer as mcore_optimizer
 import torch
 from megatron.core.optimizer import distrib_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer.optimizer_config import (
     OptimizerConfig as McoreOptimizerConfig,
@@ -41,6 +40,9 @@ class AdamW(torch.optim.Optimizer):
         capturable: megatron-core 0.19 passes it; the step cannot be captured in a CUDA graph.
     """
 
+    takes_grad_scale: ClassVar[bool] = True
+    """The step divides gradients by `grad_scale`, and leaves them so."""
+
     def __init__(
         self,
         params: ParameterGroups,
@@ -57,6 +59,8 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError("capturable is True; the step cannot be captured in a CUDA graph")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
         super().__init__(params, defaults)
+        self.grad_scale: torch.Tensor | None = None
+        """[] float32 on the gradients' device, what the next step divides them by; None by 1."""
 
     def initialize_moments(self) -> None:
         """Create zero moments for every parameter, so that a checkpoint can be loaded into them."""
@@ -78,6 +82,7 @@ class AdamW(torch.optim.Optimizer):
             if parameters:
                 self._update(group, parameters)
             group["step"] += 1
+        self.grad_scale = None
 
     def _update(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
         done = torch.full((len(parameters),), float(group["step"]), device=parameters[0].device)
@@ -89,6 +94,7 @@ class AdamW(torch.optim.Optimizer):
             [],
             list(done.unbind()),
             fused=True,
+            grad_scale=self.grad_scale,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -106,6 +112,8 @@ class RMSprop(AdamW):
     zero, for megatron-core's distributed optimizer stores both. Weight decay is added to the
     gradient. Tieleman and Hinton, "Lecture 6.5: RMSProp" (2012).
     """
+
+    takes_grad_scale = False
 
     def _update(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
         rmsprop(
@@ -192,19 +200,6 @@ def apply_schedule(optimizer: ChainedOptimizer, *, lr: float, weight_decay: floa
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
         group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
-
-
-def clip_gradients(optimizer: ChainedOptimizer, norm: float) -> None:
-    """Clip the prepared gradients to the norm `clip_grad`, as megatron-core's own step does.
-
-    Args:
-        optimizer: after `prepare_grads`; with a `clip_grad` of 0 its gradients stay as they are.
-        norm: of the gradients of all chained optimizers over all ranks.
-    """
-    for inner in optimizer.chained_optimizers:
-        parameters = inner.get_parameters()
-        if parameters and inner.config.clip_grad > 0.0:
-            clip_grad_by_total_norm_fp32(parameters, inner.config.clip_grad, norm)
 
 
 def describe_groups(optimizer: ChainedOptimizer, weight_decay: float) -> list[str]:

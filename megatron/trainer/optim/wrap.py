@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.trainer.config.schema import RunConfig
 from megatron.trainer.optim.adamw import build_optimizer
 from megatron.trainer.optim.groups import GroupRates
+from megatron.trainer.optim.update import copy_weights_at_once
 
 
 def wrap_model(
@@ -55,6 +56,7 @@ def prepare_training(
         use_distributed_optimizer=cfg.parallel.use_distributed_optimizer,
         rates=rates,
     )
+    copy_weights_at_once(optimizer)
     transformer_config.finalize_model_grads_func = finalize_model_grads
     transformer_config.grad_scale_func = optimizer.scale_loss
     if cfg.parallel.overlap_grad_reduce:

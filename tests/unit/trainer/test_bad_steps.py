@@ -121,22 +121,32 @@ PRECISIONS: list[dict[str, Any]] = [{}, {"bf16": True, "use_distributed_optimize
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=["fp32", "bf16"])
-@pytest.mark.parametrize("clip_grad", [0.05, 0.0])
+@pytest.mark.parametrize("clip_grad", [0.05, 50.0, 0.0])
 def test_update_is_bitwise_that_of_megatron_cores_own_step(
     precision: dict[str, Any],
     clip_grad: float,
     make_state: StateMaker,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def core_step(state: TrainState) -> tuple[float, str | None]:
-        _, norm, _ = state.optimizer.step()
-        return float(norm), None
+    """One that is clipped is that of gradients divided beforehand, which it copies into weights."""
+
+    def core_step(state: TrainState, _norm: float | None) -> tuple[float, str | None]:
+        for inner in state.optimizer.chained_optimizers:
+            vars(inner).pop("_copy_main_params_to_model_params", None)
+        if clip_grad != 0.05:
+            _, norm, _ = state.optimizer.step()
+            return float(norm), None
+        norm = float(state.optimizer.get_grad_norm())
+        for inner in state.optimizer.chained_optimizers:
+            for p in inner.get_parameters():
+                p.grad /= torch.tensor((norm + 1e-6) / clip_grad)
+        return norm, None if state.optimizer.step_with_ready_grads() else "refused"
 
     ours, truth = (make_state(clip_grad=clip_grad, **precision) for _ in range(2))
     norms = [train_step(ours, NEXT_TOKEN).grad_norm for _ in range(3)]
     monkeypatch.setattr("megatron.trainer.step._update", core_step)
     assert norms == [train_step(truth, NEXT_TOKEN).grad_norm for _ in range(3)]
-    assert min(norms) > 0.05
+    assert 0.05 < min(norms) and max(norms) < 50.0
     assert_same(ours, truth)
 
 

@@ -64,3 +64,36 @@ def test_interval_stops_at_its_multiples_but_not_where_the_run_began_or_ends(wor
     stopped = made.check(15)
     assert stopped == Stop(reason="interval", detail="--exit-interval 5")
     assert not stopped.requeue
+
+
+def test_ranks_are_asked_again_only_where_no_step_has_told(
+    world: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other of two ranks has got SIGUSR1; this one, whose time is over, has not."""
+    made = rule(exit_duration_in_mins=2.0)
+    asked: list[int] = []
+
+    def with_another_rank(noted: torch.Tensor, op: dist.ReduceOp.RedOpType) -> None:
+        assert op == dist.ReduceOp.MAX
+        asked.append(int(noted))
+        noted.clamp_(min=2 * signal.SIGUSR1)
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", with_another_rank)
+    made.hear(0)
+    assert made.check(1) is None and asked == []
+    monkeypatch.setattr(signals, "STARTED", time.monotonic() - 120)
+    assert made.notice() == 1
+    made.hear(0)
+    made.forget()  # an evaluation or a save went by
+    told = Stop(reason="signal", detail="SIGUSR1 received")
+    assert made.check(2) == told and asked == [1]
+    assert made.check(3) == told and asked == [1]
+    other = rule(exit_duration_in_mins=2.0)
+    other.hear(2 * signal.SIGTERM + 1)
+    assert other.check(1) == Stop(reason="signal", detail="SIGTERM received")
+
+
+def test_lone_rank_asks_nobody(world: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "all_reduce", None)
+    assert rule(exit_duration_in_mins=1e-6).check(1) is not None
