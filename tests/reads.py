@@ -17,17 +17,19 @@ _READS = frozenset(
         *("__bool__", "__float__", "__int__", "__index__", "__contains__", "__array__"),
     )
 ) | {torch.nonzero, torch.masked_select, torch.equal, torch.allclose, torch.unique}
-_ON_CPUS_ALONE = {
+_NO_WAITS = {
     "moe_ext/experts/blockwise.py _sizes": "the backend for CPUs",
     "moe_ext/functional.py check_on_device": "a device-side assertion on a GPU",
-    "moe_ext/routers/base.py <genexpr>": "as well, in _check_shapes",
+    "moe_ext/routers/base.py <genexpr>": "on CPUs alone, in _check_shapes",
+    "megatron/trainer/runtime/cpu_backend.py _as_list": "for gloo",
+    "megatron/core/tensor_parallel/random.py fork": "states of generators are in host memory",
 }
 
 
 class ReadCounter(TorchFunctionMode):
     """Counts, by file and function, calls that return what tensors hold to the host.
 
-    On a GPU each waits for all work before it. What runs on CPUs alone is left out.
+    On a GPU each waits for all work before it. What would not is left out.
     """
 
     def __init__(self) -> None:
@@ -49,12 +51,14 @@ class ReadCounter(TorchFunctionMode):
         else:
             place = "/".join(path.parts[path.parts.index("site-packages") + 1 :])
         site = f"{place} {frame.f_code.co_name}"
-        if number and site not in _ON_CPUS_ALONE:
+        if number and site not in _NO_WAITS:
             self.sites[site] += number
 
 
 def _is_selection(func: Any, args: Any) -> bool:
-    """Say whether this is an index of flags, which has to count them."""
+    """Say whether this is an index of flags, which has to count them; filling does not."""
+    if func is torch.Tensor.__setitem__ and not isinstance(args[2], torch.Tensor):
+        return False
     if func not in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
         return False
     indices = args[1] if isinstance(args[1], tuple) else (args[1],)
