@@ -46,10 +46,10 @@ class ReadCounter(TorchFunctionMode):
     def _note(self, number: int) -> None:
         frame = sys._getframe(2)
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(REPO):
-            place = path.relative_to(REPO).as_posix()
-        else:
+        if "site-packages" in path.parts:  # first, for they may be below the repository
             place = "/".join(path.parts[path.parts.index("site-packages") + 1 :])
+        else:
+            place = path.relative_to(REPO).as_posix() if path.is_relative_to(REPO) else path.name
         site = f"{place} {frame.f_code.co_name}"
         if number and site not in _NO_WAITS:
             self.sites[site] += number
