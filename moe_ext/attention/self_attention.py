@@ -14,7 +14,8 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
-from moe_ext.layers.norm import split_unit_rms, split_unit_variance
+from moe_ext.kernels import fused
+from moe_ext.layers.norm import split_unit_rms, split_unit_variance, weighted_unit_rms
 from moe_ext.layers.parameters import new_parameter
 
 
@@ -46,9 +47,12 @@ class FullWidthRMSNorm(MegatronModule):
         self.weight = new_parameter(num_heads * head_size, config=config)
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
         nn.init.ones_(self.weight)
+        self.fused_kernels = fused.setting_of(config)
 
     def forward(self, heads: Tensor) -> Tensor:
         """Normalises [s, b, heads of this rank, hn], same shape out."""
+        if self.tp_group.size() == 1:
+            return weighted_unit_rms(heads, self.weight, self.eps, fused_kernels=self.fused_kernels)
         flat = heads.flatten(2)  # [s, b, heads * hn]
         normed = split_unit_rms(flat, self.eps, group=self.tp_group) * self.weight
         return normed.view(heads.shape)  # [s, b, heads, hn]

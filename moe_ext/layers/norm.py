@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from moe_ext.kernels import fused
+from moe_ext.kernels.fused import FusedKernels
 from moe_ext.layers.parameters import new_parameter
 
 
@@ -56,10 +58,11 @@ class RMSNorm(_Norm):
         self.weight = new_parameter(hidden_size, config=config)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         nn.init.ones_(self.weight)
+        self.fused_kernels = fused.setting_of(config)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalises [..., h] to [..., h]."""
-        return unit_rms(hidden, self.eps) * self.weight
+        return weighted_unit_rms(hidden, self.weight, self.eps, fused_kernels=self.fused_kernels)
 
 
 class NonParametricLayerNorm(_Norm):
@@ -89,6 +92,30 @@ def unit_variance(hidden: Tensor, eps: float) -> Tensor:
 def unit_rms(hidden: Tensor, eps: float) -> Tensor:
     """Scales the last dimension to a root mean square of 1; [..., h] to [..., h], same dtype."""
     return F.rms_norm(hidden, (hidden.shape[-1],), eps=eps)
+
+
+def weighted_unit_rms(
+    hidden: Tensor, weight: Tensor, eps: float, *, fused_kernels: FusedKernels
+) -> Tensor:
+    """Computes `unit_rms` times a weight, in a kernel where one takes it.
+
+    Args:
+        hidden: [..., h], or [..., heads, h / heads] to be normalised over all heads.
+        weight: [h].
+        eps: added to the mean square.
+        fused_kernels: whether a kernel may compute it.
+
+    Returns:
+        hidden's shape and dtype.
+    """
+    if hidden.dtype == weight.dtype and fused.takes(fused_kernels, hidden, weight):
+        from moe_ext.kernels import rms_norm
+
+        if len(weight) <= rms_norm.WIDEST:
+            return rms_norm.rms_norm(hidden, weight, eps)
+    if hidden.shape[-1] != len(weight):
+        return (unit_rms(hidden.flatten(-2), eps) * weight).view(hidden.shape)
+    return unit_rms(hidden, eps) * weight
 
 
 class _SplitUnitRMS(torch.autograd.Function):

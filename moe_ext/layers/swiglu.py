@@ -8,6 +8,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from moe_ext.kernels import fused
 from moe_ext.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 MATRICES = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -44,6 +45,17 @@ class DenseMLP(MLP):
             ffn_hidden_size=ffn_hidden_size,
             tp_group=pg_collection.tp,
         )
+        self.fused_kernels = fused.setting_of(config)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Computes megatron-core's output and bias, the activation in a kernel if one takes it."""
+        is_scaled = bool(args) or kwargs.get("per_token_scale") is not None
+        if is_scaled or not fused.takes(self.fused_kernels, hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)
+        from moe_ext.kernels.gated_unit import gated_unit
+
+        projected, _ = self.linear_fc1(hidden_states)  # [s, b, 2f]
+        return self.linear_fc2(gated_unit(projected))
 
 
 class SharedExperts(DenseMLP):

@@ -1,14 +1,18 @@
 """Compares fused kernels with torch's functions at the models' sizes, in bf16 on a GPU."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ext.kernels import fused
+from moe_ext.kernels.gated_unit import gated_unit
 from moe_ext.layers.head import VocabularyPart, linear_cross_entropy
+from moe_ext.layers.norm import weighted_unit_rms
 from moe_ext.layers.products import accumulating_linear
 from tests.gpu.test_triton_experts import no_synchronisation, random
 
@@ -61,3 +65,55 @@ def test_a_weight_gradient_is_added_in_fp32_without_being_rounded() -> None:
     exact = before.double() + upstream.double().T @ rows.detach().double()
     # A gradient rounded to bf16 first would be off by 1e-3.
     assert distance(weight.main_grad, exact) < 1e-5  # type: ignore[attr-defined]
+
+
+def compare(
+    compute: Callable[..., Tensor], of_torch: Callable[..., Tensor], inputs: list[Tensor]
+) -> None:
+    upstream = torch.randn_like(compute(*inputs))  # and kernels are compiled, which may synchronise
+    torch.autograd.grad(compute(*inputs), inputs, upstream)
+
+    def run(function: Callable[..., Tensor]) -> list[Tensor]:
+        output = function(*inputs)
+        return [output, *torch.autograd.grad(output, inputs, upstream)]
+
+    with no_synchronisation():
+        actual = run(compute)
+    again, expected = run(compute), run(of_torch)
+    for a, b, c in zip(actual, expected, again, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert distance(a, b) < NEAR
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("width", [64, 2048, 4096, 8192])
+def test_a_norm_gives_what_torch_gives(width: int) -> None:
+    torch.manual_seed(0)
+    inputs = [random(3, 1001, width), random(width)]
+    compare(
+        lambda x, w: weighted_unit_rms(x, w, 1e-5, fused_kernels="auto"),
+        lambda x, w: weighted_unit_rms(x, w, 1e-5, fused_kernels="off"),
+        inputs,
+    )
+
+
+def test_a_norm_of_heads_gives_what_torch_gives_without_copying_them() -> None:
+    torch.manual_seed(0)
+    both = random(1001, 2, 16, 3 * 128).detach()
+    keys = both.split(128, dim=-1)[1].requires_grad_()
+    compare(
+        lambda x, w: weighted_unit_rms(x, w, 1e-5, fused_kernels="auto"),
+        lambda x, w: weighted_unit_rms(x, w, 1e-5, fused_kernels="off"),
+        [keys, random(2048)],
+    )
+
+
+@pytest.mark.parametrize("ffn", [1000, 5632])
+def test_swiglu_gives_what_torch_gives(ffn: int) -> None:
+    torch.manual_seed(0)
+
+    def of_torch(projected: Tensor) -> Tensor:
+        gate, up = projected.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    compare(gated_unit, of_torch, [random(3, 501, 2 * ffn)])

@@ -16,38 +16,40 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_ext.kernels import cross_entropy
+from moe_ext.kernels import cross_entropy, gated_unit, rms_norm
 
 
 class Launch(NamedTuple):
-    """Holds a kernel, its constants at a model's size, and the dtype of its activations."""
+    """Holds a kernel and its constants at a model's size."""
 
     kernel: Any
     constants: dict[str, Any]
-    dtype: str
-    fp32: tuple[str, ...] = ()
-    """Pointers to fp32, beside those that never point to anything else."""
 
 
-VOCABULARY = 50280
+VOCABULARY, WIDTH, FFN = 50280, 2048, 1024
+HEADS = rms_norm.Lines(row_stride=16 * 384, group=128, group_stride=384).arguments()
+WIDEST = rms_norm.Lines(*(3 * [rms_norm.WIDEST])).arguments()
 LAUNCHES = [
-    *(
-        Launch(kernel, cross_entropy.options(VOCABULARY), dtype, ("total_ptr", "largest_ptr"))
-        for kernel in (cross_entropy.statistics_kernel, cross_entropy.gradient_kernel)
-        for dtype in ("bf16", "fp32")
-    ),
+    Launch(cross_entropy.statistics_kernel, cross_entropy.options(VOCABULARY)),
+    Launch(cross_entropy.gradient_kernel, cross_entropy.options(VOCABULARY)),
+    Launch(rms_norm.rms_norm_kernel, {**rms_norm.options(WIDTH), **HEADS}),
+    Launch(rms_norm.rms_norm_gradient_kernel, {**rms_norm.options(WIDTH), **HEADS}),
+    Launch(rms_norm.rms_norm_gradient_kernel, {**rms_norm.options(rms_norm.WIDEST), **WIDEST}),
+    Launch(gated_unit.gated_unit_kernel, gated_unit.options(FFN)),
+    Launch(gated_unit.gated_unit_gradient_kernel, gated_unit.options(FFN)),
 ]
-ALWAYS = {"labels_ptr": "*i64", "weights_ptr": "*fp32", "target_ptr": "*fp32"}
+FP32 = ("weights_ptr", "target_ptr", "total_ptr", "largest_ptr", "scale_ptr", "parts_ptr")
+TYPES = {"labels_ptr": "*i64", "eps": "fp32", **dict.fromkeys(FP32, "*fp32")}
+"""Of what is neither an activation nor a number of rows."""
 
 
 def resources(launch: Launch, folder: Path) -> dict[str, Any]:
     """Compile one, and return its registers, spilled bytes and shared memory."""
     constants = {**launch.constants}
-    options = {name: constants.pop(name) for name in ("num_warps",)}
+    options = {"num_warps": constants.pop("num_warps")}
     signature, attributes = {}, {}
     for number, name in enumerate(launch.kernel.arg_names):
-        pointer = "*fp32" if name in launch.fp32 else f"*{launch.dtype}"
-        kind = ALWAYS.get(name, pointer if name.endswith("_ptr") else "i32")
+        kind = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
         signature[name] = "constexpr" if name in constants else kind
         if kind.startswith("*") and name not in constants:
             attributes[(number,)] = [["tt.divisibility", 16]]
@@ -61,14 +63,13 @@ def resources(launch: Launch, folder: Path) -> dict[str, Any]:
         text=True,
         check=True,
     )
-    found = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", told.stdout))
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", told.stdout))
     return {
         "kernel": launch.kernel.__name__,
-        "dtype": launch.dtype,
         "threads": 32 * options["num_warps"],
         "registers": int(found["REG"]),
         "spilled": int(found["STACK"]) + int(found["LOCAL"]),
-        "shared": int(found["SHARED"]),
+        "shared": binary.metadata.shared,
     }
 
 

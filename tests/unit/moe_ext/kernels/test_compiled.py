@@ -32,8 +32,8 @@ def test_kernels_compile_for_hopper_and_spill_no_register(tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = json.loads(done.stdout)
-    assert len(kernels) >= 4
+    assert {each["kernel"] for each in kernels} >= {"statistics_kernel", "gated_unit_kernel"}
     for each in kernels:
         assert each["spilled"] == 0, each
-        # Two programs at least: one reads while the other computes.
-        assert 2 * each["threads"] * each["registers"] <= REGISTERS, each
+        # Enough threads at one time to keep the memory busy: each has 32 bytes under way.
+        assert each["threads"] * each["registers"] * max(1, 512 // each["threads"]) <= REGISTERS
