@@ -262,6 +262,8 @@ class _Head:
         from moe_ext.kernels.cross_entropy import softmax_gradient_, softmax_statistics
 
         labels = self._labels[chunk] - self._part.first
+        if weights is not None:
+            weights = weights.contiguous()  # A sum's gradient is one number, expanded.
         is_whole = self._part.group.size() == 1
         own_largest, total, target = softmax_statistics(
             logits, labels, weights if is_whole else None

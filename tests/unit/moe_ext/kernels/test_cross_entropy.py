@@ -190,6 +190,17 @@ def test_the_head_makes_the_losses_and_gradients_of_all_logits(
     assert launched == ["softmax_statistics"] * (3 if is_told else 6)
 
 
+@pytest.mark.usefixtures("launched")
+def test_the_gradient_of_a_sum_is_taken_as_it_comes() -> None:
+    hidden, weight, labels, _ = head_problem(torch.float32)
+    part = VocabularyPart(first=0, number=19, num_token_ids=19, group=Group(1))  # type: ignore[arg-type]
+    hidden.requires_grad_()
+    linear_cross_entropy(hidden, weight, labels, None, part=part).sum().backward()
+    exact = hidden.detach().double().requires_grad_()
+    F.cross_entropy(exact @ weight[:19].double().T, labels, reduction="sum").backward()
+    torch.testing.assert_close(hidden.grad, exact.grad.float())  # type: ignore[union-attr]
+
+
 def test_a_rank_with_part_of_the_vocabulary_makes_its_part(
     launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
