@@ -14,7 +14,8 @@ from moe_ext.kernels.gated_unit import gated_unit
 from moe_ext.layers.head import VocabularyPart, linear_cross_entropy
 from moe_ext.layers.norm import weighted_unit_rms
 from moe_ext.layers.products import accumulating_linear
-from tests.gpu.test_triton_experts import no_synchronisation, random
+from tests.gpu.test_triton_experts import random
+from tests.gpu.waits import no_synchronisation
 
 pytestmark = pytest.mark.gpu
 
