@@ -139,6 +139,7 @@ class QKNormSelfAttention(SelfAttention):
                 f"num_query_groups ({config.num_query_groups}) must be a multiple of the tensor "
                 f"parallel size ({self.world_size}) for QK-norm over the whole width"
             )
+        self._angles: Tensor | None = None
         head_size = self.hidden_size_per_attention_head
         norm: type[Any] = FullWidthRMSNorm if has_norm_weights else FullWidthLayerNorm
         self.q_norm = norm(
@@ -153,6 +154,46 @@ class QKNormSelfAttention(SelfAttention):
             head_size=head_size,
             tp_group=self.tp_group,
         )
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Computes megatron-core's output and bias; the angles go to a kernel where one takes them.
+
+        The kernel normalises and rotates at once, so megatron-core is then given no angles.
+        """
+        angles = kwargs.get("rotary_pos_emb")
+        if self._is_fused(hidden_states, angles, kwargs):
+            self._angles, kwargs["rotary_pos_emb"] = angles, None
+        try:
+            return super().forward(hidden_states, *args, **kwargs)
+        finally:
+            self._angles = None
+
+    def _is_fused(self, hidden: Tensor, angles: Tensor | None, others: dict[str, Any]) -> bool:
+        """Says whether a kernel normalises and rotates queries and keys."""
+        packed = others.get("packed_seq_params")
+        is_plain = (
+            isinstance(angles, Tensor)
+            and isinstance(self.q_norm, FullWidthRMSNorm)
+            and self.tp_group.size() == 1
+            and others.get("inference_context") is None
+            and getattr(packed, "qkv_format", None) != "thd"
+            and not self.config.rotary_interleaved
+        )
+        if not is_plain or not fused.takes(fused.setting_of(self.config), hidden):
+            return False
+        from moe_ext.kernels.rms_norm import WIDEST
+
+        weights: tuple[Tensor, ...] = (self.q_norm.weight, self.k_norm.weight)
+        return all(each.dtype == hidden.dtype and len(each) <= WIDEST for each in weights)
+
+    def _normalise(self, heads: Tensor, norm: Any) -> Tensor:
+        """Normalises [s, b, heads, hn], and rotates it where the angles are this class's to use."""
+        if self._angles is None:
+            normed: Tensor = norm(heads)
+            return normed
+        from moe_ext.kernels.rotated_norm import rotated_norm
+
+        return rotated_norm(heads, norm.weight, self._angles, norm.eps)
 
     def get_query_key_value_tensors(
         self, *args: Any, split_qkv: bool = True, **kwargs: Any
@@ -173,4 +214,4 @@ class QKNormSelfAttention(SelfAttention):
         query, key, *rest = super().get_query_key_value_tensors(
             *args, split_qkv=split_qkv, **kwargs
         )
-        return self.q_norm(query), self.k_norm(key), *rest
+        return self._normalise(query, self.q_norm), self._normalise(key, self.k_norm), *rest

@@ -22,7 +22,7 @@ WIDEST = 8192
 """Elements of the widest row that fits into a program's registers."""
 _TILE = 2048
 """Elements a program holds at least, where there are as many."""
-_PARTS = 512
+PARTS = 512
 """Programs in backward at most, each with its own sum of the weight's gradient: all that Hopper's
 132 multiprocessors run at one time. A constant, so that sums have the same order everywhere."""
 
@@ -174,7 +174,7 @@ class WeightedRMSNorm(torch.autograd.Function):
         constants = options(width)
         block = constants["BLOCK_ROWS"]
         # Whole blocks of rows, as many for each program.
-        per_part = max(1, -(-number // (_PARTS * block))) * block
+        per_part = max(1, -(-number // (PARTS * block))) * block
         parts = hidden.new_empty(-(-number // per_part), width, dtype=torch.float32)
         if number:
             rms_norm_gradient_kernel[(len(parts),)](

@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from torch import Tensor
 
 from moe_ext.kernels import fused
 from moe_ext.kernels.gated_unit import gated_unit
+from moe_ext.kernels.rotated_norm import rotated_norm
 from moe_ext.layers.head import VocabularyPart, linear_cross_entropy
 from moe_ext.layers.norm import weighted_unit_rms
 from moe_ext.layers.products import accumulating_linear
+from moe_ext.layers.rotary import RotaryAngles
 from tests.gpu.test_triton_experts import random
 from tests.gpu.waits import no_synchronisation
 
@@ -107,6 +110,23 @@ def test_a_norm_of_heads_gives_what_torch_gives_without_copying_them() -> None:
         lambda x, w: weighted_unit_rms(x, w, 1e-5, fused_kernels="off"),
         [keys, random(2048)],
     )
+
+
+def test_heads_are_normalised_and_rotated_as_by_torch() -> None:
+    torch.manual_seed(0)
+    both = random(1001, 2, 16, 3 * 128).detach()
+    keys = both.split(128, dim=-1)[1].requires_grad_()
+    angles = RotaryAngles(128, base=10000.0)(torch.arange(1001, device="cuda")[None])
+    config: Any = SimpleNamespace(apply_rope_fusion=False, rotary_interleaved=False)
+    config.multi_latent_attention = False
+
+    def of_torch(heads: Tensor, weight: Tensor) -> Tensor:
+        normed = weighted_unit_rms(heads, weight, 1e-5, fused_kernels="off")
+        group: Any = SimpleNamespace()  # asked for nothing: the sequence is whole
+        rotated: Tensor = apply_rotary_pos_emb(normed, angles, config=config, cp_group=group)
+        return rotated
+
+    compare(lambda x, w: rotated_norm(x, w, angles, 1e-5), of_torch, [keys, random(2048)])
 
 
 @pytest.mark.parametrize("ffn", [1000, 5632])

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_ext.kernels import cross_entropy, gated_unit, rms_norm
+from moe_ext.kernels import cross_entropy, gated_unit, rms_norm, rotated_norm
 
 
 class Launch(NamedTuple):
@@ -29,12 +29,18 @@ class Launch(NamedTuple):
 VOCABULARY, WIDTH, FFN = 50280, 2048, 1024
 HEADS = rms_norm.Lines(row_stride=16 * 384, group=128, group_stride=384).arguments()
 WIDEST = rms_norm.Lines(*(3 * [rms_norm.WIDEST])).arguments()
+ROTATED = {
+    **{"ROW_STRIDE": 16 * 384, "HEAD_STRIDE": 384, "ROWS_PER_ANGLE": 4},
+    **rotated_norm.options(16, 128),
+}
 LAUNCHES = [
     Launch(cross_entropy.statistics_kernel, cross_entropy.options(VOCABULARY)),
     Launch(cross_entropy.gradient_kernel, cross_entropy.options(VOCABULARY)),
     Launch(rms_norm.rms_norm_kernel, {**rms_norm.options(WIDTH), **HEADS}),
     Launch(rms_norm.rms_norm_gradient_kernel, {**rms_norm.options(WIDTH), **HEADS}),
     Launch(rms_norm.rms_norm_gradient_kernel, {**rms_norm.options(rms_norm.WIDEST), **WIDEST}),
+    Launch(rotated_norm.rotated_norm_kernel, ROTATED),
+    Launch(rotated_norm.rotated_norm_gradient_kernel, ROTATED),
     Launch(gated_unit.gated_unit_kernel, gated_unit.options(FFN)),
     Launch(gated_unit.gated_unit_gradient_kernel, gated_unit.options(FFN)),
 ]

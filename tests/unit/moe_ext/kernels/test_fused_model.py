@@ -10,7 +10,14 @@ from torch import Tensor
 
 from moe_ext.builder import build_model
 from moe_ext.config import MoEModelConfig
-from moe_ext.kernels import cross_entropy, fused, gated_unit, rms_norm, triton_jit
+from moe_ext.kernels import (
+    cross_entropy,
+    fused,
+    gated_unit,
+    rms_norm,
+    rotated_norm,
+    triton_jit,
+)
 from moe_ext.layers.transformer import transformer_config
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
@@ -43,10 +50,11 @@ def counting(launched: dict[tuple[Any, str], int], key: tuple[Any, str]) -> Call
     return noted
 
 
-# Of QK-norm, input and feed-forward norms in both layers, and the final norm; of a dense layer and
-# a shared expert; of the head.
+# Of input and feed-forward norms in both layers, and the final norm; of queries and keys; of a
+# dense layer and a shared expert; of the head.
 LAUNCHES: dict[tuple[Any, str], int] = {
-    (rms_norm, "rms_norm"): 2 * 4 + 1,
+    (rms_norm, "rms_norm"): 2 * 2 + 1,
+    (rotated_norm, "rotated_norm"): 2 * 2,
     (gated_unit, "gated_unit"): 2,
     (cross_entropy, "softmax_statistics"): 1,
 }
