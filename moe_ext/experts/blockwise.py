@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ext.experts.gate import gated_backward, gated_forward
@@ -24,7 +25,7 @@ from moe_ext.experts.slots import (
     unsort_gates,
 )
 from moe_ext.layers.gradients import accumulation_buffer, mark_added
-from moe_ext.layers.products import add_product, multiply, working_dtype
+from moe_ext.layers.products import add_product, fill_up, multiply, working_dtype
 
 
 def blockwise_experts(
@@ -93,9 +94,10 @@ class _Rows:
         self.dtype = working_dtype(source)
 
     def read(self, expert: int) -> Tensor:
-        """Returns the rows [n, h] of this expert."""
+        """Returns the rows [n, h] of this expert, filled up to `working_rows`."""
         part = self._parts[expert]
-        return (part if self._is_sorted else self._source.index_select(0, part)).to(self.dtype)
+        rows = part if self._is_sorted else self._source.index_select(0, part)
+        return fill_up(rows.to(self.dtype))
 
 
 class _BlockwiseExperts(torch.autograd.Function):
@@ -127,7 +129,7 @@ class _BlockwiseExperts(torch.autograd.Function):
         for expert, (into, out_of, kept, prob, result) in enumerate(parts):
             if len(prob):
                 first = _multiply_kept(rows.read(expert), into(), kept)  # [n, 2f]
-                multiply(gated_forward(first, prob), out_of(), result)
+                multiply(gated_forward(first, _lengthen(prob, len(first))), out_of(), result)
         ctx.save_for_backward(tokens, weight1, weight2, gates, projected)
         ctx.order, ctx.sizes = order, sizes  # type: ignore[attr-defined]
         return output if order is None else sum_slots(output, order)
@@ -162,9 +164,9 @@ class _BlockwiseExperts(torch.autograd.Function):
                 continue
             upstream = gradients.read(expert)  # [n, h]
             grad_projected, of_prob, product = gated_backward(
-                upstream @ out_of(), kept.to(rows.dtype), prob
+                upstream @ out_of(), fill_up(kept.to(rows.dtype)), _lengthen(prob, len(upstream))
             )
-            grad_prob.copy_(of_prob)
+            grad_prob.copy_(of_prob[: len(prob)])
             if into2 is not None:
                 into2.add(expert, upstream.T, product)  # [h, f]
             if into1 is not None:
@@ -288,10 +290,15 @@ def _sizes(tokens_per_expert: Tensor, number: int) -> list[int]:
 
 
 def _multiply_kept(left: Tensor, right: Tensor, kept: Tensor) -> Tensor:
-    """Returns the product in its own precision, and rounds it into `kept`."""
-    if kept.dtype == left.dtype:
+    """Returns the product in its own precision; rounds it, or its first rows, into `kept`."""
+    if kept.dtype == left.dtype and len(kept) == len(left):
         multiply(left, right, kept)
         return kept
     exact = left @ right
-    kept.copy_(exact)
+    kept.copy_(exact[: len(kept)])
     return exact
+
+
+def _lengthen(probs: Tensor, number: int) -> Tensor:
+    """Appends zeros [n] up to a number."""
+    return probs if len(probs) == number else F.pad(probs, (0, number - len(probs)))

@@ -1,11 +1,14 @@
 """Computes matrix products into existing memory."""
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
 from moe_ext.layers.gradients import accumulation_buffer, mark_added
+
+_ROW_MULTIPLE = 32
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:
@@ -24,15 +27,44 @@ def _has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def working_rows(number: int, rows: Tensor) -> int:
+    """Returns how many rows a product has where experts get any number of them.
+
+    oneDNN compiles a kernel in bf16 for every number of rows, keeps up to 1,024 of them at about
+    0.7 MB, and takes longer to compile one than to multiply; on a CPU rows are filled up with zeros
+    to a multiple of 32.
+
+    Args:
+        number: of an expert.
+        rows: of a working dtype.
+    """
+    if rows.dtype != torch.bfloat16 or rows.is_cuda:
+        return number
+    return math.ceil(number / _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+
+def fill_up(rows: Tensor) -> Tensor:
+    """Appends zeros [n, ...] up to the number of `working_rows`."""
+    number = working_rows(len(rows), rows)
+    if number == len(rows):
+        return rows
+    filled = rows.new_empty(number, *rows.shape[1:])
+    filled[: len(rows)] = rows
+    filled[len(rows) :].zero_()
+    return filled
+
+
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
     """Computes out = left right.
 
     Args:
         left: [n, d] of a working dtype.
         right: [d, m] of the same.
-        out: [n, m] of any dtype.
+        out: [n, m] of any dtype, or its first rows.
     """
-    if out.dtype == left.dtype:
+    if len(out) < len(left):
+        out.copy_(torch.mm(left, right)[: len(out)])
+    elif out.dtype == left.dtype:
         torch.mm(left, right, out=out)
     elif _writes_fp32(left, out):
         torch.mm(left, right, out_dtype=torch.float32, out=out)

@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_ext.experts import EXPERT_BACKENDS, ExpertFunction
 from moe_ext.experts.adapters import experts_of
@@ -262,3 +265,42 @@ def test_counts_that_do_not_add_up_are_refused() -> None:
     tokens, w1, w2 = leaves((len(chosen), WIDTH), (EXPERTS, 2, FFN, WIDTH), (EXPERTS, WIDTH, FFN))
     with pytest.raises(ValueError, match="tokens_per_expert sums to 15, but there are 10 tokens"):
         EXPERT_BACKENDS["grouped"].routed_experts(tokens, w1, w2, wrong, torch.rand(chosen.shape))
+
+
+class _RowsOfProducts(TorchDispatchMode):
+    """Collects the dimension of every bf16 matrix product that experts' rows have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func.overloadpacket is torch.ops.aten.mm:
+            left, right = args
+            assert left.dtype == torch.bfloat16
+            # The others are the widths.
+            self.numbers |= {*left.shape, right.shape[1]} - {2 * FFN, FFN, WIDTH}
+        return func(*args, **(kwargs or {}))
+
+
+def test_bf16_products_on_a_cpu_have_multiples_of_32_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_has_bf16", lambda: True)
+    counts = [33, 0, 1, 70, 32]
+    chosen = torch.arange(EXPERTS).repeat_interleave(torch.tensor(counts)).unsqueeze(1)
+    order = sort_by_expert(chosen, num_experts=EXPERTS)
+    inputs = leaves(
+        (len(chosen), WIDTH), (EXPERTS, 2, FFN, WIDTH), (EXPERTS, WIDTH, FFN), (len(chosen), 1)
+    )
+    expected = all_of(dense(chosen, *inputs), inputs)
+    rounded = [each.detach().bfloat16().requires_grad_() for each in inputs]
+    seen = _RowsOfProducts()
+    with seen:
+        actual = all_of(
+            EXPERT_BACKENDS["grouped"].routed_experts(*rounded[:3], order, rounded[3]), rounded
+        )
+    assert seen.numbers == {64, 32, 96}
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a.double() - b).norm() < 2e-2 * b.norm()
