@@ -134,6 +134,12 @@ VARIANTS: dict[str, dict[str, object]] = {
 """Variants of the architecture: an expert for all tokens, every second layer dense, norms without
 weights; and one feed-forward in all layers."""
 ANY_LAYOUT = ("tp2", "tp2_ep2_etp1", "ep2_distributed_optimizer", "dp2_overlap", "cp2")
+MOVES = {
+    "mixed_tp2": ("single", "ep2_distributed_optimizer"),
+    "mixed_ep2_distributed_optimizer": ("pp2_interleaved", "tp2"),
+    "layer_shared_tp2": ("single", "ep2_distributed_optimizer"),
+}
+"""Layouts that go on from the second step of a variant under another."""
 VARIANT_LAYOUTS = {
     "mixed": (*ANY_LAYOUT, "pp2", "pp2_interleaved", "dp2_recompute_full"),
     "layer_shared": (*ANY_LAYOUT, "dp2_recompute_full", "dp2_recompute_moe"),
@@ -157,16 +163,26 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     single["untrained"] = short(**{"lr": 1e-30, "min-lr": 1e-30})
     single |= {name: short(**case) for name, case in ONE_RANK.items()}
     two = {name: short(**case) for name, case in TWO_RANKS.items()}
+    alone: dict[str, list[str]] = {}
     for variant, case in VARIANTS.items():
         single[variant] = short(**case)
         for layout in VARIANT_LAYOUTS[variant]:
             sizes = {"context-parallel-size": 2} if layout == "cp2" else TWO_RANKS[layout]
             two[f"{variant}_{layout}"] = short(**case, **sizes)
+    for name, layouts in MOVES.items():
+        variant = next(each for each in VARIANTS if name.startswith(each))
+        two[name] += ["--save", str(out / name), "--save-interval", "2"]
+        for layout in layouts:
+            paths = {"load": out / name, "ckpt-step": 2}
+            sizes = {} if layout == "single" else TWO_RANKS[layout]
+            cases = alone if layout == "single" else two
+            cases[f"{name}_to_{layout}"] = short(**VARIANTS[variant], **sizes, **paths)
     two["dense_tp2"] = short(**DENSE, **{"tensor-model-parallel-size": 2})
     four = {name: short(**case) for name, case in FOUR_RANKS.items()}
     return {
         **run_cases(1, single, out / "1"),
         **run_cases(2, two, out / "2"),
+        **run_cases(1, alone, out / "moved"),
         **run_cases(4, four, out / "4"),
     }
 
@@ -189,12 +205,13 @@ def jetmoe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     return found
 
 
-def compare(found: Outcome, truth: Outcome, keys: list[str]) -> None:
+def compare(found: Outcome, truth: Outcome, keys: list[str], *, first: int = 0) -> None:
+    """Compare what a run recorded, and from step `first` on what another did; final weights too."""
     assert found.error is None, found.error
     tolerances = TOLERANCES | MOA_TOLERANCES
     for key in keys:
-        expected = truth.series(key)
-        assert len(expected) == STEPS
+        expected = truth.series(key)[first:]
+        assert len(expected) == STEPS - first
         assert found.series(key) == pytest.approx(expected, rel=tolerances[key]), key
     evaluations: list[Any] = truth.series("valid_loss")
     assert len(evaluations) == 1
@@ -221,6 +238,18 @@ def test_a_variant_trains_like_a_single_process(
     variant: str, layout: str, outcomes: dict[str, Outcome]
 ) -> None:
     compare(outcomes[f"{variant}_{layout}"], outcomes[variant], list(TOLERANCES))
+
+
+@pytest.mark.parametrize(
+    ("origin", "layout"), [(name, each) for name, all_ in MOVES.items() for each in all_]
+)
+def test_a_variant_goes_on_in_another_layout(
+    origin: str, layout: str, outcomes: dict[str, Outcome]
+) -> None:
+    """Weights, moments, step count and data position all have to arrive for this."""
+    variant = next(each for each in VARIANTS if origin.startswith(each))
+    found = outcomes[f"{origin}_to_{layout}"]
+    compare(found, outcomes[variant], list(TOLERANCES), first=2)
 
 
 def test_dense_model_trains_alike_under_tensor_parallelism(outcomes: dict[str, Outcome]) -> None:

@@ -44,7 +44,7 @@ def optimizer_state(
     """
     state = {}
     for index, inner in enumerate(optimizer.chained_optimizers):
-        if inner.optimizer is None:
+        if inner.optimizer is None or _is_empty(inner):
             continue
         inner_state = inner.sharded_state_dict(
             _flat(model), is_loading=is_loading, metadata=_METADATA
@@ -69,7 +69,8 @@ def load_optimizer_state(
 def _is_empty(optimizer: MegatronOptimizer) -> bool:
     """Return whether a plain optimizer has no parameters, as where no layer of a rank has experts.
 
-    megatron-core loads none: what is read has no entry for a state that is empty.
+    It is in no checkpoint: megatron-core cannot load it, and its empty lists, which are not
+    sharded, would be rank 0's word on those of others.
     """
     return not isinstance(optimizer, DistributedOptimizer) and not optimizer.get_parameters()
 

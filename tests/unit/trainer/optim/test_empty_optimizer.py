@@ -9,8 +9,9 @@ import torch
 from megatron.core.optimizer.optimizer import FP32Optimizer
 
 from megatron.trainer.checkpoint import CheckpointReader
+from megatron.trainer.optim.sharded_state import optimizer_state
 from megatron.trainer.resume import resume
-from megatron.trainer.state import TrainState
+from megatron.trainer.state import TrainState, model_state
 from moe_app.pretrain import command
 from moe_app.pretrain.config import PretrainConfig
 from tests.distributed.launcher import flags
@@ -31,6 +32,8 @@ def test_an_optimizer_without_parameters_has_nothing_to_load(
     group = {**first.optimizer.param_groups[0], "params": []}
     empty = FP32Optimizer(torch.optim.AdamW([group]), first.config, first.init_state_fn)
     state.optimizer.chained_optimizers.append(empty)
+    saved = optimizer_state(state.optimizer, model_state(state.modules), is_loading=False)
+    assert saved.keys() == {"0", "1"}  # dense, experts, and not the empty one
     resume(state, cast(PretrainConfig, state.cfg).model)
 
     assert state.iteration == 1
