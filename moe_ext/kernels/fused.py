@@ -44,7 +44,10 @@ def describe(setting: FusedKernels, device_type: str) -> str:
 
 @functools.cache
 def _problem() -> str | None:
-    """Says why this process's GPU cannot run kernels, or None."""
+    """Says why this process's GPU cannot run kernels, or None; each is tried once.
+
+    GPUs of one kind say the same, so that the ranks of a run do.
+    """
     # triton is imported where it is used: it takes a quarter of a second.
     from moe_ext.kernels import triton_jit
 
@@ -56,4 +59,6 @@ def _problem() -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < _OLDEST:
         return f"they need compute capability 8.0, and the GPU has {capability[0]}.{capability[1]}"
-    return None
+    from moe_ext.kernels import trial
+
+    return trial.find_problem(torch.device("cuda"))

@@ -95,7 +95,26 @@ def _writes_fp32(operand: Tensor, out: Tensor) -> bool:
     result, where a bf16 product of its own costs two more of each and is rounded.
     """
     is_wider = operand.dtype == torch.bfloat16 and out.dtype == torch.float32
-    return is_wider and operand.is_cuda and torch.version.cuda is not None
+    return is_wider and operand.is_cuda and writes_fp32_on("cuda")
+
+
+@functools.cache
+def writes_fp32_on(device: str) -> bool:
+    """Says whether torch writes and adds bf16 products to fp32 there; a small problem is tried.
+
+    Some releases refuse to add to fp32, and CPUs and ROCm have neither.
+    """
+    left, right = (torch.arange(9.0, device=device).view(3, 3).bfloat16() for _ in range(2))
+    # Whole numbers, exact in any order of summation; 2^-10 would be lost in bf16.
+    start = torch.full((3, 3), 2.0**-10, device=device)
+    exact = left.float() @ right.float()
+    try:
+        added = start.clone()
+        torch.addmm(added, left, right, out_dtype=torch.float32, out=added)
+        written = torch.mm(left, right, out_dtype=torch.float32, out=torch.empty_like(start))
+    except (RuntimeError, TypeError):
+        return False
+    return torch.equal(added, exact + start) and torch.equal(written, exact)
 
 
 def accumulating_linear(rows: Tensor, weight: Tensor) -> Tensor:

@@ -293,14 +293,35 @@ def test_bf16_products_on_a_cpu_have_multiples_of_32_rows(monkeypatch: pytest.Mo
     inputs = leaves(
         (len(chosen), WIDTH), (EXPERTS, 2, FFN, WIDTH), (EXPERTS, WIDTH, FFN), (len(chosen), 1)
     )
-    expected = all_of(dense(chosen, *inputs), inputs)
+    tokens, w1, w2, gates = inputs
+    expected = all_of(dense(chosen, tokens, w1, w2, gates), inputs)
     rounded = [each.detach().bfloat16().requires_grad_() for each in inputs]
     seen = _RowsOfProducts()
     with seen:
-        actual = all_of(
-            EXPERT_BACKENDS["grouped"].routed_experts(*rounded[:3], order, rounded[3]), rounded
-        )
+        tokens, w1, w2, gates = rounded
+        output = EXPERT_BACKENDS["grouped"].routed_experts(tokens, w1, w2, order, gates)
+        actual = all_of(output, rounded)
     assert seen.numbers == {64, 32, 96}
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == torch.bfloat16
         assert (a.double() - b).norm() < 2e-2 * b.norm()
+
+
+def test_whether_bf16_products_are_added_to_fp32_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def add(start: Tensor, left: Tensor, right: Tensor, **options: Any) -> Tensor:
+        return torch.add(start, left.float() @ right.float(), out=options["out"])
+
+    def add_rounded(start: Tensor, left: Tensor, right: Tensor, **options: Any) -> Tensor:
+        rounded = (start + left.float() @ right.float()).bfloat16()
+        return options["out"].copy_(rounded)  # type: ignore[no-any-return]
+
+    def write(left: Tensor, right: Tensor, **options: Any) -> Tensor:
+        return torch.matmul(left.float(), right.float(), out=options["out"])
+
+    asked = products.writes_fp32_on.__wrapped__
+    assert not asked("cpu")  # refused by torch
+    monkeypatch.setattr(torch, "mm", write)
+    monkeypatch.setattr(torch, "addmm", add)
+    assert asked("cpu")
+    monkeypatch.setattr(torch, "addmm", add_rounded)
+    assert not asked("cpu")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_ext.config import MoEModelConfig
-from moe_ext.kernels import fused, triton_jit
+from moe_ext.kernels import fused, trial, triton_jit
 from moe_ext.layers.transformer import transformer_config
 
 
@@ -29,6 +29,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(triton_jit, "is_available", lambda: (True, "compiled"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(trial, "find_problem", lambda device: None)
     return monkeypatch
 
 
@@ -53,6 +54,30 @@ def test_what_prevents_them_is_named(hopper: pytest.MonkeyPatch) -> None:
     hopper.setattr(triton_jit, "is_available", lambda: (False, "triton is not installed"))
     assert fused.describe("auto", "cuda") == "fused kernels: none, triton is not installed"
     assert not fused.takes("auto", operand(torch.bfloat16))
+
+
+def test_a_kernel_that_fails_its_trial_is_named_and_none_is_taken(
+    hopper: pytest.MonkeyPatch,
+) -> None:
+    hopper.setattr(trial, "find_problem", lambda device: f"that of RMSNorm is off on {device}")
+    assert not fused.takes("auto", operand(torch.bfloat16))
+    assert fused.describe("auto", "cuda") == "fused kernels: none, that of RMSNorm is off on cuda"
+
+
+def test_the_trial_passes_kernels_and_finds_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert trial.find_problem(cpu) is None
+    right = trial.gated_unit
+    monkeypatch.setattr(trial, "gated_unit", lambda projected: right(projected) * 1.05)
+    told = trial.find_problem(cpu)
+    assert told is not None and told.startswith("that of SwiGLU is 0.0")
+    monkeypatch.setattr(trial, "gated_unit", right)
+    monkeypatch.setattr(trial, "rms_norm", lambda *inputs: inputs[0] * inputs[9])
+    told = trial.find_problem(cpu)
+    assert told is not None and told.startswith("that of RMSNorm fails here (IndexError")
+    monkeypatch.setattr(trial, "softmax_gradient_", lambda *inputs: None)
+    told = trial.find_problem(cpu)
+    assert told is not None and told.startswith("that of cross-entropy is ")
 
 
 def test_the_model_says_it_to_every_layer() -> None:

@@ -1,0 +1,116 @@
+"""Tries each fused kernel on a small problem, on the device that a run computes on."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_ext.kernels.cross_entropy import softmax_gradient_, softmax_statistics
+from moe_ext.kernels.gated_unit import gated_unit
+from moe_ext.kernels.rms_norm import rms_norm
+from moe_ext.kernels.rotated_norm import rotated_norm
+
+_ERROR = 2e-2
+"""Of a norm; operands and results are rounded to bf16 (2^-9) a few times."""
+_EPS = 1e-5
+
+
+def find_problem(device: torch.device) -> str | None:
+    """Returns which kernel fails or differs from torch on this device, in bf16; None if none."""
+    for name, attempt in (
+        ("cross-entropy", _try_cross_entropy),
+        ("RMSNorm", _try_norm),
+        ("norm and rotation", _try_rotated_norm),
+        ("SwiGLU", _try_gated_unit),
+    ):
+        try:
+            with torch.enable_grad():
+                pairs = attempt(device)
+        # What a compiler raises has no common class; the reason is told and torch computes.
+        except Exception as error:
+            return f"that of {name} fails here ({type(error).__name__}: {error})"
+        for found, wanted in pairs:
+            distance = float((found.float() - wanted).norm() / wanted.norm())
+            if not distance <= _ERROR:  # NaN, too
+                return f"that of {name} is {distance:.2g} off torch's result here"
+    return None
+
+
+Comparisons = list[tuple[Tensor, Tensor]]
+"""What a kernel gives, and what torch does in fp32."""
+
+
+def _try_cross_entropy(device: torch.device) -> Comparisons:
+    logits, weights = _random(device, 5, 1000), _random(device, 5).float()
+    labels = torch.tensor([0, 999, 500, -1, 7], device=device)
+    exact = logits.float()
+    largest, total, target = softmax_statistics(logits, labels, None)
+    wanted = exact.softmax(dim=1)
+    of_label = torch.zeros_like(exact)
+    for row, label in enumerate(labels.tolist()):
+        if label >= 0:
+            of_label[row, label] = 1.0
+    softmax_gradient_(logits, labels, weights, largest, total)
+    return [
+        (largest + total.log(), exact.logsumexp(dim=1)),
+        (target, (exact * of_label).sum(dim=1)),
+        (logits, weights[:, None] * (wanted - of_label)),
+    ]
+
+
+def _try_norm(device: torch.device) -> Comparisons:
+    inputs = [_random(device, 7, 96), _random(device, 96)]
+    return _compare(
+        lambda x, w: rms_norm(x, w, _EPS),
+        lambda x, w: F.rms_norm(x, (96,), eps=_EPS) * w,
+        inputs,
+    )
+
+
+def _try_rotated_norm(device: torch.device) -> Comparisons:
+    half = torch.linspace(0.0, 3.0, 3 * 16, device=device).view(3, 1, 1, 16)
+    angles = torch.cat([half, half], dim=-1)
+
+    def of_torch(heads: Tensor, weight: Tensor) -> Tensor:
+        normed = F.rms_norm(heads.flatten(-2), (64,), eps=_EPS) * weight
+        first, second = normed.view(heads.shape).chunk(2, dim=-1)
+        return torch.cat(
+            [
+                first * half.cos() - second * half.sin(),
+                second * half.cos() + first * half.sin(),
+            ],
+            dim=-1,
+        )
+
+    inputs = [_random(device, 3, 2, 2, 32), _random(device, 64)]
+    return _compare(lambda x, w: rotated_norm(x, w, angles, _EPS), of_torch, inputs)
+
+
+def _try_gated_unit(device: torch.device) -> Comparisons:
+    def of_torch(projected: Tensor) -> Tensor:
+        gate, up = projected.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    return _compare(gated_unit, of_torch, [_random(device, 7, 2 * 96)])
+
+
+def _compare(
+    kernel: Callable[..., Tensor], of_torch: Callable[..., Tensor], inputs: list[Tensor]
+) -> Comparisons:
+    """Returns output and gradients of both."""
+    found = _with_gradients(kernel, inputs)
+    return list(zip(found, _with_gradients(of_torch, [x.float() for x in inputs]), strict=True))
+
+
+def _with_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    leaves = [each.detach().requires_grad_() for each in inputs]
+    output = function(*leaves)
+    upstream = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)
+    gradients = torch.autograd.grad(output, leaves, upstream.to(torch.bfloat16).to(output.dtype))
+    return [output.detach(), *gradients]
+
+
+def _random(device: torch.device, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(device, torch.bfloat16)
