@@ -25,6 +25,8 @@ from benchmarks.workers import Entry
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the measurement that `argv` describes; return the exit status."""
+    from benchmarks.native import usable_backends
+
     parser = new_parser("moe_layer", "Time one MoE layer against its peers.")
     parser.add_argument("--routing", choices=ROUTINGS, default="learned", help="(%(default)s)")
     parser.add_argument(
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         benchmark="moe_layer",
         arguments=vars(args),
+        native_backend=usable_backends(shape.model, args.device, dtype)[0],
         routing=describe_routing(shape, args.routing),
     )
     print(table(found))
@@ -72,9 +75,10 @@ def expert_entries(
 ) -> dict[str, Entry]:
     """List all implementations of the experts; the first is the project's default."""
     from benchmarks import layer_kernels, layer_megatron, layer_sonic, layer_transformers
-    from benchmarks.native import usable_backends
 
     common = (shape, routing, dtype)
+    from benchmarks.native import usable_backends
+
     default, *others = usable_backends(shape.model, device_type, dtype)
     build_own = layer_megatron.build_experts
     found = {NATIVE: Entry(build_own, (*common, f"{NATIVE}:{default}"))}
@@ -102,9 +106,10 @@ def attention_entries(
 ) -> dict[str, Entry]:
     """List all implementations of the mixture of attention heads."""
     from benchmarks import layer_kernels, layer_megatron, layer_transformers
-    from benchmarks.native import usable_backends
 
     common = (shape, routing, dtype)
+    from benchmarks.native import usable_backends
+
     default, *others = usable_backends(shape.model, device_type, dtype)
     build_own = layer_megatron.build_moa
     return {

@@ -25,6 +25,8 @@ from moe_ext.counting import training_flops_per_token
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the measurement that `argv` describes; return the exit status."""
+    from benchmarks.native import usable_backends
+
     args = new_parser("train_step", "Time training steps against transformers.").parse_args(argv)
     shape, dtype = shape_of(args), DTYPES[args.dtype]
     session = Session(
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         benchmark="train_step",
         arguments=vars(args),
+        native_backend=usable_backends(shape.model, args.device, dtype)[0],
         losses={
             name: measured.series("loss")
             for name, measured in session.found.items()
@@ -66,9 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entries(shape: Shape, dtype: torch.dtype, device_type: str) -> dict[str, Entry]:
     """List all implementations; the first is the project's default."""
     from benchmarks import layer_transformers, step_peers
-    from benchmarks.native import usable_backends
 
     found = {}
+    from benchmarks.native import usable_backends
+
     default, *others = usable_backends(shape.model, device_type, dtype)
     for backend in (default, *others):
         model = dataclasses.replace(shape.model, expert_backend=backend)

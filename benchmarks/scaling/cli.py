@@ -4,8 +4,8 @@
     python -m benchmarks.scaling --sweep experts --json experts.json --plot-dir plots
     python -m benchmarks.scaling --sweep layers --json layers.json --plot-dir plots
     python -m benchmarks.scaling --sweep processes --json processes.json --plot-dir plots
-    python -m benchmarks.scaling --sweep model --gpu-tflops 400 --intra-gbps 450 --inter-gbps 50
-    python -m benchmarks.scaling --sweep runs --gpu-tflops 322
+    python -m benchmarks.scaling --sweep model --gpu h200 --intra-gbps 450 --inter-gbps 50
+    python -m benchmarks.scaling --sweep runs --expert-backend grouped
 
 The experts sweep keeps k * f and e * f, so parameters and active FLOPs stay the same. The processes
 sweep gives each process one thread; the others use torch's threads. docs/scaling.md says what the
@@ -83,8 +83,15 @@ def _add_model_flags(model: argparse._ArgumentGroup) -> None:
     model.add_argument(
         "--preset", choices=sorted(PRESETS), default="olmoe_1b_7b", help="(%(default)s)"
     )
+    model.add_argument(
+        "--gpu", default="h100", help="h100, h200 or a file of benchmarks.calibrate (%(default)s)"
+    )
+    model.add_argument(
+        "--gpu-tflops", type=float, metavar="X",
+        help="one rate of every product instead, and no time for anything else",
+    )  # fmt: skip
+    model.add_argument("--expert-backend", default="auto", metavar="NAME", help="(%(default)s)")
     for flag, default, meaning in (
-        ("--gpu-tflops", 400.0, "achieved TFLOP/s of a GPU"),
         ("--intra-gbps", 450.0, "GB/s (bytes), one way, out of a GPU within its node"),
         ("--inter-gbps", 50.0, "GB/s (bytes), one way, out of a GPU to other nodes"),
         ("--latency-us", 20.0, "microseconds per call"),
@@ -163,10 +170,11 @@ def sweep_model(args: argparse.Namespace) -> Mapping[str, Any]:
     from benchmarks.scaling import model
     from moe_ext.config import MoEModelConfig
     from moe_ext.cost.cluster import Cluster
+    from moe_ext.cost.device import find_device, flat
     from moe_ext.presets import PRESETS
 
     run = model.Run(
-        model=MoEModelConfig(**PRESETS[args.preset]),
+        model=MoEModelConfig(**{**PRESETS[args.preset], "expert_backend": args.expert_backend}),
         gpus=args.values or _GPUS,
         expert=args.ep,
         tensor=args.tp,
@@ -175,7 +183,7 @@ def sweep_model(args: argparse.Namespace) -> Mapping[str, Any]:
         micro_batch_size=args.micro_batch_size,
         imbalance=args.imbalance,
         cluster=Cluster(
-            flops_per_second=1e12 * args.gpu_tflops,
+            device=find_device(args.gpu) if args.gpu_tflops is None else flat(args.gpu_tflops),
             intra_bytes_per_second=1e9 * args.intra_gbps,
             inter_bytes_per_second=1e9 * args.inter_gbps,
             gpus_per_node=args.gpus_per_node,
@@ -195,10 +203,11 @@ def sweep_runs(args: argparse.Namespace) -> Mapping[str, Any]:
     """Model the papers' whole runs, and the same on more GPUs."""
     from benchmarks.scaling import whole_runs
 
-    names = ("gpu_tflops", "intra_gbps", "inter_gbps", "gpus_per_node", "latency_us", "memory")
+    names = ("gpu", "expert_backend", "intra_gbps", "inter_gbps", "gpus_per_node", "latency_us")
     flags = [
         word
-        for name in (*names, "imbalance")
+        for name in (*names, "memory", "imbalance", "gpu_tflops")
+        if getattr(args, name) is not None
         for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))
     ]
     losses = whole_runs.Losses(restart_s=60 * args.restart_minutes, save_s=args.save_seconds)

@@ -11,7 +11,8 @@ from megatron.trainer.errors import ConfigError
 from moe_ext.config import MoEModelConfig
 from moe_ext.cost.cluster import TERMS, Cluster, select_purposes, step_seconds
 from moe_ext.cost.collective import Collective
-from moe_ext.cost.traffic import Batch, step_collectives
+from moe_ext.cost.rank import Batch
+from moe_ext.cost.traffic import step_collectives
 
 SEQUENCES, SEQ_LENGTH = 1024, 4096
 """OLMoE's global batch: 4,194,304 tokens."""
@@ -141,13 +142,16 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 
 def assumptions(run: Run) -> str:
     """Describe the assumptions of the table."""
-    cluster = run.cluster
+    cluster, device = run.cluster, run.cluster.device
+    gpu = device.name
+    if device.layer_ms:
+        gpu += f", experts as '{device.backend(run.model.expert_backend)}'"
     intra, inter = cluster.intra_bytes_per_second, cluster.inter_bytes_per_second
     return (
         f"{SEQUENCES:,} sequences of {SEQ_LENGTH:,} tokens a step, TP {run.tensor}, PP"
-        f" {run.pipeline}, CP {run.context}, ETP 1, bf16, distributed optimizer; a GPU reaches"
-        f" {cluster.flops_per_second / 1e12:g} TFLOP/s, sends {intra / 1e9:g} GB/s within its node"
-        f" of {cluster.gpus_per_node} and {inter / 1e9:g} GB/s out of it;"
+        f" {run.pipeline}, CP {run.context}, ETP 1, bf16, distributed optimizer; {gpu}; a GPU"
+        f" sends {intra / 1e9:g} GB/s within its node of {cluster.gpus_per_node} and"
+        f" {inter / 1e9:g} GB/s out of it;"
         f" {1e6 * cluster.latency_s:g} us a call; the busiest expert parallel rank gets"
-        f" {run.imbalance:g} times the mean. Nothing overlaps."
+        f" {run.imbalance:g} times the mean. Gradients are reduced under the backward pass."
     )

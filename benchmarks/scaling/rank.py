@@ -22,7 +22,8 @@ from megatron.trainer.runtime.launch import RunContext, environment_rank, initia
 from megatron.trainer.step import train_step
 from moe_app.pretrain.build import build_state
 from moe_app.pretrain.config import PretrainConfig, parse_recipe
-from moe_ext.cost.traffic import Batch, step_collectives
+from moe_ext.cost.rank import Batch
+from moe_ext.cost.traffic import step_collectives
 
 
 def main() -> None:

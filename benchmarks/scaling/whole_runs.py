@@ -22,6 +22,8 @@ class Published:
     """Tokens that it trained on."""
     gpus: int
     """GPUs that it ran on."""
+    sequences: int
+    """Of a micro-batch."""
     rate: float
     """Tokens per second and GPU."""
     source: str
@@ -33,6 +35,7 @@ PAPERS = (
         preset="olmoe_1b_7b",
         tokens=5.133e12,
         gpus=256,
+        sequences=4,
         rate=23600,
         source="OLMoE, section 4.1.1: 128 H100",
     ),
@@ -40,12 +43,19 @@ PAPERS = (
         preset="jetmoe_8b",
         tokens=1.25e12,
         gpus=96,
+        sequences=1,
         rate=1.25e12 / (30000 * 3600),
         source="JetMoE, abstract: 1.25T tokens in 30,000 H100 hours",
     ),
 )
 LARGER: Sequence[tuple[int, int]] = ((1024, 1024), (8192, 1024), (10240, 5120))
 """GPUs, and sequences of a global batch, of which each model is planned too."""
+
+SEARCHED = (
+    *("--tp", "1", "2", "4", "8", "--vp", "1", "--ep", "1", "--etp", "1"),
+    *("--distributed-optimizer", "on"),
+)
+"""Layouts that are planned: no experts away from their tokens, as in both papers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +111,12 @@ def describe(
     Raises:
         ConfigError: a flag is wrong.
     """
+    of_micro_batch = paper.sequences if num_gpus == paper.gpus else 1
     cfg, _ = parse(
         [
             *("--preset", paper.preset, "--gpus", str(num_gpus)),
-            *("--global-batch-size", str(sequences), *flags),
+            *("--global-batch-size", str(sequences), "--micro-batch-size", str(of_micro_batch)),
+            *("--bf16", "--overlap-grad-reduce", *SEARCHED, *flags),
         ]
     )
     row: dict[str, Any] = {

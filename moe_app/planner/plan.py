@@ -24,6 +24,8 @@ from moe_app.planner.search import (
     SearchResult,
     as_dict,
     best_per_layout,
+    device_of,
+    memory_gb,
     memory_limit,
     search,
 )
@@ -133,7 +135,7 @@ def _check(cfg: PlanConfig) -> int:
     found += [
         f"{name} ({value:g}) must be above 0; use a positive number"
         for name in ("memory", "gpu_tflops", "intra_gbps", "inter_gbps")
-        if (value := getattr(planning, name)) <= 0
+        if (value := getattr(planning, name)) is not None and value <= 0
     ]
     if not 0 <= planning.headroom < 1:
         found.append(
@@ -177,14 +179,28 @@ def _head(cfg: PlanConfig, num_gpus: int, published: Sequence[str]) -> Iterator[
     if published:
         yield f"{' and '.join(published)}: as published for the preset, not set for this run"
     yield (
-        f"machine: {num_gpus:,} GPUs of {planning.memory:g} GB, {planning.headroom:.0%} of it kept"
-        f" free; {planning.gpus_per_node} a node; imbalance {planning.imbalance:g}"
+        f"machine: {num_gpus:,} GPUs of {memory_gb(planning):g} GB, {planning.headroom:.0%} of it"
+        f" kept free; {planning.gpus_per_node} a node; imbalance {planning.imbalance:g}"
     )
+    yield f"time: {_gpu(cfg)}; {_overlap(cfg)}"
     yield (
-        f"time: {planning.gpu_tflops:g} TFLOP/s, {planning.intra_gbps:g} GB/s within a node,"
-        f" {planning.inter_gbps:g} GB/s out of it, {planning.latency_us:g} us a call; nothing"
-        " overlaps"
+        f"links: {planning.intra_gbps:g} GB/s within a node, {planning.inter_gbps:g} GB/s out of"
+        f" it, {planning.latency_us:g} us a call"
     )
+
+
+def _gpu(cfg: PlanConfig) -> str:
+    device = device_of(cfg.planning)
+    if not device.layer_ms:
+        return device.name
+    backend = device.backend(cfg.model.expert_backend)
+    return f"{device.name}, experts as '{backend}'"
+
+
+def _overlap(cfg: PlanConfig) -> str:
+    if cfg.parallel.overlap_grad_reduce:
+        return "only reductions of gradients overlap"
+    return "nothing overlaps"
 
 
 def _recomputation(training: TrainingConfig) -> str:

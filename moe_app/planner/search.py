@@ -1,6 +1,7 @@
 """Searches the legal layouts of a run on N GPUs and estimates their cost."""
 
 import dataclasses
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from megatron.trainer.errors import ConfigError
 from moe_app.pretrain.config import PretrainConfig
 from moe_ext.cost.activations import Step
 from moe_ext.cost.cluster import Cluster, step_seconds
+from moe_ext.cost.device import Device, find_device, flat
 from moe_ext.cost.footprint import Footprint, footprint
 from moe_ext.cost.traffic import step_collectives
 from moe_ext.experts import AUTO, choose_backend, look_up_backend, use_of_model
@@ -36,8 +38,8 @@ class PlanningConfig:
 
     gpus: int | None = None
     """GPUs of the run; has to be given."""
-    memory: float = 80.0
-    """Memory of a GPU in GB (10^9 bytes)."""
+    memory: float | None = None
+    """Memory of a GPU in GB (10^9 bytes); None means what the GPU has."""
     headroom: float = 0.1
     """Share of it that stays free for CUDA, NCCL and what the allocator cannot use."""
     imbalance: float = 1.0
@@ -62,8 +64,10 @@ class PlanningConfig:
     """Layouts whose flags are printed."""
     json: str | None = None
     """File that gets all layouts."""
-    gpu_tflops: float = 400.0
-    """TFLOP/s that a GPU reaches in the model's products, not its peak."""
+    gpu: str = "h100"
+    """GPU by name, h100 or h200, or a file that benchmarks.calibrate has written for another."""
+    gpu_tflops: float | None = None
+    """One rate of every product instead, and no time for anything else; None means the GPU's."""
     intra_gbps: float = 450.0
     """GB/s one way out of a GPU within its node."""
     inter_gbps: float = 50.0
@@ -116,9 +120,29 @@ class SearchResult:
     """Why the others are not legal, and how many of them."""
 
 
+def device_of(planning: PlanningConfig) -> Device:
+    """Return the GPU that is planned for.
+
+    Raises:
+        ConfigError: it is not known.
+    """
+    try:
+        known = find_device(planning.gpu)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if planning.gpu_tflops is None:
+        return known
+    return dataclasses.replace(flat(planning.gpu_tflops), memory_gb=known.memory_gb)
+
+
+def memory_gb(planning: PlanningConfig) -> float:
+    """Return the memory of a GPU in GB."""
+    return device_of(planning).memory_gb if planning.memory is None else planning.memory
+
+
 def memory_limit(planning: PlanningConfig) -> float:
     """Return the bytes available for a rank's tensors."""
-    return planning.memory * GB * (1 - planning.headroom)
+    return memory_gb(planning) * GB * (1 - planning.headroom)
 
 
 def search(cfg: PlanConfig, num_gpus: int) -> SearchResult:
@@ -216,16 +240,21 @@ def _cost(cfg: PlanConfig, layout: Layout, *, is_sharded: bool) -> Plan:
 
 def stage_seconds(cfg: PlanConfig, layout: Layout, step: Step) -> dict[str, float]:
     """Return the terms of a step's time, of the slower of the first and the last stage."""
-    planning = cfg.planning
-    cluster = Cluster(
-        flops_per_second=planning.gpu_tflops * 1e12,
+    cluster = cluster_of(cfg.planning)
+    each = [step_seconds(cfg.model, layout, step, cluster, stage=end) for end in _ends(layout)]
+    return max(each, key=lambda terms: sum(terms.values()))
+
+
+@functools.lru_cache(maxsize=8)
+def cluster_of(planning: PlanningConfig) -> Cluster:
+    """Return the rates that are planned with."""
+    return Cluster(
+        device=device_of(planning),
         intra_bytes_per_second=planning.intra_gbps * 1e9,
         inter_bytes_per_second=planning.inter_gbps * 1e9,
         gpus_per_node=planning.gpus_per_node,
         latency_s=planning.latency_us * 1e-6,
     )
-    each = [step_seconds(cfg.model, layout, step, cluster, stage=end) for end in _ends(layout)]
-    return max(each, key=lambda terms: sum(terms.values()))
 
 
 def _ends(layout: Layout) -> list[int]:

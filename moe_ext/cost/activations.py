@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from moe_ext.cost.memory import expert_activation_bytes
 from moe_ext.cost.param_shards import Chunk, head_widths
-from moe_ext.cost.traffic import Batch, Rank
+from moe_ext.cost.rank import Batch, Rank
 
 _FP32, _INT64, _BOOL = 4, 8, 1
 
@@ -66,12 +66,6 @@ def bytes_by_part(items: Iterable[KeptBytes]) -> dict[str, float]:
     for item in items:
         found[item.part] = found.get(item.part, 0.0) + item.num_bytes
     return found
-
-
-def received_rows(rank: StepRank) -> float:
-    """Return the rows this rank's experts compute per micro-batch, on the busiest rank."""
-    rows = rank.own_tokens * rank.model.moe_router_topk * rank.layout.expert_tensor
-    return rows * (rank.batch.imbalance if rank.layout.expert > 1 else 1.0)
 
 
 def holds_all_experts(rank: StepRank) -> bool:
@@ -256,7 +250,7 @@ def experts_layer(rank: StepRank, *, experts: int) -> Iterator[KeptBytes]:
             yield KeptBytes("experts", rows * model.hidden_size * width)
     else:
         yield KeptBytes("router", hidden)
-        rows = received_rows(rank)
+        rows = rank.received_rows
         yield from _dispatch(rank, rows=rows, experts=experts)
         ffn = model.moe_ffn_hidden_size // rank.layout.expert_tensor
         yield KeptBytes("experts", rows * ((model.hidden_size + 2 * ffn) * width + _FP32))

@@ -1,7 +1,8 @@
-"""Estimate the time of a step on many GPUs: an analytic model with rates chosen by the reader.
+"""Estimate the time of a step on many GPUs, from what was measured on one and the links' rates.
 
-Nothing overlaps, every rank is as busy as the average one (dispatch and experts: as the busiest),
-and a collective moves its bytes over the slowest link it must cross, plus a constant latency.
+Every rank is as busy as the average one (dispatch and experts: as the busiest), and a collective
+moves its bytes over the slowest link it must cross, plus a constant latency. Only the reduction of
+gradients overlaps with compute, and only where the run's flags say so.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,11 @@ from dataclasses import dataclass
 
 from moe_ext.config import MoEModelConfig
 from moe_ext.cost.collective import Collective, Group, Purpose, group_size
+from moe_ext.cost.compute import Seconds, micro_batch_seconds, update_seconds
+from moe_ext.cost.device import Device
 from moe_ext.cost.param_shards import Layout
-from moe_ext.cost.traffic import Batch, step_collectives
-from moe_ext.counting import training_flops_per_token
+from moe_ext.cost.rank import Batch, Rank
+from moe_ext.cost.traffic import step_collectives
 
 TERMS: Mapping[str, tuple[Purpose, ...]] = {
     "dispatch": ("dispatch_sizes", "dispatch", "combine"),
@@ -22,15 +25,15 @@ TERMS: Mapping[str, tuple[Purpose, ...]] = {
     "scalars": ("grad_norm", "loss"),
 }
 """The purposes of collectives that each term of `step_seconds` sums up."""
-_IN_BUBBLE = ("compute", "dispatch", "tensor", "context")
+_IN_BUBBLE = ("dispatch", "tensor", "context")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
     """Holds the rates of a cluster of nodes."""
 
-    flops_per_second: float
-    """What a GPU reaches in this model's matrix products."""
+    device: Device
+    """The GPU."""
     intra_bytes_per_second: float
     """One way, from a GPU to the others of its node."""
     inter_bytes_per_second: float
@@ -91,34 +94,53 @@ def collective_seconds(collective: Collective, cluster: Cluster, layout: Layout)
     return seconds + cluster.latency_s
 
 
-def compute_flops(model: MoEModelConfig, batch: Batch) -> float:
-    """Return the FLOPs of a token, forward and backward with recomputation, on the busiest rank."""
-    total = training_flops_per_token(model, batch.seq_length)
-    experts = shared = 0.0
-    if model.num_experts is not None:
-        column = 6.0 * model.num_layers * 3 * model.hidden_size
-        experts = column * model.moe_router_topk * model.moe_ffn_hidden_size
-        shared = column * (model.moe_shared_expert_intermediate_size or 0)
-    again = {"full": total, "moe": experts + shared, None: 0.0}[batch.recompute] / 3
-    return total + (batch.imbalance - 1) * experts + again
-
-
 def step_seconds(
     model: MoEModelConfig, layout: Layout, batch: Batch, cluster: Cluster, *, stage: int = 0
 ) -> dict[str, float]:
-    """Estimate the seconds of a step as a sum: compute, each of `TERMS`, the pipeline bubble."""
+    """Estimate the seconds of a step as a sum: compute, each of `TERMS`, and what else takes time.
+
+    Gradients are what of their reduction backward does not hide; the bubble is the wait of a
+    pipeline stage for the others; waits are those of the GPU for the host.
+    """
+    rank = Rank(model=model, layout=layout, batch=batch, stage=stage)
     collectives = step_collectives(model, layout, batch, stage=stage)
-    tokens = batch.seq_length * batch.micro_batch_size * batch.num_microbatches
-    shared = layout.tensor * layout.context * layout.pipeline
-    found = {"compute": tokens * compute_flops(model, batch) / shared / cluster.flops_per_second}
+    once = micro_batch_seconds(rank, cluster.device)
+    found = {"compute": batch.num_microbatches * once.total}
     for term, purposes in TERMS.items():
         found[term] = sum(
             each.count * collective_seconds(each, cluster, layout)
             for each in select_purposes(collectives, purposes)
         )
+    found["gradients"] -= _hidden_seconds(rank, collectives, cluster, once)
     waiting = (layout.pipeline - 1) / (layout.virtual_stages * batch.num_microbatches)
-    found["bubble"] = waiting * sum(found[term] for term in _IN_BUBBLE)
+    in_layers = batch.num_microbatches * (once.layers + once.accumulation)
+    found["bubble"] = waiting * (in_layers + sum(found[term] for term in _IN_BUBBLE))
+    found["optimizer"] = update_seconds(rank, cluster.device)
+    found["waits"] = cluster.device.waits_ms / 1e3
     return found
+
+
+def _hidden_seconds(
+    rank: Rank, collectives: Sequence[Collective], cluster: Cluster, once: Seconds
+) -> float:
+    """Return the seconds of gradient reductions that run under the last backward passes.
+
+    A bucket is reduced once backward has been through its layers. The first stage ends last: its
+    last buckets, of its first layers, have nothing left to hide under. Another stage is done
+    earlier by the backward passes of the stages before it.
+    """
+    if not rank.batch.overlap_grad_reduce:
+        return 0.0
+    reductions: dict[Group, list[float]] = {"dp_cp": [], "expt_dp": []}
+    for each in select_purposes(collectives, ("gradients",)):
+        if each.group in reductions:
+            reductions[each.group].append(collective_seconds(each, cluster, rank.layout))
+    everything = sum(map(sum, reductions.values()))
+    backward = 2 / 3 * once.total
+    if rank.stage > 0:
+        return min(everything, rank.stage * backward / rank.layout.virtual_stages)
+    last = sum(each[-1] for each in reductions.values() if each)
+    return min(everything - last, backward)
 
 
 def select_purposes(

@@ -9,7 +9,6 @@ from moe_ext.cost.activations import (
     experts_layer,
     holds_all_experts,
     layer_bytes,
-    received_rows,
     recompute_plan,
     total_bytes,
 )
@@ -88,7 +87,7 @@ def expert_workspace(rank: StepRank) -> float:
     model, width = rank.model, rank.width
     ffn = model.moe_ffn_hidden_size // rank.layout.expert_tensor
     local = (model.num_experts or 0) // rank.layout.expert
-    rows = received_rows(rank)
+    rows = rank.received_rows
     of_rows = rows * model.hidden_size * width
     # Rows sent to and received from other ranks.
     moving = 0.0 if holds_all_experts(rank) else 2 * of_rows

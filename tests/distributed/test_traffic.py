@@ -13,8 +13,9 @@ import pytest
 
 from megatron.trainer.config.parallel_layout import num_microbatches, resolve_layout
 from moe_app.pretrain.config import parse_recipe
+from moe_ext.cost.rank import Batch
 from moe_ext.cost.records import record_collectives
-from moe_ext.cost.traffic import Batch, Collective, step_collectives
+from moe_ext.cost.traffic import Collective, step_collectives
 from tests.distributed import jetmoe_cases
 from tests.distributed.launcher import HERE, flags, ranks
 
