@@ -313,7 +313,7 @@ def test_whether_bf16_products_are_added_to_fp32_is_tried(monkeypatch: pytest.Mo
 
     def add_rounded(start: Tensor, left: Tensor, right: Tensor, **options: Any) -> Tensor:
         rounded = (start + left.float() @ right.float()).bfloat16()
-        return options["out"].copy_(rounded)  # type: ignore[no-any-return]
+        return options["out"].copy_(rounded)
 
     def write(left: Tensor, right: Tensor, **options: Any) -> Tensor:
         return torch.matmul(left.float(), right.float(), out=options["out"])
