@@ -64,6 +64,8 @@ def calibrate(layer: Mapping[str, Any], step: Mapping[str, Any], *, base: Device
     """
     for found in (layer, step):
         _check(found)
+    if layer["tokens_per_sample"] != TOKENS:
+        raise ValueError(f"the layer had {layer['tokens_per_sample']} tokens; measure {TOKENS}")
     gemm = layer["ceilings"]["gemm_flops_per_second"]["median"] / 1e12
     device = dataclasses.replace(
         base,
@@ -108,8 +110,6 @@ def _check(found: Mapping[str, Any]) -> None:
     for name, value in (("shape", "olmoe"), ("device", "cuda"), ("dtype", "bf16")):
         if arguments[name] != value:
             raise ValueError(f"--{name} was {arguments[name]}; measure with {value}")
-    if found["tokens_per_sample"] != TOKENS:
-        raise ValueError(f"a sample had {found['tokens_per_sample']} tokens; measure {TOKENS}")
 
 
 def _milliseconds(found: Mapping[str, Any]) -> dict[str, float]:

@@ -200,6 +200,7 @@ class Session:
             return  # each visit warms up
         with self._without_failing(name), self._worker(name) as worker:
             self._prepare(name, worker, self._plan.warmup)
+            self._release(name, worker)
 
     def _call(self, name: str, worker: Worker, command: str, *arguments: int) -> Any:
         """Run a command; a peer has a limit, the project's own have none."""
@@ -228,6 +229,7 @@ class Session:
         with self._without_failing(name), self._worker(name) as worker:
             if name == CEILINGS:
                 self.ceilings.append(self._sample(name, worker))
+                self._release(name, worker)
                 return
             if self._plan.is_fresh:
                 self._prepare(name, worker, self._plan.visit_warmup)
@@ -239,6 +241,12 @@ class Session:
             if self._plan.is_fresh:
                 peak = self._call(name, worker, "peak_bytes")
                 measured.peak_bytes = max(measured.peak_bytes or 0, peak)
+            self._release(name, worker)
+
+    def _release(self, name: str, worker: Worker) -> None:
+        """Have a worker give its caches back, now that its visit is over."""
+        if self._plan.device.type == "cuda":
+            self._call(name, worker, "release")
 
     @contextmanager
     def _without_failing(self, name: str) -> Iterator[None]:

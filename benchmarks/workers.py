@@ -87,7 +87,7 @@ class Worker:
         theirs.close()
 
     def call(self, command: str, *arguments: int, timeout_s: float | None = None) -> Any:
-        """Have the worker run `check`, `sample`, `restart_peak` or `peak_bytes`.
+        """Have the worker run `check`, `sample`, `release`, `restart_peak` or `peak_bytes`.
 
         Args:
             command: its name.
@@ -160,8 +160,10 @@ def _serve(
                 memory = PeakMemory(device)
                 subject = entry.build(device, *entry.arguments)
             found = answer(command, arguments, subject, memory)
-            if device.type == "cuda":
-                _free_gpu(subject, collect=command == "check")
+            if device.type == "cuda" and command == "check":
+                # Takes tenths of a second, and only building and comparing leave cycles.
+                gc.collect()
+                _release(subject)
             connection.send(("done", found))
         except Exception as error:
             # The parent raises it.
@@ -174,6 +176,8 @@ def answer(command: str, arguments: tuple[int, ...], subject: Subject, memory: P
         return subject.check()
     if command == "sample":
         return dict(subject.sample(*arguments))
+    if command == "release":
+        return _release(subject)
     if command == "restart_peak":
         return memory.restart()
     if command == "peak_bytes":
@@ -187,9 +191,7 @@ def one_line(error: Exception) -> str:
     return ": ".join(filter(None, (type(error).__name__, first)))[:_REASON_LENGTH]
 
 
-def _free_gpu(subject: Subject, *, collect: bool) -> None:
+def _release(subject: Subject) -> None:
     """Give memory back that others need meanwhile; a worker keeps its weights and their state."""
     subject.release()
-    if collect:  # takes tenths of a second, and only building and comparing leave cycles
-        gc.collect()
     torch.cuda.empty_cache()

@@ -149,7 +149,7 @@ class _Run:
             result = train_step(self.state, self.objective, notice=self._notice)
         self._seconds += time.perf_counter() - started
         self._samples += result.global_batch_size
-        if self._notice is not None:
+        if self._notice is not None and not self.state.is_done:  # nothing is left to be stopped
             self.stop_rule.hear(result.notice)
         return result
 

@@ -36,18 +36,18 @@ def describe(setting: FusedKernels, device_type: str) -> str:
     """Says for the log which of the two computes on a device, and why."""
     if setting == "off":
         return "fused kernels: none, fused_kernels is 'off'"
-    if device_type != "cuda":
-        return f"fused kernels: none, they need a GPU and this is {device_type}"
-    problem = _problem()
+    problem = problem_on(device_type)
     return f"fused kernels: {'where they can' if problem is None else f'none, {problem}'}"
+
+
+def problem_on(device_type: str) -> str | None:
+    """Returns why kernels cannot be used on this process's device of a type, or None."""
+    return _problem() if device_type == "cuda" else f"they need a GPU and this is {device_type}"
 
 
 @functools.cache
 def _problem() -> str | None:
-    """Says why this process's GPU cannot run kernels, or None; each is tried once.
-
-    GPUs of one kind say the same, so that the ranks of a run do.
-    """
+    """Says why this process's GPU cannot run kernels, or None; each is tried once."""
     # triton is imported where it is used: it takes a quarter of a second.
     from moe_ext.kernels import triton_jit
 

@@ -42,20 +42,24 @@ Comparisons = list[tuple[Tensor, Tensor]]
 
 
 def _try_cross_entropy(device: torch.device) -> Comparisons:
-    logits, weights = _random(device, 5, 1000), _random(device, 5).float()
-    labels = torch.tensor([0, 999, 500, -1, 7], device=device)
-    exact = logits.float()
+    # More than a block of 4,096, so that blocks are put together.
+    logits, weights = _random(device, 5, 5000), _random(device, 5).float()
+    labels = torch.tensor([0, 4999, 500, -1, 7], device=device)
+    exact, at_once = logits.float(), logits.clone()
     largest, total, target = softmax_statistics(logits, labels, None)
+    softmax_statistics(at_once, labels, weights)
     wanted = exact.softmax(dim=1)
     of_label = torch.zeros_like(exact)
     for row, label in enumerate(labels.tolist()):
         if label >= 0:
             of_label[row, label] = 1.0
+    gradient = weights[:, None] * (wanted - of_label)
     softmax_gradient_(logits, labels, weights, largest, total)
     return [
         (largest + total.log(), exact.logsumexp(dim=1)),
         (target, (exact * of_label).sum(dim=1)),
-        (logits, weights[:, None] * (wanted - of_label)),
+        (logits, gradient),
+        (at_once, gradient),
     ]
 
 

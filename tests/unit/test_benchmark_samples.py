@@ -1,7 +1,7 @@
 """Holds benchmarks to new data for every sample, the same for all implementations."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,16 +18,19 @@ CPU = torch.device("cpu")
 
 
 class Numbers:
-    """Records the numbers that samples are taken on."""
+    """Records the numbers that samples are taken on, and when caches are given back."""
+
+    seen: ClassVar[list[str]] = []
 
     def check(self) -> tuple[float, Digests]:
         return 0.0, {}
 
     def sample(self, number: int) -> dict[str, float]:
+        self.seen.append("sample")
         return {"number": number, "flops_per_second": 1.0, "copy_bytes_per_second": 1.0}
 
     def release(self) -> None:
-        pass
+        self.seen.append("release")
 
 
 class WorkerHere:
@@ -61,6 +64,7 @@ def test_every_sample_is_of_new_data_the_same_for_all(
 ) -> None:
     """A worker that is rebuilt does not begin with the first batch again."""
     monkeypatch.setattr(session, "Worker", WorkerHere)
+    monkeypatch.setattr(Numbers, "seen", [])
     monkeypatch.setattr(session, "build_ceilings", lambda *_: Numbers())
     entry = Entry(lambda _device: Numbers(), ())
     plan = Plan(
@@ -70,6 +74,9 @@ def test_every_sample_is_of_new_data_the_same_for_all(
     timed = Session(plan)
     timed.run()
     assert [each.series("number") for each in timed.found.values()] == [expected] * 2
+    visits = 3 * 3 + (0 if is_fresh else 2)  # of two implementations and the ceilings
+    assert Numbers.seen.count("release") == (visits if device == "cuda" else 0)
+    assert device == "cpu" or Numbers.seen[-1] == "release"
 
 
 class Transposed(LayerSubject):

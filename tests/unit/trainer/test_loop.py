@@ -1,5 +1,6 @@
 """Hooks see every moment of a run, in order."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from megatron.trainer.checkpoint import BackgroundSaver
 from megatron.trainer.checkpoint.background import FinishedSave
 from megatron.trainer.errors import CheckpointError, DataError
+from megatron.trainer.health.stop import StopRule
 from megatron.trainer.hooks.base import Hook
 from megatron.trainer.hooks.journal import open_journal
 from megatron.trainer.loop import Upkeep, train
@@ -163,3 +165,25 @@ def test_run_with_other_batches_is_done_with_its_tokens_and_says_so(
     assert ("start", 2, 6) in moments.seen
     ended = json.loads((tmp_path / "ended.json").read_text())
     assert (ended["reason"], ended["iteration"], ended["train_iters"]) == ("finished", 6, 6)
+
+
+def test_notice_in_the_last_step_of_several_ranks_does_not_unfinish_a_run(
+    make_state: Callable[..., TrainState], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = make_state(train_iters=2, exit_duration_in_mins=1e6)
+    state.ctx = dataclasses.replace(state.ctx, world_size=2)
+    heard: list[int] = []
+
+    def notice(_rule: StopRule) -> int:
+        heard.append(state.iteration)
+        return int(state.iteration == last)
+
+    monkeypatch.setattr(StopRule, "notice", notice)
+    last = 1
+    assert train(state, NEXT_TOKEN, hooks=[]) is None
+    assert state.iteration == 2 and 1 in heard
+
+    state = make_state(train_iters=3, exit_duration_in_mins=1e6)
+    state.ctx = dataclasses.replace(state.ctx, world_size=2)
+    stop = train(state, NEXT_TOKEN, hooks=[])
+    assert stop is not None and stop.reason == "duration" and state.iteration == 2
