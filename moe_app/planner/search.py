@@ -120,6 +120,7 @@ class SearchResult:
     """Why the others are not legal, and how many of them."""
 
 
+@functools.lru_cache(maxsize=8)
 def device_of(planning: PlanningConfig) -> Device:
     """Return the GPU that is planned for.
 
@@ -245,7 +246,6 @@ def stage_seconds(cfg: PlanConfig, layout: Layout, step: Step) -> dict[str, floa
     return max(each, key=lambda terms: sum(terms.values()))
 
 
-@functools.lru_cache(maxsize=8)
 def cluster_of(planning: PlanningConfig) -> Cluster:
     """Return the rates that are planned with."""
     return Cluster(

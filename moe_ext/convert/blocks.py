@@ -1,23 +1,52 @@
-"""Build the pieces that both families share.
+"""Build the pieces that families share.
 
 Letters are those of docs/glossary.md. Native tensors of a layer are stacked, [L, ...]; those of an
 expert twice, [L, e, ...].
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert.pieces import Piece, Slice, one_row, padding_piece, reshape_piece
+from moe_ext.convert.pieces import (
+    Piece,
+    Slice,
+    all_rows,
+    one_row,
+    padding_piece,
+    reshape_piece,
+)
 
 _VOCABULARY_ROWS_PER_PIECE = 8192
 """Embedding rows in a piece: 32 MB in bf16 at a width of 2048."""
 
 EXPERTS = "decoder.layers.mlp.experts"
 """Prefix of the names of the feed-forward experts' native weights."""
+
+
+def model_pieces(
+    model: MoEModelConfig, of_layer: Callable[[int], Iterator[Piece]]
+) -> Iterator[Piece]:
+    """Yield every block of every native tensor once, in the order of the HF tensors.
+
+    Args:
+        model: the architecture.
+        of_layer: yields the pieces of a layer, counted from 0.
+    """
+    yield from vocabulary_pieces(
+        "embedding.word_embeddings.weight", "model.embed_tokens.weight", model
+    )
+    for layer in range(model.num_layers):
+        yield from of_layer(layer)
+    if model.has_norm_weights:
+        yield unstacked_piece(
+            "decoder.final_layernorm.weight", all_rows("model.norm.weight", model.hidden_size)
+        )
+    if model.untie_embeddings_and_output_weights:
+        yield from vocabulary_pieces("output_layer.weight", "lm_head.weight", model)
 
 
 def vocabulary_pieces(key: str, name: str, model: MoEModelConfig) -> Iterator[Piece]:
@@ -156,6 +185,25 @@ def head_group_piece(
         sources=sources,
         to_native=partial(_interleave, num_groups=num_groups),
         to_hf=partial(_separate, num_groups=num_groups, rows=tuple(rows)),
+    )
+
+
+def qkv_piece(model: MoEModelConfig, layer: int) -> Piece:
+    """Map the three projections of a layer's self-attention, each a matrix, to one."""
+    hf = f"model.layers.{layer}.self_attn"
+    h = model.hidden_size
+    ng = model.num_query_groups or model.num_attention_heads
+    kv = model.head_size * ng
+    return head_group_piece(
+        "decoder.layers.self_attention.linear_qkv.weight",
+        (
+            all_rows(f"{hf}.q_proj.weight", h, h),
+            all_rows(f"{hf}.k_proj.weight", kv, h),
+            all_rows(f"{hf}.v_proj.weight", kv, h),
+        ),
+        layer=layer,
+        num_layers=model.num_layers,
+        num_groups=ng,
     )
 
 

@@ -1,38 +1,22 @@
 """Map names and shapes of dense models that differ in their norms: LLaMA and OLMo."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert.blocks import (
-    head_group_piece,
-    layer_piece,
-    unstacked_piece,
-    vocabulary_pieces,
-)
+from moe_ext.convert.blocks import head_group_piece, layer_piece, model_pieces, qkv_piece
 from moe_ext.convert.pieces import Piece, all_rows
 
 
 def make_pieces(model: MoEModelConfig) -> Iterator[Piece]:
     """Yield every block of every native tensor once, in the order of the HF tensors."""
-    yield from vocabulary_pieces(
-        "embedding.word_embeddings.weight", "model.embed_tokens.weight", model
-    )
-    for layer in range(model.num_layers):
-        yield from _layer(model, layer)
-    if model.has_norm_weights:
-        yield unstacked_piece(
-            "decoder.final_layernorm.weight", all_rows("model.norm.weight", model.hidden_size)
-        )
-    if model.untie_embeddings_and_output_weights:
-        yield from vocabulary_pieces("output_layer.weight", "lm_head.weight", model)
+    return model_pieces(model, partial(_layer, model))
 
 
 def _layer(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
     native, hf = "decoder.layers", f"model.layers.{layer}"
     stack = {"layer": layer, "num_layers": model.num_layers}
     h, f = model.hidden_size, model.ffn_hidden_size or 0
-    ng = model.num_query_groups or model.num_attention_heads
-    kv = model.head_size * ng
     matrices: list[tuple[str, str, tuple[int, ...]]] = [
         ("self_attention.linear_proj", "self_attn.o_proj", (h, h)),
         ("mlp.linear_fc2", "mlp.down_proj", (h, f)),
@@ -47,16 +31,7 @@ def _layer(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
         yield layer_piece(
             f"{native}.{key}.weight", all_rows(f"{hf}.{name}.weight", *shape), **stack
         )
-    yield head_group_piece(
-        f"{native}.self_attention.linear_qkv.weight",
-        (
-            all_rows(f"{hf}.self_attn.q_proj.weight", h, h),
-            all_rows(f"{hf}.self_attn.k_proj.weight", kv, h),
-            all_rows(f"{hf}.self_attn.v_proj.weight", kv, h),
-        ),
-        num_groups=ng,
-        **stack,
-    )
+    yield qkv_piece(model, layer)
     # One group: the rows of gate, then those of up.
     yield head_group_piece(
         f"{native}.mlp.linear_fc1.weight",

@@ -1,7 +1,7 @@
 """Define what a model family implements to convert to and from Hugging Face."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,33 +39,26 @@ def common_problems(model: MoEModelConfig) -> list[str]:
     ]
 
 
-class WriteConfig(Protocol):
-    """Writes a Hugging Face config."""
+def plain_problems(model: MoEModelConfig, *, family: str) -> list[str]:
+    """List what prevents a family whose heads share the hidden size and whose norms are alike.
 
-    def __call__(
-        self,
-        model: MoEModelConfig,
-        *,
-        max_position_embeddings: int,
-        dtype: str,
-        bos_token_id: TokenIds,
-        eos_token_id: TokenIds,
-        pad_token_id: int | None,
-    ) -> dict[str, Any]:
-        """Return the contents of config.json.
-
-        Args:
-            model: what to describe.
-            max_position_embeddings: longest sequence, in tokens.
-            dtype: of the weights on disk, "float32" or "bfloat16".
-            bos_token_id: starts a sequence.
-            eos_token_id: ends one.
-            pad_token_id: pads one.
-
-        Raises:
-            ValueError: the family cannot express the model; the message names the field.
-        """
-        ...
+    Args:
+        model: to be expressed.
+        family: its name, for the messages.
+    """
+    found = []
+    final = model.final_norm_epsilon
+    if final is not None and final != model.norm_epsilon:
+        found.append(
+            f"final_norm_epsilon is {final}, and {family}'s is norm_epsilon ({model.norm_epsilon})"
+        )
+    head_size = model.hidden_size / model.num_attention_heads
+    if model.kv_channels is not None and model.kv_channels != head_size:
+        found.append(
+            f"kv_channels is {model.kv_channels}, and {family}'s is hidden_size /"
+            f" num_attention_heads = {head_size:g}"
+        )
+    return found
 
 
 class ReadConfig(Protocol):
@@ -118,8 +111,8 @@ class Family:
     """Lists what prevents a native model from being expressed."""
     model_config: ReadConfig
     """config.json -> architecture."""
-    hf_config: WriteConfig
-    """Architecture -> config.json."""
+    own_fields: Callable[[MoEModelConfig], dict[str, Any]]
+    """Architecture -> the fields of config.json that not all families have."""
     make_pieces: MakePieces
     """Architecture -> pieces, in one of the family's layouts."""
     attention: str = "self_attn"
@@ -136,10 +129,60 @@ class Family:
                 f"{self.name} checkpoints have no layout '{layout}'; use"
                 f" {' or '.join(self.layouts)}"
             )
+        self._refuse(model)
+        return self.make_pieces(model, layout)
+
+    def _refuse(self, model: MoEModelConfig) -> None:
         problems = self.problems(model)
         if problems:
             raise ValueError(f"{self.name} cannot express this model: {'; '.join(problems)}")
-        return self.make_pieces(model, layout)
+
+    def hf_config(
+        self,
+        model: MoEModelConfig,
+        *,
+        max_position_embeddings: int,
+        dtype: str,
+        bos_token_id: TokenIds,
+        eos_token_id: TokenIds,
+        pad_token_id: int | None,
+    ) -> dict[str, Any]:
+        """Return the contents of config.json, in the spelling of transformers 4 and of 5.
+
+        Args:
+            model: what to describe.
+            max_position_embeddings: longest sequence, in tokens.
+            dtype: of the weights on disk, "float32" or "bfloat16".
+            bos_token_id: begins a sequence; 1 for JetMoE's tokenizer, OLMo and OLMoE have none.
+            eos_token_id: ends one; 2 for JetMoE's tokenizer, 50279 for OLMo's and OLMoE's (a 0 in
+                early releases of OLMoE is an error).
+            pad_token_id: fills one up; 1 for OLMo's and OLMoE's tokenizer, JetMoE has none.
+
+        Raises:
+            ValueError: the family cannot express the model; the message names the field.
+        """
+        self._refuse(model)
+        fields = {
+            "attention_dropout": 0.0,
+            "bos_token_id": bos_token_id,
+            "eos_token_id": eos_token_id,
+            "hidden_size": model.hidden_size,
+            "initializer_range": model.init_method_std,
+            "max_position_embeddings": max_position_embeddings,
+            "model_type": self.name,
+            "num_attention_heads": model.num_attention_heads,
+            "num_hidden_layers": model.num_layers,
+            "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
+            "pad_token_id": pad_token_id,
+            "rope_parameters": {"rope_theta": model.rotary_base, "rope_type": "default"},
+            "rope_theta": model.rotary_base,
+            "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+            "torch_dtype": dtype,
+            "use_cache": True,
+            "vocab_size": model.vocab_size,
+            **self.own_fields(model),
+        }
+        return dict(sorted(fields.items()))
 
     def hf_tensors(self, model: MoEModelConfig, layout: ExpertLayout) -> dict[str, tuple[int, ...]]:
         """Return name and shape of every tensor of the Hugging Face checkpoint, in writing order.

@@ -14,28 +14,23 @@ from moe_ext.convert.blocks import (
     expert_pieces,
     head_group_piece,
     layer_piece,
-    unstacked_piece,
-    vocabulary_pieces,
+    model_pieces,
 )
 from moe_ext.convert.family import Family
-from moe_ext.convert.jetmoe_config import conversion_problems, read_config, write_config
+from moe_ext.convert.jetmoe_config import conversion_problems, own_fields, read_config
 from moe_ext.convert.pieces import ExpertLayout, Piece, Slice, all_rows
 
 
 def make_pieces(model: MoEModelConfig, layout: ExpertLayout) -> Iterator[Piece]:
     """Yield every block of every native tensor once, in the order of the HF tensors."""
-    yield from vocabulary_pieces(
-        "embedding.word_embeddings.weight", "model.embed_tokens.weight", model
-    )
-    for layer in range(model.num_layers):
+    del layout  # there is one
+
+    def of_layer(layer: int) -> Iterator[Piece]:
         yield from _norms(model, layer)
         yield from _attention(model, layer)
         yield from _experts(model, layer)
-    yield unstacked_piece(
-        "decoder.final_layernorm.weight", all_rows("model.norm.weight", model.hidden_size)
-    )
-    if model.untie_embeddings_and_output_weights:
-        yield from vocabulary_pieces("output_layer.weight", "lm_head.weight", model)
+
+    return model_pieces(model, of_layer)
 
 
 def _norms(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
@@ -111,7 +106,7 @@ JETMOE = Family(
     expert_names={"fused": "model.layers.0.mlp.input_linear.weight"},
     problems=conversion_problems,
     model_config=read_config,
-    hf_config=write_config,
+    own_fields=own_fields,
     make_pieces=make_pieces,
     attention="self_attention",
 )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert.family import TokenIds, common_problems
+from moe_ext.convert.family import common_problems
 from moe_ext.convert.fields import Fields
 from moe_ext.model_fields import MOA
 
@@ -112,59 +112,19 @@ def _refuse_unsupported(fields: Fields) -> None:
     fields.take("layer_norm_epsilon")  # no version of transformers reads it
 
 
-def write_config(
-    model: MoEModelConfig,
-    *,
-    max_position_embeddings: int,
-    dtype: str,
-    bos_token_id: TokenIds,
-    eos_token_id: TokenIds,
-    pad_token_id: int | None,
-) -> dict[str, Any]:
-    """Return the contents of config.json, in the spelling of transformers 4 and of 5.
-
-    Args:
-        model: what to describe.
-        max_position_embeddings: longest sequence, in tokens.
-        dtype: of the weights on disk, "float32" or "bfloat16".
-        bos_token_id: begins a sequence; 1 for JetMoE's tokenizer.
-        eos_token_id: ends one; 2 for JetMoE's tokenizer.
-        pad_token_id: fills one up; JetMoE has none.
-
-    Raises:
-        ValueError: JetMoE cannot express the model; the message names the field.
-    """
-    problems = conversion_problems(model)
-    if problems:
-        raise ValueError(f"jetmoe cannot express this model: {'; '.join(problems)}")
+def own_fields(model: MoEModelConfig) -> dict[str, Any]:
+    """Return the fields of config.json that not all families have."""
     final_epsilon = model.final_norm_epsilon
     return {
         "activation_function": "silu",
         "architectures": ["JetMoeForCausalLM"],
-        "attention_dropout": 0.0,
         "aux_loss_coef": model.moe_aux_loss_coeff,
-        "bos_token_id": bos_token_id,
-        "eos_token_id": eos_token_id,
-        "hidden_size": model.hidden_size,
-        "initializer_range": model.init_method_std,
         "intermediate_size": model.moe_ffn_hidden_size,
         "kv_channels": model.kv_channels,
-        "max_position_embeddings": max_position_embeddings,
-        "model_type": "jetmoe",
-        "num_attention_heads": model.num_attention_heads,
         "num_experts_per_tok": model.moe_router_topk,
-        "num_hidden_layers": model.num_layers,
-        "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
         "num_local_experts": model.num_experts,
         "output_router_logits": False,
-        "pad_token_id": pad_token_id,
         "rms_norm_eps": model.norm_epsilon if final_epsilon is None else final_epsilon,
-        "rope_parameters": {"rope_theta": model.rotary_base, "rope_type": "default"},
-        "rope_theta": model.rotary_base,
-        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
-        "torch_dtype": dtype,
-        "use_cache": True,
-        "vocab_size": model.vocab_size,
     }
 
 

@@ -1,12 +1,10 @@
-"""Translate config.json of a dense LLaMA (`LlamaForCausalLM`) to MoEModelConfig.
-
-Missing fields have the defaults of transformers' `LlamaConfig`.
-"""
+"""Translate config.json of a dense LLaMA (`LlamaForCausalLM`) to MoEModelConfig."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from moe_ext.config import MoEModelConfig
+from moe_ext.convert.dense_config import read_dense_config
 from moe_ext.convert.fields import Fields
 
 MODEL_TYPE = "llama"
@@ -16,42 +14,15 @@ MODEL_TYPE = "llama"
 def read_config(
     hf_config: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 128
 ) -> MoEModelConfig:
-    """Return the dense architecture that config.json describes.
-
-    Args:
-        hf_config: the parsed file.
-        make_vocab_size_divisible_by: pad the vocabulary to a multiple of this; 1 pads nothing.
-
-    Raises:
-        ValueError: a field is unknown or has a value that the native model does not support.
-    """
-    fields = Fields(hf_config, family=MODEL_TYPE)
-    heads = fields.positive_int("num_attention_heads", 32)
-    groups = fields.positive_int("num_key_value_heads", heads)
-    hidden = fields.positive_int("hidden_size", 4096)
-    if hidden % heads == 0:
-        fields.must_agree("head_dim", hidden // heads, with_="hidden_size / num_attention_heads")
-    fields.must_be("attention_bias", False, why="attention projections have no bias")
-    fields.must_be("attention_dropout", 0, 0.0, why="dropout is not supported")
-    fields.must_be("hidden_act", "silu", "swish", why="experts are SwiGLU")
-    fields.must_be("sliding_window", why="sliding-window attention is not supported")
-    model = MoEModelConfig(
-        num_layers=fields.positive_int("num_hidden_layers", 32),
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_query_groups=None if groups == heads else groups,
-        num_experts=None,
-        ffn_hidden_size=fields.positive_int("intermediate_size", 11008),
-        vocab_size=fields.positive_int("vocab_size", 32000),
+    """Return the dense architecture that config.json describes; see `read_dense_config`."""
+    return read_dense_config(
+        hf_config,
+        family=MODEL_TYPE,
+        vocab_size=32000,
+        read_own=_read_own,
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-        rotary_base=fields.rope_theta(10000.0),
-        norm_epsilon=fields.non_negative("rms_norm_eps", 1.0e-6),
-        attention="standard",
-        untie_embeddings_and_output_weights=not fields.flag("tie_word_embeddings", False),
-        init_method_std=fields.non_negative("initializer_range", 0.02),
     )
-    fields.finish()
-    problems = model.problems()
-    if problems:
-        raise ValueError("; ".join(problems))
-    return model
+
+
+def _read_own(fields: Fields) -> Mapping[str, Any]:
+    return {"norm_epsilon": fields.non_negative("rms_norm_eps", 1.0e-6)}

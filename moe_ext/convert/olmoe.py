@@ -13,29 +13,23 @@ from moe_ext.convert.blocks import (
     expert_piece,
     expert_pieces,
     gate_up_piece,
-    head_group_piece,
     layer_piece,
-    unstacked_piece,
-    vocabulary_pieces,
+    model_pieces,
+    qkv_piece,
 )
 from moe_ext.convert.family import Family
-from moe_ext.convert.olmoe_config import conversion_problems, read_config, write_config
+from moe_ext.convert.olmoe_config import conversion_problems, own_fields, read_config
 from moe_ext.convert.pieces import ExpertLayout, Piece, all_rows
 
 
 def make_pieces(model: MoEModelConfig, layout: ExpertLayout) -> Iterator[Piece]:
     """Yield every block of every native tensor once, in the order of the HF tensors."""
-    yield from vocabulary_pieces(
-        "embedding.word_embeddings.weight", "model.embed_tokens.weight", model
-    )
-    for layer in range(model.num_layers):
+
+    def of_layer(layer: int) -> Iterator[Piece]:
         yield from _attention(model, layer)
         yield from _experts(model, layer, layout)
-    yield unstacked_piece(
-        "decoder.final_layernorm.weight", all_rows("model.norm.weight", model.hidden_size)
-    )
-    if model.untie_embeddings_and_output_weights:
-        yield from vocabulary_pieces("output_layer.weight", "lm_head.weight", model)
+
+    return model_pieces(model, of_layer)
 
 
 def _attention(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
@@ -43,8 +37,7 @@ def _attention(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
     native, hf = "decoder.layers", f"model.layers.{layer}"
     stack = {"layer": layer, "num_layers": model.num_layers}
     h = model.hidden_size
-    ng = model.num_query_groups or model.num_attention_heads
-    kv = h // model.num_attention_heads * ng
+    kv = model.head_size * (model.num_query_groups or model.num_attention_heads)
     for key, name, *shape in (
         ("input_layernorm", "input_layernorm", h),
         ("pre_mlp_layernorm", "post_attention_layernorm", h),
@@ -54,16 +47,7 @@ def _attention(model: MoEModelConfig, layer: int) -> Iterator[Piece]:
     ):
         source = all_rows(f"{hf}.{name}.weight", *shape)
         yield layer_piece(f"{native}.{key}.weight", source, **stack)
-    yield head_group_piece(
-        f"{native}.self_attention.linear_qkv.weight",
-        (
-            all_rows(f"{hf}.self_attn.q_proj.weight", h, h),
-            all_rows(f"{hf}.self_attn.k_proj.weight", kv, h),
-            all_rows(f"{hf}.self_attn.v_proj.weight", kv, h),
-        ),
-        num_groups=ng,
-        **stack,
-    )
+    yield qkv_piece(model, layer)
 
 
 def _experts(model: MoEModelConfig, layer: int, layout: ExpertLayout) -> Iterator[Piece]:
@@ -115,6 +99,6 @@ OLMOE = Family(
     },
     problems=conversion_problems,
     model_config=read_config,
-    hf_config=write_config,
+    own_fields=own_fields,
     make_pieces=make_pieces,
 )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_ext.config import MoEModelConfig
-from moe_ext.convert.family import TokenIds, common_problems
+from moe_ext.convert.family import common_problems, plain_problems
 from moe_ext.convert.fields import Fields
 
 
@@ -70,60 +70,20 @@ def _refuse_unsupported(fields: Fields) -> None:
     fields.must_be("sliding_window", why="sliding-window attention is not supported")
 
 
-def write_config(
-    model: MoEModelConfig,
-    *,
-    max_position_embeddings: int,
-    dtype: str,
-    bos_token_id: TokenIds,
-    eos_token_id: TokenIds,
-    pad_token_id: int | None,
-) -> dict[str, Any]:
-    """Return the contents of config.json, in the spelling of transformers 4 and of 5.
-
-    Args:
-        model: what to describe.
-        max_position_embeddings: longest sequence, in tokens.
-        dtype: of the weights on disk, "float32" or "bfloat16".
-        bos_token_id: begins a sequence; OLMoE has none.
-        eos_token_id: ends one; 50279 for OLMoE's tokenizer (a 0 in early releases is an error).
-        pad_token_id: fills one up; 1 for OLMoE's tokenizer.
-
-    Raises:
-        ValueError: OLMoE cannot express the model; the message names the field.
-    """
-    problems = conversion_problems(model)
-    if problems:
-        raise ValueError(f"olmoe cannot express this model: {'; '.join(problems)}")
+def own_fields(model: MoEModelConfig) -> dict[str, Any]:
+    """Return the fields of config.json that not all families have."""
     return {
         "architectures": ["OlmoeForCausalLM"],
         "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": bos_token_id,
         "clip_qkv": None,
-        "eos_token_id": eos_token_id,
         "hidden_act": "silu",
-        "hidden_size": model.hidden_size,
-        "initializer_range": model.init_method_std,
         "intermediate_size": model.moe_ffn_hidden_size,
-        "max_position_embeddings": max_position_embeddings,
-        "model_type": "olmoe",
         "norm_topk_prob": model.router == "topk_softmax",
-        "num_attention_heads": model.num_attention_heads,
         "num_experts": model.num_experts,
         "num_experts_per_tok": model.moe_router_topk,
-        "num_hidden_layers": model.num_layers,
-        "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
         "output_router_logits": False,
-        "pad_token_id": pad_token_id,
         "rms_norm_eps": model.norm_epsilon,
-        "rope_parameters": {"rope_theta": model.rotary_base, "rope_type": "default"},
-        "rope_theta": model.rotary_base,
         "router_aux_loss_coef": model.moe_aux_loss_coeff,
-        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
-        "torch_dtype": dtype,
-        "use_cache": True,
-        "vocab_size": model.vocab_size,
     }
 
 
@@ -137,17 +97,7 @@ def conversion_problems(model: MoEModelConfig) -> list[str]:
             f"router is '{model.router}', and OLMoE's is 'softmax_topk' (or 'topk_softmax', its"
             " norm_topk_prob)"
         )
-    final = model.final_norm_epsilon
-    if final is not None and final != model.norm_epsilon:
-        found.append(
-            f"final_norm_epsilon is {final}, and OLMoE's is norm_epsilon ({model.norm_epsilon})"
-        )
+    found += plain_problems(model, family="OLMoE")
     if model.moe_output_bias:
         found.append("moe_output_bias is True, and OLMoE has no bias")
-    head_size = model.hidden_size / model.num_attention_heads
-    if model.kv_channels is not None and model.kv_channels != head_size:
-        found.append(
-            f"kv_channels is {model.kv_channels}, and OLMoE's is hidden_size / num_attention_heads"
-            f" = {head_size:g}"
-        )
     return found

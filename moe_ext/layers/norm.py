@@ -167,8 +167,6 @@ def split_unit_rms(hidden: Tensor, eps: float, *, group: torch.distributed.Proce
     Returns:
         [..., n] this rank's slice of the result, hidden's dtype.
     """
-    if group.size() == 1:
-        return unit_rms(hidden, eps)
     output: Tensor = _SplitUnitRMS.apply(hidden, group, eps)
     return output
 
