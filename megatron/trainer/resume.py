@@ -336,8 +336,7 @@ def _read_run(
         the model say.
     """
     saved = saved_config(found)
-    added = model.addable(saved)
-    check_architecture(found, model, but=added)
+    added = check_architecture(found, model)
     run = None if finetune else read_run(found)
     is_continued = run is not None and run.get(WEIGHTS_ONLY) is not True
     if is_continued and added:

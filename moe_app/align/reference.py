@@ -80,10 +80,16 @@ def identity_of(found: FoundCheckpoint) -> dict[str, str]:
 def load_reference(cfg: AlignConfig, state: TrainState, found: FoundCheckpoint) -> list[nn.Module]:
     """Build the frozen reference in the run's layout and precision; a collective call."""
     # The reference has its own adapters, or none, whatever the policy trains.
-    saved = on_rank0("reading what trained", lambda: saved_trainable(saved_config(found)))
-    built = build_chunks(dataclasses.replace(cfg, trainable=saved), state.ctx, seed=None)
+    trained, lacking = on_rank0(
+        f"reading the configuration in {found.path}",
+        lambda: (
+            saved_trainable(saved_config(found)),
+            tuple(check_architecture(found, cfg.model).values()),
+        ),
+    )
+    built = build_chunks(dataclasses.replace(cfg, trainable=trained), state.ctx, seed=None)
     modules: list[nn.Module] = list(built.chunks)
-    load_weights(modules, found)
+    load_weights(modules, found, lacking=lacking)  # biases of experts are built as 0
     for module in modules:
         module.requires_grad_(False)
         module.eval()

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.trainer.checkpoint import FoundCheckpoint, find_checkpoint
-from megatron.trainer.checkpoint.saved_run import check_architecture
+from megatron.trainer.checkpoint.saved_run import check_architecture, saved_config
 from megatron.trainer.errors import ConfigError
 from megatron.trainer.hooks.base import Hook
 from megatron.trainer.objective import Objective
@@ -60,12 +60,12 @@ class RouterSaturation(Hook):
         self._probe = _first_batch(state)
         self._file = _record_file(state)
         found = _find(str(state.cfg.logging.log_router_saturation))
-        on_rank0(
+        lacking = on_rank0(
             f"reading the configuration in {found.path}",
-            lambda: check_architecture(found, model),
+            lambda: _check(found, model, state),
         )
         self._source = str(found.path)
-        self._reference = self._choices_of(found)
+        self._reference = self._choices_of(found, lacking)
         logger.info("router saturation: against %s, at each evaluation", found.path)
 
     def on_start(self, iteration: int, train_iters: int) -> None:
@@ -101,8 +101,13 @@ class RouterSaturation(Hook):
         lists = as_record(found, num_layers=self._num_layers)
         return {"iteration": iteration, "reference": self._source, **lists}
 
-    def _choices_of(self, found: FoundCheckpoint) -> Choices:
-        """Route the probe with a checkpoint's weights; the run's are as before afterwards."""
+    def _choices_of(self, found: FoundCheckpoint, lacking: tuple[str, ...]) -> Choices:
+        """Route the probe with a checkpoint's weights; the run's are as before afterwards.
+
+        Args:
+            found: the checkpoint.
+            lacking: weights with one of these in their names are not in it, and are 0 for it.
+        """
         tensors = [
             tensor
             for module in self._state.modules
@@ -110,7 +115,8 @@ class RouterSaturation(Hook):
         ]
         before = [tensor.detach().clone() for tensor in tensors]
         try:
-            load_weights(self._state.modules, found)
+            load_weights(self._state.modules, found, lacking=lacking)
+            _set_to_zero(self._state.modules, lacking)
             return self._choose()
         finally:
             with torch.no_grad():
@@ -157,6 +163,26 @@ class RouterSaturation(Hook):
         for name, (tokens, common, first) in zip(counts, sums.tolist(), strict=True):
             found[name] = (common / (tokens * self._sizes[name][1]), first / tokens)
         return found
+
+
+def _check(found: FoundCheckpoint, model: MoEModelConfig, state: TrainState) -> tuple[str, ...]:
+    """Return parts of the names of the run's weights that a checkpoint lacks.
+
+    Raises:
+        CheckpointError: it is of another architecture, or has other adapters.
+    """
+    added = check_architecture(found, model)
+    assert state.check_saved is not None  # every stage of training has one
+    return (*state.check_saved(saved_config(found), False), *added.values())
+
+
+def _set_to_zero(modules: Sequence[torch.nn.Module], parts: tuple[str, ...]) -> None:
+    """Set weights with one of the parts in their names to 0: no biases, no adapters."""
+    with torch.no_grad():
+        for module in modules:
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                if any(part in name for part in parts):
+                    tensor.zero_()
 
 
 def _router_sizes(model: MoEModelConfig) -> dict[RouterId, tuple[int, int]]:

@@ -1,7 +1,7 @@
 """Reads the small files that a run keeps in its checkpoints: its configuration, and run.json."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from megatron.trainer.checkpoint.compare_config import compare_configs, config_mismatch
@@ -62,24 +62,28 @@ class Architecture(Protocol):
         ...
 
 
-def check_architecture(
-    found: FoundCheckpoint, model: Architecture, *, but: Collection[str] = ()
-) -> None:
-    """Refuse a checkpoint of another architecture.
+def check_architecture(found: FoundCheckpoint, model: Architecture) -> Mapping[str, str]:
+    """Refuse a checkpoint of another architecture, but for settings that weights can get later.
 
     Args:
         found: the checkpoint.
         model: what it must be of.
-        but: fields that may differ.
+
+    Returns:
+        Settings that the checkpoint lacks, and parts of the names of what it therefore lacks: the
+        model's `addable`. What takes the weights begins those at 0, or refuses.
 
     Raises:
-        CheckpointError: some field of the architecture differs; lists every difference.
+        CheckpointError: some other field of the architecture differs; lists every difference.
     """
-    saved = {**model.before_added(), **saved_config(found)}
-    wanted = {key: value for key, value in model.architecture().items() if key not in but}
+    own = saved_config(found)
+    added = model.addable(own)
+    saved = {**model.before_added(), **own}
+    wanted = {key: value for key, value in model.architecture().items() if key not in added}
     differences = compare_configs({key: saved.get(key) for key in wanted}, wanted)
     if differences:
         raise config_mismatch(found.path, differences)
+    return added
 
 
 def check_optimizer(saved: Mapping[str, Any], wanted: str) -> None:

@@ -109,6 +109,18 @@ def test_dpo_begins_at_log_2_and_learns(folder: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_base_without_biases_of_experts_is_the_reference_of_a_run_with(
+    folder: Path, tmp_path: Path
+) -> None:
+    more = ("--moe-router-enable-expert-bias", "--moe-router-bias-update-rate", "0.1")
+    assert run(folder, alignment, "preference", tmp_path, *more) == 0
+    first, *_, last = records(tmp_path)
+    # All biases begin at 0, so that the first step finds the policy where the reference is.
+    assert first["dpo_loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert first["rewards_margin"] == pytest.approx(0.0, abs=1e-5)
+    assert abs(last["rewards_margin"]) > 1e-4
+
+
 def test_router_saturation_compares_tokens_and_no_padding(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,8 +8,10 @@ from typing import Any, cast
 import pytest
 import torch
 
+from megatron.trainer.checkpoint import FoundCheckpoint
 from megatron.trainer.errors import CheckpointError, ConfigError
 from megatron.trainer.objective import NEXT_TOKEN
+from megatron.trainer.resume import load_weights
 from megatron.trainer.state import TrainState
 from moe_app.pretrain import command
 from moe_app.pretrain.config import PretrainConfig
@@ -77,9 +79,48 @@ def test_saturation_is_full_at_the_reference_and_costs_no_step(
     assert all(0.2 < value < 1 for record in records[2:] for value in record["saturation"])
 
 
+ADDED: dict[str, dict[str, Any]] = {
+    "expert_bias": {"moe_router_enable_expert_bias": True},
+    ".lora": {"lora_rank": 2, "lora_targets": "router"},
+}
+
+
+@pytest.mark.parametrize("part", ADDED)
+def test_the_reference_is_routed_without_what_it_lacks(
+    part: str, reference: Path, make_state: Callable[..., TrainState]
+) -> None:
+    """Biases and adapters that a run has learned are the run's alone."""
+    given = {**SETTINGS, "save_interval": 0, "log_router_saturation": reference}
+    truth = saturation_of(make_state(**given))
+    state = make_state(**given, **ADDED[part])
+    own = [
+        tensor
+        for module in state.modules
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        if part in name
+    ]
+    with torch.no_grad():
+        for number, tensor in enumerate(own):
+            tensor.copy_(torch.linspace(-9, 9, tensor.numel()).view_as(tensor) * (-1) ** number)
+    before = [tensor.clone() for tensor in own]
+    hook = saturation_of(state)
+    assert own and all(map(torch.equal, own, before))
+    for name, choices in truth._reference.items():
+        assert (hook._reference[name] == choices).all()
+    # The run's own routing, of other weights and with what it has learned, is another.
+    with torch.no_grad():
+        load_weights(state.modules, FoundCheckpoint(path=reference, iteration=2), lacking=(part,))
+    now = hook._choose()
+    assert any((now[name] != choices).any() for name, choices in truth._reference.items())
+
+
+def saturation_of(state: TrainState) -> RouterSaturation:
+    return RouterSaturation(state, cast(PretrainConfig, state.cfg).model, NEXT_TOKEN)
+
+
 def refuse(state: TrainState, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        RouterSaturation(state, cast(PretrainConfig, state.cfg).model, NEXT_TOKEN)
+        saturation_of(state)
 
 
 def test_what_cannot_be_compared_is_refused(

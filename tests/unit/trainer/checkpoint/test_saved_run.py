@@ -51,3 +51,21 @@ def test_a_field_that_came_later_is_what_earlier_runs_were(
         return
     with pytest.raises(CheckpointError, match=re.escape(message)):
         check_architecture(found, model)
+
+
+@dataclass(frozen=True)
+class Addable(Model):
+    """An architecture whose switch weights of other runs can get."""
+
+    def addable(self, saved: Mapping[str, object]) -> Mapping[str, str]:
+        return {"is_new": ".new"} if self.is_new and not saved.get("is_new") else {}
+
+
+def test_what_can_be_added_may_differ_and_is_returned(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_NAME).write_text("width: 4")
+    found = FoundCheckpoint(path=tmp_path, iteration=1)
+    assert check_architecture(found, Addable(4, True)) == {"is_new": ".new"}
+    assert check_architecture(found, Addable(4, False)) == {}
+    with pytest.raises(CheckpointError, match="width: checkpoint 4, this run 5") as refused:
+        check_architecture(found, Addable(5, True))
+    assert "is_new" not in str(refused.value)
