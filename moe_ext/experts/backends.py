@@ -8,6 +8,14 @@ from moe_ext.experts.adapters import (
     te_problem,
     te_projection,
 )
+from moe_ext.experts.cute_experts import (
+    cute_experts,
+    cute_problem,
+    cute_project_and_combine,
+    cute_project_slots,
+    cute_projection,
+    cute_routed_experts,
+)
 from moe_ext.experts.grouped import (
     grouped_experts,
     grouped_problem,
@@ -53,6 +61,15 @@ EXPERT_BACKENDS: dict[str, ExpertBackend] = {
         fused_project_slots=triton_project_slots,
         fused_project_and_combine=triton_project_and_combine,
         problem=triton_problem,
+        keeps_activation=False,
+    ),
+    "cute": ExpertBackend(
+        experts=cute_experts,
+        projection=cute_projection,
+        fused_experts=cute_routed_experts,
+        fused_project_slots=cute_project_slots,
+        fused_project_and_combine=cute_project_and_combine,
+        problem=cute_problem,
         keeps_activation=False,
     ),
     "te": ExpertBackend(
