@@ -21,6 +21,7 @@ from moe_ext.experts import AUTO, EXPERT_BACKENDS, choose_backend, use_of_model
 
 _OPTIONAL = {
     "triton": "the expert backend triton: pip install 'megatron-moe[triton]'",
+    "quack-kernels": "the expert backend cute: pip install 'megatron-moe[cute]'",
     "transformers": "Hugging Face checkpoints: pip install 'megatron-moe[hf]'",
     "transformer-engine": "the expert backend te: pip install 'megatron-moe[te]'",
     "megablocks": "the expert backend megablocks, which docs/performance.md says how to install",

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.gpu
 WIDTH, FFN = 64, 32
 
 
-@pytest.mark.parametrize("name", ["grouped", "triton", "megablocks", "te"])
+@pytest.mark.parametrize("name", ["grouped", "triton", "cute", "megablocks", "te"])
 @pytest.mark.parametrize("counts", [[40, 1, 30, 20], [0, 61, 0, 40], [0, 0, 1, 0], [0, 0, 0, 0]])
 def test_backends_equal_the_loop_in_bf16_with_all_gradients(counts: list[int], name: str) -> None:
     use = Use(device_type="cuda", dtype=torch.bfloat16, widths=(WIDTH, FFN))

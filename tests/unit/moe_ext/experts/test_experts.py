@@ -153,7 +153,7 @@ def test_counts_that_do_not_sum_to_the_tokens_are_refused() -> None:
 
 def test_an_unknown_backend_is_refused_with_the_nearest_name() -> None:
     message = (
-        "unknown expert backend 'groupd'; known: grouped, loop, megablocks, te, triton; did you"
+        "unknown expert backend 'groupd'; known: cute, grouped, loop, megablocks, te, triton; did you"
         " mean 'grouped'?"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -246,7 +246,7 @@ def test_a_backend_without_a_projection_serves_the_feed_forward_alone(
     assert choose_backend("formula", use).backend.experts is formula
     message = (
         "expert_backend 'formula' has no projection, which moa attention is made of; give one to"
-        " register_expert_backend, or use expert_backend grouped or loop"
+        " register_expert_backend, or use expert_backend cute or grouped or loop"
     )
     with_attention = dataclasses.replace(use, has_attention=True)
     with pytest.raises(ValueError, match=re.escape(message)):
