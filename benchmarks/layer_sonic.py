@@ -102,7 +102,7 @@ def experts(x: Tensor, gates: Tensor, chosen: Tensor, weight1: Tensor, weight2: 
 
 def limit_tuning() -> None:
     """Let QuACK's products choose among a few configurations for Hopper."""
-    from quack import gemm_interface  # type: ignore[import-not-found]
+    from quack import gemm_interface
 
     for name in ("gemm_tuned", "gemm_gated_tuned", "gemm_dgated_tuned"):
         tuner = getattr(gemm_interface, name)

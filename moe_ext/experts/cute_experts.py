@@ -196,7 +196,9 @@ def _experts(
     is_kept = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
     # What is contiguous already is not copied.
     inputs = [each.contiguous() for each in inputs]
-    output: Tensor = CuteExperts.apply(*inputs, _ragged_rows(tokens, counts, number, order), is_kept)
+    output: Tensor = CuteExperts.apply(
+        *inputs, _ragged_rows(tokens, counts, number, order), is_kept
+    )
     return output
 
 

@@ -79,7 +79,9 @@ def gated_product(
     product = source.new_empty(rows.number, ffn)
     if rows.number:
         _forget_plans(gated_swiglu._plan_cache)
-        outputs = {"product": product} if projected is None else {"product": product, "D": projected}
+        outputs = (
+            {"product": product} if projected is None else {"product": product, "D": projected}
+        )
         gated_swiglu(
             source,
             weight.flatten(1, 2).mT,  # [el, h, 2f]

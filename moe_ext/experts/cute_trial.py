@@ -115,9 +115,7 @@ def _added(device: torch.device) -> Comparisons:
     """Adds the weights' gradients of two backward passes to what was in their buffers."""
     order, inputs = _problem(device)
     exact = [each.float() for each in inputs]
-    _, _, *wanted = _with_gradients(
-        lambda x, w1, w2, g: _loop_routed(x, w1, w2, order, g), exact
-    )
+    _, _, *wanted = _with_gradients(lambda x, w1, w2, g: _loop_routed(x, w1, w2, order, g), exact)
     tokens, weight1, weight2, gates = inputs
     weights = [weight1.requires_grad_(), weight2.requires_grad_()]
     for weight in weights:

@@ -4,6 +4,8 @@ In any floating dtype, with the same arguments, arrangements and results: what i
 is interleaved here.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +21,7 @@ NAMES = (
 def parts(rows: RaggedRows) -> list[slice]:
     """Where the rows of each expert are."""
     starts = rows.starts.tolist()
-    return [slice(first, end) for first, end in zip(starts, starts[1:], strict=False)]
+    return [slice(first, end) for first, end in itertools.pairwise(starts)]
 
 
 def read(source: Tensor, lines: Tensor | None) -> Tensor:

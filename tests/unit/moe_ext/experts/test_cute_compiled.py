@@ -19,7 +19,7 @@ THREADS = 3 * 128
 """Of QuACK's kernels: one group of warps loads, two multiply in turns."""
 SPILLED = 256
 """Bytes of a thread: QuACK's tile of 128 x 192 has 192 sums of it, and four operands in backward's
-epilogue. A tile of 128 x 128 spills none, but reads a third more."""
+epilogue. A tile of 128 x 128 spills none, but reads a fifth more."""
 
 
 def test_quack_compiles_every_call_for_hopper_and_its_references_agree(tmp_path: Path) -> None:
@@ -46,7 +46,8 @@ def test_quack_compiles_every_call_for_hopper_and_its_references_agree(tmp_path:
     assert len(told["errors"]) == NUM_CALLS
     # float64, but for gates, which the backend rounds to fp32 (2^-24).
     assert all(error <= 1e-6 for error in told["errors"].values()), told["errors"]
-    assert {each["call"] for each in told["kernels"]} == set(told["errors"]), told["kernels"]
+    gathered = {name for name in told["errors"] if "sorted" not in name}
+    assert {each["call"] for each in told["kernels"]} == gathered, told["kernels"]
     for kernel in told["kernels"]:
         assert kernel["spilled"] <= (SPILLED if "gated gradient" in kernel["call"] else 0), kernel
         assert kernel["registers"] * THREADS <= REGISTERS, kernel

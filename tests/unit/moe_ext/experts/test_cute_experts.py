@@ -71,6 +71,10 @@ def compare(
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def routed(order: ExpertOrder, x: Tensor, w1: Tensor, w2: Tensor, gates: Tensor) -> Tensor:
+    return CUTE.routed_experts(x, w1, w2, order, gates)
+
+
 def exact_routed(order: ExpertOrder, x: Tensor, w1: Tensor, w2: Tensor, gates: Tensor) -> Tensor:
     rows, probs = permute_tokens(x, order), sort_rows(gates.flatten(), order)
     return unpermute_tokens(loop_experts(rows, w1, w2, order.tokens_per_expert, probs), order)
@@ -85,8 +89,8 @@ def routed_inputs(name: str) -> list[Tensor]:
 def test_routed_experts_equal_the_loop_with_all_gradients(name: str) -> None:
     order = order_of(name)
     compare(
-        lambda x, w1, w2, gates: CUTE.routed_experts(x, w1, w2, order, gates),
-        lambda x, w1, w2, gates: exact_routed(order, x, w1, w2, gates),
+        functools.partial(routed, order),
+        functools.partial(exact_routed, order),
         routed_inputs(name),
     )
 
@@ -137,11 +141,10 @@ def with_buffers(weights: list[Tensor], *, offset: int = 0) -> None:
 def test_weight_gradients_are_added_to_their_buffers() -> None:
     order, inputs = order_of("uneven"), routed_inputs("uneven")
     _, _, *expected, _ = results(functools.partial(exact_routed, order), inputs)
-    x, w1, w2, gates = inputs
-    with_buffers([w1, w2])
+    with_buffers(inputs[1:3])
     for _ in range(2):
-        results(lambda *_: CUTE.routed_experts(x, w1, w2, order, gates), inputs)
-    for weight, gradient in zip((w1, w2), expected, strict=True):
+        results(functools.partial(routed, order), inputs)
+    for weight, gradient in zip(inputs[1:3], expected, strict=True):
         assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
         found = weight.main_grad  # type: ignore[attr-defined]
         torch.testing.assert_close(found, 2.0 + 2 * gradient, rtol=1e-12, atol=1e-12)
@@ -152,7 +155,7 @@ def test_a_buffer_that_tma_cannot_add_to_is_left_to_megatron_core() -> None:
     order, inputs = order_of("uneven"), routed_inputs("uneven")
     expected = results(functools.partial(exact_routed, order), inputs)
     with_buffers(inputs[1:3], offset=1)
-    found = results(lambda x, w1, w2, g: CUTE.routed_experts(x, w1, w2, order, g), inputs)
+    found = results(functools.partial(routed, order), inputs)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     for weight in inputs[1:3]:
@@ -167,14 +170,19 @@ def test_only_the_gradients_asked_for_are_computed(
     order, inputs = order_of("uneven"), routed_inputs("uneven")
     expected = results(functools.partial(exact_routed, order), inputs)[1 + wanted]
     made: list[str] = []
+
+    def noting(name: str) -> Callable[..., object]:
+        def function(*arguments: object, **options: object) -> object:
+            made.append(name)
+            return getattr(plain_products, name)(*arguments, **options)
+
+        return function
+
     for name in ("grouped_product", "grouped_weight_gradient"):
-        function = getattr(plain_products, name)
-        monkeypatch.setattr(
-            cute_products, name, lambda *a, _f=function, _n=name, **o: (made.append(_n), _f(*a, **o))[1]
-        )
+        monkeypatch.setattr(cute_products, name, noting(name))
     frozen = [each.detach() for each in inputs]
     frozen[wanted].requires_grad_()
-    output = CUTE.routed_experts(*frozen[:3], order, frozen[3])
+    output = routed(order, *frozen)
     made.clear()
     upstream = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
     (found,) = torch.autograd.grad(output, frozen[wanted], upstream)
@@ -183,12 +191,17 @@ def test_only_the_gradients_asked_for_are_computed(
     assert made == products
 
 
-def test_what_is_kept_does_not_grow_with_fineness() -> None:
-    """Per token: h, 2 f k and two indices of k; with k times finer experts, the indices grow."""
+def test_tokens_gates_and_the_first_product_are_kept_and_nothing_else() -> None:
+    """As `triton` keeps them: no output of an expert, which would be h for each of k."""
     kept: list[Tensor] = []
     order, inputs = order_of("uneven"), routed_inputs("uneven")
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        CUTE.routed_experts(*inputs[:3], order, inputs[3])
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        routed(order, *inputs)
     weights = {each.data_ptr() for each in inputs[1:3]}
     rows = len(order.rows)
     shapes = [tuple(each.shape) for each in kept if each.data_ptr() not in weights]
@@ -205,7 +218,7 @@ def test_no_pre_activation_is_written_without_gradients(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(cute_products, "gated_product", unkept)
     with torch.no_grad():
-        found = CUTE.routed_experts(*inputs[:3], order, inputs[3])
+        found = routed(order, *inputs)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -229,7 +242,7 @@ def test_the_kernel_adds_each_tokens_rows(
 
 def test_plans_of_shapes_long_past_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cute_products, "_MAX_PLANS", 2)
-    plans = {}
+    plans: dict[int, int] = {}
     for number in range(7):
         cute_products._forget_plans(plans)
         plans[number] = number
@@ -274,12 +287,15 @@ def test_a_trial_decides_where_everything_is_there(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     answers = iter(["is 0.5 off", None])
     tried: list[torch.device] = []
-    monkeypatch.setattr(
-        trial, "find_problem", lambda device: (tried.append(device), next(answers))[1]
-    )
+
+    def find_problem(device: torch.device) -> str | None:
+        tried.append(device)
+        return next(answers)
+
+    monkeypatch.setattr(trial, "find_problem", find_problem)
     cute_experts._trial_problem.cache_clear()
     for _ in range(2):  # tried once
-        with pytest.raises(ValueError, match="^expert_backend 'cute' is 0.5 off; use 'triton'"):
+        with pytest.raises(ValueError, match=r"^expert_backend 'cute' is 0\.5 off; use"):
             choose_backend("cute", ON_HOPPER)
     cute_experts._trial_problem.cache_clear()
     assert choose_backend("cute", ON_HOPPER).reason == "named in the configuration"
@@ -346,6 +362,6 @@ def test_operands_that_do_not_fit_are_refused(changes: dict[int, Tensor], messag
     for number, each in changes.items():
         inputs[number] = each
     with pytest.raises(ValueError, match=re.escape(message)):
-        CUTE.routed_experts(*inputs[:3], order_of("uneven"), inputs[3])
+        routed(order_of("uneven"), *inputs)
     with pytest.raises(ValueError, match=re.escape("weight (1, 3, 4) must be [el, m, n], with")):
         cute_experts.cute_projection(torch.ones(2, 3), torch.ones(1, 3, 4), torch.tensor([2]))

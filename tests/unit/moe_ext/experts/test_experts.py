@@ -153,8 +153,8 @@ def test_counts_that_do_not_sum_to_the_tokens_are_refused() -> None:
 
 def test_an_unknown_backend_is_refused_with_the_nearest_name() -> None:
     message = (
-        "unknown expert backend 'groupd'; known: cute, grouped, loop, megablocks, te, triton; did you"
-        " mean 'grouped'?"
+        "unknown expert backend 'groupd'; known: cute, grouped, loop, megablocks, te, triton; did"
+        " you mean 'grouped'?"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         look_up_backend("groupd")
