@@ -10,12 +10,12 @@ from moe_ext.experts.adapters import (
 )
 from moe_ext.experts.cute_experts import (
     cute_experts,
-    cute_problem,
     cute_project_and_combine,
     cute_project_slots,
     cute_projection,
     cute_routed_experts,
 )
+from moe_ext.experts.cute_use import cute_problem
 from moe_ext.experts.grouped import (
     grouped_experts,
     grouped_problem,

@@ -46,11 +46,11 @@ def find_problem(device: torch.device) -> str | None:
     return None
 
 
-Comparisons = list[tuple[Tensor, Tensor]]
+CutePairs = list[tuple[Tensor, Tensor]]
 """What QuACK gives, and what `loop` does in fp32."""
 
 
-def _routed(device: torch.device) -> Comparisons:
+def _routed(device: torch.device) -> CutePairs:
     order, inputs = _problem(device)
 
     def exact(tokens: Tensor, weight1: Tensor, weight2: Tensor, gates: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def _routed(device: torch.device) -> Comparisons:
     return [(unkept, wanted[0]), *zip(found, wanted, strict=True)]
 
 
-def _sorted(device: torch.device) -> Comparisons:
+def _sorted(device: torch.device) -> CutePairs:
     order, (tokens, weight1, weight2, gates) = _problem(device)
     counts = order.tokens_per_expert
     inputs = [permute_tokens(tokens, order), weight1, weight2, sort_rows(gates.flatten(), order)]
@@ -84,7 +84,7 @@ def _sorted(device: torch.device) -> Comparisons:
     )
 
 
-def _projections(device: torch.device) -> Comparisons:
+def _projections(device: torch.device) -> CutePairs:
     order, (tokens, weight1, weight2, _) = _problem(device)
     query, output = weight1[:, 0].contiguous(), weight2  # [el, f, h], [el, h, f]
     slots = _random(device, len(order.rows), _FFN)
@@ -111,7 +111,7 @@ def _projections(device: torch.device) -> Comparisons:
     return list(zip(found, wanted, strict=True))
 
 
-def _added(device: torch.device) -> Comparisons:
+def _added(device: torch.device) -> CutePairs:
     """Adds the weights' gradients of two backward passes to what was in their buffers."""
     order, inputs = _problem(device)
     exact = [each.float() for each in inputs]

@@ -17,7 +17,7 @@ CUTE, LOOP = EXPERT_BACKENDS["cute"], EXPERT_BACKENDS["loop"]
 def _usable() -> None:
     """Skips where the backend says that it cannot be used, but not where its trial says so."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moe_ext.experts.cute_experts._trial_problem", lambda _device: None)
+        patch.setattr("moe_ext.experts.cute_use._trial_problem", lambda _device: None)
         problem = CUTE.problem(
             Use(
                 device_type="cuda",

@@ -14,7 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_ext.experts import EXPERT_BACKENDS, Use, choose_backend, cute_experts, cute_products
+from moe_ext.experts import (
+    EXPERT_BACKENDS,
+    Use,
+    choose_backend,
+    cute_experts,
+    cute_products,
+    cute_use,
+)
 from moe_ext.experts import cute_trial as trial
 from moe_ext.experts.loop import loop_experts, loop_projection
 from moe_ext.experts.slots import (
@@ -266,23 +273,23 @@ def test_each_limit_is_named(changes: dict[str, object], message: str) -> None:
 
 def test_what_python_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 11, 7))
-    assert cute_experts.cute_problem(ON_HOPPER) == (
+    assert cute_use.cute_problem(ON_HOPPER) == (
         "needs Python 3.12, and this is 3.11; use 'triton' or 'grouped'"
     )
     monkeypatch.setattr(sys, "version_info", (3, 12, 1))
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "quack" else object()
     )
-    assert cute_experts.cute_problem(ON_HOPPER) == (
+    assert cute_use.cute_problem(ON_HOPPER) == (
         "needs quack: pip install 'megatron-moe[cute]', or use 'grouped'"
     )
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cute_experts.cute_problem(ON_HOPPER) == "finds no GPU; use 'grouped'"
+    assert cute_use.cute_problem(ON_HOPPER) == "finds no GPU; use 'grouped'"
 
 
 def test_a_trial_decides_where_everything_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cute_experts, "_missing", lambda: None)
+    monkeypatch.setattr(cute_use, "_missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     answers = iter(["is 0.5 off", None])
@@ -293,16 +300,16 @@ def test_a_trial_decides_where_everything_is_there(monkeypatch: pytest.MonkeyPat
         return next(answers)
 
     monkeypatch.setattr(trial, "find_problem", find_problem)
-    cute_experts._trial_problem.cache_clear()
+    cute_use._trial_problem.cache_clear()
     for _ in range(2):  # tried once
         with pytest.raises(ValueError, match=r"^expert_backend 'cute' is 0\.5 off; use"):
             choose_backend("cute", ON_HOPPER)
-    cute_experts._trial_problem.cache_clear()
+    cute_use._trial_problem.cache_clear()
     assert choose_backend("cute", ON_HOPPER).reason == "named in the configuration"
     assert tried == [torch.device("cuda", 0)] * 2
     # Nothing was measured for it yet.
     assert choose_backend("auto", ON_HOPPER).name != "cute"
-    cute_experts._trial_problem.cache_clear()
+    cute_use._trial_problem.cache_clear()
 
 
 CPU = torch.device("cpu")
