@@ -9,9 +9,10 @@ _GATE_BYTES = 4
 def expert_activation_bytes(model: MoEModelConfig, *, element_bytes: int) -> int:
     """Return the bytes per token that one feed-forward layer's experts keep for backward.
 
-    For the backends that keep no activation (`grouped`, `triton`, `cute`), where a rank holds all experts:
-    the tokens, which the norm before them computed and nothing else keeps; both projections of
-    each of the k rows; the gates; and the row permutation, its inverse and the token indices.
+    For the backends that keep no activation (`grouped`, `triton`, `cute`), where a rank holds all
+    experts: the tokens, which the norm before them computed and nothing else keeps; both
+    projections of each of the k rows; the gates; and the row permutation, its inverse and the token
+    indices.
 
         h w + 2 f k w + 4 k + 3 * 8 k    with w bytes per element
 
