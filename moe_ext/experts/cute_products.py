@@ -72,12 +72,12 @@ def gated_product(
         Both projections [t * k, 2f] by place, interleaved, or None; and the result [t * k, f] by
         place.
     """
-    from moe_ext.experts.cute_epilogue import gated_swiglu
-
     ffn = weight.shape[2]
     projected = source.new_empty(rows.number, 2 * ffn) if is_kept else None
     product = source.new_empty(rows.number, ffn)
     if rows.number:
+        from moe_ext.experts.cute_epilogue import gated_swiglu
+
         _forget_plans(gated_swiglu._plan_cache)
         outputs = (
             {"product": product} if projected is None else {"product": product, "D": projected}
@@ -118,14 +118,14 @@ def gated_product_gradient(
         Gradients of projected [t * k, 2f] and of gates [t * k] (fp32), and the product [t * k, f]
         again; by place.
     """
-    from quack.epilogue.library import dgated_mod
-    from quack.gemm_interface import gemm_dgated
-
     ffn = weight.shape[2]
     grad_projected = torch.empty_like(projected)
     product = projected.new_empty(rows.number, ffn)
     if rows.number == 0:
         return grad_projected, gates.new_empty(0, dtype=torch.float32), product
+    from quack.epilogue.library import dgated_mod
+    from quack.gemm_interface import gemm_dgated
+
     epilogue = dgated_mod("swiglu", has_scale=True, has_reduce=True)
     _forget_plans(epilogue._plan_cache)
     _forget_plans(epilogue._call_cache)
@@ -168,12 +168,12 @@ def grouped_product(
     Returns:
         [t * k, m] by place, of source's dtype.
     """
-    from quack import gemm
-    from quack.gemm_interface import gemm as multiply
-
     matrix = weight if is_transposed else weight.mT  # [el, n, m]
     output = source.new_empty(rows.number, matrix.shape[2])
     if output.numel():
+        from quack import gemm
+        from quack.gemm_interface import gemm as multiply
+
         _forget_plans(_plans(gemm))
         multiply(
             source,
@@ -208,14 +208,14 @@ def grouped_weight_gradient(
         accumulate: add to what is there, in out's dtype, instead of writing over it.
         is_interleaved: right is interleaved, and out gets halves.
     """
-    from quack import gemm
-    from quack.gemm_interface import gemm as multiply
-    from quack.gemm_interface import gemm_add_inplace
-
     if rows.number == 0:
         if not accumulate:
             out.zero_()
         return
+    from quack import gemm
+    from quack.gemm_interface import gemm as multiply
+    from quack.gemm_interface import gemm_add_inplace
+
     _forget_plans(_plans(gemm))
     options: dict[str, Any] = {
         "cu_seqlens_k": rows.starts,

@@ -229,6 +229,29 @@ def test_no_pre_activation_is_written_without_gradients(monkeypatch: pytest.Monk
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_without_tokens_nothing_is_asked_of_quack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gradients are zero, written and added."""
+    monkeypatch.undo()
+    order, inputs = order_of("no token"), routed_inputs("no token")
+    for found in results(functools.partial(routed, order), inputs):
+        assert torch.equal(found, torch.zeros_like(found))
+    for project in (CUTE.project_slots, CUTE.project_and_combine):
+        (rows, weight) = leaves((0, H), (E, F, H))
+        output, *gradients = results(functools.partial(_ordered, project, order), [rows, weight])
+        assert output.shape == (0, F) and not gradients[1].any()
+    with_buffers(inputs[1:3])
+    results(functools.partial(routed, order), inputs)
+    for each in inputs[1:3]:
+        assert each.grad_added_to_main_grad  # type: ignore[attr-defined]
+        assert (each.main_grad == 2.0).all()  # type: ignore[attr-defined]
+
+
+def _ordered(
+    project: Callable[..., Tensor], order: ExpertOrder, rows: Tensor, weight: Tensor
+) -> Tensor:
+    return project(rows, weight, order)
+
+
 @pytest.mark.parametrize(("width", "topk"), [(40, 3), (1500, 2), (8, 1)])
 def test_the_kernel_adds_each_tokens_rows(
     width: int, topk: int, monkeypatch: pytest.MonkeyPatch
