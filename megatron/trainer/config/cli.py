@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import itertools
@@ -194,13 +195,60 @@ def _with_values(cfg: T, schema: Mapping[str, FieldPlace], values: Mapping[str, 
 def _parse_flags(
     cfg: T, argv: Sequence[str], *, prog: str, description: str, presets: tuple[str, ...]
 ) -> tuple[T, bool]:
-    """Override `cfg` with flags; also return whether --print-config was given."""
+    """Override `cfg` with flags; also return whether --print-config was given.
+
+    To describe hundreds of fields takes most of the time. So those that `argv` names are parsed
+    alone, and all of them only for the help and for messages about what is wrong.
+    """
     sources = _sources_class(presets)
+    run = functools.partial(
+        tyro.cli,
+        args=list(argv),
+        prog=prog,
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    schema = schema_of(type(cfg))
+    named = [
+        name
+        for name in _flagged(argv, schema)
+        if name in schema and not is_recipe_only(schema[name].hint)
+    ]
+    try:
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            parsed: Any = run(_named_fields(cfg, sources, named))
+    except SystemExit:
+        parsed = run(_all_fields(cfg, sources))
+        groups = {
+            group.name: _copy_fields(getattr(parsed, group.name), type(getattr(cfg, group.name)))
+            for group in dataclasses.fields(typing.cast(Any, cfg))
+        }
+        return dataclasses.replace(typing.cast(Any, cfg), **groups), parsed.recipe.print_config
+    values = {name: getattr(parsed, name) for name in named}
+    return _with_values(cfg, schema, values), parsed.print_config
+
+
+def _named_fields(cfg: Any, sources: type, names: Sequence[str]) -> type:
+    """Return a class of these fields and the sources, with the values of `cfg` as defaults."""
+    fields: list[tuple[str, Any, Any]] = []
+    for name, place in schema_of(type(cfg)).items():
+        if name in names:
+            hint = _PAIR if strip_optional(place.hint) == (bool, True) else place.hint
+            default = getattr(getattr(cfg, place.group), name)
+            fields.append((name, hint, dataclasses.field(default=default)))
+    return dataclasses.make_dataclass("NamedFields", fields, bases=(sources,), frozen=True)
+
+
+def _all_fields(cfg: Any, sources: type) -> type:
+    """Return a class of all groups, whose fields' values in `cfg` are the defaults."""
     members: list[tuple[str, Any, Any]] = [("recipe", sources, sources())]
-    for group in dataclasses.fields(typing.cast(Any, cfg)):
+    for group in dataclasses.fields(cfg):
         default = _for_flags(getattr(cfg, group.name))
         members.append((group.name, type(default), default))
-    command_line = dataclasses.make_dataclass(
+    return dataclasses.make_dataclass(
         "CommandLine",
         [
             # Without the help, tyro would look for each group in the source of this class.
@@ -209,20 +257,9 @@ def _parse_flags(
         ],
         frozen=True,
     )
-    parsed: Any = tyro.cli(
-        command_line,
-        args=list(argv),
-        prog=prog,
-        description=description,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    groups = {
-        group.name: _copy_fields(getattr(parsed, group.name), type(getattr(cfg, group.name)))
-        for group in dataclasses.fields(typing.cast(Any, cfg))
-    }
-    return dataclasses.replace(typing.cast(Any, cfg), **groups), parsed.recipe.print_config
 
 
+@functools.cache
 def _sources_class(presets: tuple[str, ...]) -> type:
     """Build the group of flags that name the sources of the other values."""
     named = f"Named settings that the recipe and flags override: {', '.join(presets) or 'none'}."
@@ -257,19 +294,16 @@ def _sources_class(presets: tuple[str, ...]) -> type:
     )
 
 
-def _for_flags(group: Any) -> Any:
-    """Copy a group so that `bool | None` fields give --x/--no-x pairs, as `bool` fields do.
+_PAIR: Any = Annotated[bool | None, tyro.conf.DisallowNone]
+"""Gives --x/--no-x to a `bool | None` field, as `bool` fields have them."""
 
-    Fields that hold records give no flags.
-    """
+
+def _for_flags(group: Any) -> Any:
+    """Copy a group so that its fields are flags; fields that hold records give none."""
     cls = type(group)
     hints = typing.get_type_hints(cls)
     changed: list[tuple[str, Any, Any]] = [
-        (
-            field.name,
-            Annotated[bool | None, tyro.conf.DisallowNone],
-            dataclasses.field(default=None),
-        )
+        (field.name, _PAIR, dataclasses.field(default=None))
         for field in dataclasses.fields(cls)
         if strip_optional(hints[field.name]) == (bool, True)
     ]

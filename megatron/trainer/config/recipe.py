@@ -11,6 +11,7 @@ rejected, because a short file of nested aliases can expand beyond any memory.
 """
 
 import dataclasses
+import functools
 import sys
 import types
 import typing
@@ -56,13 +57,20 @@ class FieldPlace:
     """The field's type."""
 
 
-def schema_of(config_class: type) -> dict[str, FieldPlace]:
+def schema_of(config_class: type) -> Mapping[str, FieldPlace]:
     """Map each flag name to its field, in order.
 
     Raises:
         TypeError: the class is not made of groups with unique names and readable types; a bug of
             the application.
     """
+    kept: Any = _read_schema  # to mypy, a class cannot be hashed
+    schema: Mapping[str, FieldPlace] = kept(config_class)
+    return schema
+
+
+@functools.cache
+def _read_schema(config_class: Any) -> Mapping[str, FieldPlace]:
     schema: dict[str, FieldPlace] = {}
     group_types = typing.get_type_hints(config_class)
     for group in dataclasses.fields(typing.cast(Any, config_class)):
@@ -79,7 +87,7 @@ def schema_of(config_class: type) -> dict[str, FieldPlace]:
                 )
             _expectation(hints[field.name])
             schema[field.name] = FieldPlace(group=group.name, hint=hints[field.name])
-    return schema
+    return types.MappingProxyType(schema)
 
 
 def flatten(cfg: object) -> dict[str, object]:
