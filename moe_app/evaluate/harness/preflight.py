@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string
 
@@ -14,9 +16,13 @@ _SENTENCES = "tokenizers/punkt_tab/english/"
 """What nltk splits English sentences with."""
 
 
-def check_tasks(
+LoadedTasks = dict[str, list[Task | Group]]
+"""What tasks, groups and tags are made of, with their data, by name."""
+
+
+def load_tasks(
     model: HarnessModel, manager: TaskManager, tasks: Sequence[str], gen_kwargs: str | None
-) -> None:
+) -> LoadedTasks:
     """Load each task with its data, and refuse what the harness would stumble over later.
 
     The harness loads tasks that are evaluated with other examples or limits after the answers to
@@ -28,19 +34,26 @@ def check_tasks(
         tasks: names of tasks, groups or tags.
         gen_kwargs: settings of generation, over the tasks' own, as the command line has them.
 
+    Returns:
+        What the harness evaluates in place of the names, so that it loads nothing again.
+
     Raises:
         UserError: a package or data are not there, or the model is too short for the answers.
     """
     given = simple_parse_args_string(gen_kwargs or "")
+    loaded: LoadedTasks = {}
     for name in tasks:
         with explained([name]):
-            found: Mapping[str, Any] = manager.load([name])["tasks"]
-        for leaf, task in found.items():
+            found: Mapping[str, Any] = manager.load([name])
+        is_group = name in found["groups"]
+        loaded[name] = [found["groups"][name]] if is_group else [*found["tasks"].values()]
+        for leaf, task in found["tasks"].items():
             if "ifeval" in leaf:
                 _check_sentences(leaf)
             if task.get_config("output_type") == "generate_until":
                 settings = {**(task.get_config("generation_kwargs") or {}), **given}
                 check_room(model, leaf, settings)
+    return loaded
 
 
 def check_room(model: HarnessModel, name: str, settings: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from lm_eval.utils import handle_non_serializable, sanitize_list
 
 from megatron.trainer.io.atomic_write import atomic_write, write_text
 from moe_app.evaluate.harness.model import HarnessModel
-from moe_app.evaluate.harness.preflight import check_tasks, explained
+from moe_app.evaluate.harness.preflight import LoadedTasks, explained, load_tasks
 from moe_app.evaluate.harness.task_data import local_datasets
 from moe_app.evaluate.harness.task_search import find_tasks
 from moe_app.evaluate.suites import Suite, asks_in_conversations
@@ -38,13 +38,13 @@ def evaluate_suite(
     datasets.disable_progress_bars()
     manager = find_tasks(args.include_path, suite.tasks)
     with local_datasets(None if args.task_data is None else Path(args.task_data)):
-        check_tasks(model, manager, suite.tasks, args.gen_kwargs)
+        loaded = load_tasks(model, manager, suite.tasks, args.gen_kwargs)
         parts = [
             _run_tasks(
                 model,
                 manager,
                 args,
-                tasks,
+                {name: loaded[name] for name in tasks},
                 is_chat=asks_in_conversations(args, suite),
                 num_fewshot=num_fewshot,
                 limit=limit,
@@ -87,17 +87,17 @@ def _run_tasks(
     model: HarnessModel,
     manager: TaskManager,
     args: argparse.Namespace,
-    tasks: Sequence[str],
+    tasks: LoadedTasks,
     *,
     is_chat: bool,
     num_fewshot: int | None,
     limit: int | None,
 ) -> dict[str, Any]:
     """Let the harness evaluate some tasks; examples in a conversation are part of the question."""
-    with explained(tasks):
+    with explained([*tasks]):
         found: dict[str, Any] = lm_eval.simple_evaluate(
             model=model,
-            tasks=list(tasks),
+            tasks=[each for parts in tasks.values() for each in parts],
             num_fewshot=num_fewshot,
             limit=limit,
             task_manager=manager,

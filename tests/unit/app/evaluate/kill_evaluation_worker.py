@@ -8,6 +8,10 @@ import signal
 import sys
 from typing import Any
 
+# Imported where they are needed, which would be in each process that is forked of this module's.
+import moe_app.evaluate.harness.olmes_run
+import moe_app.evaluate.harness.own_run
+import moe_app.evaluate.harness.run  # noqa: F401
 from moe_app.evaluate import evaluation
 from moe_app.evaluate.workers import Workers
 

@@ -28,6 +28,7 @@ from tests.unit.app.evaluate.make_olmes import OLMES_ITEMS, write_olmes
 
 # From the packages of the harness, from torch when it reads a checkpoint, and from megatron-core.
 pytestmark = [
+    pytest.mark.usefixtures("few_tasks"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

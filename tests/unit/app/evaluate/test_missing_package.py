@@ -17,4 +17,6 @@ def test_missing_package_of_a_task_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     args = argparse.Namespace(gen_kwargs=None, bootstrap_iters=0, seed=1)
     given: Any = None
     with pytest.raises(ConfigError, match=r"ifeval: .*'langdetect'.*'lm-eval\[ifeval\]'"):
-        run._run_tasks(given, given, args, ["ifeval"], is_chat=True, num_fewshot=None, limit=None)
+        run._run_tasks(
+            given, given, args, {"ifeval": []}, is_chat=True, num_fewshot=None, limit=None
+        )

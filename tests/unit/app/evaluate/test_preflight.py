@@ -7,6 +7,8 @@ from typing import Any
 
 import nltk
 import pytest
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
 
 from megatron.trainer.errors import UserError
 from moe_app.evaluate.harness import run
@@ -64,8 +66,9 @@ def evaluated(
     write_task(folder, "good")
     ran: list[Any] = []
 
-    def evaluate(*, tasks: list[str], **_: Any) -> dict[str, Any]:
-        ran.append(tasks)
+    def evaluate(*, tasks: list[Task | Group], **_: Any) -> dict[str, Any]:
+        # Names would be loaded a second time.
+        ran.append([each.name if isinstance(each, Group) else each.task_name for each in tasks])
         return {"config": {}, "samples": {}}
 
     monkeypatch.setattr(run.lm_eval, "simple_evaluate", evaluate)
@@ -104,6 +107,21 @@ def test_answers_that_do_not_fit_are_refused_first(
     assert error.startswith(f"long: a task asks for {LENGTH} new tokens, but the model has")
     asked = evaluated(monkeypatch, model, tmp_path, "long", gen_kwargs="max_gen_toks=9")
     assert asked == [["good"], ["long"]]
+
+
+@pytest.mark.usefixtures("few_tasks")
+def test_groups_and_tags_are_handed_over_as_they_were_loaded(
+    monkeypatch: pytest.MonkeyPatch, model: HarnessModel, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        write_task(tmp_path, name)
+        task = json.loads((tmp_path / f"{name}.yaml").read_text())
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({**task, "tag": "tagged"}))
+    group = {"group": "grouped", "task": ["one", "two"]}
+    (tmp_path / "grouped.yaml").write_text(json.dumps(group))
+    assert evaluated(monkeypatch, model, tmp_path, "grouped") == [["good"], ["grouped"]]
+    _, found = evaluated(monkeypatch, model, tmp_path, "tagged")
+    assert sorted(found) == ["one", "two"]
 
 
 def test_ifeval_needs_what_splits_sentences(
