@@ -15,7 +15,12 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 
 from moe_ext.kernels import fused
-from moe_ext.layers.norm import split_unit_rms, split_unit_variance, weighted_unit_rms
+from moe_ext.layers.norm import (
+    split_unit_rms,
+    split_unit_variance,
+    unit_variance,
+    weighted_unit_rms,
+)
 from moe_ext.layers.parameters import new_parameter
 
 
@@ -98,8 +103,10 @@ class FullWidthLayerNorm(MegatronModule):
 
     def forward(self, heads: Tensor) -> Tensor:
         """Normalises [s, b, heads of this rank, hn], same shape out."""
-        normed = split_unit_variance(heads.flatten(2), self.eps, group=self.tp_group)
-        return normed.view(heads.shape)
+        flat = heads.flatten(2)  # [s, b, heads * hn]
+        if self.tp_group.size() == 1:
+            return unit_variance(flat, self.eps).view(heads.shape)
+        return split_unit_variance(flat, self.eps, group=self.tp_group).view(heads.shape)
 
 
 class QKNormSelfAttention(SelfAttention):

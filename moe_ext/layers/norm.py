@@ -222,7 +222,5 @@ def split_unit_variance(
     Returns:
         [..., n] this rank's slice of the result, hidden's dtype.
     """
-    if group.size() == 1:
-        return unit_variance(hidden, eps)
     output: Tensor = _SplitUnitVariance.apply(hidden, group, eps)
     return output
