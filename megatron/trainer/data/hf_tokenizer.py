@@ -185,11 +185,21 @@ class HFTokenizer:
         text = self.token_text(token_id)
         if text is None or token_id in self._control:
             return 0
-        if token_id in self._added:
-            return len(self._added[token_id].content.encode())
+        if (added := self._added.get(token_id)) is not None:
+            is_marked = added.normalized and self._marks_before_added
+            return len((text.replace(_SPACE, " ") if is_marked else text).encode())
         if self._has_byte_alphabet:
             return len(text)
         return 1 if _BYTE.fullmatch(text) else len(text.replace(_SPACE, " ").encode())
+
+    @cached_property
+    def _marks_before_added(self) -> bool:
+        """Return whether spaces are marks already where added tokens are found in normalized text.
+
+        Where the normalizer does not write them, the text itself has the mark of such a token.
+        """
+        normalizer = self._tokenizer.normalizer
+        return normalizer is not None and f"a{_SPACE}a" in normalizer.normalize_str("a a")
 
     @cached_property
     def _has_byte_alphabet(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import lm_eval.utils
 import numpy as np
 import pytest
+from tokenizers import AddedToken, Tokenizer, models, normalizers
 
 from megatron.trainer.data.token_bytes import count_token_bytes
 from megatron.trainer.data.tokenizer import HFTokenizer, SentencePieceTokenizer
@@ -153,6 +154,26 @@ def test_bytes_of_tokens_are_those_of_their_text(folder: Path, tmp_path: Path) -
         sizes = count_token_bytes(tokenizer, tokenizer.vocab_size + 5)
         assert sizes[tokenizer.encode(text)].sum() == len(text.encode())
         assert sizes[tokenizer.eod] == 0 and not sizes[-5:].any()
+
+
+@pytest.mark.parametrize("mark", ["\u2581", None])
+def test_bytes_of_added_tokens_are_those_of_their_text(mark: str | None, tmp_path: Path) -> None:
+    """Where spaces are marks before added tokens are found, a mark in one is a space."""
+    words = ["a", "b", "x", " ", "\u2581"]
+    made = Tokenizer(models.BPE({word: each for each, word in enumerate(words)}, []))
+    if mark is not None:
+        made.normalizer = normalizers.Replace(" ", mark)
+    made.add_special_tokens([END])
+    made.add_tokens([AddedToken("\u2581" * 3, normalized=True)])
+    made.add_tokens([AddedToken("\u2581x", normalized=False)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = HFTokenizer(str(tmp_path / "tokenizer.json"), eod_token=END)
+    sizes = count_token_bytes(tokenizer, tokenizer.vocab_size)
+    text = ("a   b" if mark else "a\u2581\u2581\u2581b") + "\u2581xa"
+    ids = tokenizer.encode(text)
+    assert ids == [0, 6, 1, 7, 0]
+    assert sizes[ids].sum() == len(text.encode())
+    assert sizes[tokenizer.eod] == 0
 
 
 def test_documents_need_token_files_and_a_tokenizer(
