@@ -125,11 +125,16 @@ class TransformersStep(StepSubject):
         """See `StepSubject`."""
         self.release()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_autocast):
-            loss = self._model(
-                batch.tokens, labels=batch.labels, shift_labels=batch.labels, use_cache=False
-            ).loss
+            loss = self.loss_of(batch)
         loss.backward()
         return float(loss.detach())
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """Return [] the mean cross-entropy, with its graph."""
+        loss: Tensor = self._model(
+            batch.tokens, labels=batch.labels, shift_labels=batch.labels, use_cache=False
+        ).loss
+        return loss
 
     def step(self, batch: Batch) -> float:
         """See `StepSubject`."""

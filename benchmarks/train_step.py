@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entries(shape: Shape, dtype: torch.dtype, device_type: str) -> dict[str, Entry]:
     """List all implementations; the first is the project's default."""
-    from benchmarks import layer_transformers, step_peers
+    from benchmarks import layer_transformers, step_liger, step_peers
 
     found = {}
     from benchmarks.native import usable_backends
@@ -88,6 +88,12 @@ def entries(shape: Shape, dtype: torch.dtype, device_type: str) -> dict[str, Ent
                 (shape, dtype, experts, has_master_weights),
                 "transformers",
                 layer_transformers.load,
+            )
+    if device_type == "cuda" and not is_jetmoe:
+        for has_master_weights in (True,) if dtype == torch.float32 else (False, True):
+            suffix = "-autocast" if has_master_weights and dtype != torch.float32 else ""
+            found[f"transformers-liger{suffix}"] = Entry(
+                step_liger.build, (shape, dtype, has_master_weights), "liger_kernel"
             )
     return found
 
