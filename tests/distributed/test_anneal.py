@@ -29,7 +29,8 @@ OTHER_TAIL = {"lr-wsd-decay-style": "linear", "lr-wsd-decay-iters": 3, "min-lr":
 def case(**settings: Any) -> list[str]:
     """Flags of a run on token files; `recipe` is the file with its phases or mixture."""
     recipe = settings.pop("recipe")
-    settings = {**settings, **({"save-interval": 1} if "save" in settings else {})}
+    small = {"num-layers": 2, "micro-batch-size": 4}
+    settings = {**small, **settings, **({"save-interval": 1} if "save" in settings else {})}
     length = settings.pop("train_iters", None)
     given = flags(**settings)
     given.remove("--mock-data")

@@ -33,7 +33,7 @@ SIZES = [2, 2, 4, 6, 8, 8, 8, 8]
 
 def case(*, recipe: Path | None = None, **settings: Any) -> list[str]:
     """Flags of a run in tokens, on random ones or on a recipe's phases."""
-    given = flags(**{"train_iters": False, **settings})
+    given = flags(**{"train_iters": False, "num_layers": 1, **settings})
     if recipe is not None:
         given.remove("--mock-data")
         given = ["--config", str(recipe), *given]

@@ -29,6 +29,8 @@ from tests.distributed.launcher import (
 
 STEPS, SAVE_EVERY = 12, 3
 PLAN: dict[str, Any] = {
+    "num_layers": 2,
+    "global_batch_size": 4,
     "train_iters": STEPS,
     "lr_warmup_iters": 4,
     "eval_interval": 4,
@@ -211,7 +213,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own with room for one checkpoint and a half."""
     where = tmp_path / "disk"
     where.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", str(where)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(where)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root may mount a small disk")
     yield where

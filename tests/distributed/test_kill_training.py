@@ -12,6 +12,7 @@ KILLS = 10
 def test_training_survives_ten_kills_during_saves(tmp_path: Path) -> None:
     # Two saves an attempt at least, and a few steps after the last kill.
     plan = {"train-iters": 4 * KILLS, "eval-iters": 1, "expert-model-parallel-size": 2}
+    plan |= {"num-layers": 2, "global-batch-size": 4}
     whole = run_cases(2, {"whole": flags(**plan)}, tmp_path / "whole")["whole"]
     run = tmp_path / "run"
     settings = [*flags(**plan, save=run, load=run), "--save-interval", "1", "--keep-last", "3"]

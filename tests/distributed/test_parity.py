@@ -110,7 +110,15 @@ JETMOE_LAYOUTS: dict[int, dict[str, dict[str, object]]] = {
         },
     },
 }
-MOA_DENSE = {**JETMOE, "num-experts": "None", "ffn-hidden-size": 40, "moe-output-bias": False}
+SMALL_JETMOE = {**JETMOE, "global-batch-size": 4}
+"""Data parallel ranks have a micro-batch each; OLMoE's cases have several there, too."""
+MOA_DENSE = {
+    **SMALL_JETMOE,
+    "num-layers": 2,
+    "num-experts": "None",
+    "ffn-hidden-size": 40,
+    "moe-output-bias": False,
+}
 """Attention alone has experts; whole sequences on every rank are then possible under TP."""
 MOA_DENSE_LAYOUTS: dict[str, dict[str, object]] = {
     "moa_dense_dp2": {},
@@ -126,6 +134,7 @@ MOA_TOLERANCES = {"lm_loss": 1e-5, "moa_load_balancing_loss": 1e-5, "moa_z_loss"
 
 VARIANTS: dict[str, dict[str, object]] = {
     "mixed": {
+        "global-batch-size": 4,
         **{"moe-layer-freq": 2, "ffn-hidden-size": 40, "moe-shared-expert-intermediate-size": 18},
         "normalization": "NonParametricLayerNorm",
     },
@@ -191,11 +200,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
 def jetmoe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     out = tmp_path_factory.mktemp("jetmoe")
     cases = {
-        ranks: {name: short(**JETMOE, **case) for name, case in layouts.items()}
+        ranks: {name: short(**SMALL_JETMOE, **case) for name, case in layouts.items()}
         for ranks, layouts in JETMOE_LAYOUTS.items()
     }
-    cases[1]["single"] = short(**JETMOE)
-    cases[1]["untrained"] = short(**JETMOE, **{"lr": 1e-30, "min-lr": 1e-30})
+    cases[1]["single"] = short(**SMALL_JETMOE)
+    cases[1]["untrained"] = short(**SMALL_JETMOE, **{"lr": 1e-30, "min-lr": 1e-30})
     cases[1]["moa_dense"] = short(**MOA_DENSE)
     for name, case in MOA_DENSE_LAYOUTS.items():
         cases[2][name] = short(**MOA_DENSE, **case)

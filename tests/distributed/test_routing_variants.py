@@ -27,20 +27,22 @@ BIAS_AND_CAPACITY = {**BIAS, "moe-expert-capacity-factor": 0.8}
 GLOBAL = {"moe-router-load-balancing-type": "global_aux_loss"}
 # One micro-batch for each data parallel rank, so that the first one's counts are all there are.
 GLOBAL_AT_ONCE = {**GLOBAL, "global-batch-size": 4}
+TWO_LAYERS = {"num-layers": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "bias": BIAS_AND_CAPACITY,
-    "choice": {"router": "expert_choice", "moe-aux-loss-coeff": 0},
-    "grouped": {"router": "expert_choice_grouped", "moe-aux-loss-coeff": 0},
+    "choice": {**TWO_LAYERS, "router": "expert_choice", "moe-aux-loss-coeff": 0},
+    "grouped": {**TWO_LAYERS, "router": "expert_choice_grouped", "moe-aux-loss-coeff": 0},
     "position": {
+        **TWO_LAYERS,
         **GLOBAL,
         "moe-expert-capacity-factor": 0.8,
         "moe-token-drop-policy": "position",
     },
-    "global": {**GLOBAL_AT_ONCE, "micro-batch-size": 4},
-    "jetmoe": {**JETMOE, **BIAS},
+    "global": {**TWO_LAYERS, **GLOBAL_AT_ONCE, "micro-batch-size": 4},
+    "jetmoe": {**TWO_LAYERS, **JETMOE, **BIAS},
     # One router in all layers, whose loss counts each apart, and whose biases move by all.
     "shared": {
-        **{**BIAS, **GLOBAL_AT_ONCE, "micro-batch-size": 4},
+        **{**TWO_LAYERS, **BIAS, **GLOBAL_AT_ONCE, "micro-batch-size": 4},
         "moe-share-across-layers": True,
     },
 }
@@ -74,7 +76,7 @@ SHARES = {
 
 
 def short(**overrides: object) -> list[str]:
-    return flags(**{"train-iters": STEPS, **overrides})
+    return flags(**{"train-iters": STEPS, "global-batch-size": 4, **overrides})
 
 
 def variant_of(name: str) -> str:
@@ -125,7 +127,7 @@ def test_biases_move_by_the_rate(name: str, outcomes: dict[str, Outcome]) -> Non
     assert len(biases) == (2 if name == "jetmoe" else 1)  # each of [layers, e]
     for bias in biases.values():
         steps = bias / 0.02  # whole numbers, each up to the number of steps
-        assert bias.shape[0] == 4 and bias.abs().max() > 0
+        assert bias.shape[0] == (2 if name == "jetmoe" else 4) and bias.abs().max() > 0
         torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-5)
         assert steps.abs().max() <= STEPS + 1e-5
 

@@ -9,7 +9,10 @@ from megatron.trainer.checkpoint import CheckpointReader
 from tests.distributed.jetmoe_cases import JETMOE
 from tests.distributed.launcher import Outcome, flags, run_cases
 
-SHORT: dict[str, object] = {"train-iters": 2, "lr-decay-iters": 4, "eval-iters": 1}
+SHORT: dict[str, object] = {
+    **{"train-iters": 2, "lr-decay-iters": 4, "eval-iters": 1},
+    **{"num-layers": 2, "global-batch-size": 4},
+}
 SOME: dict[str, object] = {
     **SHORT,
     "freeze": "router,embedding,norm",
