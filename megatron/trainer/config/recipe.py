@@ -64,9 +64,7 @@ def schema_of(config_class: type) -> Mapping[str, FieldPlace]:
         TypeError: the class is not made of groups with unique names and readable types; a bug of
             the application.
     """
-    kept: Any = _read_schema  # to mypy, a class cannot be hashed
-    schema: Mapping[str, FieldPlace] = kept(config_class)
-    return schema
+    return typing.cast(Any, _read_schema)(config_class)  # to mypy, a class cannot be hashed
 
 
 @functools.cache
@@ -81,10 +79,8 @@ def _read_schema(config_class: Any) -> Mapping[str, FieldPlace]:
         for field in dataclasses.fields(group_type):
             if field.name in SOURCE_NAMES or field.name in schema:
                 owner = schema[field.name].group if field.name in schema else "load_config"
-                raise TypeError(
-                    f"the name {field.name!r} of group {group.name!r} is taken by {owner!r}; field"
-                    " names must be unique, because flags are flat"
-                )
+                what = f"the name {field.name!r} of group {group.name!r} is taken by {owner!r}"
+                raise TypeError(f"{what}; field names must be unique, because flags are flat")
             _expectation(hints[field.name])
             schema[field.name] = FieldPlace(group=group.name, hint=hints[field.name])
     return types.MappingProxyType(schema)
