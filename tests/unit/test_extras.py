@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,11 +53,11 @@ def requirements(extra: str) -> list[str]:
 
 def resolve(wanted: list[str]) -> str:
     """Return why pip cannot install these beside torch and what is required; empty if it can."""
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as kept:
+    with tempfile.TemporaryDirectory() as folder:
         # As constraints, which cost nothing where nothing asks for them.
-        kept.write("\n".join([f"torch=={version('torch')}", *PROJECT["dependencies"]]))
-        kept.flush()
-        done = pip("--only-binary", ":all:", "--constraint", kept.name, *wanted)
+        kept = Path(folder) / "constraints.txt"
+        kept.write_text("\n".join([f"torch=={version('torch')}", *PROJECT["dependencies"]]))
+        done = pip("--only-binary", ":all:", "--constraint", str(kept), *wanted)
     return done.stderr if done.returncode else ""
 
 
