@@ -1,6 +1,7 @@
 """Initial weights follow from the seed and the names alone, and have the stated distribution."""
 
 import dataclasses
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +11,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
+from moe_ext import init
 from moe_ext.builder import build_model
 from moe_ext.config import MoEModelConfig
-from moe_ext.init import initialize_weights
+from moe_ext.init import draw_truncated_, initialize_weights, random_stream, weight_shards
+from moe_ext.layers.lora import TARGETS, LoRA
 from moe_ext.layers.transformer import transformer_config
+from moe_ext.presets import PRESETS
 
 MODEL = MoEModelConfig(
     num_layers=2,
@@ -197,3 +201,122 @@ def test_without_a_cutoff_weights_are_of_the_whole_normal_distribution(
     assert values.std().item() == pytest.approx(1.0, rel=0.01)
     tail = (values.abs() > 3).double().mean().item()
     assert tail == pytest.approx(0.0027, rel=0.1)
+
+
+@pytest.mark.parametrize("cutoff", [0.2, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize("shape", [(3, 5), (1, 16), (7, 9), (2, 128, 97), (1024, 96), (523, 257)])
+def test_truncated_draws_are_torchs(shape: tuple[int, ...], cutoff: float) -> None:
+    """Bits, and where the stream stands afterwards; the shapes end within and between blocks."""
+    found, expected = torch.empty(shape), torch.empty(shape)
+    ours, theirs = (torch.Generator().manual_seed(11) for _ in range(2))
+    draw_truncated_(found, std=0.02, bound=cutoff * 0.02, generator=ours)
+    nn.init.trunc_normal_(expected, std=0.02, a=-cutoff * 0.02, b=cutoff * 0.02, generator=theirs)
+    assert torch.equal(found, expected)
+    assert torch.equal(ours.get_state(), theirs.get_state())
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def drawn_alone(shard: ShardedTensor, model: MoEModelConfig) -> torch.Tensor:
+    """Draw a whole tensor of a model of seed 5 with torch's functions, one matrix after another."""
+    axes = shard.prepend_axis_num
+    shape = shard.global_shape[axes:]
+    name = f"5:{shard.key}{list(shard.global_offset[:axes])}"
+    streams = {name: (drawn := torch.empty(shape))}
+    if len(shape) > 2:
+        streams = {f"{name}[{index}]": matrix for index, matrix in enumerate(drawn)}
+    bound = (model.init_method_cutoff or 0.0) * model.init_method_std
+    for stream, matrix in streams.items():
+        generator = random_stream(stream)
+        if shard.key.endswith(".a"):
+            edge = shape[-1] ** -0.5
+            nn.init.uniform_(matrix, -edge, edge, generator=generator)
+        elif shard.key.endswith(".b"):
+            matrix.zero_()
+        else:
+            std = model.init_method_std
+            nn.init.trunc_normal_(matrix, std=std, a=-bound, b=bound, generator=generator)
+    return drawn
+
+
+@pytest.mark.parametrize("name", ["olmoe", "jetmoe", "lora"])
+def test_threads_draw_what_one_draws(
+    name: str, groups: ProcessGroupCollection, three_threads: None
+) -> None:
+    jetmoe = MoEModelConfig(**{**PRESETS["jetmoe_tiny"], "num_layers": 1, "vocab_size": 512})
+    model = jetmoe if name == "jetmoe" else MODEL
+    lora = LoRA(rank=2, alpha=4.0, targets=TARGETS) if name == "lora" else None
+    config = transformer_config(model, bf16=False)
+    built = build_model(model, config, pg_collection=groups, seq_length=8, seed=5, lora=lora)
+    shards = [each for each in weight_shards(list(built.chunks)) if len(each.local_shape) > 1]
+    found = {shard.key.rpartition(".")[2] for shard in shards}
+    assert found >= ({"weight", "a", "b"} if lora else {"weight"})
+    for shard in shards:
+        if shard.data is not None and len(shard.global_shape) - shard.prepend_axis_num > 1:
+            assert torch.equal(shard.data, drawn_alone(shard, model)), shard.key
+
+
+class Two(nn.Module):
+    """A model whose rank holds two cuts of one matrix, and one of a meta tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = [Holder((12, 10), Part(0, rank, 3)) for rank in (0, 2)]
+        self.meta = nn.Parameter(torch.empty(5, 4, device="meta"))
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        parts = {str(n): each.sharded_state_dict()["weight"] for n, each in enumerate(self.parts)}
+        return {**parts, "meta": ShardedTensor.from_rank_offsets("meta", self.meta)}
+
+
+def test_a_matrix_is_drawn_once_and_a_meta_tensor_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def draw_and_count(full: torch.Tensor, **settings: Any) -> None:
+        calls.append(full.shape)
+        draw_truncated_(full, **settings)
+
+    monkeypatch.setattr(init, "draw_truncated_", draw_and_count)
+    two = Two()
+    initialize_weights([two], seed=5, std=0.02, cutoff=3.0)
+    assert calls == [(12, 10)]
+    whole = draw((12, 10), Part(0, 0, 1))
+    assert torch.equal(two.parts[0].weight, whole[:4])
+    assert torch.equal(two.parts[1].weight, whole[8:])
+
+
+def test_as_many_are_drawn_at_a_time_as_there_are_threads(
+    monkeypatch: pytest.MonkeyPatch, three_threads: None
+) -> None:
+    together = threading.Barrier(3)  # opens when three have come; nine come in three rounds
+    running: list[int] = []
+    most = []
+
+    def draw_together(full: torch.Tensor, **settings: Any) -> None:
+        running.append(1)
+        together.wait(timeout=60)
+        most.append(len(running))
+        together.wait(timeout=60)
+        running.pop()
+        draw_truncated_(full, **settings)
+
+    monkeypatch.setattr(init, "draw_truncated_", draw_together)
+    draw((9, 6, 10), Part(0, 0, 1))
+    assert most == [3] * 9
+
+
+def test_an_error_of_a_thread_is_raised(
+    monkeypatch: pytest.MonkeyPatch, three_threads: None
+) -> None:
+    def refuse(full: torch.Tensor, **settings: Any) -> None:
+        raise MemoryError(f"no room for {tuple(full.shape)}")
+
+    monkeypatch.setattr(init, "draw_truncated_", refuse)
+    with pytest.raises(MemoryError, match=r"no room for \(6, 10\)"):
+        draw((4, 6, 10), Part(0, 0, 1))
