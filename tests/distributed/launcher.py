@@ -213,11 +213,27 @@ def run_session(
 
 
 def run_cases(
-    num_ranks: int, cases: dict[str, list[str]], out: Path, *, timeout: float = 400
+    num_ranks: int,
+    cases: dict[str, list[str]],
+    out: Path,
+    *,
+    bucket_size: int | None = None,
+    timeout: float = 400,
 ) -> dict[str, Outcome]:
-    """Train every case on `num_ranks` ranks, in one launch."""
+    """Train every case on `num_ranks` ranks, in one launch.
+
+    Args:
+        num_ranks: of the launch.
+        cases: command-line flags by name.
+        out: where ranks write.
+        bucket_size: values that megatron-core reduces and gathers at a time where it overlaps;
+            None leaves it to megatron-core, whose buckets hold all of a tiny model.
+        timeout: in seconds, of all cases.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    listing = [{"name": name, "flags": case} for name, case in cases.items()]
+    listing = [
+        {"name": name, "flags": case, "bucket_size": bucket_size} for name, case in cases.items()
+    ]
     file = out / "cases.json"
     file.write_text(json.dumps(listing))
     done = ranks(num_ranks, HERE / "worker_train.py", str(file), str(out), timeout=timeout)

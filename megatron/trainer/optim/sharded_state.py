@@ -6,7 +6,8 @@ rest (parameter groups, hyper-parameters) belongs to the run and is rebuilt. So 
 freely between TP, PP, EP, ETP and DP sizes, and between the plain and the distributed optimizer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
@@ -46,9 +47,10 @@ def optimizer_state(
     for index, inner in enumerate(optimizer.chained_optimizers):
         if inner.optimizer is None or _is_empty(inner):
             continue
-        inner_state = inner.sharded_state_dict(
-            _flat(model), is_loading=is_loading, metadata=_METADATA
-        )
+        with _without_padding(inner):
+            inner_state = inner.sharded_state_dict(
+                _flat(model), is_loading=is_loading, metadata=_METADATA
+            )
         if isinstance(inner, DistributedOptimizer) and not inner.config.bf16:
             _share_weights(inner, inner_state)
         state[str(index)] = _layout_free(inner_state)
@@ -73,6 +75,32 @@ def _is_empty(optimizer: MegatronOptimizer) -> bool:
     sharded, would be rank 0's word on those of others.
     """
     return not isinstance(optimizer, DistributedOptimizer) and not optimizer.get_parameters()
+
+
+@contextmanager
+def _without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Let a buffer's parameters be where the distributed optimizer looks for their state.
+
+    It collects a buffer's state without the padding that ends a bucket, but cuts parameters out at
+    their places in the buffer, with the padding. Behind the first padded bucket every parameter
+    would get a part of its own state and a part of its neighbour's.
+    """
+    buffers = optimizer.buffers if isinstance(optimizer, DistributedOptimizer) else []
+    places = [buffer.param_index_map for buffer in buffers]
+    try:
+        for buffer in buffers:
+            shift, shifts = 0, []
+            for bucket in buffer.buckets:
+                shifts.append(shift)
+                shift += bucket.grad_data.numel() - bucket.numel_unpadded
+            buffer.param_index_map = {
+                parameter: (start - shifts[index], end - shifts[index], index)
+                for parameter, (start, end, index) in buffer.param_index_map.items()
+            }
+        yield
+    finally:
+        for buffer, place in zip(buffers, places, strict=True):
+            buffer.param_index_map = place
 
 
 def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
