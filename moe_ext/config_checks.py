@@ -78,6 +78,7 @@ def layout_problems(
             f"expert_model_parallel_size ({expert_model_parallel_size}) must be 1 for a dense"
             " model (num_experts None); set it to 1, or set num_experts"
         )
+    found += _dispatcher_problems(model, expert_model_parallel_size, expert_tensor_parallel_size)
     is_split = tensor_model_parallel_size > 1 and is_training
     if model.num_experts is not None and is_split and not sequence_parallel:
         found.append(
@@ -87,6 +88,17 @@ def layout_problems(
             " --no-sequence-parallel, or use a tensor parallel size of 1"
         )
     return found
+
+
+def _dispatcher_problems(model: ModelFields, expert: int, expert_tensor: int) -> list[str]:
+    is_local = model.num_experts is not None and expert * expert_tensor == 1
+    if model.moe_token_dispatcher_type != "flex" or not is_local:
+        return []
+    return [
+        "moe_token_dispatcher_type (flex) needs expert_model_parallel_size (1) or"
+        " expert_tensor_parallel_size (1) above 1, because it has nothing to send where a rank"
+        " holds all experts; use alltoall, or more ranks for the experts"
+    ]
 
 
 def _size_problems(model: ModelFields) -> list[str]:

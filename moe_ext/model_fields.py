@@ -137,7 +137,8 @@ class ModelFields:
     """Whether head, norms and SwiGLU of dense layers may compute in kernels of Triton on a GPU;
     off leaves all of it to torch. Experts have expert_backend."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
-    """megatron-core's token dispatcher."""
+    """megatron-core's token dispatcher. flex sends tokens by DeepEP's kernels: it needs GPUs, the
+    package deep_ep, and experts or parts of them on several ranks."""
 
     @property
     def is_moa(self) -> bool:

@@ -3,6 +3,7 @@
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe import fused_a2a, token_dispatcher
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from moe_ext.experts.mlp import ExpertMLP
 from moe_ext.experts.pairs import pair_up
 from moe_ext.experts.slots import sort_by_expert
 from moe_ext.functional import Routing, dense_routing
-from moe_ext.layers.parameters import new_parameter
+from moe_ext.layers.parameters import new_parameter, parameter_device_type
 from moe_ext.layers.swiglu import MATRICES, SharedExperts
 from moe_ext.unequal import DenseRouting
 
@@ -32,6 +33,9 @@ class ExpertsLayer(MoELayer):
             up to (JetMoE).
         shared_width: width of an expert that every token has, ungated, beside the others; None for
             none.
+
+    Raises:
+        ValueError: tokens should be sent by DeepEP, which is not installed or has no GPU.
     """
 
     def __init__(
@@ -43,6 +47,8 @@ class ExpertsLayer(MoELayer):
         has_output_bias: bool = False,
         shared_width: int | None = None,
     ) -> None:
+        if config.moe_token_dispatcher_type == "flex":
+            _check_deepep(parameter_device_type(config))
         super().__init__(config=config, submodules=submodules, pg_collection=pg_collection)
         if shared_width is not None:  # megatron-core's forward then adds them too
             self.use_shared_expert = True
@@ -115,6 +121,21 @@ class ExpertsLayer(MoELayer):
         output = output.view_as(hidden)
         shared: Tensor | None = self.shared_experts_compute(hidden)
         return output if shared is None else output + shared
+
+
+def _check_deepep(device_type: str) -> None:
+    """Refuses the flexible dispatcher where its kernels are missing or have no GPU."""
+    if token_dispatcher.fused_dispatch is None:
+        raise ValueError(
+            "moe_token_dispatcher_type is 'flex', which needs the package deep_ep, and it cannot be"
+            " imported; build it on the GPU machine (https://github.com/deepseek-ai/DeepEP), or use"
+            " alltoall"
+        )
+    if fused_a2a.HAVE_DEEP_EP and device_type != "cuda":
+        raise ValueError(
+            f"moe_token_dispatcher_type is 'flex', whose kernels send between GPUs, but the device"
+            f" is '{device_type}'; use alltoall"
+        )
 
 
 class SharedByLayers(MoELayer):
