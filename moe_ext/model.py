@@ -1,6 +1,7 @@
 """Builds a decoder-only model from megatron-core's parts, with exact positions and vocabulary."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -19,11 +19,12 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_ext.attention.packed import PackedDocuments, pack_documents
 from moe_ext.kernels import fused
 from moe_ext.layers.head import VocabularyPart, linear_cross_entropy
+from moe_ext.layers.output_layer import OutputLayer
 from moe_ext.layers.rotary import RotaryAngles
 
 
@@ -91,7 +92,7 @@ class LanguageModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
-            self.output_layer = ColumnParallelLinear(
+            self.output_layer = OutputLayer(
                 config.hidden_size,
                 vocab_size,
                 config=config,
@@ -101,8 +102,6 @@ class LanguageModel(LanguageModule):
                 skip_weight_param_allocation=pre_process and share_embeddings_and_output_weights,
                 tp_group=pg_collection.tp,
             )
-            if num_token_ids < vocab_size:
-                self.output_layer.register_forward_hook(self._mask_padding)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -156,13 +155,21 @@ class LanguageModel(LanguageModule):
         )  # [s, b, h], this rank's part of s under sequence parallelism
         if not self.post_process:
             return hidden_states
+        tied = self._tied_weight()
         if labels is not None:
-            return self._losses(hidden_states, labels, loss_mask)
+            losses: Tensor
+            losses, _ = self.output_layer(
+                hidden_states,
+                # The embedding adds a gradient too, so the head's must come by autograd: a view
+                # has no buffer to be added to.
+                None if tied is None else tied.view_as(tied),
+                compute=partial(self._losses, labels=labels, loss_mask=loss_mask),
+            )
+            return losses
         logits, _ = self.output_layer(
-            hidden_states,
-            weight=self._tied_weight(),
-            runtime_gather_output=runtime_gather_output,
+            hidden_states, weight=tied, runtime_gather_output=runtime_gather_output
         )  # [s, b, v]
+        self._mask_padding(logits)
         output: Tensor = logits.transpose(0, 1).contiguous()  # [b, s, v]
         return output
 
@@ -193,8 +200,17 @@ class LanguageModel(LanguageModule):
             hidden.requires_grad_(self.config.recompute_granularity is not None)
         return hidden
 
-    def _losses(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor | None) -> Tensor:
-        """Computes the cross-entropy [b, s] of labels [b, s]; see `forward`."""
+    def _losses(
+        self, hidden_states: Tensor, weight: Tensor, *, labels: Tensor, loss_mask: Tensor | None
+    ) -> Tensor:
+        """Computes the cross-entropy [b, s] of labels [b, s]; see `forward`.
+
+        Args:
+            hidden_states: [s, b, h], this rank's part of s under sequence parallelism.
+            weight: [v of this rank, h] of the head.
+            labels: [b, s].
+            loss_mask: [b, s], or None.
+        """
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden_states, group=group)
@@ -202,7 +218,7 @@ class LanguageModel(LanguageModule):
             hidden = copy_to_tensor_model_parallel_region(hidden_states, group=group)
         losses = linear_cross_entropy(
             hidden.flatten(0, 1),  # [t, h], token by token of the sequence
-            self._output_weight(),
+            weight,
             labels.T.flatten(),
             None if loss_mask is None else loss_mask.T.flatten(),
             part=self._vocabulary_part(),
@@ -217,16 +233,6 @@ class LanguageModel(LanguageModule):
             weight = self.shared_embedding_or_output_weight()
         return weight
 
-    def _output_weight(self) -> Tensor:
-        """Returns the head's weight [v of this rank, h]."""
-        tied = self._tied_weight()
-        if tied is not None:
-            # The embedding adds a gradient too, so this one must come by autograd: a view has no
-            # buffer to be added to.
-            return tied.view_as(tied)
-        weight: Tensor = self.output_layer.weight
-        return weight
-
     def _vocabulary_part(self) -> VocabularyPart:
         group = self.pg_collection.tp
         rows = self.vocab_size // group.size()
@@ -238,11 +244,10 @@ class LanguageModel(LanguageModule):
             group=group,
         )
 
-    def _mask_padding(
-        self, _layer: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor | None]
-    ) -> None:
+    def _mask_padding(self, logits: Tensor) -> None:
         """Sets the logits of padding rows to -inf: [s, b, v] of all or of this rank's rows."""
-        logits, _ = output
+        if self.num_token_ids == self.vocab_size:
+            return
         rows = logits.shape[-1]
         if rows == self.vocab_size:
             real = self.num_token_ids

@@ -21,6 +21,7 @@ from megatron.trainer.data.stream import SampleStream
 from megatron.trainer.data.validation import ValidationSet
 from megatron.trainer.errors import CheckpointError
 from megatron.trainer.health.step_guard import StepGuard
+from megatron.trainer.optim.param_gather import finish_param_gather
 from megatron.trainer.optim.scheduler import LRSchedule, check_schedule
 from megatron.trainer.optim.sharded_state import load_optimizer_state, optimizer_state
 from megatron.trainer.runtime.launch import RunContext
@@ -149,7 +150,11 @@ class TrainState:
 
     @property
     def modules(self) -> list[torch.nn.Module]:
-        """Return the model chunks without wrappers."""
+        """Return the model chunks without wrappers, with the weights of the last update.
+
+        A collective call where these are gathered under forward passes.
+        """
+        finish_param_gather(self.chunks)
         return [unwrap(chunk) for chunk in self.chunks]
 
 

@@ -198,6 +198,8 @@ def _gpu(cfg: PlanConfig) -> str:
 
 
 def _overlap(cfg: PlanConfig) -> str:
+    if cfg.parallel.overlap_param_gather:
+        return "reductions of gradients and gathers of weights overlap"
     if cfg.parallel.overlap_grad_reduce:
         return "only reductions of gradients overlap"
     return "nothing overlaps"

@@ -279,6 +279,7 @@ def make_step(
         bf16=training.bf16,
         use_distributed_optimizer=cfg.parallel.use_distributed_optimizer,
         overlap_grad_reduce=cfg.parallel.overlap_grad_reduce,
+        overlap_param_gather=cfg.parallel.overlap_param_gather,
         recompute=_recompute(training),
         recompute_method=training.recompute_method,
         recompute_num_layers=training.recompute_num_layers,

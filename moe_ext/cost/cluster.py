@@ -2,7 +2,7 @@
 
 Every rank is as busy as the average one (dispatch and experts: as the busiest), and a collective
 moves its bytes over the slowest link it must cross, plus a constant latency. Only the reduction of
-gradients overlaps with compute, and only where the run's flags say so.
+gradients and the gathering of weights overlap with compute, and only where the run's flags say so.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from moe_ext.config import MoEModelConfig
 from moe_ext.cost.collective import Collective, Group, Purpose, group_size
-from moe_ext.cost.compute import Seconds, micro_batch_seconds, update_seconds
+from moe_ext.cost.compute import micro_batch_seconds, update_seconds
 from moe_ext.cost.device import Device
 from moe_ext.cost.param_shards import Layout
 from moe_ext.cost.rank import Batch, Rank
@@ -99,8 +99,8 @@ def step_seconds(
 ) -> dict[str, float]:
     """Estimate the seconds of a step as a sum: compute, each of `TERMS`, and what else takes time.
 
-    Gradients are what of their reduction backward does not hide; the bubble is the wait of a
-    pipeline stage for the others; waits are those of the GPU for the host.
+    Gradients are what of their reduction, and of gathering weights, is not hidden; the bubble is
+    the wait of a pipeline stage for the others; waits are those of the GPU for the host.
     """
     rank = Rank(model=model, layout=layout, batch=batch, stage=stage)
     collectives = step_collectives(model, layout, batch, stage=stage)
@@ -111,7 +111,13 @@ def step_seconds(
             each.count * collective_seconds(each, cluster, layout)
             for each in select_purposes(collectives, purposes)
         )
-    found["gradients"] -= _hidden_seconds(rank, collectives, cluster, once)
+    backward, forward = 2 / 3 * once.total, 1 / 3 * once.total
+    if batch.overlap_grad_reduce:
+        reductions = select_purposes(collectives, ("gradients",))
+        found["gradients"] -= _hidden_seconds(rank, reductions, cluster, backward)
+    if batch.overlap_param_gather:
+        gathers = select_purposes(collectives, ("parameters",))
+        found["gradients"] -= _hidden_seconds(rank, gathers, cluster, forward)
     waiting = (layout.pipeline - 1) / (layout.virtual_stages * batch.num_microbatches)
     in_layers = batch.num_microbatches * (once.layers + once.accumulation)
     found["bubble"] = waiting * (in_layers + sum(found[term] for term in _IN_BUBBLE))
@@ -121,26 +127,24 @@ def step_seconds(
 
 
 def _hidden_seconds(
-    rank: Rank, collectives: Sequence[Collective], cluster: Cluster, once: Seconds
+    rank: Rank, collectives: Sequence[Collective], cluster: Cluster, under: float
 ) -> float:
-    """Return the seconds of gradient reductions that run under the last backward passes.
+    """Return the seconds of collectives that hide under a pass of `under` seconds.
 
-    A bucket is reduced once backward has been through its layers. The first stage ends last: its
-    last buckets, of its first layers, have nothing left to hide under. Another stage is done
-    earlier by the backward passes of the stages before it.
+    Reductions hide under the last backward pass, gathers under the first forward pass. A bucket is
+    reduced once backward has been through its layers, and gathered before forward comes to them.
+    The first stage ends last and begins first: its last buckets, of its first layers, have nothing
+    to hide under. Another stage has the passes of the stages before it.
     """
-    if not rank.batch.overlap_grad_reduce:
-        return 0.0
-    reductions: dict[Group, list[float]] = {"dp_cp": [], "expt_dp": []}
-    for each in select_purposes(collectives, ("gradients",)):
-        if each.group in reductions:
-            reductions[each.group].append(collective_seconds(each, cluster, rank.layout))
-    everything = sum(map(sum, reductions.values()))
-    backward = 2 / 3 * once.total
+    seconds: dict[Group, list[float]] = {"dp_cp": [], "expt_dp": []}
+    for each in collectives:
+        if each.group in seconds:
+            seconds[each.group].append(collective_seconds(each, cluster, rank.layout))
+    everything = sum(map(sum, seconds.values()))
     if rank.stage > 0:
-        return min(everything, rank.stage * backward / rank.layout.virtual_stages)
-    last = sum(each[-1] for each in reductions.values() if each)
-    return min(everything - last, backward)
+        return min(everything, rank.stage * under / rank.layout.virtual_stages)
+    last = sum(each[-1] for each in seconds.values() if each)
+    return min(everything - last, under)
 
 
 def select_purposes(

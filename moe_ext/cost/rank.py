@@ -25,6 +25,8 @@ class Batch:
     """Whether optimizer state is sharded."""
     overlap_grad_reduce: bool = False
     """Whether gradients are reduced bucket by bucket."""
+    overlap_param_gather: bool = False
+    """Whether updated weights are gathered in those buckets, under the next forward pass."""
     recompute: Literal["full", "moe"] | None = None
     """What backward recomputes: every layer, or the layers of experts."""
     imbalance: float = 1.0

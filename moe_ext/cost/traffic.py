@@ -236,10 +236,11 @@ def gradients(rank: Rank) -> Iterator[Collective]:
     """List the gradient reductions, and the parameter gathers of the distributed optimizer.
 
     Experts and the other parameters have separate optimizers, and each of the two distributed
-    optimizers gathers all parameters, its own or not: everything moves twice.
+    optimizers gathers all parameters, its own or not: everything moves twice, unless modules ask
+    for their weights.
     """
     is_sharded = rank.batch.use_distributed_optimizer
-    num_optimizers = 1 if rank.model.num_experts is None else 2
+    is_gathered_once = rank.batch.overlap_param_gather or rank.model.num_experts is None
     groups: tuple[tuple[Group, bool], ...] = (("dp_cp", False), ("expt_dp", True))
     for chunk in rank.chunks:
         for group, is_expert in groups:
@@ -260,7 +261,9 @@ def gradients(rank: Rank) -> Iterator[Collective]:
                     continue
                 yield rank.call("reduce_scatter", group, 1, numel * _FP32, "gradients")
                 size = numel * rank.width
-                yield rank.call("all_gather", group, num_optimizers, size, "parameters")
+                yield rank.call(
+                    "all_gather", group, 1 if is_gathered_once else 2, size, "parameters"
+                )
 
 
 def tied_embedding(rank: Rank) -> Iterator[Collective]:

@@ -31,6 +31,7 @@ TWO_RANKS: dict[str, dict[str, object]] = {
         "expert-model-parallel-size": 2,
         "moe-token-dispatcher-type": "allgather",
     },
+    "ep2_flex": {"expert-model-parallel-size": 2, "moe-token-dispatcher-type": "flex"},
     "ep2_distributed_optimizer": {
         "expert-model-parallel-size": 2,
         "use-distributed-optimizer": True,
@@ -57,6 +58,12 @@ FOUR_RANKS: dict[str, dict[str, object]] = {
         "expert-model-parallel-size": 2,
         "expert-tensor-parallel-size": 2,
         "moe-token-dispatcher-type": "allgather",
+    },
+    "tp2_ep2_etp2_flex": {
+        "tensor-model-parallel-size": 2,
+        "expert-model-parallel-size": 2,
+        "expert-tensor-parallel-size": 2,
+        "moe-token-dispatcher-type": "flex",
     },
     "pp2_ep2": {"pipeline-model-parallel-size": 2, "expert-model-parallel-size": 2},
     "pp2_dp2_distributed_optimizer": {
@@ -154,6 +161,25 @@ VARIANT_LAYOUTS = {
     "layer_shared": (*ANY_LAYOUT, "dp2_recompute_full", "dp2_recompute_moe"),
 }
 
+GATHER_LAYOUTS: dict[int, dict[str, dict[str, object]]] = {
+    2: {
+        "dp2": {"bf16": True, "moe-share-across-layers": True},
+        "jetmoe_ep2": {
+            **{**JETMOE, "expert-model-parallel-size": 2},
+            "recompute-granularity": "full",
+        },
+    },
+    4: {
+        "tp2_dp2": {"tensor-model-parallel-size": 2, "expert-tensor-parallel-size": 1},
+        "pp2_dp2_interleaved": {
+            "pipeline-model-parallel-size": 2,
+            "num-virtual-stages-per-pipeline-rank": 2,
+        },
+    },
+}
+"""Layouts whose weights are gathered in buckets of a matrix or two."""
+RESUMED = ("dp2", "pp2_dp2_interleaved")
+
 # fp32 sums in another order: 1e-5 on losses, 1e-4 on the gradient norm, relative.
 TOLERANCES = {"lm_loss": 1e-5, "load_balancing_loss": 1e-5, "z_loss": 1e-5, "grad_norm": 1e-4}
 
@@ -212,6 +238,46 @@ def jetmoe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     for ranks, listing in cases.items():
         found |= run_cases(ranks, listing, out / str(ranks))
     return found
+
+
+@pytest.fixture(scope="module")
+def gathered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """Return what runs did that gather weights under forward passes, after updates, and resumed."""
+    out = tmp_path_factory.mktemp("gather")
+    found: dict[str, Outcome] = {}
+    for ranks, layouts in GATHER_LAYOUTS.items():
+        runs: dict[str, list[str]] = {}
+        for name, layout in layouts.items():
+            case: dict[str, object] = {
+                **{"use-distributed-optimizer": True, "overlap-grad-reduce": True},
+                **{"eval-interval": 1, "save": out / name, "save-interval": 2, **layout},
+            }
+            runs[f"{name}_after_update"] = short(**case)
+            case["overlap-param-gather"] = True
+            runs[name] = short(**{**case, "save": out / f"{name}_gather"})
+            load = {"save": out / f"{name}_resumed", "load": out / f"{name}_gather", "ckpt-step": 2}
+            if name in RESUMED:
+                runs[f"{name}_resumed"] = short(**{**case, **load})
+        found |= run_cases(ranks, runs, out / str(ranks), bucket_size=500)
+    return found
+
+
+@pytest.mark.parametrize("name", [name for layouts in GATHER_LAYOUTS.values() for name in layouts])
+def test_weights_gathered_under_the_forward_pass_are_the_same(
+    name: str, gathered: dict[str, Outcome]
+) -> None:
+    """Bit for bit, with an evaluation after each step and a checkpoint after the second."""
+    truth = gathered[f"{name}_after_update"]
+    assert len(truth.series("valid_loss")) == len(set(truth.series("lm_loss"))) == STEPS
+    runs = [(gathered[name], 0)]
+    runs += [(gathered[f"{name}_resumed"], 2)] if name in RESUMED else []
+    for found, first in runs:
+        assert found.error is None, found.error
+        for key in (*TOLERANCES, "valid_loss"):
+            assert found.series(key) == truth.series(key)[first:], key
+        assert found.weights.keys() == truth.weights.keys()
+        for key, weight in truth.weights.items():
+            assert torch.equal(found.weights[key], weight), key
 
 
 def compare(found: Outcome, truth: Outcome, keys: list[str], *, first: int = 0) -> None:

@@ -33,6 +33,7 @@ VIRTUAL: Case = {"num-virtual-stages-per-pipeline-rank": 2, "num-layers": 4}
 ALLGATHER: Case = {"moe-token-dispatcher-type": "allgather"}
 SHARDED: Case = {"use-distributed-optimizer": True}
 OVERLAP: Case = {"overlap-grad-reduce": True}
+GATHER: Case = {**SHARDED, **OVERLAP, "overlap-param-gather": True}
 BF16: Case = {"bf16": True}
 FULL: Case = {"recompute-granularity": "full"}
 SELECTIVE: Case = {"recompute-granularity": "selective"}
@@ -48,6 +49,7 @@ CASES: dict[int, dict[str, Case]] = {
         "dp2": {},
         "dp2_sharded": SHARDED,
         "dp2_overlap": OVERLAP,
+        "ep2_gather": {**EP2, **GATHER},
         "ep2": EP2,
         "ep2_bf16": {**EP2, **BF16},
         "ep2_allgather": {**EP2, **ALLGATHER},
@@ -73,7 +75,7 @@ CASES: dict[int, dict[str, Case]] = {
         "pp2_ep2": {**PP2, **EP2},
         "ep2_dp2_sharded_bf16": {**EP2, **SHARDED, **BF16},
         "jetmoe_pp2_dp2_sharded": {**JETMOE, **PP2, **SHARDED},
-        "jetmoe_pp2_dp2_interleaved_sharded": {**JETMOE, **PP2, **VIRTUAL, **SHARDED},
+        "jetmoe_pp2_dp2_interleaved_gather": {**JETMOE, **PP2, **VIRTUAL, **GATHER},
     },
 }  # fmt: skip
 
@@ -130,6 +132,7 @@ def predicted(case: Case, num_ranks: int) -> list[list[Collective]]:
         bf16=cfg.training.bf16,
         use_distributed_optimizer=cfg.parallel.use_distributed_optimizer,
         overlap_grad_reduce=cfg.parallel.overlap_grad_reduce,
+        overlap_param_gather=cfg.parallel.overlap_param_gather,
         recompute="moe" if granularity == "selective" else granularity,
         device_type="cpu",
     )

@@ -2,24 +2,27 @@
 
 Usage: torchrun ... worker_train.py CASES.json OUT
 
-CASES.json: [{"name": ..., "flags": [...]}]. For each case OUT/NAME.json gets rank 0's records and
-OUT/NAME.rankR.pt every rank's shards of the final weights: (key, global shape, offset, tensor).
-A case that ends in a UserError gets {"error": ...} instead.
+CASES.json: [{"name": ..., "flags": [...], "bucket_size": ...}]. For each case OUT/NAME.json gets
+rank 0's records and OUT/NAME.rankR.pt every rank's shards of the final weights: (key, global shape,
+offset, tensor). A case that ends in a UserError gets {"error": ...} instead.
 """
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.distributed import DistributedDataParallelConfig
 
 from megatron.trainer.errors import UserError
 from megatron.trainer.hooks.base import Hook
 from megatron.trainer.hooks.journal import open_journal
 from megatron.trainer.loop import Upkeep, train
 from megatron.trainer.objective import NEXT_TOKEN
+from megatron.trainer.optim import wrap
 from megatron.trainer.records.record_file import Record
 from megatron.trainer.resume import checkpoint_writer, resume, rewind
 from megatron.trainer.runtime.collective import on_all_ranks
@@ -29,6 +32,7 @@ from megatron.trainer.state import TrainState
 from moe_app.pretrain.build import build_state
 from moe_app.pretrain.config import parse_recipe
 from moe_app.pretrain.hooks import build_hooks
+from tests.distributed import flex_stand_in
 
 
 class Recorder(Hook):
@@ -88,6 +92,11 @@ def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     configure_logging(environment_rank())
     for case in cases:
+        wrap.DistributedDataParallelConfig = partial(
+            DistributedDataParallelConfig, bucket_size=case["bucket_size"]
+        )
+        if "flex" in case["flags"]:
+            flex_stand_in.install()
         try:
             run_case(case["flags"], out, case["name"])
         except UserError as error:

@@ -32,6 +32,9 @@ class ParallelConfig:
     """Shard optimizer state and master weights over the data parallel ranks."""
     overlap_grad_reduce: bool = False
     """Overlap gradient reduction with the backward pass."""
+    overlap_param_gather: bool = False
+    """Gather the weights that the distributed optimizer updated under the next forward pass; needs
+    use_distributed_optimizer and overlap_grad_reduce."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live; auto means cuda when a GPU is visible. cpu uses gloo, cuda NCCL."""
     distributed_timeout_minutes: int = 10

@@ -95,6 +95,7 @@ def validate(cfg: RunConfig, world_size: int, *, is_training: bool = True) -> No
         found += _sequence_problems(cfg.parallel)
         found += _context_problems(cfg.parallel, cfg.training)
         found += _interleaving_problems(cfg.parallel)
+        found += _gather_problems(cfg.parallel)
         world_problems = world_size_problems(cfg.parallel, world_size)
         found += world_problems
         if not world_problems:
@@ -220,6 +221,21 @@ def _interleaving_problems(parallel: ParallelConfig) -> list[str]:
         f"num_virtual_stages_per_pipeline_rank ({virtual}) needs pipeline_model_parallel_size"
         f" ({pipeline}) above 1, because it interleaves pipeline stages; use 1 virtual stage, or a"
         " pipeline parallel size of 2 or more"
+    ]
+
+
+def _gather_problems(parallel: ParallelConfig) -> list[str]:
+    if not parallel.overlap_param_gather:
+        return []
+    needed = {
+        "use_distributed_optimizer": "every rank updates all weights otherwise",
+        "overlap_grad_reduce": "weights are gathered in the buckets that gradients are reduced in",
+    }
+    return [
+        f"overlap_param_gather (True) needs {name} (False), because {why}; set"
+        f" --{name.replace('_', '-')}, or drop --overlap-param-gather"
+        for name, why in needed.items()
+        if not getattr(parallel, name)
     ]
 
 

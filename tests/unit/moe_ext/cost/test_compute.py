@@ -160,6 +160,29 @@ def test_reduction_hides_under_backward_but_for_the_last_buckets() -> None:
     assert left == pytest.approx(plain["gradients"], rel=0.01)
 
 
+def test_weights_move_once_and_hide_under_forward_but_for_the_first_bucket() -> None:
+    cut = layout(64)
+    sharded = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
+    plain, hidden = (
+        step_seconds(OLMOE, cut, batch(**sharded, overlap_param_gather=each), cluster(H200))
+        for each in (False, True)
+    )
+    once = 63 / 64 * 2 * count_parameters(OLMOE).total / 4e11
+    gained = plain["gradients"] - hidden["gradients"]
+    # The first bucket, which begins past 64 million elements, is waited for.
+    assert 1.75 * once < gained < 2 * once - 2 * 64e6 / 4e11
+    assert {**plain, "gradients": 0} == {**hidden, "gradients": 0}
+    # A forward pass that is shorter hides less.
+    quick = cluster(flat(1e6))
+    left = [
+        step_seconds(OLMOE, cut, batch(**sharded, overlap_param_gather=each), quick)["gradients"]
+        for each in (False, True)
+    ]
+    # One gather less, and the latency of its calls: one in 40 million elements or more.
+    calls = 2e-5 * count_parameters(OLMOE).total / 40e6
+    assert once < left[0] - left[1] < once + calls
+
+
 def test_last_stage_has_the_head_and_waits_only_for_layers() -> None:
     cut = layout(4, pipeline_model=4)
     first, last = (
