@@ -100,7 +100,11 @@ def test_every_weight_is_waited_for_before_it_is_read(
     ],
 )
 def test_what_it_needs_is_named_with_a_remedy(missing: str, why: str) -> None:
-    needed = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, missing: False}
+    needed: dict[str, Any] = {
+        "use_distributed_optimizer": True,
+        "overlap_grad_reduce": True,
+        missing: False,
+    }
     cfg = PretrainConfig(parallel=ParallelConfig(overlap_param_gather=True, **needed))
     with pytest.raises(ConfigError) as caught:
         validate(cfg, 2)
