@@ -4,7 +4,10 @@
 `nvidia-cutlass-dsl`. Its packages are imported when the layer is built.
 """
 
+import functools
+import sys
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,19 +104,31 @@ def experts(x: Tensor, gates: Tensor, chosen: Tensor, weight1: Tensor, weight2: 
 
 
 def limit_tuning() -> None:
-    """Let QuACK's products choose among a few configurations for Hopper."""
-    from quack import gemm_interface
+    """Let QuACK's products choose among a few configurations for Hopper.
 
-    for name in ("gemm_tuned", "gemm_gated_tuned", "gemm_dgated_tuned"):
-        tuner = getattr(gemm_interface, name)
-        kept = []
-        for each in tuner.configs:
-            config = each.kwargs["config"]
-            is_one = (config.tile_m, config.tile_n, config.pingpong) in TUNED
-            is_plain = not config.swap_ab and config.cluster_n == 1
-            if config.device_capacity == _HOPPER and is_one and is_plain:
-                kept.append(each)
-        tuner.configs = kept or tuner.configs
+    Its tuners list them when they are imported, and those of epilogues when they are made.
+
+    Raises:
+        RuntimeError: they are imported already.
+    """
+    if "quack.gemm_interface" in sys.modules:
+        raise RuntimeError("QuACK's products are imported already; limit their tuning before")
+    from quack import gemm_config
+
+    list_all = gemm_config.get_all_configs
+
+    @functools.wraps(list_all)
+    def list_few(*args: Any, **options: Any) -> list[Any]:
+        configs: list[Any] = list_all(*args, **options)
+        return [each for each in configs if _is_tried(each)] or configs
+
+    gemm_config.get_all_configs = list_few
+
+
+def _is_tried(config: Any) -> bool:
+    is_plain = not config.swap_ab and config.cluster_n == 1
+    tile = (config.tile_m, config.tile_n, config.pingpong)
+    return config.device_capacity == _HOPPER and tile in TUNED and is_plain
 
 
 def build(device: torch.device, shape: Shape, routing: str, dtype: torch.dtype) -> LayerSubject:

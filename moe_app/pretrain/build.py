@@ -31,11 +31,11 @@ from megatron.trainer.state import TrainState
 from moe_app.pretrain.config import PretrainConfig
 from moe_app.pretrain.describe import data_lines, describe_documents, describe_run
 from moe_app.pretrain.hooks import RouterHealth
+from moe_app.pretrain.same_kernels import agree_on_kernels
 from moe_app.tasks.passes import open_tasks
 from moe_ext.builder import BuiltModel, build_model
 from moe_ext.compat import check_versions
 from moe_ext.counting import training_flops_per_token
-from moe_ext.kernels import fused
 from moe_ext.layers.transformer import transformer_config
 from moe_ext.routers.updates import RouterUpdates
 
@@ -99,7 +99,11 @@ def build_state(
         updates=RouterUpdates(built.chunks) if built.metrics else None,
         flops_per_token=training_flops_per_token(cfg.model, cfg.training.seq_length),
     )
-    _agree_on_kernels(cfg, ctx)
+    agree_on_kernels(
+        backend=None if built.backend is None else built.backend.name,
+        fused_kernels=cfg.model.fused_kernels,
+        device_type=ctx.device.type,
+    )
     table, warnings = data_lines(cfg, data)
     head = (
         *describe_run(cfg, ctx, built.backend),
@@ -300,18 +304,3 @@ def _check_validation(cfg: PretrainConfig, data: DataBundle) -> None:
         validation.num_global_batches(
             cfg.evaluation.eval_iters, global_batch_size=cfg.training.global_batch_size
         )
-
-
-def _agree_on_kernels(cfg: PretrainConfig, ctx: RunContext) -> None:
-    """Refuse ranks of which some compute in fused kernels and others in torch.
-
-    Both are right, but round differently, and tensor parallel ranks hold copies of one weight.
-    """
-    if cfg.model.fused_kernels == "off":
-        return
-    require_same(
-        "fused kernels",
-        {"problem": fused.problem_on(ctx.device.type)},
-        error_class=ConfigError,
-        remedy="mend that, or give --fused-kernels off",
-    )

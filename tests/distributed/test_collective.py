@@ -41,6 +41,18 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
             "ConfigError: settings differ between ranks: seed: rank 0 0, rank 1 1; extra: rank 0"
             " not there, rank 1 1; use the same",
         ),
+        ("same kernels", "None"),
+        (
+            "other backend on rank 1",
+            "ConfigError: expert backends differ between ranks: expert_backend: rank 0 triton, rank"
+            " 1 cute; run on GPUs of one kind, or name one that all can use with --expert-backend",
+        ),
+        (
+            "no fused kernels on rank 1",
+            "ConfigError: fused kernels differ between ranks: problem: rank 0 None, rank 1 triton"
+            " is missing; mend that, or give --fused-kernels off",
+        ),
+        ("fused kernels off", "None"),
         ("gather", "[0, 10]"),
         ("broadcast", "0"),
         ("after", "[0, 1]"),

@@ -7,7 +7,8 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unittest import mock
 
 import torch.distributed as dist
 
@@ -19,6 +20,8 @@ from megatron.trainer.runtime.collective import (
     on_rank0,
     require_same,
 )
+from moe_app.pretrain.same_kernels import agree_on_kernels
+from moe_ext.kernels import fused
 
 
 def ended(stage: Callable[[], Any]) -> str:
@@ -64,7 +67,16 @@ def main() -> None:
     def same(values: dict[str, object]) -> None:
         require_same("settings", values, error_class=ConfigError, remedy="use the same")
 
+    def kernels(problem: str | None, backend: str, setting: Literal["auto", "off"]) -> None:
+        with mock.patch.object(fused, "problem_on", lambda _device: problem):
+            agree_on_kernels(backend=backend, fused_kernels=setting, device_type="cuda")
+
+    odd = "triton is missing" if rank else None
     found |= {
+        "same kernels": ended(lambda: kernels(None, "triton", "auto")),
+        "other backend on rank 1": ended(lambda: kernels(None, ["triton", "cute"][rank], "off")),
+        "no fused kernels on rank 1": ended(lambda: kernels(odd, "triton", "auto")),
+        "fused kernels off": ended(lambda: kernels(odd, "triton", "off")),
         "gather": str(gather(rank * 10)),
         "broadcast": str(broadcast(rank * 10)),
         "rank 0 well": ended(lambda: on_rank0("reading", work({}, ran=ran))),
