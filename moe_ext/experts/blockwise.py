@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ext.experts.gate import gated_backward, gated_forward
+from moe_ext.experts.scratch import Scratch
 from moe_ext.experts.slots import (
     ExpertOrder,
     Mode,
@@ -25,7 +26,7 @@ from moe_ext.experts.slots import (
     unsort_gates,
 )
 from moe_ext.layers.gradients import accumulation_buffer, mark_added
-from moe_ext.layers.products import add_product, fill_up, multiply, working_dtype
+from moe_ext.layers.products import add_product, multiply
 
 
 def blockwise_experts(
@@ -91,13 +92,21 @@ class _Rows:
         lines = None if order is None else lines_of(order, mode)
         self._is_sorted = lines is None
         self._parts = (source if lines is None else lines).split(sizes)
-        self.dtype = working_dtype(source)
+        self.scratch = Scratch.for_products(source, max(sizes, default=0))
 
     def read(self, expert: int) -> Tensor:
-        """Returns the rows [n, h] of this expert, filled up to `working_rows`."""
+        """Returns the rows [n, h] of this expert, filled up with zeros to `working_rows`.
+
+        They are valid until the next expert's are read.
+        """
         part = self._parts[expert]
-        rows = part if self._is_sorted else self._source.index_select(0, part)
-        return fill_up(rows.to(self.dtype))
+        if self._is_sorted:
+            return self.scratch.fill("rows", part)
+        if self._source.dtype != self.scratch.dtype:
+            return self.scratch.fill("rows", self._source.index_select(0, part))
+        filled, rows = self.scratch.take_filled("rows", len(part), self._source.shape[1])
+        torch.index_select(self._source, 0, part, out=rows)
+        return filled
 
 
 class _BlockwiseExperts(torch.autograd.Function):
@@ -119,8 +128,8 @@ class _BlockwiseExperts(torch.autograd.Function):
         projected = tokens.new_empty(len(probs), stacked.shape[1])
         output = tokens.new_empty(len(probs), tokens.shape[1])
         parts = zip(
-            _matrices(stacked.mT, rows.dtype),
-            _matrices(weight2.mT, rows.dtype),
+            _matrices(stacked.mT, rows.scratch.dtype),
+            _matrices(weight2.mT, rows.scratch.dtype),
             projected.split(sizes),
             probs.split(sizes),
             output.split(sizes),
@@ -128,8 +137,9 @@ class _BlockwiseExperts(torch.autograd.Function):
         )
         for expert, (into, out_of, kept, prob, result) in enumerate(parts):
             if len(prob):
-                first = _multiply_kept(rows.read(expert), into(), kept)  # [n, 2f]
-                multiply(gated_forward(first, _lengthen(prob, len(first))), out_of(), result)
+                first = _multiply_kept(rows, expert, into(), kept)  # [n, 2f]
+                product = gated_forward(first, _lengthen(prob, len(first)), rows.scratch)
+                multiply(product, out_of(), result)
         ctx.save_for_backward(tokens, weight1, weight2, gates, projected)
         ctx.order, ctx.sizes = order, sizes  # type: ignore[attr-defined]
         return output if order is None else sum_slots(output, order)
@@ -144,6 +154,7 @@ class _BlockwiseExperts(torch.autograd.Function):
         sizes: list[int] = ctx.sizes  # type: ignore[attr-defined]
         needs_tokens, needs_weight1, needs_weight2 = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
         rows, gradients = _Rows(tokens, order, sizes), _Rows(grad.contiguous(), order, sizes)
+        scratch = rows.scratch
         probs = sort_gates(gates, order)  # [rows]
         grad_probs = torch.empty_like(probs)
         grad_rows = tokens.new_empty(len(probs), tokens.shape[1] if needs_tokens else 0)
@@ -151,8 +162,8 @@ class _BlockwiseExperts(torch.autograd.Function):
         into1 = _WeightGradient(weight1, stacked.shape, sizes) if needs_weight1 else None
         into2 = _WeightGradient(weight2, weight2.shape, sizes) if needs_weight2 else None
         parts = zip(
-            _matrices(stacked, rows.dtype),
-            _matrices(weight2, rows.dtype),
+            _matrices(stacked, rows.scratch.dtype),
+            _matrices(weight2, rows.scratch.dtype),
             projected.split(sizes),
             probs.split(sizes),
             grad_probs.split(sizes),
@@ -163,8 +174,12 @@ class _BlockwiseExperts(torch.autograd.Function):
             if not len(prob):
                 continue
             upstream = gradients.read(expert)  # [n, h]
+            grad_product = scratch.take("grad_output", len(upstream), weight2.shape[2])
             grad_projected, of_prob, product = gated_backward(
-                upstream @ out_of(), fill_up(kept.to(rows.dtype)), _lengthen(prob, len(upstream))
+                torch.mm(upstream, out_of(), out=grad_product),  # [n, f]
+                scratch.fill("projected", kept),
+                _lengthen(prob, len(upstream)),
+                scratch,
             )
             grad_prob.copy_(of_prob[: len(prob)])
             if into2 is not None:
@@ -203,7 +218,7 @@ class _BlockwiseProjection(torch.autograd.Function):
         ctx.read, ctx.write = read, write  # type: ignore[attr-defined]
         rows = _Rows(source, order, sizes, read)
         output = source.new_empty(sum(sizes), weight.shape[1])  # [t * k, m]
-        parts = zip(_matrices(weight.mT, rows.dtype), output.split(sizes), strict=True)
+        parts = zip(_matrices(weight.mT, rows.scratch.dtype), output.split(sizes), strict=True)
         for expert, (matrix, result) in enumerate(parts):
             if len(result):
                 multiply(rows.read(expert), matrix(), result)
@@ -222,7 +237,9 @@ class _BlockwiseProjection(torch.autograd.Function):
         gradients = _Rows(grad.contiguous(), order, sizes, ctx.write)  # type: ignore[attr-defined]
         grad_rows = source.new_empty(sum(sizes), source.shape[1] if needs_source else 0)
         into = _WeightGradient(weight, weight.shape, sizes) if needs_weight else None
-        parts = zip(_matrices(weight, rows.dtype), grad_rows.split(sizes), sizes, strict=True)
+        parts = zip(
+            _matrices(weight, rows.scratch.dtype), grad_rows.split(sizes), sizes, strict=True
+        )
         for expert, (matrix, grad_row, size) in enumerate(parts):
             if not size:
                 continue
@@ -289,12 +306,24 @@ def _sizes(tokens_per_expert: Tensor, number: int) -> list[int]:
     return sizes
 
 
-def _multiply_kept(left: Tensor, right: Tensor, kept: Tensor) -> Tensor:
-    """Returns the product in its own precision; rounds it, or its first rows, into `kept`."""
+def _multiply_kept(rows: _Rows, expert: int, matrix: Tensor, kept: Tensor) -> Tensor:
+    """Multiplies the rows of an expert in their own precision; keeps them rounded.
+
+    Args:
+        rows: whose scratch the product may be in.
+        expert: the number.
+        matrix: [h, 2f].
+        kept: [n, 2f] of any dtype, to be written.
+
+    Returns:
+        [n, 2f] of a working dtype, filled up.
+    """
+    left = rows.read(expert)
     if kept.dtype == left.dtype and len(kept) == len(left):
-        multiply(left, right, kept)
+        multiply(left, matrix, kept)
         return kept
-    exact = left @ right
+    exact = rows.scratch.take("projected", len(left), matrix.shape[1])
+    torch.mm(left, matrix, out=exact)
     kept.copy_(exact[: len(kept)])
     return exact
 

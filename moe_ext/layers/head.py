@@ -28,8 +28,8 @@ from moe_ext.layers.products import add_product, multiply, working_dtype
 
 _CHUNK_NUMBERS = {"cpu": 2**25, "cuda": 2**27}
 """How many logits there are at a time. Each chunk reads and writes the weight's gradient."""
-_ROW_NUMBERS = 2**20
-"""How many logits element-wise passes take at a time on a CPU: 4 MiB, which caches hold."""
+_BLOCK_NUMBERS = 2**18
+"""How many logits element-wise passes take at a time on a CPU: 1 MiB, which caches hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +183,7 @@ class _Head:
         self._work = working_dtype(hidden)
         self._exact = torch.promote_types(hidden.dtype, torch.float32)
         self._rows = weight[: part.number].to(self._work)  # [real rows, h]
+        self._is_new = False
 
     def run(
         self,
@@ -205,7 +206,9 @@ class _Head:
         if wants_weight:
             self.grad_weight = buffer
             if buffer is None:
-                self.grad_weight = self._rows.new_zeros(self._shape, dtype=self._exact)
+                self.grad_weight = self._rows.new_empty(self._shape, dtype=self._exact)
+                self.grad_weight[self._part.number if len(self._hidden) else 0 :] = 0.0
+                self._is_new = True
         # Padding rows are counted, so that every rank of the group makes as many chunks.
         number, rows = len(self._hidden), self._shape[0]
         losses = torch.empty(number, dtype=self._exact, device=self._hidden.device)
@@ -220,9 +223,10 @@ class _Head:
     def _run_chunk(self, chunk: slice, token_weights: Tensor | None) -> Tensor:
         """Computes losses [c] of a chunk and writes its part of the gradients."""
         tokens = self._hidden[chunk].to(self._work)  # [c, h]
-        logits = tokens @ self._rows.T  # [c, real rows]
+        uses_kernels = self._part.number > 0 and fused.takes(self._fused_kernels, tokens)
+        logits = self._logits(tokens, is_dense=uses_kernels)  # [c, real rows]
         weights = None if token_weights is None else token_weights[chunk].to(self._exact)
-        if self._part.number and fused.takes(self._fused_kernels, logits):
+        if uses_kernels:
             total, largest, target = self._run_kernels(chunk, logits, tokens, weights)
         else:
             total, largest, target = self._run_passes(chunk, logits, tokens, weights)
@@ -235,24 +239,39 @@ class _Head:
             is_lost &= token_weights[chunk] != 0
         return losses.masked_fill_(is_lost, torch.inf)
 
+    def _logits(self, tokens: Tensor, *, is_dense: bool) -> Tensor:
+        """Computes logits [c, real rows]; on a CPU a token's are a column in memory.
+
+        There the large matrix is the left operand as it lies, which products need no copy of, and
+        so are the logits in the product that makes the weight's gradient.
+
+        Args:
+            tokens: [c, h].
+            is_dense: a token's logits must be a row in memory.
+        """
+        if is_dense or tokens.is_cuda:
+            return tokens @ self._rows.T
+        return (self._rows @ tokens.T).T
+
     def _run_passes(
         self, chunk: slice, logits: Tensor, tokens: Tensor, weights: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes [c] sums of exp(z - largest), the largest z, and the labels' z, with torch."""
-        logits = logits.to(self._exact)  # [c, real rows]
-        places, is_here = self._places(chunk)
-        at_label = logits.gather(1, places).squeeze(1) * is_here if self._part.number else 0.0
         largest = self._largest(logits)  # [c]
+        places, is_here = self._places(chunk)
+        found = self._part.number > 0
+        place = logits.gather(1, places).squeeze(1).to(self._exact) if found else largest  # [c]
         sums = torch.stack([_exponentials_(logits, largest), largest.new_zeros(len(largest))])
-        sums[1] += at_label
+        sums[1] += place * is_here if found else 0.0
         if self._part.group.size() > 1:
             dist.all_reduce(sums, group=self._part.group)  # sum over the vocabulary's ranks
         total, target = sums  # [c] each
-        if weights is not None and self._part.number:
+        if weights is not None and found:
             # exp(z - max) - total at the label is `total` times the gradient of the loss.
-            logits.scatter_add_(1, places, (-total * is_here).unsqueeze(1))
+            at_label = (place - largest).exp_() - total * is_here
+            logits.scatter_(1, places, at_label.unsqueeze(1).to(logits.dtype))
             scale = (weights / total).unsqueeze(1)  # [c, 1]
-            self._add_gradients(chunk, logits.to(self._work), tokens, scale)
+            self._add_gradients(chunk, logits, tokens, scale)
         return total, largest, target
 
     def _run_kernels(
@@ -280,7 +299,7 @@ class _Head:
         if weights is not None and self.grad_hidden is not None:
             multiply(logits, self._rows, self.grad_hidden[chunk])
         if weights is not None and self.grad_weight is not None:
-            add_product(logits.T, tokens, self.grad_weight[: self._part.number])
+            self._add_weight_gradient(logits, tokens)
         return total, largest, target
 
     def _add_gradients(self, chunk: slice, grad: Tensor, tokens: Tensor, scale: Tensor) -> None:
@@ -289,7 +308,14 @@ class _Head:
             torch.mul(grad @ self._rows, scale, out=self.grad_hidden[chunk])
         if self.grad_weight is not None:
             scaled = (tokens * scale).to(self._work)  # [c, h]
-            add_product(grad.T, scaled, self.grad_weight[: self._part.number])
+            self._add_weight_gradient(grad, scaled)
+
+    def _add_weight_gradient(self, grad: Tensor, tokens: Tensor) -> None:
+        """Adds grad^T tokens to `grad_weight`, from grad [c, real rows] and tokens [c, h]."""
+        assert self.grad_weight is not None
+        add = multiply if self._is_new else add_product
+        add(grad.T, tokens, self.grad_weight[: self._part.number])
+        self._is_new = False
 
     def _places(self, chunk: slice) -> tuple[Tensor, Tensor]:
         """Finds the labels' rows on this rank [c, 1], and whether they are here [c] (1 or 0)."""
@@ -300,24 +326,27 @@ class _Head:
     def _largest(self, logits: Tensor) -> Tensor:
         """Sums [c] over the tensor parallel ranks."""
         if self._part.number:
-            largest = logits.amax(dim=1)
+            largest = logits.amax(dim=1).to(self._exact)
         else:
-            largest = logits.new_full((len(logits),), -torch.inf)
+            largest = logits.new_full((len(logits),), -torch.inf, dtype=self._exact)
         if self._part.group.size() > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._part.group)
         return largest
 
 
 def _exponentials_(logits: Tensor, largest: Tensor) -> Tensor:
-    """Turns logits [c, v] into exp(logits - largest [c]) in place; returns each row's sum [c]."""
-    if logits.is_cuda or logits.shape[1] == 0:
-        return logits.sub_(largest.unsqueeze(1)).exp_().sum(dim=1)
-    step = max(1, _ROW_NUMBERS // logits.shape[1])
-    sums = [
-        rows.sub_(most.unsqueeze(1)).exp_().sum(dim=1)
-        for rows, most in zip(logits.split(step), largest.split(step), strict=True)
-    ]
-    return torch.cat(sums)
+    """Turns logits [c, v] into exp(logits - largest [c]) in place; returns the sums over v [c].
+
+    Sums are of largest's dtype, and so is what is summed, before it is rounded to that of logits.
+    """
+    column, total = largest.unsqueeze(1), torch.zeros_like(largest)
+    number = logits.shape[1] if logits.is_cuda else _BLOCK_NUMBERS // max(1, len(logits))
+    for part in logits.split(max(1, number), dim=1):
+        exact = part.to(largest.dtype)  # the same memory if it is of that dtype
+        total += exact.sub_(column).exp_().sum(dim=1)
+        if exact.dtype != part.dtype:
+            part.copy_(exact)
+    return total
 
 
 def _common_factor(grad: Tensor, token_weights: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def _has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def working_rows(number: int, rows: Tensor) -> int:
+def working_rows(number: int, dtype: torch.dtype, device: torch.device) -> int:
     """Returns how many rows a product has where experts get any number of them.
 
     oneDNN compiles a kernel in bf16 for every number of rows, keeps up to 1,024 of them at about
@@ -36,22 +36,12 @@ def working_rows(number: int, rows: Tensor) -> int:
 
     Args:
         number: of an expert.
-        rows: of a working dtype.
+        dtype: that products are computed in.
+        device: where.
     """
-    if rows.dtype != torch.bfloat16 or rows.is_cuda:
+    if dtype != torch.bfloat16 or device.type == "cuda":
         return number
     return math.ceil(number / _ROW_MULTIPLE) * _ROW_MULTIPLE
-
-
-def fill_up(rows: Tensor) -> Tensor:
-    """Appends zeros [n, ...] up to the number of `working_rows`."""
-    number = working_rows(len(rows), rows)
-    if number == len(rows):
-        return rows
-    filled = rows.new_empty(number, *rows.shape[1:])
-    filled[: len(rows)] = rows
-    filled[len(rows) :].zero_()
-    return filled
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:

@@ -17,7 +17,7 @@ TOKENS, WIDTH, ROWS, REAL = 13, 7, 24, 19
 @pytest.fixture(params=[2**25, 3 * ROWS], ids=["one chunk", "chunks of 3"])
 def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(head._CHUNK_NUMBERS, "cpu", request.param)
-    monkeypatch.setattr(head, "_ROW_NUMBERS", 2 * REAL)  # and passes over 2 rows at a time
+    monkeypatch.setattr(head, "_BLOCK_NUMBERS", 5 * TOKENS)  # and passes over some columns
 
 
 @pytest.fixture
