@@ -101,7 +101,7 @@ class Trainer:
     def close(self) -> None:
         """End the process."""
         self._signal(signal.SIGKILL)
-        self._process.wait()
+        self._process.communicate()
 
     def _wait_for_step(self) -> None:
         assert self._process.stdout is not None

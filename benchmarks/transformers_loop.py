@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 KINDS = ("fp32", "bf16", "autocast")
 """All in fp32, all in bf16, or fp32 weights under autocast to bf16."""
@@ -20,6 +19,8 @@ KINDS = ("fp32", "bf16", "autocast")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as `argv` says; return the exit status."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     args = _parser().parse_args(argv)
     torch.manual_seed(1)
     dtype = torch.bfloat16 if args.kind == "bf16" else torch.float32

@@ -28,11 +28,11 @@ def test_a_command_stands_still_between_its_turns(tmp_path: Path) -> None:
     try:
         trainer.run(3)
         before = seen.read_text()
-        time.sleep(0.3)
+        time.sleep(1.0)
         assert seen.read_text() == before
         seconds, _ = trainer.run(4)
-        assert int(seen.read_text()) >= int(before) + 4
-        assert 0.02 <= seconds < 0.3  # the pause is not counted
+        assert int(seen.read_text()) >= 7
+        assert 4 * seconds < 1.0  # the pause is not counted
     finally:
         trainer.close()
 
@@ -40,7 +40,7 @@ def test_a_command_stands_still_between_its_turns(tmp_path: Path) -> None:
 def test_a_command_that_ends_is_named_with_what_it_wrote(tmp_path: Path) -> None:
     commands = {"short": [sys.executable, "-c", "print('iteration 1/1'); print('out of data')"]}
     with pytest.raises(RuntimeError, match=r"short ended too early(.|\n)*out of data"):
-        measure(commands, rounds=1, steps=2, warmup=1)
+        measure(commands, rounds=1, steps=1, warmup=2)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
