@@ -126,6 +126,8 @@ class Trainer:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the measurement that `argv` describes; return the exit status."""
     args = _parser().parse_args(argv)
+    # A stopped process would outlive this one: let `measure` end them, whoever ends it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     shape = shape_of(args)
     steps = args.warmup + args.rounds * args.steps + 1
     with tempfile.TemporaryDirectory() as folder:
