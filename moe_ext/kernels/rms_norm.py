@@ -50,11 +50,9 @@ def rms_norm_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.arange(0, BLOCK)
     is_column = columns < WIDTH
-    is_real = (rows < num_rows)[:, None] & is_column[None, :]
-    offsets = rows[:, None] * WIDTH + columns[None, :]
-    within = columns // GROUP * GROUP_STRIDE + columns % GROUP
-    places = rows[:, None] * ROW_STRIDE + within[None, :]
-    hidden = tl.load(hidden_ptr + places, mask=is_real, other=0.0).to(tl.float32)
+    hidden, offsets, is_real = load_rows(
+        hidden_ptr, rows, num_rows, WIDTH, ROW_STRIDE, GROUP, GROUP_STRIDE, BLOCK
+    )
     weight = tl.load(weight_ptr + columns, mask=is_column, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(hidden * hidden, axis=1) / WIDTH + eps)
     dtype = output_ptr.dtype.element_ty
@@ -85,17 +83,15 @@ def rms_norm_gradient_kernel(
     columns = tl.arange(0, BLOCK)
     is_column = columns < WIDTH
     weight = tl.load(weight_ptr + columns, mask=is_column, other=0.0).to(tl.float32)
-    within = columns // GROUP * GROUP_STRIDE + columns % GROUP
     total = tl.zeros((BLOCK_ROWS, BLOCK), tl.float32)
     first = part * rows_per_part
     last = tl.minimum(first + rows_per_part, num_rows)
     dtype = grad_hidden_ptr.dtype.element_ty
     for start in range(first, last, BLOCK_ROWS):
         rows = (start + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
-        is_real = (rows < last)[:, None] & is_column[None, :]
-        offsets = rows[:, None] * WIDTH + columns[None, :]
-        places = rows[:, None] * ROW_STRIDE + within[None, :]
-        hidden = tl.load(hidden_ptr + places, mask=is_real, other=0.0).to(tl.float32)
+        hidden, offsets, is_real = load_rows(
+            hidden_ptr, rows, last, WIDTH, ROW_STRIDE, GROUP, GROUP_STRIDE, BLOCK
+        )
         grad = tl.load(grad_ptr + offsets, mask=is_real, other=0.0).to(tl.float32)
         scale = tl.load(scale_ptr + rows, mask=rows < last, other=0.0)
         normed = hidden * scale[:, None]
@@ -105,6 +101,26 @@ def rms_norm_gradient_kernel(
         grad_hidden = (grad - normed * projection[:, None]) * scale[:, None]
         tl.store(grad_hidden_ptr + offsets, grad_hidden.to(dtype), mask=is_real)
     tl.store(parts_ptr + part.to(tl.int64) * WIDTH + columns, tl.sum(total, axis=0), is_column)
+
+
+@jit
+def load_rows(
+    hidden_ptr: tl.tensor,
+    rows: tl.tensor,
+    end: tl.tensor,
+    WIDTH: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Loads rows before `end`; returns their places in dense rows, too, and which are real."""
+    columns = tl.arange(0, BLOCK)
+    is_real = (rows < end)[:, None] & (columns < WIDTH)[None, :]
+    within = columns // GROUP * GROUP_STRIDE + columns % GROUP
+    places = rows[:, None] * ROW_STRIDE + within[None, :]
+    hidden = tl.load(hidden_ptr + places, mask=is_real, other=0.0).to(tl.float32)
+    return hidden, rows[:, None] * WIDTH + columns[None, :], is_real
 
 
 class Lines(NamedTuple):

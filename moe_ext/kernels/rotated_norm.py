@@ -43,10 +43,8 @@ def rotated_norm_kernel(
     is_real = (heads < HEADS) & is_channel[None, :]
     columns = heads * (2 * HALF) + channels[None, :]
     places = hidden_ptr + row * ROW_STRIDE + heads * HEAD_STRIDE + channels[None, :]
-    first = tl.load(places, mask=is_real, other=0.0).to(tl.float32)
-    second = tl.load(places + HALF, mask=is_real, other=0.0).to(tl.float32)
-    weight1 = tl.load(weight_ptr + columns, mask=is_real, other=0.0).to(tl.float32)
-    weight2 = tl.load(weight_ptr + columns + HALF, mask=is_real, other=0.0).to(tl.float32)
+    first, second = load_halves(places, is_real, HALF)
+    weight1, weight2 = load_halves(weight_ptr + columns, is_real, HALF)
     angles = row // ROWS_PER_ANGLE * HALF + channels
     cos = tl.load(cos_ptr + angles, mask=is_channel, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(sin_ptr + angles, mask=is_channel, other=0.0).to(tl.float32)[None, :]
@@ -87,8 +85,7 @@ def rotated_norm_gradient_kernel(
     is_channel = channels < HALF
     is_real = (heads < HEADS) & is_channel[None, :]
     columns = heads * (2 * HALF) + channels[None, :]
-    weight1 = tl.load(weight_ptr + columns, mask=is_real, other=0.0).to(tl.float32)
-    weight2 = tl.load(weight_ptr + columns + HALF, mask=is_real, other=0.0).to(tl.float32)
+    weight1, weight2 = load_halves(weight_ptr + columns, is_real, HALF)
     total1 = tl.zeros((BLOCK_HEADS, BLOCK_HALF), tl.float32)
     total2 = tl.zeros((BLOCK_HEADS, BLOCK_HALF), tl.float32)
     dtype = grad_hidden_ptr.dtype.element_ty
@@ -98,11 +95,11 @@ def rotated_norm_gradient_kernel(
         row = first_row + step
         places = hidden_ptr + row * ROW_STRIDE + heads * HEAD_STRIDE + channels[None, :]
         scale = tl.load(scale_ptr + row)
-        first = tl.load(places, mask=is_real, other=0.0).to(tl.float32) * scale
-        second = tl.load(places + HALF, mask=is_real, other=0.0).to(tl.float32) * scale
+        first, second = load_halves(places, is_real, HALF)
+        first *= scale
+        second *= scale
         lines = row * width + columns
-        grad1 = tl.load(grad_ptr + lines, mask=is_real, other=0.0).to(tl.float32)
-        grad2 = tl.load(grad_ptr + lines + HALF, mask=is_real, other=0.0).to(tl.float32)
+        grad1, grad2 = load_halves(grad_ptr + lines, is_real, HALF)
         angles = row // ROWS_PER_ANGLE * HALF + channels
         cos = tl.load(cos_ptr + angles, mask=is_channel, other=0.0).to(tl.float32)[None, :]
         sin = tl.load(sin_ptr + angles, mask=is_channel, other=0.0).to(tl.float32)[None, :]
@@ -120,6 +117,16 @@ def rotated_norm_gradient_kernel(
     lines = tl.program_id(0).to(tl.int64) * width + columns
     tl.store(parts_ptr + lines, total1, mask=is_real)
     tl.store(parts_ptr + lines + HALF, total2, mask=is_real)
+
+
+@jit
+def load_halves(
+    places: tl.tensor, is_real: tl.tensor, HALF: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Loads the first halves of heads, which are at `places`, and the second ones."""
+    first = tl.load(places, mask=is_real, other=0.0).to(tl.float32)
+    second = tl.load(places + HALF, mask=is_real, other=0.0).to(tl.float32)
+    return first, second
 
 
 class RotatedNorm(torch.autograd.Function):
