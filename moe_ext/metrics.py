@@ -136,19 +136,12 @@ class RouterMetrics:
         Raises:
             ValueError: the layer or the number of experts is not one of this instance.
         """
-        if not 1 <= layer_number <= self.num_layers:
-            raise ValueError(
-                f"layer number ({layer_number}) must be between 1 and num_layers "
-                f"({self.num_layers})"
-            )
         if tokens_per_expert.shape != (self.num_experts,):
             raise ValueError(
                 f"tokens_per_expert must be [{self.num_experts}], "
                 f"got {list(tokens_per_expert.shape)}"
             )
-        if self._sums is None:
-            self._sums = self._zeros(tokens_per_expert.device)
-        row = self._sums[layer_number - 1]
+        row = self._row(layer_number, tokens_per_expert.device)
         row[_BALANCE] += load_balancing
         # Every rank of the group adds its part of a loss, and its part of one micro-batch.
         row[_MICRO_BATCHES] += 1.0 / group_size
@@ -159,6 +152,35 @@ class RouterMetrics:
         if self.is_varying:
             row[_DROPPED] += 0 if dropped is None else dropped
             row[_UNROUTED] += 0 if unrouted is None else unrouted
+
+    def add(self, layer_number: int, columns: Tensor) -> None:
+        """Adds one micro-batch of one layer, whose tokens have k experts each, as one vector.
+
+        Args:
+            layer_number: 1 for the model's first layer.
+            columns: [5 + e] fp64: what `record` takes as load_balancing, 1 / group_size, z_sum,
+                entropy_sum and num_tokens, then tokens_per_expert.
+
+        Raises:
+            ValueError: the layer or the number of experts is not one of this instance.
+        """
+        if columns.shape != (_NUM_SCALARS + self.num_experts,):
+            raise ValueError(
+                f"columns must be [{_NUM_SCALARS + self.num_experts}], got {list(columns.shape)}"
+            )
+        row = self._row(layer_number, columns.device)
+        row[: len(columns)].add_(columns)
+
+    def _row(self, layer_number: int, device: torch.device) -> Tensor:
+        """Returns a layer's sums."""
+        if not 1 <= layer_number <= self.num_layers:
+            raise ValueError(
+                f"layer number ({layer_number}) must be between 1 and num_layers "
+                f"({self.num_layers})"
+            )
+        if self._sums is None:
+            self._sums = self._zeros(device)
+        return self._sums[layer_number - 1]
 
     def reset(self) -> None:
         """Drops what was recorded."""

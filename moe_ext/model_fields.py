@@ -134,8 +134,8 @@ class ModelFields:
     """Expert compute: a name in moe_ext.experts.EXPERT_BACKENDS, or auto, which picks the best
     known for device, precision and sizes, and logs the choice and the reason."""
     fused_kernels: Literal["auto", "off"] = "auto"
-    """Whether head, norms and SwiGLU of dense layers may compute in kernels of Triton on a GPU;
-    off leaves all of it to torch. Experts have expert_backend."""
+    """Whether head, norms, routers and SwiGLU may compute in kernels of Triton on a GPU; off leaves
+    all of it to torch. The experts' products have expert_backend."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
     """megatron-core's token dispatcher. flex sends tokens by DeepEP's kernels: it needs GPUs, the
     package deep_ep, and experts or parts of them on several ranks."""

@@ -23,6 +23,7 @@ from moe_ext.attention.projections import AttentionExperts, KeyValueProjection
 from moe_ext.experts.interface import ExpertBackend
 from moe_ext.experts.slots import ExpertOrder, sort_by_expert
 from moe_ext.functional import Routing
+from moe_ext.kernels import fused
 from moe_ext.layers.parameters import new_parameter
 from moe_ext.routers.base import MoERouter
 
@@ -163,7 +164,11 @@ class MoASelfAttention(MegatronModule):
         padding = None if self.padding_mask is None else self.padding_mask.T
         routing: Routing = self.router(hidden_states, padding)  # of this rank's tokens
         hidden, experts, gates = self._all_tokens(hidden_states, routing)
-        order = sort_by_expert(experts, num_experts=self.num_experts)
+        order = sort_by_expert(
+            experts,
+            num_experts=self.num_experts,
+            in_kernels=fused.takes(fused.setting_of(self.config), gates),
+        )
         query = self._queries(hidden, order)  # [s, b, ng * k, hn]
         key, value_heads = self.linear_kv(hidden)  # [s, b, ng, hn]
         if rotary_pos_emb is not None:

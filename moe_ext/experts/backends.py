@@ -1,5 +1,8 @@
 """Lists the expert backends by name."""
 
+import dataclasses
+import functools
+
 from moe_ext import registry
 from moe_ext.experts.adapters import (
     experts_of,
@@ -38,15 +41,24 @@ from moe_ext.experts.triton_experts import (
 AUTO = "auto"
 """What `MoEModelConfig.expert_backend` says to leave the choice to `choose_backend`."""
 
+_GROUPED = ExpertBackend(
+    experts=grouped_experts,
+    projection=grouped_projection,
+    fused_experts=grouped_routed_experts,
+    fused_project_slots=grouped_project_slots,
+    fused_project_and_combine=grouped_project_and_combine,
+    problem=grouped_problem,
+    keeps_activation=False,
+)
+
 EXPERT_BACKENDS: dict[str, ExpertBackend] = {
-    "grouped": ExpertBackend(
-        experts=grouped_experts,
-        projection=grouped_projection,
-        fused_experts=grouped_routed_experts,
-        fused_project_slots=grouped_project_slots,
-        fused_project_and_combine=grouped_project_and_combine,
-        problem=grouped_problem,
-        keeps_activation=False,
+    "grouped": dataclasses.replace(
+        _GROUPED,
+        without_kernels=dataclasses.replace(
+            _GROUPED,
+            experts=functools.partial(grouped_experts, fused_kernels="off"),
+            fused_experts=functools.partial(grouped_routed_experts, fused_kernels="off"),
+        ),
     ),
     "loop": ExpertBackend(experts=loop_experts, projection=loop_projection),
     "megablocks": ExpertBackend(

@@ -65,7 +65,9 @@ def choose_backend(name: str, use: Use) -> BackendChoice:
         problem = _problem(backend, use)
         if problem is not None:
             raise ValueError(f"expert_backend '{name}' {problem}")
-        return BackendChoice(name=name, reason="named in the configuration", backend=backend)
+        return BackendChoice(
+            name=name, reason="named in the configuration", backend=_of(use, backend)
+        )
     skipped: list[str] = []
     preference = _preference(use)
     for candidate in preference.names:
@@ -73,9 +75,14 @@ def choose_backend(name: str, use: Use) -> BackendChoice:
         problem = _problem(backend, use)
         if problem is None:
             reason = "; ".join([*([] if skipped else [preference.reason]), *skipped])
-            return BackendChoice(name=candidate, reason=reason, backend=backend)
+            return BackendChoice(name=candidate, reason=reason, backend=_of(use, backend))
         skipped.append(f"'{candidate}' {problem}")
     raise ValueError(f"no expert backend can be used: {'; '.join(skipped)}")
+
+
+def _of(use: Use, backend: ExpertBackend) -> ExpertBackend:
+    """Returns a backend with or without fused kernels, as the use has it."""
+    return (backend.without_kernels or backend) if use.fused_kernels == "off" else backend
 
 
 def use_of_model(
@@ -107,6 +114,7 @@ def use_of_model(
         device_type=device_type,
         dtype=dtype,
         widths=widths,
+        fused_kernels=model.fused_kernels,
         has_adapters=has_adapters and model.num_experts is not None,
         has_attention=model.attention_experts is not None,
         recompute_activation=recompute_activation and model.num_experts is not None,

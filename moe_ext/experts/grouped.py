@@ -22,6 +22,7 @@ from moe_ext.experts.grouped_gemm import (
 )
 from moe_ext.experts.interface import Use
 from moe_ext.experts.slots import ExpertOrder, Mode
+from moe_ext.kernels.fused import FusedKernels
 
 
 def grouped_problem(use: Use) -> str | None:
@@ -37,7 +38,13 @@ def grouped_problem(use: Use) -> str | None:
 
 
 def grouped_experts(
-    hidden: Tensor, weight1: Tensor, weight2: Tensor, tokens_per_expert: Tensor, probs: Tensor
+    hidden: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    tokens_per_expert: Tensor,
+    probs: Tensor,
+    *,
+    fused_kernels: FusedKernels = "auto",
 ) -> Tensor:
     """Computes SwiGLU experts over tokens sorted by expert: W2 (silu(Wg x) * (Wu x) * prob).
 
@@ -49,6 +56,7 @@ def grouped_experts(
         weight2: [el, h, f] down projections.
         tokens_per_expert: [el] integers that sum to t, on any device.
         probs: [t] router weights.
+        fused_kernels: whether a kernel may compute the activation beside the grouped GEMM.
 
     Returns:
         [t, h] of hidden's dtype.
@@ -57,21 +65,33 @@ def grouped_experts(
         ValueError: h or f does not fit the grouped GEMM.
     """
     if _suits_grouped_gemm(hidden):
-        return grouped_gemm_experts(hidden, weight1, weight2, tokens_per_expert, probs)
+        return grouped_gemm_experts(
+            hidden, weight1, weight2, tokens_per_expert, probs, fused_kernels=fused_kernels
+        )
     return blockwise_experts(hidden, weight1, weight2, tokens_per_expert, probs)
 
 
 def grouped_routed_experts(
-    tokens: Tensor, weight1: Tensor, weight2: Tensor, order: ExpertOrder, gates: Tensor
+    tokens: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    order: ExpertOrder,
+    gates: Tensor,
+    *,
+    fused_kernels: FusedKernels = "auto",
 ) -> Tensor:
     """Sends tokens to experts and sums; the contract is `ExpertBackend.routed_experts`'s.
+
+    With `fused_kernels` as `grouped_experts` has it.
 
     Raises:
         ValueError: h or f does not fit the grouped GEMM.
     """
     if not _suits_grouped_gemm(tokens):
         return blockwise_routed_experts(tokens, weight1, weight2, order, gates)
-    return grouped_gemm_routed_experts(tokens, weight1, weight2, order, gates)
+    return grouped_gemm_routed_experts(
+        tokens, weight1, weight2, order, gates, fused_kernels=fused_kernels
+    )
 
 
 def grouped_project_slots(tokens: Tensor, weight: Tensor, order: ExpertOrder) -> Tensor:

@@ -1,7 +1,8 @@
 """Computes experts on torch's grouped GEMM, one product for all; sizes stay on the device.
 
 As in `moe_ext/experts/blockwise.py`, what is kept for backward is the tokens and `projected`
-[rows, 2f]: rows are gathered and the activation is computed again.
+[rows, 2f]: rows are gathered and the activation is computed again. torch's grouped GEMM cannot add
+to what is in memory: a weight's gradient is a bf16 tensor first, added to its buffer in one pass.
 """
 
 import torch
@@ -18,6 +19,9 @@ from moe_ext.experts.slots import (
     sum_slots,
     unsort_gates,
 )
+from moe_ext.kernels import fused
+from moe_ext.kernels.fused import FusedKernels
+from moe_ext.kernels.routed_unit import routed_unit, routed_unit_gradient
 from moe_ext.layers.gradients import accumulation_buffer, mark_added
 
 ROW_ELEMENTS = 8
@@ -25,17 +29,30 @@ ROW_ELEMENTS = 8
 
 
 def grouped_gemm_experts(
-    hidden: Tensor, weight1: Tensor, weight2: Tensor, tokens_per_expert: Tensor, probs: Tensor
+    hidden: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    tokens_per_expert: Tensor,
+    probs: Tensor,
+    *,
+    fused_kernels: FusedKernels = "auto",
 ) -> Tensor:
     """Computes SwiGLU experts over sorted rows, bf16; the contract is `grouped_experts`'s."""
-    return _experts(hidden, weight1, weight2, tokens_per_expert, probs, order=None)
+    return _experts(hidden, weight1, weight2, tokens_per_expert, probs, None, fused_kernels)
 
 
 def grouped_gemm_routed_experts(
-    tokens: Tensor, weight1: Tensor, weight2: Tensor, order: ExpertOrder, gates: Tensor
+    tokens: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    order: ExpertOrder,
+    gates: Tensor,
+    *,
+    fused_kernels: FusedKernels = "auto",
 ) -> Tensor:
     """Sends tokens to experts and sums, bf16; see `ExpertBackend.routed_experts`."""
-    return _experts(tokens, weight1, weight2, order.tokens_per_expert, gates, order=order)
+    counts = order.tokens_per_expert
+    return _experts(tokens, weight1, weight2, counts, gates, order, fused_kernels)
 
 
 def grouped_gemm_projection(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
@@ -62,13 +79,13 @@ def _experts(
     weight2: Tensor,
     counts: Tensor,
     gates: Tensor,
-    *,
     order: ExpertOrder | None,
+    fused_kernels: FusedKernels,
 ) -> Tensor:
     _, _, ffn, width = weight1.shape
     _check_sizes({"hidden_size": width, "moe_ffn_hidden_size on this rank": ffn})
     ends = _ends(counts, tokens)
-    output: Tensor = _GemmExperts.apply(tokens, weight1, weight2, gates, order, ends)
+    output: Tensor = _GemmExperts.apply(tokens, weight1, weight2, gates, order, ends, fused_kernels)
     return output
 
 
@@ -82,13 +99,17 @@ class _GemmExperts(torch.autograd.Function):
         gates: Tensor,
         order: ExpertOrder | None,
         ends: Tensor,
+        fused_kernels: FusedKernels,
     ) -> Tensor:
         stacked = weight1.flatten(1, 2)  # [el, 2f, h]
         projected = _product(_rows(tokens, order), stacked.mT, ends)  # [t, 2f]
-        product = gated_forward(projected, sort_gates(gates, order))  # [t, f]
+        probs = sort_gates(gates, order)
+        in_kernels = fused.takes(fused_kernels, projected, probs)
+        product = (routed_unit if in_kernels else gated_forward)(projected, probs)  # [t, f]
         output = _product(product, weight2.mT, ends)  # [t, h]
         ctx.save_for_backward(tokens, weight1, weight2, gates, projected)
         ctx.order, ctx.ends = order, ends  # type: ignore[attr-defined]
+        ctx.in_kernels = in_kernels  # type: ignore[attr-defined]
         return output if order is None else sum_slots(output, order)
 
     @staticmethod
@@ -101,7 +122,8 @@ class _GemmExperts(torch.autograd.Function):
         ends: Tensor = ctx.ends  # type: ignore[attr-defined]
         needs_tokens, needs_weight1, needs_weight2 = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
         upstream = _rows(grad.contiguous(), order)  # [t, h]
-        grad_projected, grad_probs, product = gated_backward(
+        backward = routed_unit_gradient if ctx.in_kernels else gated_backward  # type: ignore[attr-defined]
+        grad_projected, grad_probs, product = backward(
             _product(upstream, weight2, ends), projected, sort_gates(gates, order)
         )
         grad_weight2 = _weight_gradient(weight2, upstream, product, ends) if needs_weight2 else None
@@ -115,7 +137,7 @@ class _GemmExperts(torch.autograd.Function):
             if order is not None:
                 grad_tokens = sum_slots(grad_tokens, order)
         grad_gates = unsort_gates(grad_probs, gates, order)
-        return grad_tokens, grad_weight1, grad_weight2, grad_gates, None, None
+        return grad_tokens, grad_weight1, grad_weight2, grad_gates, None, None, None
 
 
 class _GemmProjection(torch.autograd.Function):

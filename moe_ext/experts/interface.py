@@ -1,5 +1,7 @@
 """Defines what an expert backend is: its functions, its limits, and what a run wants of it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +15,7 @@ from moe_ext.experts.slots import (
     unpermute_tokens,
     unsort_rows,
 )
+from moe_ext.kernels.fused import FusedKernels
 
 ExpertFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(hidden [t, h], weight1 [el, 2, f, h], weight2 [el, h, f], tokens_per_expert [el], probs [t])
@@ -45,6 +48,8 @@ class Use:
     """Whether moa attention uses the backend, too."""
     has_adapters: bool = False
     """Whether the experts have adapters of low rank, which are made of projections."""
+    fused_kernels: FusedKernels = "auto"
+    """Whether fused kernels may compute beside the backend's own."""
     recompute_activation: bool = False
     """Whether the gated activation must be computed again in backward, not kept."""
     capability: tuple[int, int] | None = None
@@ -79,6 +84,8 @@ class ExpertBackend:
     keeps_activation: bool = True
     """Whether the permuted tokens [t * k, h] and the gated activation [t * k, f] are kept for the
     backward pass."""
+    without_kernels: ExpertBackend | None = None
+    """The same without the fused kernels of `moe_ext/kernels/`; None if it takes none."""
 
     def routed_experts(
         self, tokens: Tensor, weight1: Tensor, weight2: Tensor, order: ExpertOrder, gates: Tensor

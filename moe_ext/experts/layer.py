@@ -12,6 +12,7 @@ from moe_ext.experts.mlp import ExpertMLP
 from moe_ext.experts.pairs import pair_up
 from moe_ext.experts.slots import sort_by_expert
 from moe_ext.functional import Routing, dense_routing
+from moe_ext.kernels import fused
 from moe_ext.layers.parameters import new_parameter, parameter_device_type
 from moe_ext.layers.swiglu import MATRICES, SharedExperts
 from moe_ext.unequal import DenseRouting
@@ -116,7 +117,11 @@ class ExpertsLayer(MoELayer):
         if isinstance(routing, DenseRouting):
             output = experts.compute_pairs(tokens, pair_up(routing))
         else:
-            order = sort_by_expert(routing.experts, num_experts=self.num_local_experts)
+            order = sort_by_expert(
+                routing.experts,
+                num_experts=self.num_local_experts,
+                in_kernels=fused.takes(fused.setting_of(self.config), routing.gates),
+            )
             output = experts.compute_routed(tokens, order, routing.gates)
         output = output.view_as(hidden)
         shared: Tensor | None = self.shared_experts_compute(hidden)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ext.functional import count_tokens
+from moe_ext.kernels.expert_order import count_and_sort
+from moe_ext.kernels.router_choice import MOST_EXPERTS
 
 Mode = Literal["place", "row", "token"]
 """How an operand is arranged: its rows sorted by expert, by token and slot, or one row a token."""
@@ -36,7 +38,7 @@ class ExpertOrder:
         return self.rows // self.topk
 
 
-def sort_by_expert(experts: Tensor, *, num_experts: int) -> ExpertOrder:
+def sort_by_expert(experts: Tensor, *, num_experts: int, in_kernels: bool = False) -> ExpertOrder:
     """Sorts the rows by expert; those of one expert stay in the order of the tokens.
 
     Nothing is copied to the host.
@@ -44,7 +46,13 @@ def sort_by_expert(experts: Tensor, *, num_experts: int) -> ExpertOrder:
     Args:
         experts: [t, k] int64, the expert of each token's slots.
         num_experts: e.
+        in_kernels: whether the order is counted in fused kernels, if they hold so many experts;
+            the result is the same.
     """
+    if in_kernels and num_experts <= MOST_EXPERTS:
+        rows, places, counts = count_and_sort(experts.flatten(), num_experts)
+        topk = int(experts.shape[1])
+        return ExpertOrder(rows=rows, places=places, tokens_per_expert=counts, topk=topk)
     rows = experts.flatten().argsort(stable=True)  # [t * k]
     places = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
     return ExpertOrder(

@@ -6,10 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_ext import functional
 from moe_ext.kernels.cross_entropy import softmax_gradient_, softmax_statistics
+from moe_ext.kernels.expert_order import count_and_sort
 from moe_ext.kernels.gated_unit import gated_unit
 from moe_ext.kernels.rms_norm import rms_norm
 from moe_ext.kernels.rotated_norm import rotated_norm
+from moe_ext.kernels.routed_unit import routed_unit, routed_unit_gradient
+from moe_ext.kernels.router_choice import RouterRule, select
+from moe_ext.kernels.router_losses import differentiable, router_losses
 
 _ERROR = 2e-2
 """Of a norm; operands and results are rounded to bf16 (2^-9) a few times."""
@@ -23,6 +28,9 @@ def find_problem(device: torch.device) -> str | None:
         ("RMSNorm", _try_norm),
         ("norm and rotation", _try_rotated_norm),
         ("SwiGLU", _try_gated_unit),
+        ("SwiGLU of experts", _try_routed_unit),
+        ("routing", _try_router),
+        ("the experts' order", _try_expert_order),
     ):
         try:
             with torch.enable_grad():
@@ -97,6 +105,78 @@ def _try_gated_unit(device: torch.device) -> Comparisons:
         return F.silu(gate) * up
 
     return _compare(gated_unit, of_torch, [_random(device, 7, 2 * 96)])
+
+
+def _try_routed_unit(device: torch.device) -> Comparisons:
+    projected, probs, grad = _random(device, 7, 192), _random(device, 7), _random(device, 7, 96)
+
+    def of_torch(projected: Tensor, probs: Tensor) -> Tensor:
+        gate, up = projected.chunk(2, dim=-1)
+        return F.silu(gate) * up * probs[:, None]
+
+    leaves = [each.float().requires_grad_() for each in (projected, probs)]
+    output = of_torch(*leaves)
+    gradients = torch.autograd.grad(output, leaves, grad.float())
+    *found, again = routed_unit_gradient(grad, projected, probs.float())
+    wanted = output.detach()
+    return [
+        (routed_unit(projected, probs.float()), wanted),
+        (again, wanted),
+        *zip(found, gradients, strict=True),
+    ]
+
+
+def _try_router(device: torch.device) -> Comparisons:
+    rules: tuple[RouterRule, ...] = ("softmax_topk", "topk_softmax")
+    return [pair for rule in rules for pair in _try_rule(device, rule)]
+
+
+def _try_rule(device: torch.device, rule: RouterRule) -> Comparisons:
+    tokens, number, topk = 40, 12, 3
+    # In each row, numbers that differ in bf16.
+    cells = torch.arange(tokens)[:, None] * 5 + torch.arange(number) * 7
+    logits = (cells % number / 4).to(device, torch.bfloat16).requires_grad_()
+    is_token = torch.arange(tokens, device=device) % 4 > 0
+    found = select(logits.detach(), rule, topk, is_token=is_token, with_sums=True)
+    assert found.sums is not None
+    losses = router_losses(found.sums, topk, balance_coeff=0.5, z_coeff=0.1, batch_share=1.0)
+    gates, _, addend = differentiable(logits, found, losses, rule, is_token)
+    assert addend is not None
+    exact = logits.detach().float().requires_grad_()
+    truth = functional.sort_choices(getattr(functional, rule)(exact, topk))
+    scores = truth.scores.masked_fill(~is_token[:, None], 0.0)
+    counts = functional.count_tokens(truth.experts, num_experts=number, is_token=is_token)
+    num_tokens = is_token.sum()
+    balance = functional.load_balancing_loss(scores, counts, num_tokens=num_tokens, topk=topk)
+    z_loss = functional.router_z_loss(exact, num_tokens=num_tokens, is_token=is_token)
+    upstream = torch.linspace(-1, 1, gates.numel(), device=device).view_as(gates)
+    gradients = [
+        torch.autograd.grad((chosen * upstream).sum() + loss, leaf)[0]
+        for chosen, loss, leaf in (
+            (gates, addend, logits),
+            (truth.gates, 0.5 * balance + 0.1 * z_loss, exact),
+        )
+    ]
+    return [
+        _unlike(found.experts, truth.experts),
+        (gates.detach(), truth.gates.detach()),
+        (losses.record[5:], counts.float()),
+        (gradients[0], gradients[1]),
+    ]
+
+
+def _try_expert_order(device: torch.device) -> Comparisons:
+    experts = torch.arange(300) ** 2 % 13  # of 16, 7 of them used
+    order = experts.argsort(stable=True)
+    rows, places, counts = count_and_sort(experts.to(device), 16)
+    wanted = (order, order.argsort(), experts.bincount(minlength=16))
+    return [_unlike(a, b.to(device)) for a, b in zip((rows, places, counts), wanted, strict=True)]
+
+
+def _unlike(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Compares integers: one that differs is more than `_ERROR` of 2,000."""
+    differs = (found != wanted).float()
+    return 1.0 + differs, torch.ones_like(differs)
 
 
 def _compare(

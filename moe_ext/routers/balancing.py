@@ -68,22 +68,25 @@ def count_assignments(
         token_group: the ranks that share the micro-batch.
         loss: over which tokens it is taken.
     """
-
-    def over_ranks(counts: Tensor) -> Tensor:
-        if token_group.size() == 1:
-            return counts
-        summed = counts.clone()
-        torch.distributed.all_reduce(summed, group=token_group)  # sum: the micro-batch
-        return summed
-
     if loss == "seq_aux_loss":
         local = count_by_sequence(
             experts, num_experts=num_experts, num_sequences=num_sequences, is_token=is_token
         )
-        both = over_ranks(local)
+        both = sum_over_ranks(local, token_group)
         return Assignments(counts=both.sum(dim=0), local_counts=local.sum(dim=0), by_sequence=both)
     local = count_tokens(experts, num_experts=num_experts, is_token=is_token)
-    return Assignments(counts=over_ranks(local), local_counts=local, by_sequence=None)
+    return Assignments(
+        counts=sum_over_ranks(local, token_group), local_counts=local, by_sequence=None
+    )
+
+
+def sum_over_ranks(counts: Tensor, token_group: torch.distributed.ProcessGroup) -> Tensor:
+    """Sums counts over the ranks that share a micro-batch; a collective call."""
+    if token_group.size() == 1:
+        return counts
+    summed = counts.clone()
+    torch.distributed.all_reduce(summed, group=token_group)  # sum: the micro-batch
+    return summed
 
 
 class StepCounts:

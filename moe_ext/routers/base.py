@@ -7,21 +7,22 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moe_ext.functional import Routing, dense_routing, router_z_loss, routing_entropy, sort_choices
+from moe_ext.kernels import fused
 from moe_ext.layers.lora import Adapter, LoRA
 from moe_ext.layers.parameters import new_parameter
 from moe_ext.metrics import RouterMetrics
 from moe_ext.routers.balancing import Balancing, StepCounts, balancing_loss, count_assignments
+from moe_ext.routers.fused_route import KernelRouting
 from moe_ext.routers.whole import TokenSplit
 from moe_ext.unequal import DenseRouting, within_capacity
 
 
-class MoERouter(MegatronModule, ABC):
+class MoERouter(KernelRouting, ABC):
     """Routes tokens: a linear gate, a rule that selects experts, and the router's two losses.
 
     Under tensor and context parallelism the tokens of a micro-batch lie on several ranks; their
@@ -191,6 +192,8 @@ class MoERouter(MegatronModule, ABC):
             is_token: [t] bool, False for padding; None for none.
             num_sequences: b.
         """
+        if self.fits_kernels(logits) and fused.takes(fused.setting_of(self.config), logits):
+            return self.route_in_kernels(logits, is_token)
         routing = Routing(*self.select(logits))
         self._check_shapes(routing, logits)
         routing = sort_choices(routing)
@@ -345,10 +348,8 @@ class MoERouter(MegatronModule, ABC):
             num_tokens: tokens of the micro-batch.
             varying: what `RouterMetrics.record` takes about unequal numbers of experts.
         """
-        if self.layer_number is None:
-            raise ValueError("the router has no layer number; call set_layer_number first")
         self.metrics.record(
-            self.layer_number,
+            self.known_layer(),
             load_balancing=balance.detach(),
             z_sum=z_loss.detach() * num_tokens,
             entropy_sum=routing_entropy(scores.detach()).sum(),

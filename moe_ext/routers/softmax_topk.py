@@ -10,6 +10,7 @@ class SoftmaxTopKRouter(MoERouter):
     """Applies softmax over all experts, then takes the k largest as they are."""
 
     uses_expert_bias = True
+    fused_rule = "softmax_topk"
 
     def select(self, logits: Tensor) -> Routing:
         """Applies `functional.softmax_topk`."""

@@ -10,6 +10,7 @@ class TopKSoftmaxRouter(MoERouter):
     """Takes the k largest logits, then applies softmax over those."""
 
     uses_expert_bias = True
+    fused_rule = "topk_softmax"
 
     def select(self, logits: Tensor) -> Routing:
         """Applies `functional.topk_softmax`."""

@@ -10,9 +10,15 @@ import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from torch import Tensor
 
+from moe_ext import functional
+from moe_ext.experts.gate import gated_backward, gated_forward
+from moe_ext.experts.slots import sort_by_expert
 from moe_ext.kernels import fused
 from moe_ext.kernels.gated_unit import gated_unit
 from moe_ext.kernels.rotated_norm import rotated_norm
+from moe_ext.kernels.routed_unit import routed_unit, routed_unit_gradient
+from moe_ext.kernels.router_choice import RouterRule, select
+from moe_ext.kernels.router_losses import differentiable, router_losses
 from moe_ext.layers.head import VocabularyPart, linear_cross_entropy
 from moe_ext.layers.norm import weighted_unit_rms
 from moe_ext.layers.products import accumulating_linear
@@ -138,3 +144,80 @@ def test_swiglu_gives_what_torch_gives(ffn: int) -> None:
         return F.silu(gate) * up
 
     compare(gated_unit, of_torch, [random(3, 501, 2 * ffn)])
+
+
+def test_swiglu_of_routed_rows_gives_what_torch_gives() -> None:
+    torch.manual_seed(0)
+    inputs = [random(4001, 2 * 1024), torch.rand(4001, device="cuda").requires_grad_()]
+    upstream = random(4001, 1024).detach()
+
+    def of(forward: Callable[..., Tensor], backward: Callable[..., Any]) -> list[Tensor]:
+        projected, probs = (each.detach() for each in inputs)
+        return [forward(projected, probs), *backward(upstream, projected, probs)]
+
+    of(routed_unit, routed_unit_gradient)  # is compiled
+    with no_synchronisation():
+        actual = of(routed_unit, routed_unit_gradient)
+    again = of(routed_unit, routed_unit_gradient)
+    for a, b, c in zip(actual, of(gated_forward, gated_backward), again, strict=True):
+        assert a.dtype == b.dtype and distance(a, b) < NEAR and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize(
+    ("rule", "number", "topk"),
+    [("softmax_topk", 64, 8), ("topk_softmax", 8, 2), ("softmax_topk", 500, 16)],
+)
+def test_routing_gives_what_torch_gives(
+    rule: RouterRule, number: int, topk: int, is_padded: bool
+) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(20001, number, device="cuda").requires_grad_()
+    is_token = torch.rand(20001, device="cuda") > 0.1 if is_padded else None
+    upstream = torch.randn(20001, topk, device="cuda")
+
+    def in_kernels() -> list[Tensor]:
+        found = select(logits.detach(), rule, topk, is_token=is_token, with_sums=True)
+        assert found.sums is not None
+        losses = router_losses(found.sums, topk, balance_coeff=0.5, z_coeff=0.1, batch_share=1.0)
+        gates, scores, addend = differentiable(logits, found, losses, rule, is_token)
+        assert addend is not None
+        (gradient,) = torch.autograd.grad(
+            [gates, addend], logits, [upstream, torch.ones_like(addend)]
+        )
+        return [found.experts, gates.detach(), scores.detach(), addend.detach(), gradient]
+
+    def in_torch() -> list[Tensor]:
+        exact = logits.detach().double().requires_grad_()
+        routing = functional.sort_choices(getattr(functional, rule)(exact, topk))
+        counts = functional.count_tokens(routing.experts, num_experts=number, is_token=is_token)
+        scores, num_tokens = routing.scores, counts.sum() // topk
+        if is_token is not None:
+            scores = scores.masked_fill(~is_token[:, None], 0.0)
+        balance = functional.load_balancing_loss(scores, counts, num_tokens=num_tokens, topk=topk)
+        z_loss = functional.router_z_loss(exact, num_tokens=num_tokens, is_token=is_token)
+        addend = 0.5 * balance + 0.1 * z_loss
+        (gradient,) = torch.autograd.grad((routing.gates * upstream).sum() + addend, exact)
+        return [routing.experts, routing.gates, routing.scores, addend, gradient]
+
+    in_kernels()  # is compiled
+    with no_synchronisation():
+        actual = in_kernels()
+    (experts, *others), expected = actual, in_torch()
+    # Two scores can be equal in fp32 that are not in fp64.
+    assert (experts != expected[0]).sum() <= 4
+    for a, b in zip(others, expected[1:], strict=True):
+        assert distance(a, b.detach()) < 1e-4
+    assert all(torch.equal(a, b) for a, b in zip(actual, in_kernels(), strict=True))
+
+
+@pytest.mark.parametrize(("number", "experts"), [(131072, 64), (40001, 8), (777, 1000)])
+def test_the_order_of_rows_is_torchs(number: int, experts: int) -> None:
+    torch.manual_seed(0)
+    chosen = torch.randint(experts, (number, 1), device="cuda")
+    sort_by_expert(chosen, num_experts=experts, in_kernels=True)  # is compiled
+    with no_synchronisation():
+        order = sort_by_expert(chosen, num_experts=experts, in_kernels=True)
+    expected = sort_by_expert(chosen, num_experts=experts)
+    for name in ("rows", "places", "tokens_per_expert"):
+        assert torch.equal(getattr(order, name), getattr(expected, name))

@@ -8,6 +8,7 @@ from moe_ext.config import MoEModelConfig
 from moe_ext.cost.memory import expert_activation_bytes
 from moe_ext.experts import EXPERT_BACKENDS
 from moe_ext.experts.grouped_gemm import grouped_gemm_routed_experts
+from moe_ext.experts.interface import RoutedExpertFunction
 from moe_ext.experts.slots import sort_by_expert
 
 TOKENS = 24
@@ -36,7 +37,7 @@ def test_backends_keep_the_bytes_of_the_formula(dtype: torch.dtype, backend: str
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        routed = grouped_gemm_routed_experts
+        routed: RoutedExpertFunction = grouped_gemm_routed_experts
         if backend != "grouped_gemm":
             routed = EXPERT_BACKENDS[backend].routed_experts
         output = routed(tokens, weight1, weight2, order, gates)

@@ -1,12 +1,20 @@
 """Which backend `auto` takes, and what backends refuse."""
 
 import dataclasses
+import functools
 import importlib.util
 
 import pytest
 import torch
 
-from moe_ext.experts import EXPERT_BACKENDS, Use, choose_backend, register_expert_backend
+from moe_ext.config import MoEModelConfig
+from moe_ext.experts import (
+    EXPERT_BACKENDS,
+    Use,
+    choose_backend,
+    register_expert_backend,
+    use_of_model,
+)
 
 ON_CPU = Use(device_type="cpu", dtype=torch.float32, widths=(32, 16))
 ON_GPU = Use(device_type="cuda", dtype=torch.bfloat16, widths=(32, 16))
@@ -53,6 +61,21 @@ def test_a_named_backend_is_taken_or_refused_never_replaced() -> None:
     odd = dataclasses.replace(ON_GPU, widths=(20,))
     with pytest.raises(ValueError, match=r"^expert_backend 'grouped' needs rows .* some of 20;"):
         choose_backend("grouped", odd)
+
+
+def test_fused_kernels_are_left_out_of_the_backend_where_the_run_says_off() -> None:
+    off = dataclasses.replace(ON_GPU, fused_kernels="off")
+    for name in ("grouped", "auto"):
+        assert choose_backend(name, ON_GPU).backend is EXPERT_BACKENDS["grouped"]
+        without = choose_backend(name, off).backend
+        assert without is EXPERT_BACKENDS["grouped"].without_kernels
+    for function in (without.experts, without.fused_experts):
+        assert isinstance(function, functools.partial)
+        assert function.keywords == {"fused_kernels": "off"}
+    assert choose_backend("loop", off).backend is EXPERT_BACKENDS["loop"]
+    model = MoEModelConfig(fused_kernels="off")
+    use = use_of_model(model, device_type="cpu", dtype=torch.float32, tensor=1, expert_tensor=1)
+    assert use.fused_kernels == "off"
 
 
 def test_auto_is_no_name_for_a_backend_and_is_among_the_known_ones() -> None:

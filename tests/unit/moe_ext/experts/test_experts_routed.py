@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_ext.experts import EXPERT_BACKENDS, ExpertFunction
+from moe_ext.experts import EXPERT_BACKENDS, ExpertFunction, grouped_gemm
 from moe_ext.experts.adapters import experts_of
 from moe_ext.experts.grouped_gemm import (
     grouped_gemm_experts,
@@ -20,6 +20,8 @@ from moe_ext.experts.grouped_gemm import (
 )
 from moe_ext.experts.loop import loop_experts, loop_projection
 from moe_ext.experts.slots import ExpertOrder, Mode, sort_by_expert
+from moe_ext.kernels import fused
+from moe_ext.kernels.fused import FusedKernels
 from moe_ext.layers import products
 from moe_ext.layers.products import accumulating_linear
 
@@ -192,6 +194,36 @@ def test_weight_gradients_are_added_to_their_buffers(dtype: torch.dtype, backend
 def products_of(name: str) -> ExpertFunction:
     """Experts over sorted rows; the grouped GEMM as it is on a GPU, which CPUs have slowly."""
     return grouped_gemm_experts if name == "grouped_gemm" else EXPERT_BACKENDS[name].experts
+
+
+@pytest.mark.parametrize("setting", ["auto", "off"])
+def test_the_grouped_gemm_has_its_activation_in_kernels_or_not(
+    setting: FusedKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    launched: list[str] = []
+    for name in ("routed_unit", "routed_unit_gradient"):
+        function = getattr(grouped_gemm, name)
+
+        def noted(*inputs: Tensor, name: str = name, function: Any = function) -> Any:
+            launched.append(name)
+            return function(*inputs)
+
+        monkeypatch.setattr(grouped_gemm, name, noted)
+    monkeypatch.setattr(fused, "takes", lambda setting, *_: setting == "auto")
+    chosen, order = order_of("several")
+    shapes = [(len(chosen), 16), (EXPERTS, 2, 8, 16), (EXPERTS, 16, 8), tuple(chosen.shape)]
+    inputs = leaves(*shapes, dtype=torch.bfloat16)
+    inputs[3] = inputs[3].detach().float().requires_grad_()  # gates
+    tokens, w1, w2, gates = inputs
+    output = grouped_gemm_routed_experts(tokens, w1, w2, order, gates, fused_kernels=setting)
+    actual = all_of(output, inputs)
+    exact = [each.detach().double().requires_grad_() for each in inputs]
+    expected = all_of(dense(chosen, *exact), exact)
+    for a, b in zip(actual, expected, strict=True):
+        # A few roundings to 8 bits, which the interpreter cuts off.
+        assert (a.double() - b).norm() <= 3e-2 * b.norm()
+    assert launched == (["routed_unit", "routed_unit_gradient"] if setting == "auto" else [])
 
 
 @pytest.mark.parametrize("name", ["grouped", "grouped_gemm", "triton"])

@@ -16,7 +16,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_ext.kernels import cross_entropy, gated_unit, rms_norm, rotated_norm
+from moe_ext.kernels import (
+    cross_entropy,
+    expert_order,
+    gated_unit,
+    rms_norm,
+    rotated_norm,
+    routed_unit,
+    router_choice,
+    router_losses,
+)
 
 
 class Launch(NamedTuple):
@@ -33,6 +42,9 @@ ROTATED = {
     **{"ROW_STRIDE": 16 * 384, "HEAD_STRIDE": 384, "ROWS_PER_ANGLE": 4},
     **rotated_norm.options(16, 128),
 }
+EXPERTS, TOPK = 64, 8
+ROUTER = {**router_choice.options(EXPERTS), "TOPK": TOPK}
+RULES = [{**ROUTER, "IS_NORMALIZED": is_normalized} for is_normalized in (False, True)]
 LAUNCHES = [
     Launch(cross_entropy.statistics_kernel, cross_entropy.options(VOCABULARY)),
     Launch(cross_entropy.gradient_kernel, cross_entropy.options(VOCABULARY)),
@@ -43,9 +55,26 @@ LAUNCHES = [
     Launch(rotated_norm.rotated_norm_gradient_kernel, ROTATED),
     Launch(gated_unit.gated_unit_kernel, gated_unit.options(FFN)),
     Launch(gated_unit.gated_unit_gradient_kernel, gated_unit.options(FFN)),
+    Launch(routed_unit.routed_unit_kernel, routed_unit.options(FFN)),
+    Launch(routed_unit.routed_unit_gradient_kernel, routed_unit.options(FFN)),
+    *(Launch(router_choice.router_kernel, rule) for rule in RULES),
+    *(Launch(router_losses.router_gradient_kernel, rule) for rule in RULES),
+    Launch(router_losses.router_losses_kernel, ROUTER),
+    Launch(expert_order.expert_counts_kernel, expert_order.options(EXPERTS)),
+    Launch(expert_order.expert_order_kernel, expert_order.options(EXPERTS)),
 ]
-FP32 = ("weights_ptr", "target_ptr", "total_ptr", "largest_ptr", "scale_ptr", "parts_ptr")
-TYPES = {"labels_ptr": "*i64", "eps": "fp32", **dict.fromkeys(FP32, "*fp32")}
+FP32 = (
+    *("weights", "target", "total", "largest", "scale", "parts", "bias", "gates", "scores"),
+    *("normalizers", "score_parts", "loss_parts", "slopes", "addend", "grad_gates", "grad_scores"),
+    *("grad_addend", "probs", "grad_probs"),
+)
+INT64 = ("labels", "experts", "rows", "places", "counts", "share_counts")
+TYPES = {
+    **{f"{name}_ptr": "*fp32" for name in FP32},
+    **{f"{name}_ptr": "*i64" for name in INT64},
+    **{"count_parts_ptr": "*i32", "is_token_ptr": "*i1", "record_ptr": "*fp64"},
+    **dict.fromkeys(("eps", "balance_coeff", "z_coeff", "batch_share"), "fp32"),
+}
 """Of what is neither an activation nor a number of rows."""
 
 

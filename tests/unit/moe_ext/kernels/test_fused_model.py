@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_ext.builder import build_model
 from moe_ext.config import MoEModelConfig
+from moe_ext.experts import slots
 from moe_ext.kernels import (
     cross_entropy,
     fused,
@@ -19,6 +20,7 @@ from moe_ext.kernels import (
     triton_jit,
 )
 from moe_ext.layers.transformer import transformer_config
+from moe_ext.routers import fused_route
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
@@ -43,20 +45,22 @@ LENGTH = 5
 def counting(launched: dict[tuple[Any, str], int], key: tuple[Any, str]) -> Callable[..., Any]:
     function = getattr(*key)
 
-    def noted(*args: Any) -> Any:
+    def noted(*args: Any, **others: Any) -> Any:
         launched[key] += 1
-        return function(*args)
+        return function(*args, **others)
 
     return noted
 
 
 # Of input and feed-forward norms in both layers, and the final norm; of queries and keys; of a
-# dense layer and a shared expert; of the head.
+# dense layer and a shared expert; of the head; of the router and the order of its experts' rows.
 LAUNCHES: dict[tuple[Any, str], int] = {
     (rms_norm, "rms_norm"): 2 * 2 + 1,
     (rotated_norm, "rotated_norm"): 2 * 2,
     (gated_unit, "gated_unit"): 2,
     (cross_entropy, "softmax_statistics"): 1,
+    (fused_route, "select"): 1,
+    (slots, "count_and_sort"): 1,
 }
 
 

@@ -11,10 +11,12 @@ from torch import Tensor
 from moe_ext.kernels import gated_unit as gated_unit_module
 from moe_ext.kernels import rms_norm as rms_norm_module
 from moe_ext.kernels import rotated_norm as rotated_norm_module
+from moe_ext.kernels import routed_unit as routed_unit_module
 from moe_ext.kernels import triton_jit
 from moe_ext.kernels.gated_unit import gated_unit
 from moe_ext.kernels.rms_norm import lines_of, rms_norm
 from moe_ext.kernels.rotated_norm import rotated_norm
+from moe_ext.kernels.routed_unit import routed_unit, routed_unit_gradient
 from moe_ext.layers.rotary import RotaryAngles
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
@@ -32,6 +34,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rms_norm_module, "PARTS", 3)
     monkeypatch.setattr(rotated_norm_module, "PARTS", 3)
     monkeypatch.setattr(gated_unit_module, "_BLOCK", 16)
+    monkeypatch.setattr(routed_unit_module, "_BLOCK", 16)
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -148,8 +151,33 @@ def test_swiglu_and_its_gradient_are_those_of_float64(
     compare(gated_unit, swiglu, [random(*shape, dtype=dtype)])
 
 
+@pytest.mark.parametrize("shape", [(5, 2 * 37), (6, 2 * 16), (4, 2)], ids=str)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_swiglu_of_routed_rows_and_its_gradients_are_those_of_float64(
+    dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    projected, probs = random(*shape, dtype=dtype), random(shape[0], dtype=torch.float32, seed=1)
+    grad = random(shape[0], shape[1] // 2, dtype=dtype, seed=2).detach()
+    exact = [each.detach().double().requires_grad_() for each in (projected, probs)]
+    output = swiglu(exact[0]) * exact[1][:, None]
+    gradients = torch.autograd.grad(output, exact, grad.double())
+    found = [
+        routed_unit(projected.detach(), probs.detach()),
+        *routed_unit_gradient(grad, projected.detach(), probs.detach()),
+    ]
+    again = routed_unit_gradient(grad, projected.detach(), probs.detach())
+    for a, b in zip(found, [output, *gradients, output], strict=True):
+        assert a.shape == b.shape and (a.double() - b).norm() <= LIMITS[dtype] * b.norm()
+    assert [each.dtype for each in found] == [dtype, dtype, torch.float32, dtype]
+    assert all(torch.equal(a, b) for a, b in zip(found[1:], again, strict=True))
+
+
 def test_no_rows_launch_nothing_and_give_zero_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((rms_norm_module, "rms_norm"), (gated_unit_module, "gated_unit")):
+    for module, name in (
+        (rms_norm_module, "rms_norm"),
+        (gated_unit_module, "gated_unit"),
+        (routed_unit_module, "routed_unit"),
+    ):
         monkeypatch.setattr(module, f"{name}_kernel", None)
         monkeypatch.setattr(module, f"{name}_gradient_kernel", None)
     none, weight = random(0, 2, 6, dtype=torch.bfloat16), random(6, dtype=torch.bfloat16)
@@ -159,6 +187,10 @@ def test_no_rows_launch_nothing_and_give_zero_gradients(monkeypatch: pytest.Monk
     product = gated_unit(none)
     assert product.shape == (0, 2, 3)
     assert torch.autograd.grad(product.sum(), none)[0].shape == none.shape
+    rows, probs = none.detach().view(0, 6), torch.zeros(0, device=DEVICE)
+    assert routed_unit(rows, probs).shape == (0, 3)
+    shapes = [each.shape for each in routed_unit_gradient(rows[:, :3], rows, probs)]
+    assert shapes == [(0, 6), (0,), (0, 3)]
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -172,3 +204,7 @@ def test_what_does_not_fit_is_refused() -> None:
         rotated_norm(torch.ones(2, 1, 3, 4), torch.ones(12), torch.ones(3, 1, 1, 4), EPS)
     with pytest.raises(ValueError, match=r"projected is \(2, 5\); give as many gates as ups"):
         gated_unit(torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"projected \(2, 6\), probs \(3,\) and gradient None"):
+        routed_unit(torch.ones(2, 6), torch.ones(3))
+    with pytest.raises(ValueError, match=r"gradient \(2, 6\) do not fit"):
+        routed_unit_gradient(torch.ones(2, 6), torch.ones(2, 6), torch.ones(2))
