@@ -78,7 +78,7 @@ class Kept(TokenObjective):
         given = [each for each in vars(batch).values() if isinstance(each, Tensor)]
         self._others |= storages(given).keys()
         self._held = []
-        earlier = _orders()
+        earlier = orders()
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: held.tensor):
             result = super().forward(iter([batch]), model)
         size = self._size(earlier)
@@ -98,13 +98,13 @@ class Kept(TokenObjective):
         """Return the bytes that the last pass saves."""
         tensors = [held.tensor for each in self._held if (held := each()) is not None]
         known = {id(order) for order in earlier}
-        for order in _orders():
+        for order in orders():
             if id(order) not in known:
                 tensors += filter(torch.is_tensor, vars(order).values())
         found = storages(tensors)
         return sum(size for place, size in found.items() if place not in self._others)
 
 
-def _orders() -> list[ExpertOrder]:
+def orders() -> list[ExpertOrder]:
     """List all live orders; backward passes hold them without autograd's hooks seeing them."""
     return [each for each in gc.get_referrers(ExpertOrder) if type(each) is ExpertOrder]

@@ -285,6 +285,7 @@ def make_step(
         recompute_num_layers=training.recompute_num_layers,
         recompute_core_attention=is_selective and "core_attn" in training.recompute_modules,
         keeps_activation=_keeps_activation(cfg, device_type),
+        fused_kernels=device_type == "cuda" and cfg.model.fused_kernels == "auto",
         converts_bf16=device_type == "cpu" and _upcasts_bf16(),
         has_positions=data.reset_position_ids,
         has_mask=data.reset_attention_mask and data.packed_attention == "mask",

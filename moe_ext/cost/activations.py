@@ -1,8 +1,8 @@
 """Compute the bytes a micro-batch keeps from its forward to its backward pass, from configs alone.
 
 Every function lists the bytes of one rank by purpose, counted by storage as an allocator does: a
-saved view keeps its whole base tensor. GPU and CPU differ only in the norms, which a GPU computes
-in one fused kernel.
+saved view keeps its whole base tensor. Of torch's functions only the norms keep other bytes on a
+GPU than on a CPU; fused kernels keep less (`Step.fused_kernels`).
 `tests/distributed/test_plan_measured.py` compares all of it with what autograd saves.
 """
 
@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 from moe_ext.cost.memory import expert_activation_bytes
 from moe_ext.cost.param_shards import Chunk, head_widths
 from moe_ext.cost.rank import Batch, Rank
+from moe_ext.kernels.rms_norm import WIDEST
+from moe_ext.kernels.router_choice import MOST_EXPERTS
 
 _FP32, _INT64, _BOOL = 4, 8, 1
 
@@ -31,6 +33,8 @@ class Step(Batch):
     """Whether the expert backend saves more than tokens and projections (`ExpertBackend`)."""
     converts_bf16: bool = False
     """Whether bf16 matrix products are computed in fp32, as on a CPU without bf16 instructions."""
+    fused_kernels: bool = False
+    """Whether fused kernels compute where they can, as on GPUs that have them."""
     has_positions: bool = False
     """Whether each sequence of a micro-batch has position ids of its own."""
     has_mask: bool = False
@@ -102,11 +106,25 @@ def _norm_size(rank: StepRank, width: int, of_input: int) -> int:
     """Return the bytes that a norm keeps of a vector, whose elements it keeps in `of_input` bytes.
 
     It keeps the input (converted to fp32 on a CPU) and its root mean square. For its weight RMSNorm
-    keeps the normalized input; LayerNorm, which has none, keeps the mean.
+    keeps the normalized input; LayerNorm, which has none, keeps the mean. A kernel makes the
+    normalized input again.
     """
+    if _norms_in_kernels(rank, width):
+        return width * min(of_input, rank.width) + _FP32
     if rank.model.has_norm_weights:
         return width * (of_input + rank.width) + _FP32
     return width * of_input + 2 * _FP32
+
+
+def _norms_in_kernels(rank: StepRank, width: int) -> bool:
+    """Return whether a kernel computes a norm of this rank over vectors it holds whole."""
+    return rank.batch.fused_kernels and rank.model.has_norm_weights and width <= WIDEST
+
+
+def _rotates_in_kernels(rank: StepRank) -> bool:
+    """Return whether a kernel normalises and rotates queries and keys, where they are."""
+    is_whole = rank.model.attention == "full_width_qk_norm" and rank.layout.tensor == 1
+    return is_whole and _norms_in_kernels(rank, max(head_widths(rank.model)))
 
 
 def attention_layer(rank: StepRank) -> Iterator[KeptBytes]:
@@ -130,6 +148,9 @@ def attention_layer(rank: StepRank) -> Iterator[KeptBytes]:
 
 def _qk_norm(rank: StepRank, *, widths: tuple[int, int]) -> Iterator[KeptBytes]:
     """List what the query and key norms keep, as `norm`; across TP ranks nothing is converted."""
+    if _rotates_in_kernels(rank):
+        yield KeptBytes("norms", rank.tokens * len(widths) * _FP32)
+        return
     of_input = _FP32 if _converts_norm_inputs(rank) else rank.width
     if _norms_keep_views(rank):
         of_input = 0
@@ -138,7 +159,12 @@ def _qk_norm(rank: StepRank, *, widths: tuple[int, int]) -> Iterator[KeptBytes]:
 
 
 def _norms_keep_views(rank: StepRank) -> bool:
-    """Return whether the query and key norms save views: all heads of the rank are one group."""
+    """Return whether the query and key norms save views: all heads of the rank are one group.
+
+    The kernels read heads between others.
+    """
+    if _rotates_in_kernels(rank):
+        return True
     groups = rank.model.num_query_groups or rank.model.num_attention_heads
     return groups == rank.layout.tensor and not _converts_norm_inputs(rank)
 
@@ -158,8 +184,9 @@ def _core_attention(rank: StepRank, *, queries: int, keys: int) -> Iterator[Kept
     """
     model, width, tokens = rank.model, rank.width, rank.tokens
     head_size = model.head_size
-    # cos and sin of each angle, once for queries and once for keys.
-    yield KeptBytes("attention", 4 * rotary_rows(rank) * head_size * width)
+    # cos and sin of each angle, once for queries and once for keys; kernels keep half of each.
+    angles = head_size // 2 if _rotates_in_kernels(rank) else head_size
+    yield KeptBytes("attention", 4 * rotary_rows(rank) * angles * width)
     yield KeptBytes("attention", tokens * queries * width)
     if rank.layout.context == 1:
         yield KeptBytes("attention", tokens * keys * width)
@@ -212,7 +239,8 @@ def _moa(rank: StepRank, *, experts: int) -> Iterator[KeptBytes]:
     """List what moa keeps; the rank holds all experts, with some heads of each."""
     model, width, tokens = rank.model, rank.width, rank.tokens
     topk, keys = model.attention_topk, head_widths(model)[1] // rank.layout.tensor
-    yield from router(rank, experts=experts, topk=topk)
+    # Sequence parallel ranks gather each other's gates.
+    yield from router(rank, experts=experts, topk=topk, shared=0 if rank.is_split else _FP32)
     if rank.is_split:
         yield KeptBytes("attention", tokens * model.hidden_size * width)
     rows = tokens * topk
@@ -226,22 +254,44 @@ def _moa(rank: StepRank, *, experts: int) -> Iterator[KeptBytes]:
     yield KeptBytes("attention", rows * keys * width)  # gated
 
 
-def router(rank: StepRank, *, experts: int, topk: int) -> Iterator[KeptBytes]:
-    """List what logits, probabilities and both auxiliary losses keep."""
+def router(rank: StepRank, *, experts: int, topk: int, shared: int) -> Iterator[KeptBytes]:
+    """List what logits, probabilities and both auxiliary losses keep.
+
+    Args:
+        rank: the rank.
+        experts: e.
+        topk: k.
+        shared: bytes a slot of the selection from kernels that the caller counts.
+    """
     tokens, model = rank.own_tokens, rank.model
     if model.moe_router_dtype == "fp32" and rank.width < _FP32:
         yield KeptBytes("router", (tokens + experts) * model.hidden_size * _FP32)
+    if _routes_in_kernels(rank, experts=experts):
+        # Probabilities, log-sum-exp; the losses' slopes and sum; the selection and its weights.
+        yield KeptBytes("router", (tokens * (experts + 1) + experts + 2) * _FP32)
+        yield KeptBytes("router", tokens * topk * (_INT64 + _FP32 - shared))
+        return
     # Probabilities, logits, their log-sum-exp; each expert's share, and the loss.
     yield KeptBytes("router", (tokens * (2 * experts + 1) + experts + 1) * _FP32)
     # The selection, its weights, and their order by expert.
     yield KeptBytes("router", tokens * topk * (2 * _INT64 + _FP32))
 
 
+def _routes_in_kernels(rank: StepRank, *, experts: int) -> bool:
+    """Return whether kernels do what a router does: `routers.fused_route.fits_kernels`."""
+    model = rank.model
+    is_plain = model.router in ("softmax_topk", "topk_softmax") and not model.has_varying_experts
+    is_plain &= model.moe_router_load_balancing_type != "seq_aux_loss"
+    return rank.batch.fused_kernels and is_plain and experts <= MOST_EXPERTS
+
+
 def experts_layer(rank: StepRank, *, experts: int) -> Iterator[KeptBytes]:
     """List what router, dispatch and experts keep, including the output of the norm before them."""
     model, width, tokens = rank.model, rank.width, rank.own_tokens
     hidden = tokens * model.hidden_size * width
-    yield from router(rank, experts=experts, topk=model.moe_router_topk)
+    # Experts keep the gates, or the dispatch the selection.
+    counted = _FP32 if holds_all_experts(rank) else _INT64
+    yield from router(rank, experts=experts, topk=model.moe_router_topk, shared=counted)
     if holds_all_experts(rank):
         yield KeptBytes("experts", experts * _INT64)  # tokens per expert
         yield KeptBytes("experts", tokens * expert_activation_bytes(model, element_bytes=width))
@@ -284,8 +334,9 @@ def dense_layer(rank: StepRank) -> Iterator[KeptBytes]:
 
 
 def _swiglu(rank: StepRank, part: str, *, ffn: int) -> KeptBytes:
-    """Count both projections, SiLU of the gate, a copy of the other half, and their product."""
-    return KeptBytes(part, rank.tokens * 5 * (ffn // rank.layout.tensor) * rank.width)
+    """Count both projections and their product; torch keeps the gate's SiLU and a copy of up."""
+    halves = 3 if rank.batch.fused_kernels else 5
+    return KeptBytes(part, rank.tokens * halves * (ffn // rank.layout.tensor) * rank.width)
 
 
 def embedding_and_head(rank: StepRank, chunk: Chunk) -> Iterator[KeptBytes]:

@@ -318,3 +318,6 @@ def test_step_has_what_the_recipe_says() -> None:
     step = search.make_step(cfg, layout, device_type="cuda")
     assert (step.has_mask, step.is_varlen) == (False, True)
     assert (step.num_microbatches, step.bf16) == (4, True)
+    assert step.fused_kernels and not search.make_step(cfg, layout, device_type="cpu").fused_kernels
+    cfg = parse_recipe([*SMALL, "--fused-kernels", "off"], prog="test", description="")
+    assert not search.make_step(cfg, layout, device_type="cuda").fused_kernels
