@@ -150,7 +150,9 @@ def _check(cfg: PlanConfig) -> int:
         )
     if found:
         raise ConfigError("\n".join(found))
-    validate(dataclasses.replace(cfg, parallel=_on_one_rank(cfg.parallel)), 1)
+    # A dispatcher may need more ranks than one; the search refuses layouts that it cannot send in.
+    model = dataclasses.replace(cfg.model, moe_token_dispatcher_type="alltoall")
+    validate(dataclasses.replace(cfg, model=model, parallel=_on_one_rank(cfg.parallel)), 1)
     return planning.gpus
 
 

@@ -154,7 +154,7 @@ def test_default_extras_are_extras() -> None:
 
 @pytest.mark.parametrize(
     ("extras", "message"),
-    [("hf,wandd", "no extra 'wandd'.* te, triton, wandb"), ("test", "name those in EXTRAS")],
+    [("hf,wandd", "no extra 'wandd'.* te, triton, cute, wandb"), ("test", "name those in EXTRAS")],
 )
 def test_unknown_or_composed_extra_is_refused(extras: str, message: str) -> None:
     refused = requirements("wanted", extras)
