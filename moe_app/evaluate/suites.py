@@ -88,8 +88,12 @@ def asks_in_conversations(args: argparse.Namespace, suite: Suite) -> bool:
 
 
 def named_suite(names: Sequence[str]) -> Suite:
-    """Return tasks by their names, those of the harness apart from those that are scored here."""
+    """Return tasks by their names, those of the harness apart from those that are scored here.
+
+    A task that is named twice is one.
+    """
+    tasks = dict.fromkeys(names)
     return Suite(
-        tasks=tuple(name for name in names if name not in OWN_TASKS),
-        own=tuple(name for name in names if name in OWN_TASKS),
+        tasks=tuple(name for name in tasks if name not in OWN_TASKS),
+        own=tuple(name for name in tasks if name in OWN_TASKS),
     )

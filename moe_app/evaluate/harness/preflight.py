@@ -1,9 +1,12 @@
 """Checks that tasks have what they need before the model answers, which may take hours."""
 
 import contextlib
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
@@ -21,7 +24,12 @@ LoadedTasks = dict[str, list[Task | Group]]
 
 
 def load_tasks(
-    model: HarnessModel, manager: TaskManager, tasks: Sequence[str], gen_kwargs: str | None
+    model: HarnessModel,
+    manager: TaskManager,
+    tasks: Sequence[str],
+    gen_kwargs: str | None,
+    *,
+    seed: int,
 ) -> LoadedTasks:
     """Load each task with its data, and refuse what the harness would stumble over later.
 
@@ -33,6 +41,7 @@ def load_tasks(
         manager: finds the tasks.
         tasks: names of tasks, groups or tags.
         gen_kwargs: settings of generation, over the tasks' own, as the command line has them.
+        seed: of what a task draws as it loads its data, whatever was loaded before.
 
     Returns:
         What the harness evaluates in place of the names, so that it loads nothing again.
@@ -44,6 +53,10 @@ def load_tasks(
     loaded: LoadedTasks = {}
     for name in tasks:
         with explained([name]):
+            # As the harness does before it loads tasks.
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
             found: Mapping[str, Any] = manager.load([name])
         is_group = name in found["groups"]
         loaded[name] = [found["groups"][name]] if is_group else [*found["tasks"].values()]

@@ -38,13 +38,13 @@ def evaluate_suite(
     datasets.disable_progress_bars()
     manager = find_tasks(args.include_path, suite.tasks)
     with local_datasets(None if args.task_data is None else Path(args.task_data)):
-        loaded = load_tasks(model, manager, suite.tasks, args.gen_kwargs)
+        loaded = load_tasks(model, manager, suite.tasks, args.gen_kwargs, seed=args.seed)
         parts = [
             _run_tasks(
                 model,
                 manager,
                 args,
-                {name: loaded[name] for name in tasks},
+                {name: loaded.pop(name) for name in tasks},  # and let go of it afterwards
                 is_chat=asks_in_conversations(args, suite),
                 num_fewshot=num_fewshot,
                 limit=limit,

@@ -14,6 +14,8 @@ from megatron.trainer.errors import UserError
 from moe_app.evaluate.harness import run
 from moe_app.evaluate.harness.model import HarnessModel
 from moe_app.evaluate.harness.own_run import check_own
+from moe_app.evaluate.harness.preflight import load_tasks
+from moe_app.evaluate.harness.task_search import find_tasks
 from moe_app.evaluate.suites import Suite
 
 # From the packages of the harness.
@@ -57,6 +59,42 @@ def arguments(folder: Path, **changes: Any) -> argparse.Namespace:
     given = {"gen_kwargs": None, "num_fewshot": None, "limit": None, "template": None}
     more = {"bootstrap_iters": 0, "seed": 1, "task_data": None, "output": str(folder)}
     return argparse.Namespace(include_path=[str(folder)], **{**given, **more, **changes})
+
+
+DRAWN = """
+import random
+
+import datasets
+import numpy as np
+import torch
+
+
+def draw(metadata=None, **_):
+    q = f"{random.random()} {np.random.rand()} {torch.rand(1).item()}"
+    return {"test": datasets.Dataset.from_list([{"q": q, "a": "dog"}])}
+"""
+
+
+@pytest.mark.usefixtures("few_tasks")
+def test_what_a_task_draws_follows_from_the_seed(model: HarnessModel, tmp_path: Path) -> None:
+    """Whatever was drawn before, and whatever tasks are loaded beside it."""
+    write_task(tmp_path, "good")
+    (tmp_path / "drawn.py").write_text(DRAWN)
+    text = "include: good.yaml\ntask: drawn{}\ncustom_dataset: !function drawn.draw\n"
+    for end in ("", "_too"):
+        (tmp_path / f"drawn{end}.yaml").write_text(text.format(end))
+
+    def question(*tasks: str, seed: int) -> str:
+        manager = find_tasks([str(tmp_path)], tasks)
+        loaded = load_tasks(model, manager, tasks, None, seed=seed)
+        (task,) = loaded["drawn"]
+        assert isinstance(task, Task)
+        drawn: str = task.dataset["test"][0]["q"]
+        return drawn
+
+    first = question("drawn", seed=1)
+    assert question("good", "drawn_too", "drawn", seed=1) == first
+    assert set(first.split()).isdisjoint(question("drawn", seed=2).split())
 
 
 def evaluated(
