@@ -14,12 +14,21 @@ from moe_ext.metrics import RouterMetrics
 from moe_ext.routers.balancing import Balancing, StepCounts, sum_over_ranks
 
 
+_IN_KERNELS = ("select", "_attach_losses", "_record")
+"""The methods of `MoERouter` whose work the kernels do."""
+
+
+def _giver(cls: type, name: str) -> type | None:
+    """Returns the class that gives an attribute its value; None if none does."""
+    return next((each for each in cls.__mro__ if name in vars(each)), None)
+
+
 class KernelRouting(MegatronModule):
     """Routes in kernels where they do what a router does; `MoERouter` has the rest of it."""
 
     fused_rule: ClassVar[RouterRule | None] = None
-    """The rule of the kernels that `select` is; None if it is another. A class that defines
-    `select` has none unless it says so itself."""
+    """The rule of the kernels that `select` is; None if it is another. A class that takes `select`
+    or a loss from elsewhere than the rule has none unless it says so itself."""
     num_experts: int
     topk: int
     aux_loss_coeff: float
@@ -32,9 +41,11 @@ class KernelRouting(MegatronModule):
     layer_number: int | None
 
     def __init_subclass__(cls, **others: Any) -> None:
-        """Leaves a `select` of a class's own to torch."""
+        """Leaves to torch what a class, or a mixin of it, does in place of the kernels."""
         super().__init_subclass__(**others)
-        if "select" in cls.__dict__ and "fused_rule" not in cls.__dict__:
+        giver = _giver(cls, "fused_rule")
+        own = [each for name in _IN_KERNELS if (each := _giver(cls, name)) is not None]
+        if giver is None or not all(issubclass(giver, each) for each in own):
             cls.fused_rule = None
 
     def fits_kernels(self, logits: Tensor) -> bool:
