@@ -250,12 +250,12 @@ def gathered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         for name, layout in layouts.items():
             case: dict[str, object] = {
                 **{"use-distributed-optimizer": True, "overlap-grad-reduce": True},
-                **{"eval-interval": 1, "save": out / name, "save-interval": 2, **layout},
+                **{"eval-interval": 2, "save": out / name, "save-interval": 1, **layout},
             }
             runs[f"{name}_after_update"] = short(**case)
             case["overlap-param-gather"] = True
             runs[name] = short(**{**case, "save": out / f"{name}_gather"})
-            load = {"save": out / f"{name}_resumed", "load": out / f"{name}_gather", "ckpt-step": 2}
+            load = {"save": out / f"{name}_resumed", "load": out / f"{name}_gather", "ckpt-step": 1}
             if name in RESUMED:
                 runs[f"{name}_resumed"] = short(**{**case, **load})
         found |= run_cases(ranks, runs, out / str(ranks), bucket_size=500)
@@ -266,14 +266,16 @@ def gathered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
 def test_weights_gathered_under_the_forward_pass_are_the_same(
     name: str, gathered: dict[str, Outcome]
 ) -> None:
-    """Bit for bit, with an evaluation after each step and a checkpoint after the second."""
+    """Bit for bit; no forward pass is between the first step and its checkpoint."""
     truth = gathered[f"{name}_after_update"]
-    assert len(truth.series("valid_loss")) == len(set(truth.series("lm_loss"))) == STEPS
+    assert len(set(truth.series("lm_loss"))) == STEPS
+    assert truth.series("valid_loss")
     runs = [(gathered[name], 0)]
-    runs += [(gathered[f"{name}_resumed"], 2)] if name in RESUMED else []
+    runs += [(gathered[f"{name}_resumed"], 1)] if name in RESUMED else []
     for found, first in runs:
         assert found.error is None, found.error
-        for key in (*TOLERANCES, "valid_loss"):
+        assert found.series("valid_loss") == truth.series("valid_loss")
+        for key in TOLERANCES:
             assert found.series(key) == truth.series(key)[first:], key
         assert found.weights.keys() == truth.weights.keys()
         for key, weight in truth.weights.items():

@@ -10,11 +10,11 @@ from tests.distributed.launcher import HERE, flags, ranks
 from tests.distributed.worker_stragglers import TOLERANCE
 
 CASES = {
-    "data": flags(global_batch_size=8),
-    "tensor": flags(tensor_model_parallel_size=2, global_batch_size=4),
-    "pipeline": flags(pipeline_model_parallel_size=2, global_batch_size=4),
-    "expert": flags(expert_model_parallel_size=2, global_batch_size=8),
-    "overlap": flags(use_distributed_optimizer=True, overlap_grad_reduce=True, global_batch_size=8),
+    "data": flags(global_batch_size=4),
+    "tensor": flags(tensor_model_parallel_size=2, global_batch_size=2),
+    "pipeline": flags(pipeline_model_parallel_size=2, global_batch_size=2),
+    "expert": flags(expert_model_parallel_size=2, global_batch_size=4),
+    "overlap": flags(use_distributed_optimizer=True, overlap_grad_reduce=True, global_batch_size=4),
 }
 
 

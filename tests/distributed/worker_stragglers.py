@@ -26,7 +26,7 @@ from megatron.trainer.step import train_step
 from moe_app.pretrain.build import build_state
 from moe_app.pretrain.config import parse_recipe
 
-SLEEP_S = (0.1, 0.3)
+SLEEP_S = (0.3, 1.0)
 TRIES = 3
 TOLERANCE = 0.35
 """Relative, of how slow the slow rank is."""

@@ -4,7 +4,8 @@ The distributed optimizer leaves each rank with the weights that it updated. meg
 gather the others' bucket by bucket while the first layers of the next forward pass compute; a hook
 of each module waits for the weights that the module itself has. Blocks here read weights of modules
 below them without calling those, so that a module waits for all weights below it, too. Only what
-holds a list of layers does not: its layers do.
+holds a list of layers does not: its layers do. With `--moe-share-across-layers` megatron-core warns
+that a bucket was gathered before it was asked for, and waits all the same.
 """
 
 from collections.abc import Callable, Sequence
