@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -59,10 +59,10 @@ class Source:
         return self.area in PRODUCT
 
 
+@cache
 def repository() -> list[Source]:
-    areas = [*PRODUCT, "tests"]
-    paths = sorted(path for area in areas for path in (REPO / area).rglob("*.py"))
-    return [Source(str(path.relative_to(REPO)), path.read_text("utf-8")) for path in paths]
+    paths = (path for area in (*PRODUCT, "tests") for path in (REPO / area).rglob("*.py"))
+    return [Source(str(path.relative_to(REPO)), path.read_text("utf-8")) for path in sorted(paths)]
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:

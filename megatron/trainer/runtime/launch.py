@@ -24,6 +24,7 @@ from megatron.trainer.config.validate import validate
 from megatron.trainer.errors import ConfigError, UserError, printable
 from megatron.trainer.runtime import signals
 from megatron.trainer.runtime.collective import require_same
+from megatron.trainer.runtime.gloo import share_connections
 from megatron.trainer.runtime.malloc import keep_freed_memory
 from megatron.trainer.runtime.rendezvous import rendezvous
 from megatron.trainer.runtime.started import (
@@ -124,6 +125,7 @@ def connect(parallel: ParallelConfig) -> tuple[torch.device, int]:
 
         keep_freed_memory()
         redirect_cuda()
+        share_connections()
     else:
         torch.cuda.set_device(device)
     _start_process_group(device, parallel.distributed_timeout_minutes)
@@ -165,7 +167,7 @@ def shut_down(*, keep_world: bool = False) -> None:
     from megatron.core import parallel_state
 
     if keep_world:
-        # megatron-core only forgets its groups, each of which has threads that never rest.
+        # megatron-core only forgets its groups, each of which has threads.
         for group in dict.fromkeys(parallel_state._global_process_group_list or ()):
             if group is not None:
                 dist.destroy_process_group(group)
