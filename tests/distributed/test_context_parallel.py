@@ -59,11 +59,11 @@ FOUR_RANKS: dict[str, tuple[str, dict[str, object]]] = {
 TOLERANCES = {"lm_loss": 1e-5, "load_balancing_loss": 1e-5, "z_loss": 1e-5, "grad_norm": 1e-4}
 
 
-STEPS = 3
+STEPS = 2
 
 
 def short(**overrides: object) -> list[str]:
-    return flags(**{"train-iters": STEPS, "global-batch-size": 4, **overrides})
+    return flags(**{"train-iters": STEPS, "num-layers": 2, "global-batch-size": 4, **overrides})
 
 
 @pytest.fixture(scope="module")

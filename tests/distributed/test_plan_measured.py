@@ -28,13 +28,17 @@ PP2: Case = {"pipeline-model-parallel-size": 2}
 EP2: Case = {"expert-model-parallel-size": 2}
 CP2: Case = {"context-parallel-size": 2}
 ETP1: Case = {"expert-tensor-parallel-size": 1}
-VIRTUAL: Case = {"num-virtual-stages-per-pipeline-rank": 2}
+FOUR_LAYERS: Case = {"num-layers": 4}
+VIRTUAL: Case = {**FOUR_LAYERS, "num-virtual-stages-per-pipeline-rank": 2}
 ALLGATHER: Case = {"moe-token-dispatcher-type": "allgather"}
 SHARDED: Case = {"use-distributed-optimizer": True}
 OVERLAP: Case = {"overlap-grad-reduce": True}
 BF16: Case = {"bf16": True}
 FULL: Case = {"recompute-granularity": "full"}
-BLOCK: Case = {**FULL, "recompute-method": "block", "recompute-num-layers": 3}
+BLOCK: Case = {
+    **FOUR_LAYERS,
+    **{**FULL, "recompute-method": "block", "recompute-num-layers": 3},
+}
 MOE: Case = {"recompute-granularity": "selective"}
 CORE: Case = {**MOE, "recompute-modules": "core_attn"}
 VARLEN: Case = {"reset-attention-mask": True, "eod-token-id": 3}
@@ -57,7 +61,7 @@ CASES: dict[int, dict[str, Case]] = {
         "varlen_bf16": {**VARLEN, **BF16},
         "fp32_router": {**BF16, "moe-router-dtype": "fp32"},
         "loop": {"expert-backend": "loop"},
-        "full": {**FULL, "recompute-num-layers": 2},
+        "full": {**FOUR_LAYERS, **FULL, "recompute-num-layers": 2},
         "block_bf16": {**BLOCK, **BF16},
         "moe": MOE,
         "core": CORE,
@@ -91,7 +95,10 @@ CASES: dict[int, dict[str, Case]] = {
     4: {
         "tp2_ep2_etp1": {**TP2, **EP2, **ETP1, **SHARDED, **OVERLAP},
         "tp2_ep2_etp2_bf16": {**TP2, **EP2, **BF16},
-        "pp4_few": {"pipeline-model-parallel-size": 4, "global-batch-size": 6},
+        "pp4_few": {
+            **FOUR_LAYERS,
+            **{"pipeline-model-parallel-size": 4, "global-batch-size": 6},
+        },
         "pp2_interleaved_ep2_sharded_bf16": {**PP2, **VIRTUAL, **EP2, **SHARDED, **BF16},
     },
 }
@@ -118,7 +125,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
 
 
 def case_flags(num_ranks: int, name: str) -> list[str]:
-    small = {"router": "round_robin", "global-batch-size": 4 * num_ranks}
+    small = {"router": "round_robin", "num-layers": 2, "global-batch-size": 4 * num_ranks}
     return flags(**{**small, **CASES[num_ranks][name]})
 
 

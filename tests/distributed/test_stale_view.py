@@ -15,14 +15,16 @@ from megatron.trainer.data.writer import TokenFileWriter
 from tests.distributed.launcher import HERE, flags, ranks, run_cases
 
 TRUNK = {"lr-warmup-iters": 2, "lr-warmup-init": 0.0003, "lr-decay-style": "constant"}
+SMALL = {"num-layers": 2, "global-batch-size": 4}
 BRANCH = {
+    **SMALL,
     **TRUNK,
     "lr-decay-style": "WSD",
     "lr-wsd-decay-style": "geometric",
     "lr-wsd-decay-iters": 3,
     "anneal-from": 2,
 }
-RUN = {**TRUNK, "train-iters": 4, "save-interval": 2, "eval-interval": 4}
+RUN = {**TRUNK, **SMALL, "train-iters": 4, "save-interval": 2, "eval-interval": 4}
 BOTH = ("iter_0000002", "iter_0000004")
 NEWEST = BOTH[1:]
 EVERYTHING = (

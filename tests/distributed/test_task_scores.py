@@ -40,7 +40,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
             "choices": [" ".join(WORDS[(number + k) % 9 :][: 1 + k]) for k in range(3)],
             "label": number % 3,
         }
-        for number in range(13)  # no number of ranks or rows divides it
+        for number in range(7)  # no number of ranks or rows divides it
     ]
     file = out / "items.jsonl"
     file.write_text("".join(json.dumps(item) + "\n" for item in items))
@@ -59,6 +59,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         "train-iters": 2,
         "eval-interval": 1,
         "micro-batch-size": 1,
+        "global-batch-size": 4,
         "eval-tasks": file,
         "tokenizer-type": "HFTokenizer",
         "tokenizer-model": tokenizer,

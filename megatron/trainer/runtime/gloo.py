@@ -18,11 +18,12 @@ def share_connections() -> None:
     if not _state["is_shared"]:
         _state["is_shared"] = True
         group: Any = dist.ProcessGroupGloo
-        group.__init__ = _sharing(group.__init__)
+        group.__init__ = _sharing(group)
 
 
-def _sharing(start: Any) -> Any:
-    """Return `ProcessGroupGloo.__init__` with devices of its own only the first time."""
+def _sharing(group: Any) -> Any:
+    """Return the `__init__` of a group that has devices of its own only the first time."""
+    start = group.__init__
     devices: list[Any] = []
 
     @functools.wraps(start)
@@ -34,7 +35,7 @@ def _sharing(start: Any) -> Any:
             start(self, *arguments, timeout=timeout)
             devices.extend(self.options._devices)
         else:
-            options = dist.ProcessGroupGloo._Options()
+            options = group._Options()
             options._devices = devices
             options._threads = 2 * len(devices)  # torch's number
             options._timeout = timeout
