@@ -16,8 +16,10 @@ JOBS ?= 2
 # Python 3.12 and newer have another line of megatron-core than 3.11, and environments of their own.
 VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 UPSTREAM = .venv-upstream-$(VERSION)
-# What depends on megatron-core most: its numbers, checkpoints and collectives.
-UPSTREAM_TESTS := tests/unit tests/recipes/test_earlier_run.py $(addprefix tests/distributed/test_, \
+# What depends on megatron-core and Python most: its numbers, checkpoints and collectives, the packages'
+# own tests, and which extras there are. Rules on source text and benchmarks read the same.
+UPSTREAM_TESTS := $(addprefix tests/unit/,app moe_ext trainer test_extras.py) \
+	tests/recipes/test_earlier_run.py $(addprefix tests/distributed/test_, \
 	parity.py resume.py traffic.py hostile_checkpoint.py convert_resume.py)
 
 BIN := .venv/bin
