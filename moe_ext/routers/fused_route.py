@@ -13,8 +13,8 @@ from moe_ext.kernels.router_losses import Losses, differentiable, router_losses
 from moe_ext.metrics import RouterMetrics
 from moe_ext.routers.balancing import Balancing, StepCounts, sum_over_ranks
 
-_IN_KERNELS = ("select", "_attach_losses", "_record")
-"""The methods of `MoERouter` whose work the kernels do."""
+_IN_KERNELS = ("select", "_within_capacity", "_attach_losses", "_record")
+"""The methods of `MoERouter` whose work the kernels do, or do without."""
 
 
 def _giver(cls: type, name: str) -> type | None:

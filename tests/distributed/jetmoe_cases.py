@@ -20,6 +20,7 @@ JETMOE: dict[str, object] = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": {},
     "jetmoe": {
+        "num_layers": 2,
         "attention": "moa",
         "num_query_groups": 4,
         "num_attention_heads": 12,

@@ -70,7 +70,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             **settings,
             save=runs[family],
             seq_length=33,
-            num_layers=2,
             train_iters=1,
             init_method_std=0.1,  # logits of order one: fp32 rounding stays well below 1e-5
             log_interval=1,

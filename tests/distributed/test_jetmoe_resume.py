@@ -16,7 +16,7 @@ KEYS = ("lm_loss", "moa_load_balancing_loss", "moa_z_loss", "load_balancing_loss
 
 TP2: dict[str, object] = {"tensor-model-parallel-size": 2}
 BF16: dict[str, object] = {"use-distributed-optimizer": True, "bf16": True}
-# The last stage's tied weights have a bucket of their own, behind one that is padded: with 1 layer
+# The first stage's tied weights have a bucket of their own, behind one that is padded: with 1 layer
 # its length is no multiple of 128.
 TIED: dict[str, object] = {**BF16, "pipeline-model-parallel-size": 2, "num-layers": 2}
 LAYOUTS: dict[str, dict[str, object]] = {

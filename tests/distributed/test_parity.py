@@ -163,7 +163,11 @@ VARIANT_LAYOUTS = {
 
 GATHER_LAYOUTS: dict[int, dict[str, dict[str, object]]] = {
     2: {
-        "dp2": {"bf16": True, "moe-share-across-layers": True, "num-layers": 2},
+        # The third step follows an evaluation.
+        "dp2": {
+            **{"bf16": True, "moe-share-across-layers": True, "num-layers": 2},
+            "train-iters": 3,
+        },
         "jetmoe_ep2": {
             **{**JETMOE, "expert-model-parallel-size": 2, "num-layers": 2},
             "recompute-granularity": "full",
@@ -268,7 +272,8 @@ def test_weights_gathered_under_the_forward_pass_are_the_same(
 ) -> None:
     """Bit for bit; no forward pass is between the first step and its checkpoint."""
     truth = gathered[f"{name}_after_update"]
-    assert len(set(truth.series("lm_loss"))) == STEPS
+    losses = truth.series("lm_loss")
+    assert len(set(losses)) == len(losses) >= STEPS
     assert truth.series("valid_loss")
     runs = [(gathered[name], 0)]
     runs += [(gathered[f"{name}_resumed"], 1)] if name in RESUMED else []

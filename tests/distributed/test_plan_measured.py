@@ -88,7 +88,7 @@ CASES: dict[int, dict[str, Case]] = {
         "cp2_bf16": {**CP2, **BF16},
         "cp2_mask": {**CP2, **MASK},
         "cp2_jetmoe": {**CP2, **JETMOE},
-        "pp2_bf16": {**PP2, **BF16},
+        "pp2_bf16": {**FOUR_LAYERS, **PP2, **BF16},
         "pp2_jetmoe_sharded": {**PP2, **JETMOE, **SHARDED},
         "pp2_interleaved": {**PP2, **VIRTUAL},
     },

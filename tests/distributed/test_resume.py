@@ -10,9 +10,12 @@ import torch
 
 from tests.distributed.launcher import Outcome, flags, run_cases
 
-# The run is planned for six steps and saved after three; a later job goes on from there.
-PLAN = {"train-iters": 6, "eval-iters": 1, "global-batch-size": 4}
-STOP = {**PLAN, "train-iters": 3}
+# The run is planned for four steps and saved after two; a later job goes on from there.
+PLAN = {"train-iters": 4, "eval-iters": 1, "global-batch-size": 4}
+STOP = {**PLAN, "train-iters": 2}
+# Where what bf16 has lost takes steps to show.
+LONG = {**PLAN, "train-iters": 6, "lr-decay-iters": 6}
+LONG_STOP = {**LONG, "train-iters": 3}
 
 TP2: dict[str, object] = {"tensor-model-parallel-size": 2}
 LAYOUTS: dict[str, dict[str, object]] = {
@@ -45,17 +48,17 @@ def outcomes(root: Path) -> dict[str, Outcome]:
     """One launch: runs that never stop, runs that stop, and runs that go on from those."""
 
     def case(layout: Mapping[str, object], plan: Mapping[str, object], **paths: Path) -> list[str]:
-        return flags(**{"lr-decay-iters": 6, **plan, **layout, **paths})
+        return flags(**{"lr-decay-iters": 4, **plan, **layout, **paths})
 
     distributed = LAYOUTS["dp2_distributed_optimizer"]
     cases = {
         "whole_tp2": case(TP2, PLAN),
         "stopped_tp2": case(TP2, STOP, save=root / "tp2"),
         "stopped_distributed": case(distributed, STOP, save=root / "distributed"),
-        "whole_bf16": case({**distributed, "bf16": True}, PLAN),
-        "stopped_bf16": case({**distributed, "bf16": True}, STOP, save=root / "bf16"),
-        "resumed_bf16": case({**distributed, "bf16": True}, PLAN, load=root / "bf16"),
-        "bf16_plain": case({"bf16": True}, PLAN, load=root / "bf16"),
+        "whole_bf16": case({**distributed, "bf16": True}, LONG),
+        "stopped_bf16": case({**distributed, "bf16": True}, LONG_STOP, save=root / "bf16"),
+        "resumed_bf16": case({**distributed, "bf16": True}, LONG, load=root / "bf16"),
+        "bf16_plain": case({"bf16": True}, LONG, load=root / "bf16"),
         "whole_distributed": case(distributed, PLAN),
         "resumed_distributed": case(distributed, PLAN, load=root / "distributed"),
     }
@@ -77,17 +80,17 @@ def outcomes(root: Path) -> dict[str, Outcome]:
     return {**run_cases(2, cases, root / "two"), **run_cases(1, single, root / "one")}
 
 
-def last_three(outcome: Outcome, key: str) -> list[float]:
+def last_two(outcome: Outcome, key: str) -> list[float]:
     assert outcome.error is None, outcome.error
-    return outcome.series(key)[-3:]
+    return outcome.series(key)[-2:]
 
 
 def assert_bitwise(resumed: Outcome, whole: Outcome) -> None:
     keys = ("lm_loss", "grad_norm", "learning_rate", "load_balancing_loss", "z_loss")
     for key in keys[: 5 if whole.series("z_loss") else 3]:
-        assert len(last_three(whole, key)) == 3, key
-        assert last_three(resumed, key) == last_three(whole, key), key
-    assert resumed.series("iteration")[0] == 4
+        assert len(last_two(whole, key)) == 2, key
+        assert last_two(resumed, key) == last_two(whole, key), key
+    assert resumed.series("iteration")[0] == len(whole.series("lm_loss")) // 2 + 1
     for key, expected in whole.weights.items():
         assert torch.equal(resumed.weights[key], expected), key
 
@@ -119,21 +122,21 @@ def test_same_layout_resumes_bitwise(
 def test_another_layout_goes_on_alike(name: str, outcomes: dict[str, Outcome]) -> None:
     """Weights, moments, step count, schedule and data position all have to arrive for this."""
     for key in ("lm_loss", "load_balancing_loss", "z_loss"):
-        expected = last_three(outcomes["whole"], key)
-        assert last_three(outcomes[name], key) == pytest.approx(expected, rel=1e-5), key
-    expected = last_three(outcomes["whole"], "grad_norm")
-    assert last_three(outcomes[name], "grad_norm") == pytest.approx(expected, rel=1e-4)
+        expected = last_two(outcomes["whole"], key)
+        assert last_two(outcomes[name], key) == pytest.approx(expected, rel=1e-5), key
+    expected = last_two(outcomes["whole"], "grad_norm")
+    assert last_two(outcomes[name], "grad_norm") == pytest.approx(expected, rel=1e-4)
 
 
 def test_bf16_master_weights_move_between_optimizers(outcomes: dict[str, Outcome]) -> None:
     """From the distributed optimizer to the plain one; master weights lost would show at 1e-3."""
-    expected = last_three(outcomes["whole_bf16"], "lm_loss")
-    assert last_three(outcomes["bf16_plain"], "lm_loss") == pytest.approx(expected, rel=1e-4)
+    expected = last_two(outcomes["whole_bf16"], "lm_loss")
+    assert last_two(outcomes["bf16_plain"], "lm_loss") == pytest.approx(expected, rel=1e-4)
 
 
 def test_finetune_takes_the_weights_alone(outcomes: dict[str, Outcome]) -> None:
     found = outcomes["finetuned"]
-    assert found.series("iteration")[:3] == [1, 2, 3]
+    assert found.series("iteration")[:2] == [1, 2]
     assert found.series("consumed_samples")[0] == 4
     # The first batch is that of the first run, seen by weights that learned from it.
     assert found.series("lm_loss")[0] != outcomes["whole"].series("lm_loss")[0]
@@ -147,10 +150,10 @@ def test_moments_matter(outcomes: dict[str, Outcome]) -> None:
 
 def test_checkpoint_directory_is_as_documented(root: Path, outcomes: dict[str, Outcome]) -> None:
     del outcomes
-    names = {file.name for file in (root / "single" / "iter_0000006").iterdir()}
+    names = {file.name for file in (root / "single" / "iter_0000004").iterdir()}
     assert {"config.yaml", "run.json", "manifest.json", "common.pt", ".metadata"} <= names
     tracker = root / "single" / "latest_checkpointed_iteration.txt"
-    assert tracker.read_text().strip() == "6"
+    assert tracker.read_text().strip() == "4"
 
 
 def test_used_directory_is_never_written_over(root: Path, outcomes: dict[str, Outcome]) -> None:
@@ -172,11 +175,11 @@ def test_used_directory_is_never_written_over(root: Path, outcomes: dict[str, Ou
 
 def test_a_first_save_that_died_does_not_block_the_chain(root: Path) -> None:
     directory = root / "died"
-    (directory / "iter_0000003.tmp-abcd1234").mkdir(parents=True)
+    (directory / "iter_0000002.tmp-abcd1234").mkdir(parents=True)
     chain = flags(**STOP, save=directory, load=f"{directory}/.")
     found = run_cases(1, {"chain": chain}, root / "chain")["chain"]
     assert found.error is None, found.error
-    assert found.series("iteration")[:3] == [1, 2, 3]
+    assert found.series("iteration")[:2] == [1, 2]
 
 
 @pytest.mark.parametrize("event", ["start", "save"])
@@ -185,15 +188,15 @@ def test_a_job_that_died_before_it_saved_begins_again_from_the_other_run(
 ) -> None:
     directory = root / f"stillborn_{event}"
     directory.mkdir()
-    (directory / "metrics.jsonl").write_text('{"iteration": 4, "lm_loss": 9.0}\n')
-    (directory / "events.jsonl").write_text(json.dumps({"iteration": 3, "event": event}) + "\n")
-    again = flags(**PLAN, save=directory, load=root / "single", ckpt_step=3)
+    (directory / "metrics.jsonl").write_text('{"iteration": 3, "lm_loss": 9.0}\n')
+    (directory / "events.jsonl").write_text(json.dumps({"iteration": 2, "event": event}) + "\n")
+    again = flags(**PLAN, save=directory, load=root / "single", ckpt_step=2)
     found = run_cases(1, {"again": again}, root / "again")["again"]
     if event == "save":
         assert f"{directory} holds an earlier run" in str(found.error)
         return
     assert found.error is None, found.error
-    assert last_three(found, "lm_loss") == last_three(outcomes["whole"], "lm_loss")
+    assert last_two(found, "lm_loss") == last_two(outcomes["whole"], "lm_loss")
 
 
 def test_repeated_command_goes_on_with_the_run_that_it_began(
@@ -201,8 +204,8 @@ def test_repeated_command_goes_on_with_the_run_that_it_began(
 ) -> None:
     """As torchrun repeats it: from the new run's checkpoint, not once more from the other's."""
     single, new, tuned = root / "single", root / "new", root / "tuned"
-    command = flags(**PLAN, save=new, load=single, ckpt_step=3, exit_interval=5)
-    finetune = flags(**PLAN, save=tuned, load=single, finetune=True, exit_interval=5)
+    command = flags(**PLAN, save=new, load=single, ckpt_step=2, exit_interval=3)
+    finetune = flags(**PLAN, save=tuned, load=single, finetune=True, exit_interval=3)
     found = run_cases(
         1,
         {
@@ -214,17 +217,17 @@ def test_repeated_command_goes_on_with_the_run_that_it_began(
         root / "repeated",
     )
     whole = outcomes["whole"].series("lm_loss")
-    assert found["first"].series("lm_loss") == whole[3:5]
-    assert found["again"].series("lm_loss") == whole[5:]
-    assert found["tuned_first"].series("iteration") == [1, 2, 3, 4, 5]
-    assert found["tuned_again"].series("iteration")[0] == 6
+    assert found["first"].series("lm_loss") == whole[2:3]
+    assert found["again"].series("lm_loss") == whole[3:]
+    assert found["tuned_first"].series("iteration") == [1, 2, 3]
+    assert found["tuned_again"].series("iteration")[0] == 4
 
 
 @pytest.mark.parametrize("modules", ["core_attn", "moe", "core_attn moe"])
 def test_each_recompute_module_trains_alike(
     modules: str, root: Path, outcomes: dict[str, Outcome]
 ) -> None:
-    case = [*flags(**STOP, **{"lr-decay-iters": 6}), "--recompute-granularity", "selective"]
+    case = [*flags(**STOP, **{"lr-decay-iters": 4}), "--recompute-granularity", "selective"]
     case += ["--recompute-modules", *modules.split()]
     found = run_cases(1, {"case": case}, root / modules.replace(" ", "_"))["case"]
     expected = outcomes["stopped"].series("lm_loss")

@@ -12,9 +12,9 @@ from tests.distributed.worker_stragglers import TOLERANCE
 CASES = {
     "data": flags(global_batch_size=4),
     "tensor": flags(tensor_model_parallel_size=2, global_batch_size=2),
-    "pipeline": flags(pipeline_model_parallel_size=2, global_batch_size=2),
+    "pipeline": flags(pipeline_model_parallel_size=2, global_batch_size=4),
     "expert": flags(expert_model_parallel_size=2, global_batch_size=4),
-    "overlap": flags(use_distributed_optimizer=True, overlap_grad_reduce=True, global_batch_size=4),
+    "overlap": flags(use_distributed_optimizer=True, overlap_grad_reduce=True, global_batch_size=8),
 }
 
 

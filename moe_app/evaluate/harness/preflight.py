@@ -41,7 +41,8 @@ def load_tasks(
         manager: finds the tasks.
         tasks: names of tasks, groups or tags.
         gen_kwargs: settings of generation, over the tasks' own, as the command line has them.
-        seed: of what a task draws as it loads its data, whatever was loaded before.
+        seed: of what a task draws as it loads its data, whatever name was loaded before; tasks of
+            a group draw one after another.
 
     Returns:
         What the harness evaluates in place of the names, so that it loads nothing again.

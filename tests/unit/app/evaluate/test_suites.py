@@ -8,7 +8,7 @@ import pytest
 
 from moe_app.evaluate.harness.task_data import stand_in
 from moe_app.evaluate.harness.task_search import find_tasks
-from moe_app.evaluate.suites import SUITES
+from moe_app.evaluate.suites import SUITES, Suite, named_suite
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -110,3 +110,8 @@ def test_suites_name_tasks_of_the_harness(manager: Any) -> None:
     for suite in SUITES.values():
         assert all(manager.match_tasks([name]) == [name] for name in suite.tasks)
         assert {*suite.num_fewshot, *suite.limits} <= set(suite.tasks)
+
+
+def test_a_task_that_is_named_twice_is_one() -> None:
+    found = named_suite(["piqa", "humaneval", "piqa", "humaneval"])
+    assert found == Suite(tasks=("piqa",), own=("humaneval",))
