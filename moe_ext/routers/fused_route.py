@@ -17,9 +17,9 @@ _IN_KERNELS = ("select", "_within_capacity", "_attach_losses", "_record")
 """The methods of `MoERouter` whose work the kernels do, or do without."""
 
 
-def _giver(cls: type, name: str) -> type | None:
-    """Returns the class that gives an attribute its value; None if none does."""
-    return next((each for each in cls.__mro__ if name in vars(each)), None)
+def _giver(cls: type, name: str) -> type:
+    """Returns the class that gives an attribute its value; object if none does."""
+    return next((each for each in cls.__mro__ if name in vars(each)), object)
 
 
 class KernelRouting(MegatronModule):
@@ -43,8 +43,7 @@ class KernelRouting(MegatronModule):
         """Leaves to torch what a class, or a mixin of it, does in place of the kernels."""
         super().__init_subclass__(**others)
         giver = _giver(cls, "fused_rule")
-        own = [each for name in _IN_KERNELS if (each := _giver(cls, name)) is not None]
-        if giver is None or not all(issubclass(giver, each) for each in own):
+        if not all(issubclass(giver, _giver(cls, name)) for name in _IN_KERNELS):
             cls.fused_rule = None
 
     def fits_kernels(self, logits: Tensor) -> bool:

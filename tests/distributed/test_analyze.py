@@ -19,7 +19,7 @@ from moe_app.convert import convert_checkpoint
 from moe_app.pretrain import command
 from moe_ext.analysis.ordering import choices_of_outputs
 from tests.distributed.jetmoe_cases import FAMILIES
-from tests.distributed.launcher import HERE, flags, ranks
+from tests.distributed.launcher import HERE, TINY, flags, ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Please use DTensor:FutureWarning"),
@@ -204,7 +204,7 @@ def test_similarity_is_the_cosine_of_weights(family: str, runs: Path, tmp_path: 
     middle = "gate.weight" if family == "olmoe" else "router.layer.weight"
     rows = tables["one"].to_pylist()
     mine = [row for row in rows if (row["kind"], row["weights"]) == ("moe", "router")]
-    assert len(mine) == (4 if family == "olmoe" else 2) * 15
+    assert len(mine) == FAMILIES[family].get("num_layers", TINY["num-layers"]) * 15
     for row in mine:
         matrix = weights[f"model.layers.{row['layer']}.mlp.{middle}"].double()
         cosine = torch.cosine_similarity(matrix[row["i"]], matrix[row["j"]], dim=0)

@@ -37,7 +37,9 @@ BF16: Case = {"bf16": True}
 FULL: Case = {"recompute-granularity": "full"}
 BLOCK: Case = {
     **FOUR_LAYERS,
-    **{**FULL, "recompute-method": "block", "recompute-num-layers": 3},
+    **FULL,
+    "recompute-method": "block",
+    "recompute-num-layers": 3,
 }
 MOE: Case = {"recompute-granularity": "selective"}
 CORE: Case = {**MOE, "recompute-modules": "core_attn"}

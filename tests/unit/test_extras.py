@@ -22,8 +22,8 @@ COMPILED = ("te",)
 """They say what they need in a setup.py that looks for CUDA, and compile as they install."""
 
 
-_NO_ANSWER = ("Connection", "Max retries", "timed out", "NewConnectionError", "HTTP error")
-"""What pip says where an index does not answer."""
+_NO_ANSWER = ("Connection", "Max retries", "timed out", "HTTP error")
+"""Tells, in pip's words, that an index does not answer."""
 
 
 def pip(*words: str) -> subprocess.CompletedProcess[str]:

@@ -1,12 +1,12 @@
 """Lets the process groups of a CPU run share gloo's thread for connections."""
 
-import functools
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
-_state = {"is_shared": False}
+_group: Any = dist.ProcessGroupGloo
+_start = _group.__init__
 
 
 def share_connections() -> None:
@@ -16,33 +16,23 @@ def share_connections() -> None:
     one to each group, and megatron-core starts thirty groups or more. Calling this again changes
     nothing.
     """
-    if not _state["is_shared"]:
-        _state["is_shared"] = True
-        group: Any = dist.ProcessGroupGloo
-        group.__init__ = _sharing(group)
+    _group.__init__ = _start_sharing
 
 
-def _sharing(group: Any) -> Any:
-    """Return the `__init__` of a group that has devices of its own only where there is no world."""
-    start = group.__init__
-
-    @functools.wraps(start)
-    def start_sharing(
-        self: Any, store: Any, rank: int, size: int, *others: Any, timeout: Any = None
-    ) -> None:
-        devices = _devices_of_world()
-        if timeout is None:  # with options, a timeout by position, or the usual one
-            start(self, store, rank, size, *others)
-        elif not devices:
-            start(self, store, rank, size, timeout=timeout)
-        else:
-            options = group._Options()
-            options._devices = devices
-            options._threads = 2 * len(devices)  # torch's number
-            options._timeout = timeout
-            start(self, store, rank, size, options)
-
-    return start_sharing
+def _start_sharing(
+    self: Any, store: Any, rank: int, size: int, *others: Any, timeout: Any = None
+) -> None:
+    """Start a group that has devices of its own only where there is no world."""
+    if timeout is None:  # with options, a timeout by position, or the usual one
+        _start(self, store, rank, size, *others)
+    elif devices := _devices_of_world():
+        options = _group._Options()
+        options._devices = devices
+        options._threads = 2 * len(devices)  # torch's number
+        options._timeout = timeout
+        _start(self, store, rank, size, options)
+    else:
+        _start(self, store, rank, size, timeout=timeout)
 
 
 def _devices_of_world() -> list[Any]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
+from packaging.version import Version
 from torch import nn
 
 from moe_ext import init
@@ -204,7 +205,7 @@ def test_without_a_cutoff_weights_are_of_the_whole_normal_distribution(
 
 
 as_torch_draws = pytest.mark.skipif(
-    tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13),
+    Version(torch.__version__) < Version("2.13"),
     reason="trunc_normal_ of torch before 2.13 draws otherwise",
 )
 

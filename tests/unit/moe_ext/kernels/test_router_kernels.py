@@ -322,14 +322,28 @@ def test_what_the_kernels_do_not_do_is_left_to_torch(build: Build, launched: lis
 
 
 class Launches(TorchDispatchMode):
-    """Counts what would be kernels on a GPU: operations that are neither views nor allocations."""
+    """Counts what would be kernels on a GPU: operations that are neither views nor allocations.
 
-    def __init__(self) -> None:
+    Args:
+        launched: names of kernels; others append theirs.
+    """
+
+    def __init__(self, launched: list[str]) -> None:
         super().__init__()
-        self.number = 0
+        self.launched, self.number = launched, 0
+
+    def __enter__(self) -> "Launches":
+        self.launched.clear()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self.number = len(self.launched)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.number += not (func.is_view or "empty" in func.overloadpacket.__name__)
+        if not (func.is_view or "empty" in func.overloadpacket.__name__):
+            self.launched.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -355,19 +369,14 @@ def test_kernels_route_in_few_launches(build: Build, monkeypatch: pytest.MonkeyP
 
     def launches(is_taken: bool) -> list[int]:
         monkeypatch.setattr(fused, "takes", lambda *_: is_taken)
-        found = []
-
-        def count(compute: Callable[[], Any]) -> Any:
-            kernels.clear()
-            with Launches() as operations:
-                result = compute()
-            found.append(operations.number + len(kernels))
-            return result
-
-        routing = count(lambda: router.route(logits, None, num_sequences=B))
-        count(lambda: sort_by_expert(routing.experts, num_experts=E, in_kernels=is_taken))
-        count(lambda: torch.autograd.grad(routing.gates, logits, upstream))
-        return found
+        with Launches(kernels) as forward:
+            routing = router.route(logits, None, num_sequences=B)
+        assert isinstance(routing, Routing)
+        with Launches(kernels) as order:
+            sort_by_expert(routing.experts, num_experts=E, in_kernels=is_taken)
+        with Launches(kernels) as backward:
+            torch.autograd.grad(routing.gates, logits, upstream)
+        return [forward.number, order.number, backward.number]
 
     in_kernels = launches(True)
     assert in_kernels == [3, 2, 3]

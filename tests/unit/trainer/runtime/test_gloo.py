@@ -46,10 +46,8 @@ def start_and_use_group() -> None:
 
 
 def test_connections_of_all_groups_are_one_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    start = dist.ProcessGroupGloo.__init__
-    torchs_own = getattr(start, "__wrapped__", start)  # or an earlier test has let groups share
-    monkeypatch.setattr(dist.ProcessGroupGloo, "__init__", torchs_own)
-    monkeypatch.setattr(gloo, "_state", {"is_shared": False})
+    # An earlier test may have let groups share.
+    monkeypatch.setattr(dist.ProcessGroupGloo, "__init__", gloo._start)
     own = threads_of_groups(5)
     share_connections()
     share_connections()
